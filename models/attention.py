@@ -1,0 +1,154 @@
+"""Attention with the edit as an argument: the whole of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
+
+Notation of the paper: M = softmax(Q K^T / sqrt(d)) (Eq. 1), rows are pixels, columns are text tokens.
+Here P is the map of the edited row and P_src the map of its source row. Every edit of the paper is linear in columns:
+
+    P' = P_src . mix + P . diag(keep)       hence       P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)
+
+so an edit is two small tensors per step, and no map has to be formed. The explicit form stands beside the fused one.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class AttentionEdit(NamedTuple):
+    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch (tensors only: same graph at every step).
+
+    A row with mix = 0, keep = 1 and self_source = its own index is not edited.
+    """
+
+    source: Tensor           # (E,) long: the batch row whose text columns each edited row borrows
+    mix: Tensor              # (E, L, L): source columns -> own columns
+    keep: Tensor             # (E, L): share of the own columns that stays
+    self_source: Tensor      # (E,) long: the batch row whose q and k each edited row uses in self-attention
+    self_max_tokens: Tensor  # (E,) long: ... at sites of at most this many pixels
+
+
+class Record(NamedTuple):
+    """Which maps a forward pass returns: those of sites with at most so many pixels (0: none)."""
+
+    text: int = 0     # columns of the text tokens, in cross- and hybrid attention, after the edit
+    pixels: int = 0   # self-attention, after the edit
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, fused.  (B, h, N, d), (B, h, L, d), (B, h, L, e) -> (B, h, N, e)"""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_probs(q: Tensor, k: Tensor) -> Tensor:
+    """The map itself (paper Eq. 1).  (B, h, N, d), (B, h, L, d) -> (B, h, N, L), rows sum to 1"""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
+    """P' V with P' = P_src . mix + P . diag(keep) on the last L = keep.shape[-1] columns, fused.
+
+    The columns before them (the pixels, in hybrid attention) always are the row's own. `q_src`, `k_src` are given
+    explicitly: they may be other rows of the batch or come from a cache.
+    q, q_src (E, h, N, d); k, k_src, v (E, h, K, d) with K >= L; mix (E, L, L); keep (E, L)  ->  (E, h, N, d)
+    """
+    n = v.shape[-2] - keep.shape[-1]
+    pixels, text = v[..., :n, :], v[..., n:, :]
+    borrowed = torch.cat([torch.zeros_like(pixels), mix[:, None] @ text], dim=-2)
+    own = torch.cat([pixels, keep[:, None, :, None] * text], dim=-2)
+    return attend(q_src, k_src, borrowed) + attend(q, k, own)
+
+
+def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
+    """P' itself: the explicit form of `edited_attend`.  p, p_src (E, h, N, K) -> (E, h, N, K); rows need not sum to 1"""
+    n = p.shape[-1] - keep.shape[-1]
+    text = p_src[..., n:] @ mix[:, None] + p[..., n:] * keep[:, None, None, :]
+    return torch.cat([p[..., :n], text], dim=-1)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(kv_dim, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(kv_dim, heads * head_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim))
+
+    def _out(self, x: Tensor) -> Tensor:
+        return self.to_out(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class SelfAttention(_Attention):
+    """Pixels attend to pixels. Injection: P_src V, that is, the source's queries and keys with the row's own values."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__(dim, dim, heads, head_dim)
+
+    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (_split(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
+        if edit is not None:
+            rows = torch.arange(len(x), device=x.device)                                 # (B,)
+            own = rows[-len(edit.source):]                                               # (E,)
+            small = x.shape[1] <= edit.self_max_tokens                                   # (E,)
+            rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
+            q, k = q[rows], k[rows]
+        probs = attend_probs(q, k) if x.shape[1] <= record.pixels else None              # (B, h, N, N)
+        return self._out(attend(q, k, v)), probs                                         # (B, N, C)
+
+
+class _TextAttention(_Attention):
+    """What cross- and hybrid attention share: the edit of the text columns, which stand last."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
+                record: Record) -> tuple[Tensor, Tensor | None]:
+        want = q.shape[2] <= record.text
+        if edit is None:
+            probs = attend_probs(q, k)[..., -text:] if want else None                    # (B, h, N, L)
+            return self._out(attend(q, k, v)), probs
+        e = len(edit.source)
+        target = (q[-e:], k[-e:])
+        source = (q[edit.source], k[edit.source])
+        edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
+        out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)
+        probs = None
+        if want:
+            after = edited_probs(attend_probs(*target), attend_probs(*source), edit.mix, edit.keep)
+            probs = torch.cat([attend_probs(q[:-e], k[:-e]), after])[..., -text:]
+        return self._out(out), probs
+
+
+class CrossAttention(_TextAttention):
+    """Pixels attend to text (paper section 3.1, i)."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__(dim, context_dim, heads, head_dim)
+
+    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+        q = _split(self.to_q(x), self.heads)                                             # (B, h, N, d)
+        k, v = _split(self.to_k(context), self.heads), _split(self.to_v(context), self.heads)  # (B, h, L, d)
+        return self._attend(q, k, v, context.shape[1], edit, record)
+
+
+class HybridAttention(_TextAttention):
+    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only the text columns are edited."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
+        super().__init__(dim, dim, heads, head_dim)
+        self.add_k_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
+        self.add_v_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+        q = _split(self.to_q(x), self.heads)                                             # (B, h, N, d)
+        k = _split(torch.cat([self.to_k(x), self.add_k_proj(context)], dim=1), self.heads)  # (B, h, N+L, d)
+        v = _split(torch.cat([self.to_v(x), self.add_v_proj(context)], dim=1), self.heads)
+        return self._attend(q, k, v, context.shape[1], edit, record)

@@ -1,0 +1,15 @@
+"""Prompt-to-Prompt image editing in plain PyTorch: edit a picture by editing its prompt.
+
+    import p2p
+    model = p2p.load("emoji")
+    r = p2p.edit(model, "a cat on grass", "a dog on grass")
+    r.images[1].show()
+"""
+from p2p.edit import Edit
+from p2p.errors import NumericsError, UsageError
+from p2p.model import Model, load
+from p2p.run import Result, edit, generate
+from weights.errors import CheckpointError
+
+__version__ = "0.1.0"
+__all__ = ["CheckpointError", "Edit", "Model", "NumericsError", "Result", "UsageError", "edit", "generate", "load"]

@@ -1,0 +1,158 @@
+"""Two prompts -> which token of one belongs to which token of the other.
+
+All functions work on `Tokens` (ids, and the characters each token came from), so any tokenizer with offsets will do.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.text import Tokens
+from p2p.errors import UsageError
+
+
+def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
+    """Token positions of every occurrence of a word or phrase; upper and lower case and punctuation do not matter.
+
+    `length`: how many tokens the tower reads. Raises UsageError where the phrase is absent or lies beyond it.
+    """
+    wanted = " ".join(phrase.lower().split())
+    starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
+    found: list[int] = []
+    at = prompt.text.find(wanted) if wanted else -1
+    while at >= 0:
+        stop = at + len(wanted)
+        if at in starts and stop in ends:
+            found += [i for i, (s, e) in enumerate(prompt.spans) if at <= s and e <= stop and e]
+        at = prompt.text.find(wanted, at + 1)
+    if not found:
+        raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
+    if found[-1] >= length - 1:
+        raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text tower stops reading; '
+                         "shorten the prompt")
+    return sorted(set(found))
+
+
+def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
+    """The words between spaces, each with its token positions (punctuation belongs to its word)."""
+    out, at = [], 0
+    for word in prompt.text.split():
+        start = prompt.text.index(word, at)
+        at = start + len(word)
+        out.append((word, [i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= at and e]))
+    return out
+
+
+def same_word_count(source: Tokens, target: Tokens) -> bool:
+    return len(words(source)) == len(words(target))
+
+
+def _cut(t: Tokens, length: int) -> list[int]:
+    return t.ids if len(t.ids) <= length else [*t.ids[: length - 1], t.ids[-1]]
+
+
+def _paired_words(source: Tokens, target: Tokens) -> list[tuple[tuple[str, list[int]], tuple[str, list[int]]]]:
+    a, b = words(source), words(target)
+    if len(a) != len(b):
+        raise UsageError(f'a word swap needs as many words on both sides: "{source.text}" has {len(a)}, "{target.text}" '
+                         f'has {len(b)}; use mode "refine" for added or removed words')
+    return list(zip(a, b))
+
+
+def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
+    """Word-swap matrix M: the target's map of token j takes sum_i P_src[i] M[i, j].  -> (length, length) float64
+
+    Word k of one prompt belongs to word k of the other. Where their token counts differ, the source's pieces are
+    shared out equally ("duplicated or averaged", paper section 3.2); padding likewise. Rows sum to 1, so P_src M
+    still holds all of the attention. Raises UsageError for different word counts.
+    """
+    m = torch.zeros(length, length, dtype=torch.float64)
+    m[0, 0] = 1
+    groups = [(s, t) for (_, s), (_, t) in _paired_words(source, target)]
+    a, b = len(_cut(source, length)), len(_cut(target, length))
+    groups = [([i for i in s if i < a - 1], [j for j in t if j < b - 1]) for s, t in groups]
+    for s, t in groups:
+        if len(s) == len(t):
+            m[s, t] = 1
+        elif s and t:
+            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+    m[a - 1, b - 1] = 1                                               # the end of the text
+    pads_a, pads_b = list(range(a, length)), list(range(b, length))
+    common = min(len(pads_a), len(pads_b))
+    m[pads_a[:common], pads_b[:common]] = 1
+    if pads_a and pads_b:
+        rest_a, rest_b = pads_a[common - 1:], pads_b[common - 1:]     # the last pad stands for the surplus
+        m[torch.tensor(rest_a)[:, None], torch.tensor(rest_b)] = 1 / len(rest_b)
+    return m
+
+
+def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Tensor]:
+    """Alignment A of the paper (section 3.2): A(j) is the source token of target token j, or None.
+
+    -> mapper (length,) long with A(j) (0 where None), a (length,) float64: 1 where A(j) is not None.
+    The ends of the two texts belong together, and so does the padding after them.
+    """
+    x, y = _cut(source, length), _cut(target, length)
+    mapper, a = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.float64)
+    for j, i in enumerate(_global_alignment(x[:-1], y[:-1])):
+        if i is not None:
+            mapper[j], a[j] = i, 1
+    shift = len(x) - len(y)
+    for j in range(len(y) - 1, length):
+        if j + shift < length:
+            mapper[j], a[j] = j + shift, 1
+    return mapper, a
+
+
+def _global_alignment(x: list[int], y: list[int]) -> list[int | None]:
+    """Needleman-Wunsch: match 1, mismatch -1, gap 0. For each element of y its partner in x, or None.
+
+    Ties are broken as in google/prompt-to-prompt: skip an element of y, then one of x, then pair.
+    """
+    score = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i in range(1, len(x) + 1):
+        for j in range(1, len(y) + 1):
+            pair = score[i - 1][j - 1] + (1 if x[i - 1] == y[j - 1] else -1)
+            score[i][j] = max(score[i][j - 1], score[i - 1][j], pair)
+    partner: list[int | None] = [None] * len(y)
+    i, j = len(x), len(y)
+    while i and j:
+        if score[i][j] == score[i][j - 1]:
+            j -= 1
+        elif score[i][j] == score[i - 1][j]:
+            i -= 1
+        else:
+            i, j = i - 1, j - 1
+            partner[j] = i
+    return partner
+
+
+# ------------------------------------------------------------------ as google/prompt-to-prompt does it, faults included
+
+def official_replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
+    """The official mapper: after the last swapped word, target token j reads source token j, whatever was shifted."""
+    pairs = _paired_words(source, target)
+    swapped = [(s, t) for (u, s), (v, t) in pairs if u != v]
+    m = torch.zeros(length, length, dtype=torch.float64)
+    i = j = 0
+    for s, t in swapped:
+        while i < s[0]:
+            m[i, j] = 1
+            i, j = i + 1, j + 1
+        if len(s) == len(t):
+            m[s, t] = 1
+        else:
+            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+        i, j = i + len(s), j + len(t)
+    for k in range(j, length - max(0, i - j)):
+        m[k, k] = 1
+    return m
+
+
+def official_refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Tensor]:
+    """The official mapper: the ends take part in the alignment, padding position j reads source position j."""
+    x, y = _cut(source, length), _cut(target, length)
+    mapper, a = torch.arange(length), torch.ones(length, dtype=torch.float64)
+    for j, i in enumerate(_global_alignment(x, y)):
+        mapper[j], a[j] = (0, 0) if i is None else (i, 1)
+    return mapper, a

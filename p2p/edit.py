@@ -1,0 +1,138 @@
+"""What the user asks (`Edit`) -> one `AttentionEdit` per sampling step: the table of the identity, as code.
+
+    edit                      mix             keep
+    replace                   M diag(alpha)   1 - alpha
+    refine                    G diag(a alpha) 1 - a alpha
+    reweight                  diag(c alpha)   1 - alpha
+    replace, then reweight    M diag(c alpha) 1 - alpha
+    refine, then reweight     G diag(a c alpha)  (1 - a) c alpha + 1 - alpha
+
+alpha: which tokens are injected at this step, M: word-swap matrix, G: gather by the alignment A(j), a: 1 where A(j)
+is not None, c: the word weights.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.attention import AttentionEdit
+from models.text import Tokens
+from p2p import align
+from p2p.errors import UsageError
+
+Window = float | tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One target: its prompt and how the source's attention is injected (paper section 3.2).
+
+    mode: "replace" (word swap), "refine" (added phrases) or "reweight" (only the weights); None: chosen from the prompts.
+    cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of the
+        target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
+    self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
+    equalizer: {"word": c}: the attention of that word times c.
+    aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
+    """
+
+    prompt: str
+    mode: Literal["replace", "refine", "reweight"] | None = None
+    cross_replace_steps: Window | Mapping[str, Window] = 0.8
+    self_replace_steps: Window = 0.4
+    self_max_tokens: int = 32 * 32
+    equalizer: Mapping[str, float] | None = None
+    aligner: Literal["exact", "official"] = "exact"
+
+
+def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, equal word counts swapped, others refined."""
+    if edit.mode is not None:
+        if edit.mode not in ("replace", "refine", "reweight"):
+            raise UsageError(f'mode "{edit.mode}" is not known; known: replace, refine, reweight')
+        return edit.mode
+    if source.ids == target.ids:
+        return "reweight"
+    return "replace" if align.same_word_count(source, target) else "refine"
+
+
+def window(value: Window, what: str) -> tuple[float, float]:
+    """A number or a pair as (start, end), checked to lie in 0..1."""
+    pair = (0.0, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    try:
+        lo, hi = (float(v) for v in pair)
+    except (TypeError, ValueError):
+        raise UsageError(f"{what}: {value!r} is neither a number nor a pair (start, end)") from None
+    if not 0 <= lo <= hi <= 1:
+        raise UsageError(f"{what}: {value!r} must lie within 0 and 1, the start not after the end")
+    return lo, hi
+
+
+def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
+    """alpha of every step and token of the target.  -> (steps, length) float64, 0 or 1
+
+    With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the rounding of
+    the official code.
+    """
+    by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
+    alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
+
+    def fill(columns, bounds: Window, what: str) -> None:
+        lo, hi = window(bounds, what)
+        alpha[:, columns] = 0
+        alpha[int(lo * (steps + 1)):int(hi * (steps + 1)), columns] = 1
+
+    fill(list(range(length)), by_word.pop("default_", (0.0, 1.0)), "cross_replace_steps")
+    for word, bounds in by_word.items():
+        fill(align.word_tokens(target, word, length), bounds, f'cross_replace_steps of "{word}"')
+    return alpha[:steps]
+
+
+def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) -> Tensor:
+    """c of every token of the target.  -> (length,) float64"""
+    c = torch.ones(length, dtype=torch.float64)
+    for word, value in (equalizer or {}).items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(f'equalizer: the weight of "{word}" is {value!r}, a finite number is needed')
+        c[align.word_tokens(target, word, length)] = float(value)
+    return c
+
+
+def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """One row of the table above. alpha (T, L), c (L,), m (L, L): M, G or the identity, a (L,)  ->  (T, L, L), (T, L)"""
+    if mode == "refine":
+        return m * (a * c * alpha)[:, None, :], (1 - a) * c * alpha + 1 - alpha
+    return m * (c * alpha)[:, None, :], 1 - alpha
+
+
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int) -> tuple[Tensor, Tensor]:
+    """mix (steps, L, L) and keep (steps, L) of one target, float64."""
+    if edit.aligner not in ("exact", "official"):
+        raise UsageError(f'aligner "{edit.aligner}" is not known; known: exact, official')
+    official = edit.aligner == "official"
+    m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
+    if mode == "replace":
+        m = (align.official_replacement if official else align.replacement)(source, target, length)
+    elif mode == "refine":
+        mapper, a = (align.official_refinement if official else align.refinement)(source, target, length)
+        m = m[:, mapper]                                                   # G[A(j), j] = 1
+    alpha = cross_alpha(edit.cross_replace_steps, target, steps, length)
+    return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
+
+
+def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
+         length: int, rows: int, device: torch.device, dtype: torch.dtype) -> list[AttentionEdit]:
+    """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets."""
+    n = len(edits)
+    mix, keep = zip(*(tables(source, t, e, m, steps, length) for t, e, m in zip(targets, edits, modes)))
+    mix, keep = (torch.stack(x, dim=1).to(device, dtype) for x in (mix, keep))        # (T, N, L, L), (T, N, L)
+    source_row = torch.full((n,), rows - n - 1, device=device)
+    own = torch.arange(rows - n, rows, device=device)
+    limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
+    spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
+    inside = torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)], device=device)
+    return [AttentionEdit(source_row, mix[i], keep[i], torch.where(inside[i], source_row, own), limit) for i in range(steps)]

@@ -1,0 +1,144 @@
+"""`generate` and `edit`: from prompts to pictures, with everything recorded that is needed to do it again."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from models.text import Tokens
+from p2p.denoise import denoise
+from p2p.edit import Edit, Window, choose_mode, plan
+from p2p.errors import UsageError
+from p2p.image import to_pil
+from p2p.model import Model
+
+
+@dataclass
+class Result:
+    """What a run gives; of an edit the source comes first."""
+
+    images: list[Image.Image]
+    latents: Tensor                  # (B, C, H, W), float32, CPU
+    prompts: list[str]
+    settings: dict[str, Any]         # all that is needed to run it again
+    notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
+
+
+def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], *, steps: int = 50,
+         guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
+         mode: str | None = None, cross_replace_steps: Window | Mapping[str, Window] = 0.8,
+         self_replace_steps: Window = 0.4, self_max_tokens: int = 32 * 32, equalizer: Mapping[str, float] | None = None,
+         aligner: str = "exact", progress: bool = False) -> Result:
+    """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
+
+    targets: prompts, for which the settings from `mode` on hold (see `Edit`), or `Edit`s with their own.
+    guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial noise, unless
+    x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too.
+    Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
+    """
+    shared = dict(mode=mode, cross_replace_steps=cross_replace_steps, self_replace_steps=self_replace_steps,
+                  self_max_tokens=self_max_tokens, equalizer=equalizer, aligner=aligner)
+    listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
+    if not listed:
+        raise UsageError("no target prompt given")
+    edits = [t if isinstance(t, Edit) else Edit(t, **shared) for t in listed]
+    notes: list[str] = []
+    prompts = [source, *(e.prompt for e in edits)]
+    split = _tokens(model, prompts, notes)
+    modes = [choose_mode(split[0], e, t) for e, t in zip(edits, split[1:])]
+    for e, m, t in zip(edits, modes, split[1:]):
+        if e.mode is None:
+            notes.append(f'"{e.prompt}": mode {m} (chosen from the prompts)')
+        if split[0].ids != t.ids and split[0].ids[:model.length - 1] == t.ids[:model.length - 1]:
+            raise UsageError(f'"{e.prompt[:40]}...": what differs from the source lies beyond the {model.length} tokens that '
+                             "the text tower reads; shorten the prompt")
+        if split[0].ids == t.ids and not e.equalizer:
+            notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    rows = len(prompts) * (2 if guidance_scale != 1 else 1)
+    _check(steps, guidance_scale, eta)
+    edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
+    edit_plan = plan(split[0], split[1:], edits, modes, steps=steps, length=model.length, rows=rows,
+                     device=model.device, dtype=model.dtype)
+    settings = _settings(model, "edit", steps, guidance_scale, seed if x_T is None else None, eta) | {
+        "source": source, "targets": [asdict(e) for e in edits]}
+    return _run(model, prompts, [seed], x_T, steps, guidance_scale, eta, edit_plan, settings, notes, progress)
+
+
+def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
+             seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float = 0.0, progress: bool = False) -> Result:
+    """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if not prompts or len(seeds) not in (1, len(prompts)):
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+    notes: list[str] = []
+    _tokens(model, prompts, notes)
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    _check(steps, guidance_scale, eta)
+    recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
+    settings = _settings(model, "generate", steps, guidance_scale, recorded, eta) | {"prompts": prompts}
+    return _run(model, prompts, seeds, x_T, steps, guidance_scale, eta, None, settings, notes, progress)
+
+
+def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
+    """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
+    neither device nor batch changes a picture."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
+
+
+def _run(model, prompts, seeds, x_T, steps, guidance_scale, eta, edit_plan, settings, notes, progress) -> Result:
+    shape, n = model.latent_shape, len(prompts)
+    noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
+    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
+    if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
+        raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
+    x = x.expand(n, -1, -1, -1)                                     # the same noise in every row (line 4)
+    context = model.text(prompts)
+    null = model.text([""] * n) if guidance_scale != 1 else None
+    loop = denoise(model, x, context, null, model.schedule(steps), guidance_scale=guidance_scale, plan=edit_plan, eta=eta,
+                   noise=noise[1:] or None)
+    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
+        x = step.x
+    return Result(to_pil(model.decode(x)), x.cpu(), list(prompts), settings, notes)
+
+
+def _check(steps: int, guidance_scale: float, eta: float) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
+    if not abs(guidance_scale) < float("inf"):
+        raise UsageError(f"guidance_scale must be finite, not {guidance_scale!r}")
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
+
+
+def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:
+    """Splits the prompts; notes what the text tower will not see or does not know."""
+    out = []
+    for prompt in dict.fromkeys(prompts):
+        if not isinstance(prompt, str):
+            raise UsageError(f"a prompt must be text, not {prompt!r}")
+        t = model.tokens(prompt)
+        if len(t.ids) > model.length:
+            cut = t.text[t.spans[model.length - 1][0]:]
+            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off "{cut}"')
+        unknown = model.text_encoder.unknown(torch.tensor(t.ids, device=model.device)).tolist()
+        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
+        if words:
+            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+    return [model.tokens(p) for p in prompts]
+
+
+def _settings(model: Model, command: str, steps: int, guidance_scale: float, seed, eta: float) -> dict[str, Any]:
+    return {
+        "command": command, "model": model.name, "family": model.family, "prediction": model.prediction,
+        "sha256": model.sha256, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "eta": eta,
+        "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
+    }

@@ -1,0 +1,44 @@
+"""One sampling step: pure functions of tensors. a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t)."""
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2021, Eq. 6); linear, so the same for eps, v and x_0."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps", clip: float | None = None) -> tuple[Tensor, Tensor]:
+    """The network's prediction ("eps", "v" or "x0") as picture and noise, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+
+    `clip`: bound of x_0 in pixel models (the noise is then the one that fits the bounded picture).
+    """
+    alpha, sigma = a_t**0.5, (1 - a_t) ** 0.5
+    if prediction == "eps":
+        x_0, eps = (x_t - sigma * out) / alpha, out                     # DDIM Eq. 9
+    elif prediction == "v":
+        x_0, eps = alpha * x_t - sigma * out, alpha * out + sigma * x_t  # Salimans and Ho 2022, appendix D
+    elif prediction == "x0":
+        x_0, eps = out, (x_t - alpha * out) / sigma
+    else:
+        raise ValueError(f"prediction {prediction!r}: eps, v or x0")
+    if clip is not None:
+        x_0 = x_0.clamp(-clip, clip)
+        eps = (x_t - alpha * x_0) / sigma
+    return x_0, eps
+
+
+def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_prev: float, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+    """x_{t-1} from x_t's picture and noise (DDIM Eq. 12). eta 0: deterministic; eta 1: DDPM; needs `noise` if eta > 0."""
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5  # Eq. 16
+    x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
+    return x + sigma * noise if sigma > 0 else x
+
+
+def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor) -> Tensor:
+    """x_{t-1} ~ q(x_{t-1} | x_t, x_0) (DDPM Eq. 6 and 7), with the alphas of a strided schedule."""
+    alpha = a_t / a_prev
+    beta = 1 - alpha
+    mean = a_prev**0.5 * beta / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x_t
+    return mean + ((1 - a_prev) / (1 - a_t) * beta) ** 0.5 * noise

@@ -1,0 +1,39 @@
+"""Which timesteps a run visits, and how much of the picture each holds: float64 numbers, frozen, no device."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from p2p.errors import UsageError
+
+
+class Schedule(NamedTuple):
+    """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], alphas_cumprod of the next step)."""
+
+    timesteps: tuple[int, ...]   # falling
+    alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
+
+    def __iter__(self) -> Iterator[tuple[int, float, float]]:   # type: ignore[override]
+        return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None) -> Schedule:
+    """Evenly spaced ("leading") timesteps, as Stable Diffusion samples: offset, offset + 1000 // N, ...
+
+    alphas_cumprod (1000,); `offset` 1 or 0 (the official Prompt-to-Prompt code: 1); `final_alpha` is what the last
+    step reaches: None for alphas_cumprod[0] (set_alpha_to_one False, Stable Diffusion), 1.0 for the clean picture.
+    """
+    total = len(alphas_cumprod)
+    if not 1 <= steps <= total:
+        raise UsageError(f"steps must be from 1 to {total}, not {steps}")
+    stride = total // steps
+    timesteps = [min(i * stride + offset, total - 1) for i in reversed(range(steps))]
+    alphas = [float(alphas_cumprod[t]) for t in timesteps]
+    # each step ends where t - stride lies: the next timestep, and at the end whatever final_alpha says
+    return Schedule(tuple(timesteps), (*alphas, float(alphas_cumprod[0]) if final_alpha is None else final_alpha))

@@ -1,0 +1,144 @@
+"""Trains the bundled text-to-image model on renders of the emoji world. Resumes where it stopped.
+
+    python -m weights.emoji.train RUN_FOLDER --pictures 600000
+
+The folder holds state.pt (to resume), emoji.safetensors (the averaged weights, as shipped) and log.jsonl.
+Predicts x_0, the squared error weighted as for v (1 / sigma^2, bounded), on the squared-cosine schedule.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.text import EMOJI as TEXT
+from models.text import END, START, TextEncoder, tokenizer
+from models.unet import EMOJI, UNet
+from weights.emoji.world import COLOURS, OBJECTS, PLACES, SIZES, STYLES, WEATHERS, caption, curriculum, render, sample
+
+WEIGHT_LIMIT = 16.0   # bound of the loss weight 1 / sigma^2: below sigma = 1/4 the error counts as it is
+
+
+def cosine_alphas_cumprod(steps: int = 1000) -> Tensor:
+    """Squared-cosine schedule (Nichol and Dhariwal 2021, Eq. 17), betas bounded by 0.999.  -> (steps,) float64"""
+    f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
+
+
+def vocabulary() -> Tensor:
+    """Sorted token ids of every word that a caption can hold.  -> (V,) long"""
+    phrases = [*OBJECTS, *COLOURS, *SIZES, *WEATHERS, *STYLES.values(), *(p[0].format("") for p in PLACES.values()),
+               "a an next to"]
+    return torch.tensor(sorted({START, END, *tokenizer().encode(" ".join(phrases))}))
+
+
+class Model(nn.Module):
+    """The trained parts under the names of the shipped file."""
+
+    def __init__(self):
+        super().__init__()
+        vocab = vocabulary()
+        self.unet = UNet(EMOJI)
+        self.text = TextEncoder(replace(TEXT, vocab_size=len(vocab)))
+        self.text.vocab.copy_(vocab)
+        for name, module in self.unet.named_modules():   # residual branches start as nothing
+            if name.endswith(("conv2", "proj_out", "conv_out")):
+                nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        length = int((ids == END).int().argmax(dim=1).max()) + 1
+        context = F.pad(self.text(ids[:, :length]), (0, 0, 0, ids.shape[1] - length))   # padding is zero context
+        return self.unet(x_t, t, context)[0]
+
+
+def export(model: nn.Module, file: Path, pictures: int) -> None:
+    """Half precision weights, the schedule, and what they are."""
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()} | {"alphas_cumprod": cosine_alphas_cumprod()}
+    save_file(tensors, file.with_suffix(".tmp"), {
+        "format": "p2p-emoji", "prediction": "x0", "pictures": str(pictures), "unet": json.dumps(asdict(model.unet.config))})
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(prog="python -m weights.emoji.train", description=__doc__.splitlines()[0])
+    ap.add_argument("folder", type=Path)
+    ap.add_argument("--pictures", type=int, default=600_000, help="in all; the last fifth cools the learning rate down")
+    ap.add_argument("--batch", type=int, default=32)
+    ap.add_argument("--lr", type=float, default=5e-4)
+    ap.add_argument("--ramp", type=int, default=60_000, help="pictures over which the world grows to its full variety")
+    ap.add_argument("--dropout", type=float, default=0.1, help="share of captions left empty, for guidance")
+    ap.add_argument("--ema", type=float, default=0.999)
+    ap.add_argument("--init", type=Path, help="start from the weights of this emoji.safetensors")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    a = ap.parse_args(argv)
+
+    a.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    model = Model().to(a.device, memory_format=torch.channels_last)
+    if a.init:
+        model.load_state_dict({k: v for k, v in load_file(a.init).items() if k != "alphas_cumprod"})
+    ema = Model().to(a.device)
+    ema.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    seen = 0
+    state = a.folder / "state.pt"
+    if state.exists():
+        saved = torch.load(state, map_location=a.device, weights_only=True)
+        model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        seen = saved["pictures"]
+    abar = cosine_alphas_cumprod().float().to(a.device)
+    started, first, losses = time.time(), seen, []
+
+    while seen < a.pictures:
+        step = seen // a.batch
+        lr = a.lr * min(1, (step + 1) / 200) * min(1, max(0.02, (a.pictures - seen) / (0.2 * a.pictures)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        g = torch.Generator().manual_seed(1_000_003 + step)
+        scene = sample(a.batch, g, mix=curriculum(seen / a.ramp))
+        ids = model.text.tokenize([c if torch.rand((), generator=g) > a.dropout else "" for c in caption(scene)])
+        x_0 = render(scene.to(a.device))[0]                                              # (B, 3, 64, 64)
+        t = torch.randint(len(abar), (a.batch,), generator=g)
+        noise = torch.randn(x_0.shape, generator=g).to(a.device)
+        ids, t = ids.to(a.device), t.to(a.device)
+        at = abar[t].view(-1, 1, 1, 1)
+        x_t = at.sqrt() * x_0 + (1 - at).sqrt() * noise                                  # DDPM Eq. 4
+        error = (model(x_t.contiguous(memory_format=torch.channels_last), t, ids) - x_0).square().mean((1, 2, 3))
+        loss = (error * (1 / (1 - at.flatten())).clamp(max=WEIGHT_LIMIT)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, (step + 1) / (step + 10)))
+        seen += a.batch
+        losses.append(loss.item())
+        if (step + 1) % a.every == 0 or seen >= a.pictures:
+            row = {"pictures": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(lr, 7),
+                   "pictures_per_s": round((seen - first) / (time.time() - started), 1)}
+            losses = []
+            with (a.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+            tmp = state.with_suffix(".tmp")
+            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                        "pictures": seen}, tmp)
+            os.replace(tmp, state)
+            export(ema, a.folder / "emoji.safetensors", seen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+class CheckpointError(Exception):
+    """A model file that cannot be used: says what was found in it and what to do."""

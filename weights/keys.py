@@ -1,0 +1,108 @@
+"""Names: from the modules' own (those of diffusers) to those of single-file checkpoints (LDM), as tables.
+
+Each function lists, for every tensor of a module, where it comes from in an LDM file: a `Source` of one or more
+file keys (joined along the first dimension). A mapping is complete by construction; the loader checks the rest.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+
+UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+
+_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+           "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_UNET_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+              "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+              "mid_block.resnets.1": "middle_block.2"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_CLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+               "attn.out_proj": "self_attn.out_proj"}
+
+
+class Source(NamedTuple):
+    """File keys whose tensors, joined along dimension 0, make one parameter."""
+
+    keys: tuple[str, ...]
+
+
+def _replace(name: str, prefixes: dict[str, str]) -> str:
+    """`name` with the longest prefix found in the table replaced; only whole dotted parts count."""
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        if name == prefix or name.startswith(prefix + "."):
+            return prefixes[prefix] + name[len(prefix):]
+    raise KeyError(name)
+
+
+def unet_prefixes(config: UNetConfig) -> dict[str, str]:
+    """Module -> LDM module, for every leaf module or transformer of the UNet."""
+    table = dict(_UNET_ENDS)
+    last, n = len(config.channels) - 1, 1
+    for i in range(last + 1):
+        for j in range(config.layers_per_block):
+            table[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
+            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
+            n += 1
+        if i < last:
+            table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+            n += 1
+    n = 0
+    for i in range(last + 1):
+        attention = config.up_attention[last - i]
+        for j in range(config.layers_per_block + 1):
+            table[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
+            table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
+            n += 1
+        if i < last:
+            table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{2 if attention else 1}.conv"
+    resnets = [k for k in table if ".resnets." in k]
+    for k in resnets:
+        table |= {f"{k}.{part}": f"{table[k]}.{ldm}" for part, ldm in _RESNET.items()}
+    return table
+
+
+def vae_prefixes(config: VAEConfig) -> dict[str, str]:
+    """Module -> LDM module for the autoencoder; LDM counts the decoder's levels from full resolution."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    last = len(config.channels) - 1
+    for side, level, part in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        table |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_norm_out": f"{side}.norm_out",
+                  f"{side}.conv_out": f"{side}.conv_out"}
+        for i in range(last + 1):
+            ldm = f"{side}.{level}.{i if side == 'encoder' else last - i}"
+            for j in range(config.layers_per_block + (side == "decoder")):
+                table[f"{side}.{level}_blocks.{i}.resnets.{j}"] = f"{ldm}.block.{j}"
+                table[f"{side}.{level}_blocks.{i}.resnets.{j}.conv_shortcut"] = f"{ldm}.block.{j}.nin_shortcut"
+            table[f"{side}.{level}_blocks.{i}.{part}rs.0.conv"] = f"{ldm}.{part}.conv"
+        for j in range(2):
+            table[f"{side}.mid_block.resnets.{j}"] = f"{side}.mid.block_{j + 1}"
+        table |= {f"{side}.mid_block.attentions.0.{ours}": f"{side}.mid.attn_1.{ldm}" for ours, ldm in _VAE_ATTENTION.items()}
+    return table
+
+
+def clip_sources(names: Iterable[str]) -> dict[str, Source]:
+    """open_clip's TextTransformer <- transformers' CLIPTextModel, which keeps q, k and v apart."""
+    ends = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
+    out = {}
+    for name in names:
+        if name == "positional_embedding":
+            out[name] = Source(("embeddings.position_embedding.weight",))
+        elif not name.startswith("transformer.resblocks."):
+            out[name] = Source((_replace(name, ends),))
+        else:
+            _, _, layer, rest = name.split(".", 3)
+            layer = f"encoder.layers.{layer}."
+            if rest.startswith("attn.in_proj_"):
+                kind = rest.removeprefix("attn.in_proj_")
+                out[name] = Source(tuple(f"{layer}self_attn.{p}_proj.{kind}" for p in "qkv"))
+            else:
+                out[name] = Source((layer + _replace(rest, _CLIP_LAYER),))
+    return out
+
+
+def ldm_sources(names: Iterable[str], prefixes: dict[str, str]) -> dict[str, Source]:
+    return {name: Source((_replace(name, prefixes),)) for name in names}
