@@ -78,7 +78,7 @@ class TextConfig:
 
 
 CLIP_L = TextConfig()
-EMOJI = TextConfig(width=128, heads=4, layers=3, vocab_size=0, pad_id=0, compact=True, mask_padding=True)
+EMOJI = TextConfig(width=128, heads=4, layers=3, context_length=32, vocab_size=0, pad_id=0, compact=True, mask_padding=True)
 
 
 class TextEncoder(nn.Module):

@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--mode", choices=["replace", "refine", "reweight"], help="default: chosen from the prompts")
     e.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
                    help="share of the steps with the source's cross-attention, for all words or for one (0.8)")
-    e.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END", help="the same for self-attention (0.4)")
+    e.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
+                   help="the same for self-attention (0.4)")
     e.add_argument("--weight", action="append", metavar="WORD=C", help="multiply the attention of a word")
     e.add_argument("--aligner", choices=["exact", "official"], default="exact", help="official: google/prompt-to-prompt's mappers")
     _sampling(e)

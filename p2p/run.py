@@ -121,7 +121,6 @@ def _check(steps: int, guidance_scale: float, eta: float) -> None:
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:
     """Splits the prompts; notes what the text tower will not see or does not know."""
-    out = []
     for prompt in dict.fromkeys(prompts):
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {prompt!r}")

@@ -9,7 +9,8 @@ def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
-def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps", clip: float | None = None) -> tuple[Tensor, Tensor]:
+def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps",
+               clip: float | None = None) -> tuple[Tensor, Tensor]:
     """The network's prediction ("eps", "v" or "x0") as picture and noise, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
 
     `clip`: bound of x_0 in pixel models (the noise is then the one that fits the bounded picture).
@@ -30,8 +31,9 @@ def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps", cl
 
 
 def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_prev: float, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
-    """x_{t-1} from x_t's picture and noise (DDIM Eq. 12). eta 0: deterministic; eta 1: DDPM; needs `noise` if eta > 0."""
-    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5  # Eq. 16
+    """x_{t-1} from x_t's picture and noise (DDIM Eq. 12). eta 0: deterministic, and a_prev < a_t steps back towards noise;
+    eta 1: DDPM; eta > 0 needs `noise`."""
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5 if eta else 0.0   # Eq. 16
     x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
     return x + sigma * noise if sigma > 0 else x
 

@@ -190,6 +190,8 @@ def _sd1(file: TensorFile, fill: _Filler) -> tuple[UNet, TextEncoder, Autoencode
         unet_config, vae_config, text_config = sd_unet_config(shapes), sd_vae_config(shapes), clip_config(shapes)
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{file.path}: 1 missing: {error.args[0]}. The file is not complete.") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
     if unet_config.context_dim != text_config.width:
         raise CheckpointError(f"{file.path}: the UNet takes text of width {unet_config.context_dim}, "
                               f"the text tower gives {text_config.width}; the file mixes two models.")

@@ -113,7 +113,7 @@ class Mix(NamedTuple):
 
 def curriculum(progress: float) -> Mix:
     """From one large object in the middle (progress 0) to the whole world (progress 1)."""
-    p = min(1.0, max(0.0, progress))
+    p = min(1.0, max(0.0, 1.25 * progress - 0.25))
     late = max(0.0, 2 * p - 1)
     return Mix(two=0.4 * p, style=0.25 * late, weather=0.2 * late, size=0.2 * p, spread=0.15 + 0.85 * p)
 

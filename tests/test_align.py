@@ -1,0 +1,109 @@
+"""Words, tokens and the two alignments."""
+import pytest
+import torch
+
+from models.text import tokenizer, tokens
+from p2p import align
+from p2p.errors import UsageError
+
+L = 77
+PROMPTS = ["a photo of a cat riding a bicycle", "Ünïcode & émojis: 2 cats!", "  a   cat,on\tgrass ", "don’t &amp; x", "", "𝔘😀 !?"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_tokens_are_the_tokenizers(prompt):
+    t = tokens(prompt)
+    assert t.ids == [49406, *tokenizer().encode(prompt), 49407]
+    assert len(t.spans) == len(t.ids)
+    assert [t.text[s:e] for s, e in t.spans[1:-1]] == [t.text[s:e].strip() for s, e in t.spans[1:-1]]
+
+
+@pytest.mark.parametrize("prompt, word, want", [
+    ("a cat on grass", "cat", [2]), ("A  Cat, on grass", "cat", [2]), ("a cat on grass", "CAT", [2]),
+    ("a big cat on grass", "big cat", [2, 3]), ("a cat and a cat", "cat", [2, 5]), ("(cat)", "cat", [2]),
+    ("a schnauzer on grass", "schnauzer", [2, 3]), ("a cat on grass", "a cat on grass", [1, 2, 3, 4]),
+])
+def test_word_is_found(prompt, word, want):
+    assert align.word_tokens(tokens(prompt), word, L) == want
+
+
+@pytest.mark.parametrize("prompt, word", [("a category", "cat"), ("a concat", "cat"), ("a cat", "dog"), ("a cat", ""),
+                                          ("a cat on grass", "cat grass")])
+def test_absent_word_is_an_error_that_names_it(prompt, word):
+    with pytest.raises(UsageError, match=f'"{word}"'):
+        align.word_tokens(tokens(prompt), word, L)
+
+
+def test_word_beyond_the_text_tower_is_an_error():
+    with pytest.raises(UsageError, match="beyond token 75"):
+        align.word_tokens(tokens("a " * 80 + "cat"), "cat", L)
+
+
+SWAPS = [("a cat on grass", "a dog on grass"), ("a cat on hill", "a hippopotamus on hill"),
+         ("a schnauzer on hill", "a cat on hill"),
+         ("a schnauzer and a hippopotamus", "a hippopotamus and a cat"), ("cat", "dog"), ("a " * 90, "b " * 90),
+         ("a cat, on grass", "a dog on grass")]
+
+
+@pytest.mark.parametrize("source, target", SWAPS)
+@pytest.mark.parametrize("length", [77, 32])
+def test_replacement_moves_all_attention(source, target, length):
+    """Rows of M sum to 1: whatever attention the source gave, the target's columns hold all of it."""
+    m = align.replacement(tokens(source), tokens(target), length)
+    assert (m.sum(1) - 1).abs().max() < 1e-12 and m.min() >= 0
+
+
+def test_replacement_joins_words():
+    """1 -> n pieces is shared out, n -> 1 is summed, and the tail stays with its word."""
+    s, t = tokens("a cat on hill"), tokens("a hippopotamus on hill")
+    n = len(t.ids) - len(s.ids) + 1
+    m = align.replacement(s, t, L)
+    assert n > 1 and torch.allclose(m[2, 2:2 + n], torch.full((n,), 1 / n, dtype=torch.float64))
+    assert m[3, 2 + n] == m[4, 3 + n] == m[5, 4 + n] == m[6, 5 + n] == 1      # on, hill, end, first padding
+    back = align.replacement(t, s, L)
+    assert (back[2:2 + n, 2] == 1).all() and back[2 + n, 3] == 1
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_aligned_with_itself_is_the_identity(prompt):
+    t = tokens(prompt)
+    assert torch.equal(align.replacement(t, t, L), torch.eye(L, dtype=torch.float64))
+    mapper, a = align.refinement(t, t, L)
+    assert torch.equal(mapper, torch.arange(L)) and a.all()
+
+
+def test_replacement_needs_equal_word_counts():
+    with pytest.raises(UsageError, match="refine"):
+        align.replacement(tokens("a cat"), tokens("a big cat"), L)
+
+
+def test_refinement_finds_the_kept_words():
+    s, t = tokens("a castle next to a river"), tokens("children drawing of a castle next to a river")
+    mapper, a = align.refinement(s, t, L)
+    assert a[1:4].sum() == 0 and torch.equal(mapper[4:10], torch.arange(1, 7)) and a[4:10].all()
+    assert mapper[10] == 7                                                    # the ends belong together
+    assert torch.equal(mapper[11:L], torch.arange(8, L - 3)) and a[11:].all()  # and so does the padding
+
+
+def test_refinement_of_a_shorter_prompt():
+    """Removed words: every target token has its own source token, the last paddings have none."""
+    s, t = tokens("a big red cat on grass"), tokens("a cat on grass")
+    mapper, a = align.refinement(s, t, L)
+    assert mapper[:6].tolist() == [0, 1, 4, 5, 6, 7] and a[:6].all()
+    assert (a == 0).nonzero().flatten().tolist() == [75, 76]
+    assert len(set(mapper[a > 0].tolist())) == int(a.sum())
+
+
+def test_official_replacement_misplaces_the_tail():
+    """The fault that `aligner="official"` reproduces: after the last swap, column j reads source column j."""
+    m = align.official_replacement(tokens("a cat on hill"), tokens("a hippopotamus on hill"), L)
+    tail = len(tokens("a hippopotamus on hill").ids) - 3
+    assert m[tail, tail] == 1 and m[3, tail] == 0
+    same = ("a cat on grass", "a dog on grass")
+    assert torch.equal(align.official_replacement(*map(tokens, same), L), align.replacement(*map(tokens, same), L))
+
+
+def test_official_refinement_reads_padding_in_place():
+    mapper, a = align.official_refinement(tokens("a castle"), tokens("a big castle"), L)
+    assert mapper[:5].tolist() == [0, 1, 0, 2, 3] and a[:5].tolist() == [1, 1, 0, 1, 1]
+    assert torch.equal(mapper[5:], torch.arange(5, L)) and a[5:].all()

@@ -1,0 +1,174 @@
+"""The identity: P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V), for every row of the table."""
+import pytest
+import torch
+
+from models.attention import (
+    AttentionEdit,
+    CrossAttention,
+    HybridAttention,
+    Record,
+    SelfAttention,
+    attend,
+    attend_probs,
+    edited_attend,
+    edited_probs,
+)
+from p2p.edit import mix_keep
+
+E, HEADS, N, L, D = 3, 2, 20, 11, 8
+PIXELS = 7
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def ingredients(kind):
+    """alpha (1, L) with a window of its own for every token, c, M or G, a; as the official controllers have them."""
+    g = torch.Generator().manual_seed(1)
+    alpha = (torch.rand(1, L, generator=g) < 0.6).double()
+    c = torch.ones(L, dtype=torch.float64)
+    if "reweight" in kind:
+        c = c + 6 * (torch.rand(L, generator=g, dtype=torch.float64) - 0.5)
+    a, m = torch.ones(L, dtype=torch.float64), torch.eye(L, dtype=torch.float64)
+    if kind.startswith("replace"):
+        m = torch.rand(L, L, generator=g, dtype=torch.float64)
+    if kind.startswith("refine"):
+        a = (torch.rand(L, generator=g) < 0.7).double()
+        m = m[:, torch.randint(L, (L,), generator=g)]
+    return alpha, c, m, a
+
+
+def controller(kind, p_src, p, alpha, c, m, a):
+    """The official controllers on explicit maps (B, h, N, L): Replace, Refine, Reweight, windows last."""
+    r = p_src
+    if kind.startswith("replace"):
+        r = torch.einsum("bhnw,wl->bhnl", p_src, m)
+    if kind.startswith("refine"):
+        r = (p_src @ m) * a + p * (1 - a)
+    if "reweight" in kind:
+        r = r * c
+    return r * alpha + p * (1 - alpha)
+
+
+KINDS = ["replace", "refine", "reweight", "replace, reweight", "refine, reweight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pixels", [0, PIXELS], ids=["cross", "hybrid"])
+def test_fused_is_explicit(kind, pixels):
+    """Rows of the table in DESIGN, cross and hybrid (pixels stand before the text and stay the row's own)."""
+    alpha, c, m, a = ingredients(kind)
+    mix, keep = mix_keep(kind.split(",")[0], alpha, c, m, a)
+    mix, keep = mix.expand(E, -1, -1), keep.expand(E, -1)
+    q, k, v, q_src, k_src = (rand(E, HEADS, n, D, seed=i) for i, n in enumerate((N, pixels + L, pixels + L, N, pixels + L)))
+    p, p_src = attend_probs(q, k), attend_probs(q_src, k_src)
+    text = controller(kind, p_src[..., pixels:], p[..., pixels:], alpha[0], c, m, a)
+    wanted = torch.cat([p[..., :pixels], text], dim=-1)
+    assert (edited_probs(p, p_src, mix, keep) - wanted).abs().max() < 1e-12
+    assert (edited_attend(q, k, v, q_src, k_src, mix, keep) - wanted @ v).abs().max() < 1e-12
+
+
+def test_attend_is_probs_times_values():
+    q, k, v = rand(E, HEADS, N, D), rand(E, HEADS, L, D, seed=1), rand(E, HEADS, L, D, seed=2)
+    assert (attend(q, k, v) - attend_probs(q, k) @ v).abs().max() < 1e-12
+    assert (attend_probs(q, k).sum(-1) - 1).abs().max() < 1e-12
+
+
+MODULES = [SelfAttention, CrossAttention, HybridAttention]
+
+
+def module_and_inputs(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    module = kind(16, 12, HEADS, D).to(dtype)
+    return module, rand(4, N, 16).to(dtype), rand(4, L, 12).to(dtype)
+
+
+def an_edit(mix=None, keep=None, self_source=(1, 1), limit=N, dtype=torch.float64):
+    """Rows 2 and 3 of four are edited from row 1."""
+    mix = torch.zeros(2, L, L, dtype=dtype) if mix is None else mix
+    keep = torch.ones(2, L, dtype=dtype) if keep is None else keep
+    return AttentionEdit(torch.tensor([1, 1]), mix, keep, torch.tensor(self_source), torch.tensor([limit, limit]))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_identity_edit_is_no_edit(kind, dtype):
+    """mix = 0, keep = 1 and the own row change nothing; nor do the own maps, injected."""
+    module, x, context = module_and_inputs(kind, dtype)
+    plain, _ = module(x, context)
+    same, _ = module(x, context, an_edit(self_source=(2, 3), dtype=dtype))
+    assert (same - plain).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
+    eye = torch.eye(L, dtype=dtype).expand(2, -1, -1)
+    x, context = x[[0, 1, 1, 1]], context[[0, 1, 1, 1]]
+    plain, _ = module(x, context)
+    own, _ = module(x, context, an_edit(mix=eye, keep=torch.zeros(2, L, dtype=dtype), dtype=dtype))
+    assert (own - plain).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_unedited_rows_do_not_see_the_edit(kind):
+    module, x, context = module_and_inputs(kind)
+    edited, _ = module(x, context, an_edit(mix=rand(2, L, L), keep=rand(2, L)))
+    plain, _ = module(x, context)
+    assert (edited[:2] - plain[:2]).abs().max() < 1e-14
+    assert (edited[2:] - plain[2:]).abs().min(dim=-1).values.max() > 1e-6
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_recorded_maps_are_those_used(kind):
+    """Output = maps . values: the returned maps are the ones after the edit, and recording changes no output."""
+    module, x, context = module_and_inputs(kind)
+    edit = an_edit(mix=rand(2, L, L), keep=rand(2, L))
+    out, maps = module(x, context, edit, Record(text=N, pixels=N))
+    assert torch.equal(out, module(x, context, edit)[0])
+    if kind is HybridAttention:   # only the text columns come back: compare them with the explicit form
+        split = lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)  # noqa: E731
+        q, k = split(module.to_q(x)), split(torch.cat([module.to_k(x), module.add_k_proj(context)], dim=1))
+        p = attend_probs(q, k)
+        wanted = torch.cat([p[:2], edited_probs(p[2:], p[[1, 1]], edit.mix, edit.keep)])[..., -L:]
+        assert (maps - wanted).abs().max() < 1e-12
+        return
+    v = module.to_v(x if kind is SelfAttention else context).unflatten(-1, (HEADS, D)).transpose(1, 2)
+    wanted = module.to_out((maps @ v).transpose(1, 2).flatten(2))
+    assert (out - wanted).abs().max() < 1e-12
+
+
+def test_record_is_by_size():
+    module, x, context = module_and_inputs(CrossAttention)
+    assert module(x, context, None, Record(text=N - 1))[1] is None
+    assert module(x, context, None, Record(text=N))[1].shape == (4, HEADS, N, L)
+    assert module(x, context, None, Record(pixels=N))[1] is None
+
+
+def test_self_injection_takes_the_source_rows_map():
+    """P_src V: queries and keys of row 1, values of the row itself; not at sites with more pixels than allowed."""
+    module, x, context = module_and_inputs(SelfAttention)
+    _, maps = module(x, context, an_edit(), Record(pixels=N))
+    assert torch.equal(maps[2], maps[1]) and torch.equal(maps[3], maps[1]) and not torch.equal(maps[0], maps[1])
+    large, _ = module(x, context, an_edit(limit=N - 1))
+    assert (large - module(x, context)[0]).abs().max() < 1e-14
+
+
+def test_hybrid_attention_is_one_softmax_over_pixels_and_text():
+    module, x, context = module_and_inputs(HybridAttention)
+    split = lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)  # noqa: E731
+    scores = torch.cat([split(module.to_q(x)) @ split(module.to_k(x)).mT,
+                        split(module.to_q(x)) @ split(module.add_k_proj(context)).mT], dim=-1) * D**-0.5
+    values = torch.cat([split(module.to_v(x)), split(module.add_v_proj(context))], dim=-2)
+    wanted = module.to_out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+    assert (module(x, context)[0] - wanted).abs().max() < 1e-12
+
+
+def test_edit_is_one_graph_for_all_steps():
+    """Only tensors change from step to step, so a compiled module is traced once without and once with an edit."""
+    import torch._dynamo as dynamo
+
+    graphs = []
+    module, x, context = module_and_inputs(CrossAttention)
+    dynamo.reset()
+    compiled = torch.compile(module, backend=lambda g, _: graphs.append(g) or g.forward, fullgraph=True, dynamic=False)
+    compiled(x, context)
+    for i in range(5):
+        compiled(x, context, an_edit(mix=rand(2, L, L, seed=i), keep=rand(2, L, seed=i)))
+    assert len(graphs) == 2

@@ -1,0 +1,138 @@
+"""The command line, as a user meets it."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from p2p.cli import main
+from p2p.image import CHUNK, grid, read_settings, save_png
+
+EDIT = ["edit", "a red cat on grass", "a red dog on grass", "--steps", "3"]
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def test_edit_writes_source_edit_and_grid(capsys, tmp_path):
+    code, out, err = run(capsys, *EDIT, "--seed", 5, "-o", tmp_path / "out")
+    folder = tmp_path / "out" / "0001-a-red-cat-on-grass"
+    assert code == 0 and out.split() == [str(folder / f) for f in ("source.png", "edit.png", "grid.png")]
+    assert "mode replace (chosen from the prompts)" in err and "seed" not in err
+    assert pixels(folder / "source.png").shape == (64, 64, 3)
+    assert (pixels(folder / "source.png") != pixels(folder / "edit.png")).any()
+    assert json.loads((folder / "settings.json").read_text()) == read_settings(folder / "edit.png")
+    assert not [p for p in (tmp_path / "out").iterdir() if p != folder]   # nothing half-written is left
+
+
+def test_nothing_is_overwritten_and_a_drawn_seed_is_said_and_recorded(capsys, tmp_path):
+    seeds = []
+    for _ in range(2):
+        code, out, err = run(capsys, *EDIT, "-o", tmp_path)
+        assert code == 0
+        seeds.append(int(err.split("seed ")[1].split()[0]))
+        assert read_settings(out.split()[0])["seed"] == seeds[-1]
+    assert len(set(seeds)) == 2 and sorted(p.name[:4] for p in tmp_path.iterdir()) == ["0001", "0002"]
+
+
+def test_from_runs_an_edit_again_to_the_same_pixels(capsys, tmp_path):
+    options = ["--cross", "0.6", "--cross", "dog=0.2:0.9", "--self", "0:0.5", "--weight", "red=1.5", "--cfg", "2.5", "--eta", "0.3"]
+    _, first, _ = run(capsys, *EDIT, *options, "-o", tmp_path)
+    for made in first.split():
+        code, again, _ = run(capsys, "edit", "--from", made, "-o", tmp_path)
+        assert code == 0
+        for a, b in zip(first.split(), again.split()):
+            assert (pixels(a) == pixels(b)).all()
+    s = read_settings(first.split()[0])
+    assert s["targets"][0]["cross_replace_steps"] == {"default_": 0.6, "dog": [0.2, 0.9]} and s["eta"] == 0.3
+
+
+def test_several_targets_and_generate(capsys, tmp_path):
+    code, out, _ = run(capsys, *EDIT, "a red cat in the snow", "-o", tmp_path, "--seed", 1)
+    assert code == 0 and [os.path.basename(p) for p in out.split()] == ["source.png", "edit-1.png", "edit-2.png", "grid.png"]
+    code, out, _ = run(capsys, "generate", "a red cat", "a house", "--steps", 2, "--seed", 1, "-o", tmp_path)
+    assert code == 0 and [os.path.basename(p) for p in out.split()] == ["1.png", "2.png", "grid.png"]
+    code, _, err = run(capsys, "edit", "--from", out.split()[0], "-o", tmp_path)
+    assert code == 2 and "generate" in err
+
+
+def test_tokens_shows_pieces_and_partners(capsys):
+    code, out, _ = run(capsys, "tokens", "a cat on hill", "a hippopotamus on hill")
+    assert code == 0 and "hippopotamus" in out and "new" in out and "49406" in out
+
+
+USAGE = {
+    "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
+    'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],
+    "'much' is not a number": [*EDIT, "--weight", "red=much"], 'no word "hat"': [*EDIT, "--cross", "hat=0.5"],
+    "within 0 and 1": [*EDIT, "--cross", "1.5"], "--self: 'x' is not a number": [*EDIT, "--self", "x"],
+    "as many words": ["edit", "a cat", "a big cat", "--mode", "replace"], "1 to 1000": [*EDIT[:-1], "2000"],
+    "whole number": [*EDIT[:-1], "0"], "invalid int value": [*EDIT[:-1], "many"], "no such file": ["edit", "--from", "absent.png"],
+    "give either prompts or --from": ["edit", "a", "b", "--from", "x.png"], "eta must lie": [*EDIT, "--eta", "3"],
+    "--device warp": [*EDIT, "--device", "warp"],
+}
+
+
+@pytest.mark.parametrize("message", USAGE)
+def test_bad_usage_is_one_clear_message(capsys, tmp_path, message):
+    code, out, err = run(capsys, *USAGE[message], *(["-o", tmp_path] if USAGE[message] != ["paint"] else []))
+    assert code == 2 and message in err and out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_file_errors_have_their_own_code(capsys, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"<html>")
+    for path, message in ((bad, "web page"), (tmp_path / "absent.safetensors", "no such file")):
+        code, _, err = run(capsys, *EDIT, "--model", path, "-o", tmp_path / "out")
+        assert code == 3 and message in err and str(path) in err
+
+
+def test_other_weights_are_not_taken_for_the_recorded_ones(capsys, tmp_path, sd1_file):
+    _, out, _ = run(capsys, *EDIT, "-o", tmp_path)
+    code, _, err = run(capsys, "edit", "--from", out.split()[0], "--model", sd1_file, "-o", tmp_path)
+    assert code == 3 and "not the weights" in err
+
+
+def test_unwritable_folder_is_said_before_sampling(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, *EDIT, "-o", tmp_path / "file" / "out")
+    assert code == 2 and "cannot be written" in err
+
+
+def test_foreign_pictures_hold_no_settings(capsys, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("hello")
+    save_png(tmp_path / "half.png", Image.new("RGB", (8, 8)), {"command": "edit"})
+    for name, message in (("plain.png", "holds no settings"), ("text.png", "not a picture"), ("half.png", "not complete")):
+        code, _, err = run(capsys, "edit", "--from", tmp_path / name, "-o", tmp_path)
+        assert code == 2 and message in err
+
+
+def test_module_and_pipe():
+    """`python -m p2p` is the same program; without a terminal there is no progress bar."""
+    done = subprocess.run([sys.executable, "-m", "p2p", "tokens", "a cat"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("a cat\n")
+
+
+def test_settings_survive_any_text(tmp_path):
+    settings = {"source": 'Ünïcode "quotes" \n 😀 <b>', "n": [1, 2.5, None]}
+    save_png(tmp_path / "x.png", Image.new("RGB", (8, 8)), settings)
+    assert read_settings(tmp_path / "x.png") == settings and CHUNK in Image.open(tmp_path / "x.png").text
+
+
+def test_grid_grows_with_its_captions():
+    pictures = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
+    short, long = grid(pictures, ["a cat", "a dog"]), grid(pictures, ["a cat", "a dog " * 30])
+    assert short.width == long.width and short.height < long.height

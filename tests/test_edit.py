@@ -1,0 +1,84 @@
+"""From what the user asks to tensors per step."""
+import pytest
+import torch
+
+from models.text import tokens
+from p2p.edit import Edit, choose_mode, cross_alpha, plan, tables, weights, window
+from p2p.errors import UsageError
+
+L = 77
+
+
+@pytest.mark.parametrize("source, target, mode", [
+    ("a cat", "a dog", "replace"), ("a cat", "a big cat", "refine"), ("a cat", "A  cat", "reweight"),
+    ("a cat on grass", "a cat", "refine"), ("a hippopotamus", "a cat", "replace")])
+def test_mode_is_chosen_from_the_prompts(source, target, mode):
+    assert choose_mode(tokens(source), Edit(target), tokens(target)) == mode
+    assert choose_mode(tokens(source), Edit(target, mode="refine"), tokens(target)) == "refine"
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("lo, hi", [(0, 1), (0, 0.8), (0.2, 0.5), (0.3, 0.3), (0, 0)])
+def test_cross_window_rounds_like_the_official_code(steps, lo, hi):
+    alpha = cross_alpha((lo, hi), tokens("a cat"), steps, L)
+    wanted = [int(lo * (steps + 1)) <= i < int(hi * (steps + 1)) for i in range(steps)]
+    assert alpha.shape == (steps, L) and (alpha == torch.tensor(wanted)[:, None]).all()
+
+
+def test_window_by_word():
+    """What is not named is injected throughout; "default_" sets it; later words win."""
+    t = tokens("a red cat on grass")
+    alpha = cross_alpha({"default_": 0.5, "red cat": (0.5, 1.0)}, t, 9, L)
+    assert alpha[:, [2, 3]].bool().all(1).tolist() == [False] * 5 + [True] * 4
+    assert alpha[:, [1, 4]].bool().all(1).tolist() == [True] * 5 + [False] * 4
+    assert cross_alpha({"cat": 0.0}, t, 9, L)[:, 3].sum() == 0 and cross_alpha({"cat": 0.0}, t, 9, L)[:, 2].all()
+
+
+@pytest.mark.parametrize("bad", [1.2, -0.1, (0.5, 0.2), (0.1, 0.2, 0.3), "half", None, True, float("nan")])
+def test_bad_window_is_an_error(bad):
+    with pytest.raises(UsageError, match="self_replace_steps"):
+        window(bad, "self_replace_steps")
+
+
+def test_weights_by_word():
+    t = tokens("a fluffy red ball")
+    c = weights({"fluffy": -2, "red ball": 3.0}, t, L)
+    assert c[2] == -2 and (c[3:5] == 3).all() and c.sum() == L - 3 - 2 + 6 - 0
+    with pytest.raises(UsageError, match="green"):
+        weights({"green": 1.0}, t, L)
+    with pytest.raises(UsageError, match="finite"):
+        weights({"red": float("inf")}, t, L)
+
+
+def test_word_injected_alone():
+    """Only the columns of one word come from the source; all others are the target's own."""
+    s, t = tokens("a cat on grass"), tokens("a cat on sand")
+    mix, keep = tables(s, t, Edit(t.text, cross_replace_steps={"default_": 0.0, "cat": 1.0}), "replace", 5, L)
+    assert (keep[:, 2] == 0).all() and keep.sum() == 5 * (L - 1)
+    assert (mix[:, 2, 2] == 1).all() and mix.sum() == 5
+
+
+def test_targets_keep_their_own_settings():
+    """Two targets in one batch: each row of the plan is what the target alone would have."""
+    s = tokens("a red cat on grass")
+    edits = [Edit("a blue cat on grass", cross_replace_steps=0.4, self_replace_steps=0.2, self_max_tokens=64),
+             Edit("a red cat on grass at night", mode="refine", equalizer={"night": 2}, self_replace_steps=(0.5, 1.0))]
+    targets = [tokens(e.prompt) for e in edits]
+    make = lambda e, t, m, rows: plan(s, t, e, m, steps=10, length=L, rows=rows, device=torch.device("cpu"), dtype=torch.float64)  # noqa: E731
+    both = make(edits, targets, ["replace", "refine"], 6)
+    for i, mode in enumerate(["replace", "refine"]):
+        alone = make(edits[i:i + 1], targets[i:i + 1], [mode], 2)
+        for step, (b, a) in enumerate(zip(both, alone)):
+            assert torch.equal(b.mix[i], a.mix[0]) and torch.equal(b.keep[i], a.keep[0])
+            assert b.source.tolist() == [3, 3] and a.source.tolist() == [0]
+            injected = step < 2 if i == 0 else step >= 5
+            assert b.self_source[i] == (3 if injected else 4 + i)
+    assert both[0].self_max_tokens.tolist() == [64, 1024]
+
+
+def test_unknown_choices_are_errors():
+    s, t = tokens("a cat"), tokens("a dog")
+    with pytest.raises(UsageError, match="replace, refine, reweight"):
+        choose_mode(s, Edit("a dog", mode="swap"), t)
+    with pytest.raises(UsageError, match="exact, official"):
+        tables(s, t, Edit("a dog", aligner="fuzzy"), "replace", 5, L)

@@ -1,0 +1,69 @@
+"""The numbers of the original code, on the same weights and noise."""
+import pytest
+import torch
+
+import p2p
+from p2p.denoise import denoise
+from p2p.edit import plan
+
+CASES = ["plain", "replace", "replace_multitoken", "refine", "reweight"]
+
+
+def close(got, want, tol):
+    """Largest difference, in standard deviations of what is wanted."""
+    assert got.shape == want.shape
+    assert (got - want).abs().max() <= tol * want.std()
+
+
+def as_edit(prompt, case):
+    pair = lambda v: tuple(v) if isinstance(v, list) else v  # noqa: E731
+    cross = case["cross"]
+    cross = {k: pair(v) for k, v in cross.items()} if isinstance(cross, dict) else pair(cross)
+    return p2p.Edit(prompt, mode=case["kind"], cross_replace_steps=cross, self_replace_steps=pair(case["self"]),
+                    self_max_tokens=32 * 32, equalizer=case.get("weights"), aligner="official")
+
+
+def test_text_tower(sd1, golden):
+    ids = sd1.text_encoder.tokenize(["a photo of a cat riding a bicycle", "", "Ünïcode & émojis: 2 cats!"])
+    assert torch.equal(ids, golden[1]["parts.token_ids"].long())
+    close(sd1.text_encoder(ids), golden[1]["parts.text"], 1e-4)
+
+
+def test_unet(sd1, golden):
+    g = golden[1]
+    with torch.no_grad():
+        close(sd1.unet(g["parts.unet_x"], g["parts.unet_t"], g["parts.text"][:2])[0], g["parts.unet_out"], 1e-4)
+
+
+def test_autoencoder(sd1, golden):
+    g = golden[1]
+    close(sd1.encode(g["parts.image"]), g["parts.vae_mean"], 1e-4)
+    close(sd1.decode(g["parts.vae_mean"]), g["parts.vae_decoded"], 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edit(sd1, golden, name):
+    meta, g = golden
+    case = meta["cases"][name]
+    settings = dict(steps=case["steps"], guidance_scale=meta["cfg"], x_T=g[f"{name}.z_T"])
+    if case["kind"] == "none":
+        r = p2p.generate(sd1, case["prompts"], **settings)
+    else:
+        r = p2p.edit(sd1, case["prompts"][0], [as_edit(p, case) for p in case["prompts"][1:]], **settings)
+    close(r.latents, g[f"{name}.final"], 1e-3)
+
+
+@pytest.mark.parametrize("name", CASES[1:])
+def test_first_step(sd1, golden, name):
+    """Before rounding is amplified by guidance over the steps."""
+    meta, g = golden
+    case = meta["cases"][name]
+    prompts, n = case["prompts"], len(case["prompts"])
+    edits = [as_edit(p, case) for p in prompts[1:]]
+    split = [sd1.tokens(p) for p in prompts]
+    edit_plan = plan(split[0], split[1:], edits, [e.mode for e in edits], steps=case["steps"], length=sd1.length, rows=2 * n,
+                     device=sd1.device, dtype=sd1.dtype)
+    x = g[f"{name}.z_T"].expand(n, -1, -1, -1)
+    steps = denoise(sd1, x, sd1.text(prompts), sd1.text([""] * n), sd1.schedule(case["steps"]), guidance_scale=meta["cfg"],
+                    plan=edit_plan)
+    close(next(steps).x, g[f"{name}.trajectory"][1], 1e-4)

@@ -1,0 +1,174 @@
+"""UNet, autoencoder and text tower against diffusers and transformers, with random weights; sizes on the meta device.
+
+In float64, so that the bound is about formulas: in float32 both sides differ by about 1e-5 from rounding alone.
+"""
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import diffusers, transformers
+
+from models.attention import Record
+from models.blocks import timestep_embedding
+from models.text import CLIP_L, TextConfig, TextEncoder, tokens
+from models.text import EMOJI as EMOJI_TEXT
+from models.unet import EMOJI, SD1, UNet
+from models.vae import SD, AutoencoderKL, VAEConfig
+from weights.keys import clip_sources, ldm_sources, unet_prefixes, vae_prefixes
+
+
+def randomised(module, seed=0):
+    """Weights away from every zero and one that initialisation leaves, so that nothing is hidden."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.5 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
+                    + (1 if p.ndim == 1 else 0))
+    return module.eval().double()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def close(got, want):
+    assert got.shape == want.shape and (got - want).abs().max() <= 1e-6 * want.abs().max()   # the timestep's sinusoids are float32
+
+
+def test_sd1_unet_at_full_size():
+    with torch.device("meta"):
+        unet = UNet(SD1)
+    state = unet.state_dict()
+    assert len(state) == 686 and sum(p.numel() for p in state.values()) == 859_520_964
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280))
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_vae_at_full_size():
+    with torch.device("meta"):
+        state = AutoencoderKL(SD).state_dict()
+    assert len(state) == 248 and sum(p.numel() for p in state.values()) == 83_653_863
+
+
+def test_clip_at_full_size():
+    with torch.device("meta"):
+        state = TextEncoder(CLIP_L).state_dict()
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    assert sum(p.numel() for p in state.values()) == sum(p.numel() for p in theirs.parameters()) == 123_060_480
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "clip"])
+def test_ldm_names_are_a_bijection(part, golden):
+    """Every module tensor has its own name in the file, and all of the golden file's names are used."""
+    with torch.device("meta"):
+        if part == "unet":
+            names = UNet(SD1).state_dict()
+            sources, prefix = ldm_sources(names, unet_prefixes(SD1)), "model.diffusion_model."
+        elif part == "vae":
+            names = AutoencoderKL(SD).state_dict()
+            sources, prefix = ldm_sources(names, vae_prefixes(SD)), "first_stage_model."
+        else:
+            names = TextEncoder(replace(CLIP_L, layers=golden[0]["text_layers"])).state_dict()
+            sources, prefix = clip_sources(names), "cond_stage_model.transformer.text_model."
+    used = [k for s in sources.values() for k in s.keys]
+    assert sources.keys() == names.keys() and len(used) == len(set(used))
+    assert {prefix + k for k in used} == {k for k in golden[0]["shapes"] if k.startswith(prefix)} - {
+        prefix + "embeddings.position_ids"}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("size", [(16, 16), (24, 8)])
+def test_unet_is_that_of_diffusers(linear, size):
+    config = replace(SD1, channels=(32, 64, 64, 96), heads=(4, 4, 4, 4), context_dim=24, linear_projection=linear)
+    unet = randomised(UNet(config))
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=config.channels, cross_attention_dim=24, attention_head_dim=4, use_linear_projection=linear).eval().double()
+    theirs.load_state_dict(unet.state_dict())
+    x, context, t = randn(2, 4, *size), randn(2, 5, 24, seed=1), torch.tensor([3, 981])
+    with torch.no_grad():
+        close(unet(x, t, context)[0], theirs(x, t, context).sample)
+
+
+def test_hybrid_unet_runs_on_pixels_and_names_its_maps():
+    """Cross-attention going down, hybrid in the middle and going up; only sites of the asked size come back."""
+    unet = randomised(UNet(EMOJI))
+    x, context = randn(2, 3, 64, 64), randn(2, 7, EMOJI.context_dim)
+    with torch.no_grad():
+        out, maps = unet(x, 10, context, record=Record(text=16 * 16, pixels=8 * 8))
+        assert out.shape == x.shape and torch.equal(out, unet(x, 10, context)[0])
+    text = {k: m.shape[2:] for k, m in maps.items() if m.shape[-1] == 7}
+    assert sorted(text.items()) == sorted({
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2": (256, 7),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2": (64, 7),
+        "mid_block.attentions.0.transformer_blocks.0.attn1": (64, 7),
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn1": (64, 7),
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (64, 7),
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn1": (256, 7),
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (256, 7)}.items())
+    assert [k for k in maps if k not in text] == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
+
+
+def test_timestep_embedding_is_that_of_diffusers():
+    t = torch.tensor([0, 1, 500, 999])
+    theirs = diffusers.models.embeddings.get_timestep_embedding(t, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert (timestep_embedding(t, 64) - theirs).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 16)])
+def test_vae_is_that_of_diffusers(size):
+    config = VAEConfig(channels=(32, 64, 64), layers_per_block=1)
+    vae = randomised(AutoencoderKL(config))
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=config.channels, layers_per_block=1, latent_channels=4).eval().double()
+    theirs.load_state_dict(vae.state_dict())
+    x, z = randn(2, 3, *size), randn(2, 4, size[0] // 4, size[1] // 4)
+    with torch.no_grad():
+        close(vae.encode(x)[0], theirs.encode(x).latent_dist.mean)
+        close(vae.encode(x)[1], theirs.encode(x).latent_dist.logvar)
+        close(vae.decode(z), theirs.decode(z).sample)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_text_tower_is_that_of_transformers(quick_gelu):
+    """Names mapped as in a checkpoint; quick_gelu and gelu give different contexts."""
+    config = TextConfig(width=128, heads=2, layers=2, quick_gelu=quick_gelu)
+    ours = randomised(TextEncoder(config))
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+        hidden_act="quick_gelu" if quick_gelu else "gelu")).eval().double()
+    names = {k.removeprefix("text_model."): k for k in theirs.state_dict()}   # older releases nest, newer do not
+    state = ours.state_dict()
+    filled = {}
+    for name, source in clip_sources(state).items():
+        for key, part in zip(source.keys, state[name].chunk(len(source.keys))):
+            filled[names[key]] = part
+    theirs.load_state_dict(filled, strict=True)
+    ids = ours.tokenize(["a cat riding a bicycle", ""])
+    with torch.no_grad():
+        close(ours(ids), theirs(ids).last_hidden_state)
+        other = randomised(TextEncoder(replace(config, quick_gelu=not quick_gelu)))
+        assert (other(ids) - ours(ids)).abs().max() > 1e-3
+
+
+def test_padding_is_explicit():
+    cat, small = tokens("a cat").ids, replace(CLIP_L, layers=1, width=64, heads=1)
+    for config, pad in ((small, 49407), (replace(small, pad_id=0), 0)):
+        assert TextEncoder(config).tokenize(["a cat"])[0].tolist() == cat + [pad] * (77 - len(cat))
+    long = TextEncoder(small).tokenize(["cat " * 100])[0]
+    assert long[-1] == 49407 and (long[1:-1] == cat[2]).all()
+
+
+def test_compact_vocabulary():
+    """Only listed tokens have rows; others embed as nothing and are reported; padding gives a zero context."""
+    encoder = randomised(TextEncoder(replace(EMOJI_TEXT, vocab_size=4)))
+    encoder.vocab.copy_(torch.tensor(sorted({49406, 49407, *tokens("a cat").ids[1:3]})))
+    ids = encoder.tokenize(["a cat", "a dog", "a bird"])
+    assert encoder.unknown(ids)[:, 2].tolist() == [False, True, True]
+    with torch.no_grad():
+        context = encoder(ids)
+    assert torch.equal(context[1], context[2]) and not torch.equal(context[0], context[1])
+    assert (context[:, 4:] == 0).all() and (context[:, :4].abs().sum(-1) > 0).all()

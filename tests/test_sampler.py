@@ -1,0 +1,94 @@
+"""Schedules and steps, against diffusers and against each other."""
+import pytest
+import torch
+from oracles import diffusers
+
+from p2p.errors import UsageError
+from p2p.sampler import ddim_step, ddpm_step, guide, x0_and_eps
+from p2p.schedule import ddim_schedule
+from weights.load import stable_diffusion_alphas_cumprod
+
+ABAR = stable_diffusion_alphas_cumprod()
+NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def rand(seed):
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def oracle(kind, steps, prediction="eps", **kw):
+    s = getattr(diffusers, kind)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                 steps_offset=1, prediction_type=NAMES[prediction], **kw)
+    s.set_timesteps(steps)
+    return s
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 30, 50, 333])
+def test_timesteps_are_those_of_diffusers(steps):
+    assert list(ddim_schedule(ABAR, steps).timesteps) == oracle("DDIMScheduler", steps, set_alpha_to_one=False).timesteps.tolist()
+
+
+def test_published_ends_of_the_schedule():
+    s = ddim_schedule(ABAR, 50)
+    assert s.timesteps[0] == 981 and s.timesteps[-1] == 1 and s.steps == 50
+    assert s.alphas[-1] == ABAR[0] == pytest.approx(0.99915) and ABAR[-1] == pytest.approx(0.0047, abs=1e-4)
+    assert ddim_schedule(ABAR, 50, offset=0).timesteps[0] == 980
+    assert ddim_schedule(ABAR, 50, final_alpha=1.0).alphas[-1] == 1
+    assert all(isinstance(a, float) for a in s.alphas)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_step_counts(steps):
+    with pytest.raises(UsageError, match="1 to 1000"):
+        ddim_schedule(ABAR, steps)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddim_steps_are_those_of_diffusers(prediction, eta, to_one):
+    reference = oracle("DDIMScheduler", 5, prediction, set_alpha_to_one=to_one)
+    x, out, noise = rand(1), rand(2), rand(3)
+    for t, a_t, a_prev in ddim_schedule(ABAR, 5, final_alpha=1.0 if to_one else None):
+        wanted = reference.step(out, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        got = ddim_step(*x0_and_eps(x, out, a_t, prediction), a_t, a_prev, eta, noise)
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max(), f"t = {t}"
+        x = wanted
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_predictions_say_the_same(prediction):
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) eps whatever the network predicts."""
+    x, out, a = rand(1), rand(2), 0.3
+    x_0, eps = x0_and_eps(x, out, a, prediction)
+    assert (a**0.5 * x_0 + (1 - a) ** 0.5 * eps - x).abs().max() < 1e-12
+    v = a**0.5 * eps - (1 - a) ** 0.5 * x_0
+    assert ({"eps": eps, "v": v, "x0": x_0}[prediction] - out).abs().max() < 1e-12
+
+
+def test_clipped_picture_keeps_its_noisy_picture():
+    x, out, a = rand(1), 3 * rand(2), 0.3
+    x_0, eps = x0_and_eps(x, out, a, "x0", clip=1.0)
+    assert x_0.abs().max() == 1 and (a**0.5 * x_0 + (1 - a) ** 0.5 * eps - x).abs().max() < 1e-12
+
+
+def test_ddpm_is_ddim_with_eta_one():
+    x, out, noise = rand(1), rand(2), rand(3)
+    for _, a_t, a_prev in ddim_schedule(ABAR, 5):
+        x_0, eps = x0_and_eps(x, out, a_t)
+        assert (ddpm_step(x, x_0, a_t, a_prev, noise) - ddim_step(x_0, eps, a_t, a_prev, 1.0, noise)).abs().max() < 1e-12
+
+
+def test_a_ddim_step_can_be_undone():
+    """With the same noise estimate the deterministic step is invertible."""
+    x, eps, a_t, a_prev = rand(1), rand(2), 0.3, 0.5
+    x_0, _ = x0_and_eps(x, eps, a_t)
+    y = ddim_step(x_0, eps, a_t, a_prev)
+    back, _ = x0_and_eps(y, eps, a_prev)
+    assert (ddim_step(back, eps, a_prev, a_t) - x).abs().max() < 1e-12
+
+
+def test_guidance():
+    u, c = rand(1), rand(2)
+    assert torch.equal(guide(u, c, 0.0), u) and (guide(u, c, 1.0) - c).abs().max() < 1e-15
+    assert (guide(u, c, 7.5) - (7.5 * c - 6.5 * u)).abs().max() < 1e-12

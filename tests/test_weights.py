@@ -1,0 +1,134 @@
+"""Loading: what fits is loaded as stored; what does not says what was found and what to do."""
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import p2p
+from p2p import CheckpointError
+
+
+def saved(tensors, path, **metadata):
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path, metadata or None)
+    return path
+
+
+def test_sizes_come_from_shapes(sd1, sd1_tensors):
+    """A narrow model of the Stable Diffusion 1 structure: every size read off the file, every tensor in its place."""
+    assert sd1.family == "sd1" and sd1.prediction == "eps" and sd1.guidance_scale == 7.5
+    assert sd1.unet.config.channels == (32, 64, 128, 128) and sd1.unet.config.heads == (8,) * 4
+    assert sd1.text(["a cat"]).shape == (1, 77, 128)
+    t = sd1_tensors
+    assert torch.equal(sd1.unet.state_dict()["up_blocks.0.upsamplers.0.conv.weight"],
+                       t["model.diffusion_model.output_blocks.2.1.conv.weight"].float())
+    assert torch.equal(sd1.vae.state_dict()["decoder.up_blocks.0.resnets.0.conv1.weight"],
+                       t["first_stage_model.decoder.up.3.block.0.conv1.weight"].float())
+    p = "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn."
+    assert torch.equal(sd1.text_encoder.state_dict()["transformer.resblocks.1.attn.in_proj_weight"],
+                       torch.cat([t[p + f"{x}_proj.weight"] for x in "qkv"]).float())
+
+
+def test_no_parameter_stays_on_the_meta_device(sd1, emoji):
+    for model in (sd1, emoji):
+        parts = [model.unet, model.text_encoder] + ([model.vae] if model.vae else [])
+        for tensor in (t for p in parts for t in p.state_dict().values()):
+            assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_precision_is_as_asked(sd1_file, dtype):
+    model = p2p.load(sd1_file, dtype=dtype, device="cpu")
+    assert {p.dtype for p in model.unet.parameters()} == {dtype} and model.text(["a cat"]).dtype == dtype
+
+
+def test_ignored_extras_and_the_files_own_schedule(sd1_tensors, tmp_path):
+    """Schedule tables, averaged twins and position_ids do not disturb; alphas_cumprod is taken from the file."""
+    abar = torch.linspace(0.99, 0.01, 1000)
+    extra = {"alphas_cumprod": abar, "betas": abar, "model_ema.decay": torch.tensor(0.5), "logvar": abar,
+             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    model = p2p.load(saved(sd1_tensors | extra, tmp_path / "m.safetensors"), device="cpu")
+    assert torch.equal(model.alphas_cumprod, abar.double())
+
+
+def changed(tensors, **changes):
+    return {k: v for k, v in (tensors | changes).items() if v is not None}
+
+
+UNET_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+BREAKS = {
+    "1 missing.*middle_block.1.norm.weight": {"model.diffusion_model.middle_block.1.norm.weight": None},
+    "1 missing.*encoder.down.0.block.0.conv2.weight": {"first_stage_model.encoder.down.0.block.0.conv2.weight": None},
+    "1 unexpected.*input_blocks.1.0.bogus": {"model.diffusion_model.input_blocks.1.0.bogus": torch.zeros(1)},
+    "1 unexpected.*lora_a": {"lora_a": torch.zeros(1)},
+    "time_embed.0.weight is .128, 31., expected .128, 32.": {"model.diffusion_model.time_embed.0.weight": torch.zeros(128, 31)},
+    "time_embed.0.weight holds values that are not finite": {
+        "model.diffusion_model.time_embed.0.weight": torch.full((128, 32), float("nan"))},
+    "an inpainting model": {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)},
+    "knows 100 tokens": {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": torch.zeros(100, 128)},
+    "no autoencoder found": {"first_stage_model.encoder.conv_in.weight": None},
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_a_file_that_does_not_fit_says_why(sd1_tensors, tmp_path, message):
+    path = saved(changed(sd1_tensors, **BREAKS[message]), tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=message) as error:
+        p2p.load(path, family="sd1", device="cpu")
+    assert str(path) in str(error.value)
+
+
+def test_wrong_text_width(sd1_tensors, tmp_path):
+    p = "cond_stage_model.transformer.text_model."
+    narrow = {k: v[..., :64] if k.startswith(p) and v.shape[-1] == 128 else v for k, v in sd1_tensors.items()}
+    with pytest.raises(CheckpointError, match="width 128.*gives 64|does not fit"):
+        p2p.load(saved(narrow, tmp_path / "m.safetensors"), device="cpu")
+
+
+FILES = {
+    "a web page": b"<!DOCTYPE html><html>", "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+    "zip archive": b"PK\x03\x04" + bytes(100), "Python pickle": b"\x80\x02}q\x00.", "not a .safetensors file": b"hello",
+    "0 bytes": b"", "no UNet, no autoencoder": struct.pack("<Q", 2) + b"{}",
+    "damaged or cut short": struct.pack("<Q", 10**6) + b"{",
+}
+
+
+@pytest.mark.parametrize("message", FILES)
+def test_foreign_files_are_named(tmp_path, message):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(FILES[message])
+    with pytest.raises(CheckpointError, match=message):
+        p2p.load(path)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.9999])
+def test_truncated_file(sd1_file, tmp_path, keep):
+    data = sd1_file.read_bytes()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match="damaged or cut short.*bytes were found"):
+        p2p.load(path)
+
+
+def test_places_that_are_no_files(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        p2p.load(tmp_path / "absent.safetensors")
+    with pytest.raises(CheckpointError, match="a folder"):
+        p2p.load(tmp_path)
+
+
+def test_wrong_family_is_refused(emoji, sd1_file):
+    with pytest.raises(CheckpointError, match="asked to be read as sd1, but it is a emoji|emoji file"):
+        p2p.load(emoji.file, family="sd1")
+    with pytest.raises(CheckpointError, match="family 'sd9'"):
+        p2p.load(sd1_file, family="sd9")
+
+
+def test_bundled_file_is_strict_too(emoji, tmp_path):
+    tensors = load_file(emoji.file)
+    with open(emoji.file, "rb") as f:
+        metadata = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))["__metadata__"]
+    tensors.pop("unet.conv_in.bias")
+    with pytest.raises(CheckpointError, match=r"1 missing: unet.conv_in.bias"):
+        p2p.load(saved(tensors, tmp_path / "e.safetensors", **metadata))
