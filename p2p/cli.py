@@ -15,7 +15,8 @@ from typing import Any
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
 
-def parser() -> argparse.ArgumentParser:
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole program's parser, and one for each command."""
     ap = argparse.ArgumentParser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
-    return ap
+    return ap, dict(commands.choices)
 
 
 def _sampling(ap: argparse.ArgumentParser) -> None:
@@ -56,9 +57,13 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages go to stderr, what was written to stdout."""
-    ap = parser()
+    argv = sys.argv[1:] if argv is None else argv
+    ap, commands = parsers()
     try:
-        args = ap.parse_args(argv)
+        if argv and argv[0] in commands:   # prompts may stand before, between and after the options
+            args = commands[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+        else:
+            args = ap.parse_args(argv)
     except SystemExit as stop:   # argparse has said what was wrong
         return int(stop.code or 0)
     from p2p.errors import NumericsError, UsageError

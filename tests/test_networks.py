@@ -85,7 +85,8 @@ def test_unet_is_that_of_diffusers(linear, size):
     config = replace(SD1, channels=(32, 64, 64, 96), heads=(4, 4, 4, 4), context_dim=24, linear_projection=linear)
     unet = randomised(UNet(config))
     theirs = diffusers.UNet2DConditionModel(
-        block_out_channels=config.channels, cross_attention_dim=24, attention_head_dim=4, use_linear_projection=linear).eval().double()
+        block_out_channels=config.channels, cross_attention_dim=24, attention_head_dim=4,
+        use_linear_projection=linear).eval().double()
     theirs.load_state_dict(unet.state_dict())
     x, context, t = randn(2, 4, *size), randn(2, 5, 24, seed=1), torch.tensor([3, 981])
     with torch.no_grad():

@@ -1,0 +1,203 @@
+"""How good the bundled model and its edits are, as read by the recogniser. Run from the repository's root:
+
+    python -m benchmarks.quality [--n 500] [--pairs 200] [--seeds 50] [--only recogniser,captions,...] [--json FILE]
+
+Everything is drawn from fixed seeds and from captions that were kept out of training.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import p2p
+from weights.emoji import recogniser
+from weights.emoji.recogniser import Reading, iou
+from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, held_out, novel, sample
+
+INJECTED = 2 / 3   # share of the steps with cross-attention injected in the word swaps
+
+
+def mean_ci(values: Tensor) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval."""
+    v = values.double()
+    return v.mean().item(), 1.96 * v.std().item() / len(v) ** 0.5
+
+
+def shown(result: p2p.Result) -> Tensor:
+    """The run's pictures as the recogniser takes them: what a PNG file would hold.  -> (B, 3, 64, 64)"""
+    return torch.cat([p2p.image.from_pil(i) for i in result.images])
+
+
+def psnr_outside(a: Tensor, b: Tensor, cells: Tensor) -> Tensor:
+    """PSNR of two pictures (B, 3, 64, 64) where the map of cells (B, 32, 32), grown by two cells, is empty.  -> (B,) dB"""
+    grown = F.max_pool2d(cells[:, None].float(), 5, 1, 2)
+    outside = (F.interpolate(grown, size=a.shape[-2:]) == 0).float()
+    error = ((a - b) / 2).square().mean(1, keepdim=True)
+    return -10 * ((error * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp(min=1)).clamp(min=1e-6).log10()
+
+
+def asked(scene: Scene, seen: Reading) -> dict[str, list[bool]]:
+    """Per picture: every asked object found; every named colour right; the named place right; the style right."""
+    out: dict[str, list[bool]] = {"object": [], "colour": [], "place": [], "style": []}
+    for i in range(len(scene)):
+        things = [(int(t), int(c)) for t, c in zip(scene.thing[i], scene.colour[i]) if t >= 0]
+        out["object"].append(all(bool(seen.found[i, t]) for t, _ in things))
+        coloured = [(t, c) for t, c in things if c >= 0 and [x for x, _ in things].count(t) == 1]
+        if coloured:
+            out["colour"].append(all(bool(seen.found[i, t]) and int(seen.colour[i, t]) == c for t, c in coloured))
+        if scene.named[i]:
+            out["place"].append(bool(seen.place[i] == scene.place[i]))
+        out["style"].append(bool(seen.style[i] == scene.style[i]))
+    return out
+
+
+class Bench:
+    def __init__(self, model: p2p.Model, steps: int):
+        self.model, self.steps, self.eye = model, steps, recogniser.load()
+
+    def recogniser(self) -> dict:
+        return recogniser.judge(self.eye, 2000)
+
+    def captions(self, split: str, n: int) -> dict:
+        """Shares of n pictures whose caption the recogniser can confirm."""
+        scene, sums = sample(n, 2_000_000, split), {"object": [], "colour": [], "place": [], "style": []}
+        for k in range(0, n, 25):
+            part = scene[slice(k, k + 25)]
+            r = p2p.generate(self.model, caption(part), steps=self.steps, seed=list(range(k, k + len(part))))
+            for name, values in asked(part, self.eye.read(shown(r))).items():
+                sums[name] += values
+        return {name: sum(v) / len(v) for name, v in sums.items()}
+
+    def _pairs(self, n: int, seed: int, change, mix: Mix) -> tuple[Scene, Scene]:
+        """n scenes and changed twins, both with captions that were never trained."""
+        found: list[tuple[Scene, Scene]] = []
+        g = torch.Generator().manual_seed(seed)
+        while sum(len(a) for a, _ in found) < n:
+            scene = sample(200, g, "held out", mix)
+            other = change(scene, g)
+            ok = ~novel(other) & held_out(other)
+            found.append((scene[ok], other[ok]))
+        return Scene.cat([a for a, _ in found])[:n], Scene.cat([b for _, b in found])[:n]
+
+    def _edit(self, source: Scene, target: Scene, i: int, **settings) -> tuple[Tensor, Reading]:
+        """Source, edit with injection, the edited prompt alone (same noise); one batch."""
+        a, b = caption(source[[i]])[0], caption(target[[i]])[0]
+        r = p2p.edit(self.model, a, [p2p.Edit(b, **settings), p2p.Edit(b, cross_replace_steps=0.0, self_replace_steps=0.0)],
+                     steps=self.steps, seed=i)
+        pictures = shown(r)
+        return pictures, self.eye.read(pictures)
+
+    def swap(self, n: int) -> dict:
+        """Word swaps: is the new object there, did the rest stay, is it where the old one was?"""
+        def other_thing(s: Scene, g: torch.Generator) -> Scene:
+            thing = (s.thing[:, 0] + torch.randint(1, len(OBJECTS), (len(s),), generator=g)) % len(OBJECTS)
+            return replace(s, thing=torch.stack([thing, s.thing[:, 1]], dim=1))
+
+        source, target = self._pairs(n, 1, other_thing, Mix(two=0, style=0, weather=0, size=0, named=1))
+        rows = []
+        for i in range(n):
+            old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
+            pictures, seen = self._edit(source, target, i, cross_replace_steps=INJECTED)
+            old_cells = (seen.cells[:1] == old).expand(2, -1, -1)
+            psnr = psnr_outside(pictures[1:], pictures[:1].expand(2, -1, -1, -1), old_cells)
+            overlap = iou(seen.box[1:, new], seen.box[:1, old].expand(2, -1))
+            rows.append(torch.cat([seen.found[1:, new].float(), psnr, overlap, seen.found[:1, old].float()]))
+        t = torch.stack(rows)
+        return {
+            "new object, injected": mean_ci(t[:, 0]), "new object, plain": mean_ci(t[:, 1]),
+            "PSNR outside, injected": mean_ci(t[:, 2]), "PSNR outside, plain": mean_ci(t[:, 3]),
+            "PSNR gain": mean_ci(t[:, 2] - t[:, 3]), "overlap, injected": mean_ci(t[:, 4]),
+            "overlap, plain": mean_ci(t[:, 5]), "overlap gain": mean_ci(t[:, 4] - t[:, 5]), "source object": mean_ci(t[:, 6]),
+        }
+
+    def refine(self, n: int, what: str) -> dict:
+        """An added place, colour or style: is it there, and did the object stay where it was?"""
+        def added(s: Scene, g: torch.Generator) -> Scene:
+            if what == "place":
+                return replace(s, named=torch.ones_like(s.named), place=torch.randint(len(PLACES), (len(s),), generator=g))
+            if what == "colour":
+                colour = torch.randint(len(COLOURS), (len(s),), generator=g)
+                return replace(s, colour=torch.stack([colour, s.colour[:, 1]], dim=1))
+            return replace(s, style=1 + torch.randint(len(STYLES) - 1, (len(s),), generator=g))
+
+        base = Mix(two=0, style=0, weather=0, size=0, named=0.0 if what == "place" else 1.0,
+                   colour=0.0 if what == "colour" else 0.6)
+        source, target = self._pairs(n, 2, added, base)
+        rows = []
+        for i in range(n):
+            thing = int(source.thing[i, 0])
+            pictures, seen = self._edit(source, target, i)
+            there = {"place": seen.place == target.place[i], "colour": seen.colour[:, thing] == target.colour[i, 0],
+                     "style": seen.style == target.style[i]}[what]
+            overlap = iou(seen.box[1:, thing], seen.box[:1, thing].expand(2, -1))
+            psnr = psnr_outside(pictures[1:], pictures[:1].expand(2, -1, -1, -1), (seen.cells[:1] == thing).expand(2, -1, -1))
+            rows.append(torch.cat([there[1:].float(), seen.found[1:, thing].float(), overlap, psnr]))
+        t = torch.stack(rows)
+        out = {}
+        for k, name in enumerate(("added", "object kept", "overlap", "PSNR outside")):
+            if name != "PSNR outside" or what == "colour":
+                out |= {f"{name}, injected": mean_ci(t[:, 2 * k]), f"{name}, plain": mean_ci(t[:, 2 * k + 1])}
+        return out
+
+    def reweight(self, n: int, word: str) -> dict:
+        """A graded word at -2 .. 2: for how many seeds does the measured amount rise at every step?"""
+        values = (-2.0, -1.0, 0.0, 1.0, 2.0)
+        things = list(OBJECTS)
+        rows = []
+        for i in range(n):
+            thing = i % len(things)
+            prompt = f"a {word} {things[thing]} on grass" if word in ("tiny", "huge") else f"a {things[thing]} on {word} grass"
+            edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: c}, **REWEIGHT[word]) for c in values]
+            pictures = shown(p2p.edit(self.model, prompt, edits, steps=self.steps, seed=i))[1:]
+            seen = self.eye.read(pictures)
+            amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.area[:, thing], "huge": seen.area[:, thing]}[word]
+            rows.append(amount.float())
+        t = torch.stack(rows)
+        return {"rises": mean_ci((t.diff(dim=1) > 0).all(1).float()),
+                **{f"amount at {c:+g}": mean_ci(t[:, k]) for k, c in enumerate(values)}}
+
+
+REWEIGHT = {
+    "snowy": dict(cross_replace_steps=1.0, self_replace_steps=0.4), "foggy": dict(cross_replace_steps=1.0, self_replace_steps=0.4),
+    "tiny": dict(cross_replace_steps=1.0, self_replace_steps=0.0), "huge": dict(cross_replace_steps=1.0, self_replace_steps=0.0),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    ap.add_argument("--model", default="emoji")
+    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--n", type=int, default=500, help="captions")
+    ap.add_argument("--pairs", type=int, default=200, help="word swaps")
+    ap.add_argument("--seeds", type=int, default=50, help="of every refinement and graded word")
+    ap.add_argument("--only", default="recogniser,captions,novel,swap,place,colour,style,snowy,foggy,tiny,huge")
+    ap.add_argument("--json")
+    a = ap.parse_args(argv)
+    bench = Bench(p2p.load(a.model), a.steps)
+    jobs = {
+        "recogniser": lambda: bench.recogniser(), "captions": lambda: bench.captions("held out", a.n),
+        "novel": lambda: bench.captions("novel", a.n), "swap": lambda: bench.swap(a.pairs),
+        **{w: lambda w=w: bench.refine(a.seeds, w) for w in ("place", "colour", "style")},
+        **{w: lambda w=w: bench.reweight(a.seeds, w) for w in REWEIGHT},
+    }
+    report = {}
+    for name in a.only.split(","):
+        started = time.time()
+        report[name] = jobs[name]()
+        print(f"{name} ({time.time() - started:.0f} s)")
+        for key, value in report[name].items():
+            text = f"{value:8.3f}" if isinstance(value, float) else f"{value[0]:8.3f} +- {value[1]:.3f}"
+            print(f"    {key:28} {text}", flush=True)
+    if a.json:
+        with open(a.json, "w") as f:
+            json.dump(report, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
