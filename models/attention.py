@@ -56,44 +56,45 @@ def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor,
     """
     n = v.shape[-2] - keep.shape[-1]
     pixels, text = v[..., :n, :], v[..., n:, :]
-    borrowed = torch.cat([torch.zeros_like(pixels), mix[:, None] @ text], dim=-2)
-    own = torch.cat([pixels, keep[:, None, :, None] * text], dim=-2)
+    mix, keep = mix[:, None].to(v.dtype), keep[:, None, :, None].to(v.dtype)
+    borrowed = torch.cat([torch.zeros_like(pixels), mix @ text], dim=-2)
+    own = torch.cat([pixels, keep * text], dim=-2)
     return attend(q_src, k_src, borrowed) + attend(q, k, own)
 
 
 def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
     """P' itself: the explicit form of `edited_attend`.  p, p_src (E, h, N, K) -> (E, h, N, K); rows need not sum to 1"""
     n = p.shape[-1] - keep.shape[-1]
-    text = p_src[..., n:] @ mix[:, None] + p[..., n:] * keep[:, None, None, :]
+    text = p_src[..., n:] @ mix[:, None].to(p.dtype) + p[..., n:] * keep[:, None, None, :].to(p.dtype)
     return torch.cat([p[..., :n], text], dim=-1)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    return rearrange(x, "b n (h d) -> b h n d", h=heads)
-
-
 class _Attention(nn.Module):
-    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int):
+    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_k = nn.Linear(kv_dim, heads * head_dim, bias=False)
         self.to_v = nn.Linear(kv_dim, heads * head_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim))
 
+    def _split(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+        return x.float() if self.upcast else x
+
     def _out(self, x: Tensor) -> Tensor:
-        return self.to_out(rearrange(x, "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(self.to_out[0].weight.dtype))
 
 
 class SelfAttention(_Attention):
     """Pixels attend to pixels. Injection: P_src V, that is, the source's queries and keys with the row's own values."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
-        super().__init__(dim, dim, heads, head_dim)
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
+        super().__init__(dim, dim, heads, head_dim, upcast)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (_split(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
+        q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
         if edit is not None:
             rows = torch.arange(len(x), device=x.device)                                 # (B,)
             own = rows[-len(edit.source):]                                               # (E,)
@@ -128,27 +129,27 @@ class _TextAttention(_Attention):
 class CrossAttention(_TextAttention):
     """Pixels attend to text (paper section 3.1, i)."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
-        super().__init__(dim, context_dim, heads, head_dim)
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
+        super().__init__(dim, context_dim, heads, head_dim, upcast)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q = _split(self.to_q(x), self.heads)                                             # (B, h, N, d)
-        k, v = _split(self.to_k(context), self.heads), _split(self.to_v(context), self.heads)  # (B, h, L, d)
+        q = self._split(self.to_q(x))                                                    # (B, h, N, d)
+        k, v = self._split(self.to_k(context)), self._split(self.to_v(context))          # (B, h, L, d)
         return self._attend(q, k, v, context.shape[1], edit, record)
 
 
 class HybridAttention(_TextAttention):
     """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only the text columns are edited."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int):
-        super().__init__(dim, dim, heads, head_dim)
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
+        super().__init__(dim, dim, heads, head_dim, upcast)
         self.add_k_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
         self.add_v_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q = _split(self.to_q(x), self.heads)                                             # (B, h, N, d)
-        k = _split(torch.cat([self.to_k(x), self.add_k_proj(context)], dim=1), self.heads)  # (B, h, N+L, d)
-        v = _split(torch.cat([self.to_v(x), self.add_v_proj(context)], dim=1), self.heads)
+        q = self._split(self.to_q(x))                                                    # (B, h, N, d)
+        k = self._split(torch.cat([self.to_k(x), self.add_k_proj(context)], dim=1))      # (B, h, N+L, d)
+        v = self._split(torch.cat([self.to_v(x), self.add_v_proj(context)], dim=1))
         return self._attend(q, k, v, context.shape[1], edit, record)

@@ -91,13 +91,14 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """kind "cross": self-attention, cross-attention, feed-forward. kind "hybrid": hybrid attention, feed-forward."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4):
+    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4,
+                 upcast: bool = False):
         super().__init__()
         head_dim = dim // heads
         first = {"cross": SelfAttention, "hybrid": HybridAttention}[kind]
-        self.norm1, self.attn1 = nn.LayerNorm(dim), first(dim, context_dim, heads, head_dim)
+        self.norm1, self.attn1 = nn.LayerNorm(dim), first(dim, context_dim, heads, head_dim, upcast)
         if kind == "cross":
-            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim)
+            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim, upcast)
         else:
             self.norm2 = self.attn2 = None
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult)
@@ -116,12 +117,13 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, as a residual."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, kind: str, linear: bool,
-                 ff_mult: int = 4):
+                 ff_mult: int = 4, upcast: bool = False):
         super().__init__()
         proj = (lambda: nn.Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
         self.norm = nn.GroupNorm(32, dim, 1e-6)
         self.proj_in = proj()
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(dim, context_dim, heads, kind, ff_mult) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, context_dim, heads, kind, ff_mult, upcast) for _ in range(depth))
         self.proj_out = proj()
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:

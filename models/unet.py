@@ -26,11 +26,18 @@ class UNetConfig:
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     linear_projection: bool = False                # proj_in, proj_out: linear (SD 2, SDXL) or 1x1 convolution
+    vector_dim: int | None = None                  # width of a vector added to the timestep's (SDXL: pooled text, sizes)
+    upcast_attention: bool = False                 # attention in float32 whatever the model's precision (SD 2.1)
     ff_mult: int = 4                               # width of the feed-forward, times that of the level
     patch: int = 1                                 # pixels per side that one position of the first level holds
 
 
 SD1 = UNetConfig()
+SD2 = UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True, upcast_attention=True)
+SDXL = UNetConfig(
+    channels=(320, 640, 1280), down_attention=(None, "cross", "cross"), up_attention=(None, "cross", "cross"),
+    depth=(1, 2, 10), heads=(5, 10, 20), context_dim=2048, linear_projection=True, vector_dim=2816,
+)
 EMOJI = UNetConfig(
     in_channels=3, out_channels=3, channels=(96, 160), layers_per_block=1, down_attention=("cross", "cross"),
     mid_attention="hybrid", up_attention=("hybrid", "hybrid"), depth=(1, 1), heads=(3, 5), context_dim=128,
@@ -65,11 +72,13 @@ class UNet(nn.Module):
 
         def attentions(kind: str | None, level: int, n: int) -> list[nn.Module]:
             return [SpatialTransformer(ch[level], c.context_dim, c.heads[level], c.depth[level], kind,
-                                       c.linear_projection, c.ff_mult)
+                                       c.linear_projection, c.ff_mult, c.upcast_attention)
                     for _ in range(n if kind else 0)]
 
         self.conv_in = nn.Conv2d(c.in_channels * c.patch**2, ch[0], 3, padding=1)
         self.time_embedding = TimestepMLP(ch[0], temb)
+        if c.vector_dim:
+            self.add_embedding = TimestepMLP(c.vector_dim, temb)
 
         self.down_blocks, skips, dim = nn.ModuleList(), [ch[0]], ch[0]
         for i, out in enumerate(ch):
@@ -102,13 +111,16 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
 
     def forward(self, x: Tensor, t: int | Tensor, context: Tensor, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Maps]:
+                record: Record = Record(), vector: Tensor | None = None) -> tuple[Tensor, Maps]:
         """x (B, C, H, W), t int or (B,), context (B, L, D)  ->  prediction (B, C', H, W), maps by module name.
 
-        `edit` acts on the last rows of the batch, see AttentionEdit; `record` says which maps come back.
+        `edit` acts on the last rows of the batch, see AttentionEdit; `record` says which maps come back;
+        vector (B, vector_dim) only for models that take one.
         """
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4 C_0)
+        if self.config.vector_dim:
+            temb = temb + self.add_embedding(vector)
         maps: Maps = {}
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:

@@ -45,11 +45,13 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 
 def _sampling(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--model", default=None, help='"emoji" (bundled, the default) or a Stable Diffusion 1 .safetensors file')
+    ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), or a Stable Diffusion file or folder')
     ap.add_argument("--steps", "--num-inference-steps", type=int, default=50)
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
     ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
     ap.add_argument("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM")
+    ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
+    ap.add_argument("--width", type=int, default=None)
     ap.add_argument("--device", default=None)
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
     ap.add_argument("-q", "--quiet", action="store_true")
@@ -140,7 +142,7 @@ def _replay(args: argparse.Namespace) -> None:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
         result = p2p.edit(model, s["source"], edits, steps=s["steps"], guidance_scale=s["guidance_scale"], seed=s["seed"],
-                          eta=s["eta"], progress=not args.quiet)
+                          eta=s["eta"], height=s["height"], width=s["width"], progress=not args.quiet)
     except (KeyError, TypeError, AttributeError) as error:
         raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
     out.write(result, _names(len(result.images)), args.quiet)
@@ -176,7 +178,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         model = p2p.load(args.model or "emoji", device=args.device)
     except RuntimeError as error:   # torch's own word on a device that is not there
         raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    return model, dict(steps=args.steps, guidance_scale=args.cfg, seed=seed, eta=args.eta)
+    return model, dict(steps=args.steps, guidance_scale=args.cfg, seed=seed, eta=args.eta, height=args.height, width=args.width)
 
 
 def _number(text: str, what: str) -> float:

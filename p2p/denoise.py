@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.attention import AttentionEdit, Record
 from p2p.errors import NumericsError
+from p2p.model import Conditioning, Model
 from p2p.sampler import ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
 
@@ -21,20 +22,21 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def denoise(model, x: Tensor, context: Tensor, null: Tensor | None, schedule: Schedule, *, guidance_scale: float = 7.5,
-            plan: Sequence[AttentionEdit] | None = None, eta: float = 0.0,
+def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | None, schedule: Schedule, *,
+            guidance_scale: float = 7.5, plan: Sequence[AttentionEdit] | None = None, eta: float = 0.0,
             noise: Sequence[Tensor] | None = None, record: Record = Record()) -> Iterator[Step]:
     """Yields every step of the B rows of x (B, C, H, W); row 0 is the source, the targets follow.
 
-    context (B, L, D); null (B, L, D), not needed at guidance_scale 1, which then runs half the rows.
+    text, null: the prompts and the empty one, B rows each; at guidance_scale 1 only the prompts' rows are run.
     plan: one AttentionEdit a step, its row numbers counted in the network's batch, see `edit.plan`.
     noise: with eta > 0 one tensor a step, shared by the rows. Raises NumericsError where a step is not finite.
     """
     guided = guidance_scale != 1.0
-    rows = torch.cat([null, context]) if guided else context                      # (R, L, D), edited rows last
+    rows = Conditioning.cat([null, text]) if guided else text                     # R rows, the edited ones last
     for i, (t, a_t, a_prev) in enumerate(schedule):
         x_in = torch.cat([x, x]) if guided else x                                 # (R, C, H, W)
-        out, maps = model.unet(x_in.to(rows.dtype), t, rows, edit=plan[i] if plan else None, record=record)
+        out, maps = model.unet(x_in.to(model.dtype), t, rows.context, edit=plan[i] if plan else None, record=record,
+                               vector=rows.vector)
         out = out.float()                                                         # lines 6 to 8 in one pass
         if guided:
             out = guide(*out.chunk(2), guidance_scale)
@@ -42,5 +44,5 @@ def denoise(model, x: Tensor, context: Tensor, null: Tensor | None, schedule: Sc
         x = ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise is not None else None)   # line 9
         if not x.isfinite().all():
             raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite; "
-                                f"the network runs in {rows.dtype}: try float32")
+                                f"the network runs in {model.dtype}: try float32")
         yield Step(i, t, x, {site: m[-len(x):] for site, m in maps.items()})

@@ -2,20 +2,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 import weights.load
+from models.blocks import timestep_embedding
 from models.text import TextEncoder, Tokens, tokens
 from models.unet import UNet
 from models.vae import AutoencoderKL
+from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.schedule import Schedule, ddim_schedule
+
+
+class Conditioning(NamedTuple):
+    """What the UNet is told besides x_t and t, for B rows."""
+
+    context: Tensor                  # (B, L, C): the text, token by token
+    vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        return Conditioning(torch.cat([p.context for p in parts]),
+                            None if parts[0].vector is None else torch.cat([p.vector for p in parts]))
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class Model:
     file: Path
     family: str
     unet: UNet
-    text_encoder: TextEncoder = field(repr=False)
+    text_encoders: list[TextEncoder] = field(repr=False)
     vae: AutoencoderKL | None            # None: the model works on pixels
     alphas_cumprod: Tensor = field(repr=False)
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
@@ -34,7 +50,9 @@ class Model:
     guidance_scale: float = 7.5          # used where none is asked for
     clip: float | None = None            # bound of x_0 in pixel models
     final_alpha: float | None = None     # see `ddim_schedule`
-    latent_scale: float = 0.18215        # the sampler's latents = the autoencoder's times this
+    latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
+    zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
+    notes: tuple[str, ...] = ()          # what was found out while loading, and how
 
     @property
     def device(self) -> torch.device:
@@ -47,21 +65,30 @@ class Model:
     @property
     def length(self) -> int:
         """Tokens that the text tower reads."""
-        return self.text_encoder.config.context_length
+        return self.text_encoders[0].config.context_length
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the sampler works on."""
-        shrink = 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
-        return self.unet.config.in_channels, self.size[0] // shrink, self.size[1] // shrink
+    def shrink(self) -> int:
+        """Pixels per side that one latent stands for."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
+        sides = (height or self.size[0], width or self.size[1])
+        unit = self.unet.config.patch if self.vae is None else max(8, self.shrink)
+        for name, side in zip(("height", "width"), sides):
+            if side < unit or side % unit:
+                raise UsageError(f"{name} must be a positive multiple of {unit}, not {side}")
+        return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the weights' file, read when first asked for; None if it is gone by then."""
-        if not self.file.exists():
+        """Of the weights' file (a folder's UNet), read when first asked for; None if it is gone by then."""
+        file = weights.load.identity_file(self.file)
+        if file is None:
             return None
-        with self.file.open("rb") as f:
-            digest = hashlib.sha256()
+        digest = hashlib.sha256()
+        with file.open("rb") as f:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -70,9 +97,36 @@ class Model:
         return tokens(prompt)
 
     @torch.no_grad()
-    def text(self, prompts: list[str]) -> Tensor:
+    def text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> context (B, L, C), in the model's precision."""
-        return self.text_encoder(self.text_encoder.tokenize(prompts).to(self.device))
+        return self.condition(prompts).context
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
+        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
+        encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
+        context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
+        if self.unet.config.vector_dim is None:
+            return Conditioning(context)
+        return Conditioning(context, self._vector(encoded[-1][1], height, width))
+
+    def _vector(self, pooled: Tensor, height: int | None, width: int | None) -> Tensor:
+        """SDXL's vector: pooled text, then original size, crop corner and target size as sinusoids."""
+        size = (height or self.size[0], width or self.size[1])
+        numbers = torch.tensor([*size, 0, 0, *size], device=pooled.device)
+        dim = (self.unet.config.vector_dim - pooled.shape[1]) // len(numbers)
+        sizes = timestep_embedding(numbers, dim).flatten().to(pooled.dtype)      # (6 dim,)
+        return torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=-1)        # (B, V)
+
+    @torch.no_grad()
+    def null(self, n: int, height: int | None = None, width: int | None = None) -> Conditioning:
+        """The empty prompt, n times, for guidance."""
+        c = self.condition([""], height, width)
+        if self.zero_negative:
+            vector = c.vector if c.vector is None else self._vector(
+                torch.zeros_like(c.vector[:, : self.text_encoders[-1].config.pooled_dim]), height, width)
+            c = Conditioning(torch.zeros_like(c.context), vector)
+        return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
         return ddim_schedule(self.alphas_cumprod, steps, final_alpha=self.final_alpha)
@@ -81,23 +135,36 @@ class Model:
     def encode(self, image: Image.Image | Tensor) -> Tensor:
         """A picture, or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's mean)."""
         x = from_pil(image) if isinstance(image, Image.Image) else image
-        x = x.to(self.device)
-        return x.float() if self.vae is None else self.vae.encode(x.to(self.dtype))[0].float() * self.latent_scale
+        if self.vae is None:
+            return x.to(self.device).float()
+        return self.vae.encode(x.to(self.device, self.vae.quant_conv.weight.dtype))[0].float() * self.latent_scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as the sampler sees them -> pictures (B, 3, H, W), about [-1, 1], float32."""
         x = latents.to(self.device)
-        return x.float() if self.vae is None else self.vae.decode((x / self.latent_scale).to(self.dtype)).float()
+        if self.vae is None:
+            return x.float()
+        return self.vae.decode((x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)).float()
 
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
-         device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """Loads a model: "emoji", which ships with the package, or a Stable Diffusion 1 .safetensors file in LDM naming.
+         device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None) -> Model:
+    """Loads a model: "emoji", which ships with the package, or a Stable Diffusion 1, 2 or XL checkpoint: a .safetensors
+    or .ckpt file in LDM naming, or a diffusers folder.
 
-    family ("sd1", "emoji") and prediction ("eps", "v", "x0") are found out from the file where None; device: a GPU if
-    there is one; dtype: float32 on a CPU, as stored elsewhere. Raises CheckpointError.
+    family ("sd1", "sd2", "sdxl", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
+    `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
+    always runs in float32, where half precision overflows. vae: another autoencoder. Raises CheckpointError.
     """
-    c = weights.load.load(source, family, prediction, device, dtype)
-    own = dict(size=(64, 64), guidance_scale=3.0, clip=1.0, final_alpha=1.0) if c.family == "emoji" else {}
-    return Model(str(source), c.file, c.family, c.unet, c.text, c.vae, c.alphas_cumprod, c.prediction, **own)
+    package = weights.load.find(source, family, prediction, vae)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+    sdxl = package.family == "sdxl"
+    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None)
+    notes = list(package.notes)
+    if "guess" in package.why:
+        notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
+    own = dict(guidance_scale=3.0, clip=1.0, final_alpha=1.0) if package.family == "emoji" else {}
+    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
+                 package.size, latent_scale=package.latent_scale, zero_negative=sdxl, notes=tuple(notes), **own)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from models.attention import AttentionEdit
 from models.text import Tokens
 from p2p.denoise import denoise
 from p2p.edit import Edit, Window, choose_mode, plan
@@ -34,12 +35,13 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
          mode: str | None = None, cross_replace_steps: Window | Mapping[str, Window] = 0.8,
          self_replace_steps: Window = 0.4, self_max_tokens: int = 32 * 32, equalizer: Mapping[str, float] | None = None,
-         aligner: str = "exact", progress: bool = False) -> Result:
+         aligner: str = "exact", height: int | None = None, width: int | None = None, progress: bool = False) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     targets: prompts, for which the settings from `mode` on hold (see `Edit`), or `Edit`s with their own.
     guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial noise, unless
-    x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too.
+    x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
+    pictures in pixels, None for the size that the model was made for.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     shared = dict(mode=mode, cross_replace_steps=cross_replace_steps, self_replace_steps=self_replace_steps,
@@ -48,7 +50,7 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
     if not listed:
         raise UsageError("no target prompt given")
     edits = [t if isinstance(t, Edit) else Edit(t, **shared) for t in listed]
-    notes: list[str] = []
+    notes: list[str] = list(model.notes)
     prompts = [source, *(e.prompt for e in edits)]
     split = _tokens(model, prompts, notes)
     modes = [choose_mode(split[0], e, t) for e, t in zip(edits, split[1:])]
@@ -66,25 +68,26 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     edit_plan = plan(split[0], split[1:], edits, modes, steps=steps, length=model.length, rows=rows,
                      device=model.device, dtype=model.dtype)
-    settings = _settings(model, "edit", steps, guidance_scale, seed if x_T is None else None, eta) | {
+    settings = _settings(model, "edit", steps, guidance_scale, seed if x_T is None else None, eta, height, width) | {
         "source": source, "targets": [asdict(e) for e in edits]}
-    return _run(model, prompts, [seed], x_T, steps, guidance_scale, eta, edit_plan, settings, notes, progress)
+    return _run(model, prompts, [seed], x_T, edit_plan, settings, notes, progress)
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
-             seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float = 0.0, progress: bool = False) -> Result:
+             seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float = 0.0, height: int | None = None,
+             width: int | None = None, progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seed] if isinstance(seed, int) else list(seed)
     if not prompts or len(seeds) not in (1, len(prompts)):
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
-    notes: list[str] = []
+    notes: list[str] = list(model.notes)
     _tokens(model, prompts, notes)
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     _check(steps, guidance_scale, eta)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
-    settings = _settings(model, "generate", steps, guidance_scale, recorded, eta) | {"prompts": prompts}
-    return _run(model, prompts, seeds, x_T, steps, guidance_scale, eta, None, settings, notes, progress)
+    settings = _settings(model, "generate", steps, guidance_scale, recorded, eta, height, width) | {"prompts": prompts}
+    return _run(model, prompts, seeds, x_T, None, settings, notes, progress)
 
 
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
@@ -94,17 +97,18 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
 
 
-def _run(model, prompts, seeds, x_T, steps, guidance_scale, eta, edit_plan, settings, notes, progress) -> Result:
-    shape, n = model.latent_shape, len(prompts)
+def _run(model: Model, prompts: list[str], seeds: list[int], x_T: Tensor | None, edit_plan: list[AttentionEdit] | None,
+         settings: dict[str, Any], notes: list[str], progress: bool) -> Result:
+    steps, guidance_scale, eta = settings["steps"], settings["guidance_scale"], settings["eta"]
+    shape, n = model.latent_shape(settings["height"], settings["width"]), len(prompts)
     noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
         raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
     x = x.expand(n, -1, -1, -1)                                     # the same noise in every row (line 4)
-    context = model.text(prompts)
-    null = model.text([""] * n) if guidance_scale != 1 else None
-    loop = denoise(model, x, context, null, model.schedule(steps), guidance_scale=guidance_scale, plan=edit_plan, eta=eta,
-                   noise=noise[1:] or None)
+    size = x.shape[2] * model.shrink, x.shape[3] * model.shrink
+    loop = denoise(model, x, model.condition(prompts, *size), model.null(n, *size) if guidance_scale != 1 else None,
+                   model.schedule(steps), guidance_scale=guidance_scale, plan=edit_plan, eta=eta, noise=noise[1:] or None)
     for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
         x = step.x
     return Result(to_pil(model.decode(x)), x.cpu(), list(prompts), settings, notes)
@@ -128,16 +132,18 @@ def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Toke
         if len(t.ids) > model.length:
             cut = t.text[t.spans[model.length - 1][0]:]
             notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off "{cut}"')
-        unknown = model.text_encoder.unknown(torch.tensor(t.ids, device=model.device)).tolist()
+        unknown = model.text_encoders[0].unknown(torch.tensor(t.ids, device=model.device)).tolist()
         words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
         if words:
             notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
     return [model.tokens(p) for p in prompts]
 
 
-def _settings(model: Model, command: str, steps: int, guidance_scale: float, seed, eta: float) -> dict[str, Any]:
+def _settings(model: Model, command: str, steps: int, guidance_scale: float, seed: int | list[int] | None, eta: float,
+              height: int | None, width: int | None) -> dict[str, Any]:
     return {
         "command": command, "model": model.name, "family": model.family, "prediction": model.prediction,
         "sha256": model.sha256, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "eta": eta,
+        "height": height or model.size[0], "width": width or model.size[1],
         "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
     }

@@ -24,9 +24,9 @@ def as_edit(prompt, case):
 
 
 def test_text_tower(sd1, golden):
-    ids = sd1.text_encoder.tokenize(["a photo of a cat riding a bicycle", "", "Ünïcode & émojis: 2 cats!"])
+    ids = sd1.text_encoders[0].tokenize(["a photo of a cat riding a bicycle", "", "Ünïcode & émojis: 2 cats!"])
     assert torch.equal(ids, golden[1]["parts.token_ids"].long())
-    close(sd1.text_encoder(ids), golden[1]["parts.text"], 1e-4)
+    close(sd1.text_encoders[0](ids), golden[1]["parts.text"], 1e-4)
 
 
 def test_unet(sd1, golden):
@@ -64,6 +64,6 @@ def test_first_step(sd1, golden, name):
     edit_plan = plan(split[0], split[1:], edits, [e.mode for e in edits], steps=case["steps"], length=sd1.length, rows=2 * n,
                      device=sd1.device, dtype=sd1.dtype)
     x = g[f"{name}.z_T"].expand(n, -1, -1, -1)
-    steps = denoise(sd1, x, sd1.text(prompts), sd1.text([""] * n), sd1.schedule(case["steps"]), guidance_scale=meta["cfg"],
+    steps = denoise(sd1, x, sd1.condition(prompts), sd1.null(n), sd1.schedule(case["steps"]), guidance_scale=meta["cfg"],
                     plan=edit_plan)
     close(next(steps).x, g[f"{name}.trajectory"][1], 1e-4)

@@ -14,7 +14,7 @@ from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
 from models.vae import SD, AutoencoderKL, VAEConfig
-from weights.keys import clip_sources, ldm_sources, unet_prefixes, vae_prefixes
+from weights.keys import hf_sources, ldm_sources, unet_prefixes, vae_prefixes
 
 
 def randomised(module, seed=0):
@@ -72,7 +72,7 @@ def test_ldm_names_are_a_bijection(part, golden):
             sources, prefix = ldm_sources(names, vae_prefixes(SD)), "first_stage_model."
         else:
             names = TextEncoder(replace(CLIP_L, layers=golden[0]["text_layers"])).state_dict()
-            sources, prefix = clip_sources(names), "cond_stage_model.transformer.text_model."
+            sources, prefix = hf_sources(names), "cond_stage_model.transformer.text_model."
     used = [k for s in sources.values() for k in s.keys]
     assert sources.keys() == names.keys() and len(used) == len(set(used))
     assert {prefix + k for k in used} == {k for k in golden[0]["shapes"] if k.startswith(prefix)} - {
@@ -144,7 +144,7 @@ def test_text_tower_is_that_of_transformers(quick_gelu):
     names = {k.removeprefix("text_model."): k for k in theirs.state_dict()}   # older releases nest, newer do not
     state = ours.state_dict()
     filled = {}
-    for name, source in clip_sources(state).items():
+    for name, source in hf_sources(state).items():
         for key, part in zip(source.keys, state[name].chunk(len(source.keys))):
             filled[names[key]] = part
     theirs.load_state_dict(filled, strict=True)

@@ -6,9 +6,9 @@ from oracles import diffusers
 from p2p.errors import UsageError
 from p2p.sampler import ddim_step, ddpm_step, guide, x0_and_eps
 from p2p.schedule import ddim_schedule
-from weights.load import stable_diffusion_alphas_cumprod
+from weights.detect import scaled_linear
 
-ABAR = stable_diffusion_alphas_cumprod()
+ABAR = scaled_linear()
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 

@@ -26,13 +26,13 @@ def test_sizes_come_from_shapes(sd1, sd1_tensors):
     assert torch.equal(sd1.vae.state_dict()["decoder.up_blocks.0.resnets.0.conv1.weight"],
                        t["first_stage_model.decoder.up.3.block.0.conv1.weight"].float())
     p = "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn."
-    assert torch.equal(sd1.text_encoder.state_dict()["transformer.resblocks.1.attn.in_proj_weight"],
+    assert torch.equal(sd1.text_encoders[0].state_dict()["transformer.resblocks.1.attn.in_proj_weight"],
                        torch.cat([t[p + f"{x}_proj.weight"] for x in "qkv"]).float())
 
 
 def test_no_parameter_stays_on_the_meta_device(sd1, emoji):
     for model in (sd1, emoji):
-        parts = [model.unet, model.text_encoder] + ([model.vae] if model.vae else [])
+        parts = [model.unet, *model.text_encoders] + ([model.vae] if model.vae else [])
         for tensor in (t for p in parts for t in p.state_dict().values()):
             assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
 
@@ -88,7 +88,8 @@ def test_wrong_text_width(sd1_tensors, tmp_path):
 
 FILES = {
     "a web page": b"<!DOCTYPE html><html>", "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-    "zip archive": b"PK\x03\x04" + bytes(100), "Python pickle": b"\x80\x02}q\x00.", "not a .safetensors file": b"hello",
+    "but a PyTorch pickle": b"PK\x03\x04" + bytes(100),
+    "rename it to m.ckpt": b"\x80\x02}q\x00.", "neither a safetensors file nor": b"hello",
     "0 bytes": b"", "no UNet, no autoencoder": struct.pack("<Q", 2) + b"{}",
     "damaged or cut short": struct.pack("<Q", 10**6) + b"{",
 }
@@ -119,7 +120,7 @@ def test_places_that_are_no_files(tmp_path):
 
 
 def test_wrong_family_is_refused(emoji, sd1_file):
-    with pytest.raises(CheckpointError, match="asked to be read as sd1, but it is a emoji|emoji file"):
+    with pytest.raises(CheckpointError, match="asked to be read as sd1, but it is a model of the family emoji"):
         p2p.load(emoji.file, family="sd1")
     with pytest.raises(CheckpointError, match="family 'sd9'"):
         p2p.load(sd1_file, family="sd9")

@@ -1,7 +1,7 @@
-"""Names: from the modules' own (those of diffusers) to those of single-file checkpoints (LDM), as tables.
+"""Names, as tables: from the modules' own (diffusers' for UNet and autoencoder, open_clip's for text) to those in files.
 
-Each function lists, for every tensor of a module, where it comes from in an LDM file: a `Source` of one or more
-file keys (joined along the first dimension). A mapping is complete by construction; the loader checks the rest.
+Each `*_sources` function lists, for every tensor of a module, where it comes from in a file of some naming. A mapping is
+complete by construction; the loader checks the rest, and `weights.convert` runs the same tables the other way.
 """
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ from typing import NamedTuple
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 
-UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+# Prefixes in single files (LDM; SDXL and late SD 2 files by Stability's "sgm" code).
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT_SD1, TEXT_SD2 = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+TEXT_SDXL = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
+TEXT_SGM2 = "conditioner.embedders.0.model."
 
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
            "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 _UNET_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-              "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+              "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}   # diffusers before 0.17
 _CLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
                "attn.out_proj": "self_attn.out_proj"}
 
 
 class Source(NamedTuple):
-    """File keys whose tensors, joined along dimension 0, make one parameter."""
+    """File keys whose tensors, joined along dimension 0 and perhaps transposed, make one parameter."""
 
     keys: tuple[str, ...]
+    transposed: bool = False
 
 
 def _replace(name: str, prefixes: dict[str, str]) -> str:
@@ -84,13 +91,15 @@ def vae_prefixes(config: VAEConfig) -> dict[str, str]:
     return table
 
 
-def clip_sources(names: Iterable[str]) -> dict[str, Source]:
-    """open_clip's TextTransformer <- transformers' CLIPTextModel, which keeps q, k and v apart."""
+def hf_sources(names: Iterable[str]) -> dict[str, Source]:
+    """open_clip's TextTransformer <- transformers' CLIPTextModel, which keeps q, k and v apart. No `text_model.` prefix."""
     ends = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     out = {}
     for name in names:
         if name == "positional_embedding":
             out[name] = Source(("embeddings.position_embedding.weight",))
+        elif name == "text_projection":
+            out[name] = Source(("text_projection.weight",), transposed=True)
         elif not name.startswith("transformer.resblocks."):
             out[name] = Source((_replace(name, ends),))
         else:
@@ -106,3 +115,18 @@ def clip_sources(names: Iterable[str]) -> dict[str, Source]:
 
 def ldm_sources(names: Iterable[str], prefixes: dict[str, str]) -> dict[str, Source]:
     return {name: Source((_replace(name, prefixes),)) for name in names}
+
+
+def same_sources(names: Iterable[str]) -> dict[str, Source]:
+    return {name: Source((name,)) for name in names}
+
+
+def old_vae_sources(names: Iterable[str]) -> dict[str, Source]:
+    """The autoencoder in folders saved by diffusers before 0.17."""
+    out = {}
+    for name in names:
+        head, attention, rest = name.partition(".attentions.0.")
+        if attention and not rest.startswith("group_norm"):
+            rest = _replace(rest, _VAE_OLD)
+        out[name] = Source((head + attention + rest,))
+    return out

@@ -2,7 +2,8 @@
 
     python -m weights.emoji.train RUN_FOLDER --pictures 600000
 
-The folder holds state.pt (to resume), emoji.safetensors (the averaged weights, as shipped) and log.jsonl.
+The folder holds state.pt (to resume), emoji.safetensors (the averaged weights, as shipped), log.jsonl and, from time to
+time, sample grids (drawn by `p2p generate` in a process of its own: nothing here imports the method).
 Predicts x_0, the squared error weighted as for v (1 / sigma^2, bounded), on a shifted cosine schedule.
 """
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -81,6 +84,16 @@ def export(model: nn.Module, file: Path, pictures: int) -> None:
     os.replace(file.with_suffix(".tmp"), file)
 
 
+SAMPLES = ["a cat on grass", "a red car on the beach", "a purple house in the desert", "a castle at night",
+           "a watercolor of a flower in the snow", "a sketch of a blue bicycle on grass", "a yellow bird next to a tree on grass",
+           "a huge pumpkin on snowy grass"]
+
+
+def draw_samples(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "p2p", "generate", *SAMPLES, "--model", str(folder / "emoji.safetensors"),
+                    "--seed", "0", "--steps", "25", "--out", str(folder / "samples"), "--quiet"], check=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(prog="python -m weights.emoji.train", description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
@@ -94,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--init", type=Path, help="start from the weights of this emoji.safetensors")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    ap.add_argument("--samples", type=int, default=10, help="checkpoints between sample grids; 0 for none")
     a = ap.parse_args(argv)
 
     a.folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
                         "pictures": seen}, tmp)
             os.replace(tmp, state)
             export(ema, a.folder / "emoji.safetensors", seen)
+            if a.samples and (step + 1) % (a.every * a.samples) == 0:
+                draw_samples(a.folder)
 
 
 if __name__ == "__main__":
