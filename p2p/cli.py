@@ -41,11 +41,25 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
+
+    i = commands.add_parser("inspect", help="say what a model file is, without loading it")
+    i.add_argument("file", help="a .safetensors or .ckpt file, a diffusers folder, or org/name on the Hub")
+    i.add_argument("--hash", action="store_true", help="also its sha256")
+
+    c = commands.add_parser("convert", help="write a model in another format")
+    c.add_argument("file", metavar="IN", help="as for inspect")
+    c.add_argument("out", metavar="OUT", type=Path, help="a .safetensors file, or a new folder in the layout of diffusers")
+    c.add_argument("--half", action="store_true", help="in float16")
+    for sub in (i, c):
+        _model_options(sub)
     return ap, dict(commands.choices)
 
 
 def _sampling(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), or a Stable Diffusion file or folder')
+    ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), a Stable Diffusion file or folder, or '
+                    "org/name on the Hub")
+    _model_options(ap)
+    ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, as stored elsewhere")
     ap.add_argument("--steps", "--num-inference-steps", type=int, default=50)
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
     ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
@@ -55,6 +69,12 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--device", default=None)
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
     ap.add_argument("-q", "--quiet", action="store_true")
+
+
+def _model_options(ap: argparse.ArgumentParser) -> None:
+    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "emoji"], help="insist on this family")
+    ap.add_argument("--prediction", choices=["eps", "v", "x0"], help="what the model predicts, where that was guessed wrongly")
+    ap.add_argument("--vae", type=Path, help="another autoencoder: a file, or a diffusers vae folder")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     from weights.errors import CheckpointError
 
     try:
-        {"edit": _edit, "generate": _generate, "tokens": _tokens}[args.command](args)
+        {"edit": _edit, "generate": _generate, "tokens": _tokens, "inspect": _inspect, "convert": _convert}[args.command](args)
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:
@@ -124,6 +144,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _replay(args: argparse.Namespace) -> None:
     """Runs the edit again whose settings a picture holds."""
+    import torch
+
     import p2p
     from p2p.image import read_settings
 
@@ -137,7 +159,7 @@ def _replay(args: argparse.Namespace) -> None:
                              {w: tuple(x) if isinstance(x, list) else x for w, x in v.items()} if isinstance(v, dict) else v
                              for k, v in t.items()}) for t in s["targets"]]
         out = _Output(args.out, s["source"])
-        model = p2p.load(args.model or s["model"], prediction=s["prediction"], device=args.device)
+        model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae)
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
@@ -165,17 +187,35 @@ def _tokens(args: argparse.Namespace) -> None:
             print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from weights.inspect import report
+
+    print("\n".join(report(args.file, args.family, args.prediction, args.vae, args.hash)))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from weights.convert import convert
+    from weights.load import find
+
+    package = find(args.file, args.family, args.prediction, args.vae)
+    convert(package, args.out, args.half)
+    print(args.out)
+
+
 # ------------------------------------------------------------------------------------------------------ arguments
 
 def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    import torch
+
     import p2p
 
     seed = args.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
-        model = p2p.load(args.model or "emoji", device=args.device)
+        model = p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae)
     except RuntimeError as error:   # torch's own word on a device that is not there
         raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     return model, dict(steps=args.steps, guidance_scale=args.cfg, seed=seed, eta=args.eta, height=args.height, width=args.width)

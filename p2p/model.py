@@ -1,7 +1,6 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,14 +83,7 @@ class Model:
     @cached_property
     def sha256(self) -> str | None:
         """Of the weights' file (a folder's UNet), read when first asked for; None if it is gone by then."""
-        file = weights.load.identity_file(self.file)
-        if file is None:
-            return None
-        digest = hashlib.sha256()
-        with file.open("rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return weights.load.sha256(self.file)
 
     def tokens(self, prompt: str) -> Tokens:
         return tokens(prompt)

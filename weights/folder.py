@@ -23,13 +23,13 @@ UNET_FIELDS: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",), "addition_embed_type": (None, "text_time"), "addition_embed_type_num_heads": (64,),
     "attention_type": ("default",), "center_input_sample": (False,), "class_embed_type": (None,),
     "class_embeddings_concat": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "cross_attention_norm": (None,),
-    "downsample_padding": (1,), "dual_cross_attention": (False,), "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-    "mid_block_only_cross_attention": (None, False), "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "norm_eps": (1e-5,),
-    "norm_num_groups": (32,), "num_class_embeds": (None,), "only_cross_attention": (False,), "resnet_out_scale_factor": (1.0, 1),
-    "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",), "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,), "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",), "timestep_post_act": (None,),
+    "downsample_padding": (1,), "dual_cross_attention": (False,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "norm_eps": (1e-5,),
+    "norm_num_groups": (32,), "num_class_embeds": (None,), "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0, 1), "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
 }
 VAE_FIELDS: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",), "norm_num_groups": (32,), "mid_block_add_attention": (True,), "latents_mean": (None,),
@@ -59,19 +59,23 @@ def _check(path: Path, config: dict[str, Any], fields: dict[str, tuple[Any, ...]
         raise CheckpointError(f"{path}: settings that this project does not know: {'; '.join(odd[:5])}.")
 
 
-def weights_file(folder: Path, notes: list[str]) -> TensorFile:
-    """A component's weights: safetensors before bin, full before half precision, shards by their index."""
+def candidates() -> list[str]:
+    """Names that a component's weights may have, the best first: safetensors before bin, full before half precision."""
+    out = []
     for variant in ("", ".fp16"):
         for stem, suffix in (("diffusion_pytorch_model", "safetensors"), ("model", "safetensors"),
                              ("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")):
-            whole = folder / f"{stem}{variant}.{suffix}"
-            shards = [folder / f"{stem}.{suffix}{INDEX}"] if not variant else [
-                folder / f"{stem}.{suffix}.index{variant}.json", folder / f"{stem}{variant}.{suffix}{INDEX}"]
-            for path in (whole, *shards):
-                if path.exists():
-                    if variant:
-                        notes.append(f"{folder.name}: half precision (fp16 variant), the only one there")
-                    return open_file(path)
+            out += [f"{stem}{variant}.{suffix}", f"{stem}{variant}.{suffix}{INDEX}", f"{stem}.{suffix}.index{variant}.json"]
+    return out
+
+
+def weights_file(folder: Path, notes: list[str]) -> TensorFile:
+    """A component's weights; shards by their index."""
+    for name in candidates():
+        if (folder / name).exists():
+            if "fp16" in name:
+                notes.append(f"{folder.name}: half precision (fp16 variant), the only one there")
+            return open_file(folder / name)
     raise CheckpointError(f"{folder}: no weights found (diffusion_pytorch_model or model, .safetensors or .bin expected).")
 
 

@@ -1,8 +1,9 @@
 """Files -> modules: names and shapes are checked before a tensor is read, then tensors are put in place one by one."""
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
-from weights import keys
+from weights import hub, keys
 from weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, listed
 from weights.errors import CheckpointError
 from weights.files import open_file
@@ -34,7 +35,8 @@ class Checkpoint:
 
 def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          vae: str | Path | None = None) -> Package:
-    """Recognises "emoji" (bundled), a .safetensors or .ckpt file, or a diffusers folder, without loading it.
+    """Recognises "emoji" (bundled), a .safetensors or .ckpt file, a diffusers folder, or an "org/name" of the Hub (which is
+    downloaded), without loading it.
 
     The other arguments overrule what is found. Raises CheckpointError.
     """
@@ -42,7 +44,11 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
     if prediction is not None and prediction not in PREDICTIONS:
         raise CheckpointError(f"prediction {prediction!r} is not known; known: {', '.join(PREDICTIONS)}")
-    path = BUNDLED if str(source) == "emoji" and not Path(source).exists() else Path(source)
+    path = Path(source)
+    if not path.exists() and str(source) == "emoji":
+        path = BUNDLED
+    elif not path.exists() and hub.is_id(str(source)):
+        path = hub.download(str(source))
     try:
         package = find_folder(path) if path.is_dir() else find_in_file(open_file(path))
         if vae is not None:
@@ -94,10 +100,20 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
 
 def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """Builds a module without memory, checks it against the file's header, then puts the tensors in one by one."""
-    path, shapes = part.file.path, part.file.shapes
     with torch.device("meta"):
         module = build(part.config)
-    want = module.state_dict()
+    state = {}
+    for name, tensor in read_tensors(part, lambda _: module, what):
+        state[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).to(device)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def read_tensors(part: Part, build: Callable[..., nn.Module], what: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """Own name and tensor, one at a time, after names and shapes of all were checked. Raises CheckpointError."""
+    path, shapes = part.file.path, part.file.shapes
+    with torch.device("meta"):
+        want = build(part.config).state_dict()
     plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys)) for name, s in sources(part, list(want)).items()}
     read = {k for s in plan.values() for k in s.keys}
     ignored = tuple(part.prefix + k for k in part.ignored)
@@ -115,22 +131,19 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
             wrong.append(f"{s.keys[0]} is {list(shape)}, expected {list(want[name].shape)}")
     if wrong:
         raise CheckpointError(f"{path}: its {what} does not fit: {listed('shapes', wrong)}")
-    state = {name: _tensor(part, s, want[name], device, dtype) for name, s in plan.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    for name, s in plan.items():
+        yield name, _tensor(part, s, want[name])
 
 
-def _tensor(part: Part, source: Source, want: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
     tensors = [part.file[k] for k in source.keys]
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     tensor = (tensor.T if source.transposed else tensor).reshape(want.shape)
     if tensor.is_floating_point() != want.is_floating_point():
         raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds {tensor.dtype}.")
-    if tensor.is_floating_point():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds values that are not finite.")
-        tensor = tensor.to(dtype or tensor.dtype)
-    return tensor.to(device).contiguous()
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds values that are not finite.")
+    return tensor.contiguous()
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,11 +151,17 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape
 
 
-def identity_file(where: Path) -> Path | None:
-    """The file whose hash tells a model: the file itself, or the UNet's of a folder (an index, where it has shards)."""
+def sha256(where: Path) -> str | None:
+    """Of a model's file; of a folder, of its UNet's (an index, where it has shards). None if it is gone."""
     if where.is_dir():
         try:
             where = weights_file(where / "unet", []).path
         except CheckpointError:
             return None
-    return where if where.exists() else None
+    if not where.exists():
+        return None
+    digest = hashlib.sha256()
+    with where.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""A recognised model written anew: as a single file in LDM naming, or as a diffusers folder."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.text import END, START, TextConfig, TextEncoder, tokenizer
+from models.unet import UNet
+from models.vae import AutoencoderKL
+from weights import keys
+from weights.detect import Package, Part
+from weights.errors import CheckpointError
+from weights.keys import Source
+from weights.load import read_tensors
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+State = dict[str, Tensor]
+
+
+def convert(package: Package, out: Path, half: bool = False) -> None:
+    """Writes `out`: a single .safetensors file if it is named so, else a diffusers folder; whole or not at all."""
+    if package.family == "emoji":
+        raise CheckpointError("the emoji model has one format only: nothing to convert")
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already; nothing is overwritten")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".convert-", dir=out.parent))
+    try:
+        if out.suffix == ".safetensors":
+            metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction], "format": "pt"}
+            save_file(single_file(package, half), aside / "model", metadata)
+            os.replace(aside / "model", out)
+        else:
+            _folder(package, aside, half)
+            aside.chmod(0o755)
+            os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _whole(part: Part, family: str, pooled: bool) -> Part:
+    """The part with the layers that loading leaves out, where the other format keeps them."""
+    if family == "sdxl" and not pooled:
+        return replace(part, config=replace(part.config, layers=part.config.layers + 1, final_norm=True))
+    if family == "sdxl":
+        return replace(part, config=replace(part.config, final_norm=True))
+    return part
+
+
+def _tensors(part: Part, build: Any, half: bool) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in read_tensors(part, build):
+        yield name, tensor.half() if half and tensor.is_floating_point() else tensor
+
+
+def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], prefix: str = "") -> State:
+    """Own names -> those of a naming: `weights.keys` read from right to left."""
+    out: State = {}
+    for name, tensor in state:
+        source = sources[name]
+        tensor = tensor.T if source.transposed else tensor
+        for key, piece in zip(source.keys, tensor.chunk(len(source.keys))):
+            out[prefix + key] = piece.contiguous().clone()
+    return out
+
+
+def single_file(package: Package, half: bool = False) -> State:
+    """All tensors of a model under the names of a single file."""
+    u, v, family = package.unet, package.vae, package.family
+    unet = dict(_tensors(u, UNet, half))
+    out = _rename(iter(unet.items()), keys.ldm_sources(unet, keys.unet_prefixes(u.config)), keys.UNET)
+    vae = {n: t[..., None, None] if ".attentions." in n and t.ndim == 2 else t for n, t in _tensors(v, AutoencoderKL, half)}
+    out |= _rename(iter(vae.items()), keys.ldm_sources(vae, keys.vae_prefixes(v.config)), keys.VAE)
+    for i, part in enumerate(package.text):
+        text = dict(_tensors(_whole(part, family, i == 1), TextEncoder, half))
+        if family == "sd2":
+            text |= _idle_layer(text, part.config)
+        first = family == "sd1" or (family == "sdxl" and i == 0)
+        prefix = {"sd1": keys.TEXT_SD1, "sd2": keys.TEXT_SD2, "sdxl": keys.TEXT_SDXL[i]}[family]
+        out |= _rename(iter(text.items()), (keys.hf_sources if first else keys.same_sources)(text), prefix)
+    return out
+
+
+def _idle_layer(text: State, config: TextConfig) -> State:
+    """Single files of SD 2 carry a last layer that nothing uses; diffusers folders do not. One that does nothing."""
+    last = f"transformer.resblocks.{config.layers - 1}."
+    return {f"transformer.resblocks.{config.layers}." + n.removeprefix(last): torch.zeros_like(t)
+            for n, t in text.items() if n.startswith(last)}
+
+
+# ---------------------------------------------------------------------------------------------------- diffusers folder
+
+def _folder(package: Package, out: Path, half: bool) -> None:
+    family, xl = package.family, package.family == "sdxl"
+    version = {"_diffusers_version": "0.30.0"}
+    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", **version,
+             "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+             "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+             "tokenizer": ["transformers", "CLIPTokenizer"]}
+    if xl:
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                  "tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": True}
+    else:
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    _write(out / "model_index.json", index)
+    _write(out / "scheduler" / "scheduler_config.json", version | {
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": PREDICTIONS[package.prediction],
+        "set_alpha_to_one": False, "steps_offset": 1})
+    _write(out / "unet" / "config.json", version | _unet_config(package))
+    _save(_tensors(package.unet, UNet, half), out / "unet" / "diffusion_pytorch_model.safetensors")
+    c = package.vae.config
+    _write(out / "vae" / "config.json", version | {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": c.channels, "in_channels": c.in_channels,
+        "out_channels": c.in_channels, "latent_channels": c.latent_channels, "layers_per_block": c.layers_per_block,
+        "down_block_types": ["DownEncoderBlock2D"] * len(c.channels), "up_block_types": ["UpDecoderBlock2D"] * len(c.channels),
+        "norm_num_groups": 32, "sample_size": package.size[0], "scaling_factor": package.latent_scale, "force_upcast": xl})
+    _save(_tensors(package.vae, AutoencoderKL, half), out / "vae" / "diffusion_pytorch_model.safetensors")
+    for i, part in enumerate(package.text):
+        name = "text_encoder_2" if i else "text_encoder"
+        part = _whole(part, family, i == 1)
+        _write(out / name / "config.json", _text_config(part.config))
+        text = dict(_tensors(part, TextEncoder, half))
+        renamed = _rename(iter(text.items()), keys.hf_sources(text))
+        _save(iter((k if k.startswith("text_projection") else "text_model." + k, t) for k, t in renamed.items()),
+              out / name / "model.safetensors")
+        _tokenizer(out / name.replace("text_encoder", "tokenizer"), part.config)
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save(state: Iterator[tuple[str, Tensor]], path: Path) -> None:
+    save_file({k: t.contiguous() for k, t in state}, path, {"format": "pt"})
+
+
+def _unet_config(package: Package) -> dict[str, Any]:
+    c = package.unet.config
+    kinds = [bool(k) for k in c.down_attention]
+    out = {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": c.channels, "in_channels": c.in_channels,
+        "out_channels": c.out_channels, "layers_per_block": c.layers_per_block, "cross_attention_dim": c.context_dim,
+        "attention_head_dim": c.heads, "transformer_layers_per_block": c.depth, "use_linear_projection": c.linear_projection,
+        "down_block_types": ["CrossAttnDownBlock2D" if k else "DownBlock2D" for k in kinds],
+        "up_block_types": ["CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(kinds)],
+        "upcast_attention": c.upcast_attention, "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+        "sample_size": package.size[0] // 2 ** (len(package.vae.config.channels) - 1),
+    }
+    if c.vector_dim:
+        pooled = package.text[-1].config.pooled_dim
+        out |= {"addition_embed_type": "text_time", "addition_time_embed_dim": (c.vector_dim - pooled) // 6,
+                "projection_class_embeddings_input_dim": c.vector_dim}
+    return out
+
+
+def _text_config(c: TextConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if c.pooled_dim else "CLIPTextModel"], "model_type": "clip_text_model",
+        "hidden_size": c.width, "intermediate_size": c.mlp_width or 4 * c.width, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "max_position_embeddings": c.context_length, "vocab_size": c.vocab_size,
+        "hidden_act": "quick_gelu" if c.quick_gelu else "gelu", "projection_dim": c.pooled_dim or c.width, "layer_norm_eps": 1e-5,
+        "bos_token_id": START, "eos_token_id": END, "pad_token_id": c.pad_id,
+    }
+
+
+def _tokenizer(folder: Path, c: TextConfig) -> None:
+    """open_clip's byte-pair encoder in the files that transformers reads."""
+    bpe, start, end = tokenizer(), "<|startoftext|>", "<|endoftext|>"
+    vocab = {{START: start, END: end}.get(i, word): i for word, i in bpe.encoder.items()}
+    pad = end if c.pad_id == END else next(word for word, i in vocab.items() if i == c.pad_id)
+    _write(folder / "vocab.json", vocab)
+    merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    _write(folder / "special_tokens_map.json", special)
+    _write(folder / "tokenizer_config.json", special | {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": c.context_length, "do_lower_case": True})

@@ -1,0 +1,95 @@
+"""Models by their name on the Hugging Face Hub: only what is needed is downloaded, and never code."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path, PurePosixPath
+
+from weights.errors import CheckpointError
+from weights.files import PICKLES
+from weights.folder import candidates
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_id(source: str) -> bool:
+    """"org/name", and not what looks like the path of a file that is not there."""
+    return bool(_ID.fullmatch(source)) and not source.lower().endswith((".safetensors", *PICKLES))
+
+
+def download(repo: str) -> Path:
+    """The folder (or single file) of a model in the local cache, completed from the Hub where it can be reached.
+
+    Respects HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Raises CheckpointError for models that are gated, missing,
+    or neither reachable nor cached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        names = HfApi().list_repo_files(repo)
+    except GatedRepoError:
+        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
+                              "HF_TOKEN).") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{repo}: no such model on the Hub, or a private one (then log in); and no such folder "
+                              "here.") from None
+    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:   # offline by setting or by fate
+        try:
+            return _single(Path(snapshot_download(repo, local_files_only=True)))
+        except LocalEntryNotFoundError:
+            raise CheckpointError(f"{repo}: the Hub cannot be reached ({_said(error)}) and the model is not in the local "
+                                  "cache.") from None
+    try:
+        return _fetch(repo, names)
+    except GatedRepoError:
+        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
+                              "HF_TOKEN).") from None
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{repo}: the download failed ({_said(error)}). Try again; "
+                              "what was complete is kept.") from None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no word').splitlines()[0]}"
+
+
+def _fetch(repo: str, names: list[str]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def get(name: str) -> Path:
+        return Path(hf_hub_download(repo, name))
+
+    if "model_index.json" not in names:
+        single = [n for n in names if "/" not in n and n.endswith(".safetensors")]
+        if len(single) != 1:
+            found = ", ".join(sorted(single)[:5]) or "none"
+            raise CheckpointError(f"{repo}: no diffusers folder (model_index.json), and not exactly one .safetensors file at its "
+                                  f"top (found: {found}). Download the file that you want and give its path.")
+        return get(single[0])
+    there, root = set(names), get("model_index.json").parent
+    if "scheduler/scheduler_config.json" in there:
+        get("scheduler/scheduler_config.json")
+    for part in COMPONENTS:
+        if f"{part}/config.json" not in there:
+            continue
+        get(f"{part}/config.json")
+        chosen = next((n for n in candidates() if f"{part}/{n}" in there), None)
+        if chosen is None:
+            raise CheckpointError(f"{repo}: no weights of its {part} found.")
+        path = get(f"{part}/{chosen}")
+        if chosen.endswith(".json"):
+            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+                if PurePosixPath(shard).name != shard:
+                    raise CheckpointError(f"{repo}: {part}/{chosen} names the shard {shard!r}; only plain file names are read.")
+                get(f"{part}/{shard}")
+    return root
+
+
+def _single(folder: Path) -> Path:
+    """A snapshot that holds one file and no folder layout stands for that file."""
+    files = list(folder.glob("*.safetensors"))
+    return files[0] if len(files) == 1 and not (folder / "model_index.json").exists() else folder
+
+

@@ -1,0 +1,29 @@
+"""What a model file is, in words: from headers alone."""
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from weights.detect import Part
+from weights.load import find, sha256
+
+
+def report(source: str | Path, family: str | None = None, prediction: str | None = None, vae: Path | None = None,
+           digest: bool = False) -> list[str]:
+    """Lines for a person. Raises CheckpointError with what the file is, where it is refused."""
+    p = find(source, family, prediction, vae)
+    lines = [f"{p.where}", f"family      {p.family}", f"prediction  {p.prediction} ({p.why})",
+             f"size        {p.size[0]} x {p.size[1]} pixels"]
+    for name, part in [("UNet", p.unet), *(("text tower", t) for t in p.text), *([("autoencoder", p.vae)] if p.vae else [])]:
+        lines.append(f"{name:11} {_summary(part)}")
+    lines += [f"note        {note}" for note in p.notes]
+    return [*lines, f"sha256      {sha256(p.where)}"] if digest else lines
+
+
+def _summary(part: Part) -> str:
+    ignored = tuple(part.prefix + k for k in part.ignored)
+    names = [k for k in part.file.shapes if k.startswith(part.prefix) and not (ignored and k.startswith(ignored))]
+    kinds = Counter(part.file.dtypes[k].lower().replace("float", "f") for k in names)
+    count = sum(math.prod(part.file.shapes[k]) for k in names)
+    return f"{len(names)} tensors, {count:,} parameters, {', '.join(kinds)}, {part.naming} names"
