@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,10 @@ def _sniff(path: Path) -> str:
             head = f.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
-    if head.startswith(b"PK\x03\x04") or head.startswith(b"\x80"):
-        return "pickle"
-    if len(head) >= 9 and head[8:9] == b"{":
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:   # the header's length, then JSON
         return "safetensors"
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "pickle"
     found = f"neither a safetensors file nor a PyTorch pickle ({path.stat().st_size:,} bytes, starting {head[:8]!r})"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         found = "a web page: the download failed, fetch the file itself"
@@ -177,12 +178,14 @@ def _unpickle(path: Path) -> Any:
                 unsafe = []
             if unsafe:
                 raise CheckpointError(_malicious(path, unsafe))
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")   # of pickle protocols, about files that are about to be refused
+                try:
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError as error:
+                    if "mmap" not in str(error):
+                        raise
+                    return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:   # the reader of pickles fails in many ways on damaged files

@@ -138,7 +138,7 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
     size = spot[..., 0] * torch.tensor(SIZE_FACTORS)[size_word]
     pair = torch.stack([0.27 + 0.03 * jitter[:, 0, 2] / 0.04, 0.73 + 0.03 * jitter[:, 1, 2] / 0.04], dim=1)
     x = torch.where(two[:, None], pair, spot[..., 2])
-    size = torch.where(two[:, None], (0.8 * size).clamp(max=0.54), size.clamp(max=0.82))
+    size = torch.where(two[:, None], (0.8 * size).clamp(max=0.54), size.clamp(max=0.82)).clamp(min=0.2)
     bottom = spot[..., 1].maximum(size + 0.02).clamp(max=0.98)
     x = x.maximum(size / 2).minimum(1 - size / 2)
     second = torch.tensor([False, True]) & ~two[:, None]

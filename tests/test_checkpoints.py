@@ -1,0 +1,441 @@
+"""Every family in every format: equal tensors, and the outputs of diffusers and transformers."""
+import json
+import shutil
+from dataclasses import replace
+
+import families
+import pytest
+import torch
+from oracles import diffusers, transformers
+from safetensors.torch import load_file, save_file
+
+import p2p
+from models.text import CLIP_L, OPENCLIP_G, OPENCLIP_H, SDXL_L, TextEncoder
+from models.unet import SD2, SDXL, UNet
+from models.vae import SD, AutoencoderKL
+from p2p import CheckpointError
+from p2p.cli import main
+from weights import keys
+from weights.convert import convert, single_file
+from weights.detect import scaled_linear, zero_terminal_snr
+from weights.load import find
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+PROMPTS = ["a cat on grass, riding a (bicycle)!", "Ünïcode & émojis: 2 cats 😀 日本語", "", "cat " * 100]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    """(family, its parts by diffusers, their folder)"""
+    parts = families.build(request.param)
+    return request.param, parts, families.save(parts, tmp_path_factory.mktemp(request.param) / "folder", request.param)
+
+
+@pytest.fixture(scope="module")
+def single(made, tmp_path_factory):
+    """The same model as a single file."""
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    convert(find(made[2]), path)
+    return path
+
+
+def load(path, **kw):
+    return p2p.load(path, device="cpu", dtype=torch.float32, **kw)
+
+
+def parts_of(model):
+    return [model.unet, *model.text_encoders, model.vae]
+
+
+def equal(a, b):
+    for x, y in zip(parts_of(a), parts_of(b)):
+        assert x.config == y.config
+        x, y = x.state_dict(), y.state_dict()
+        assert x.keys() == y.keys() and all(torch.equal(t, y[k]) for k, t in x.items())
+
+
+def close(got, want):
+    assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------- full sizes
+
+@pytest.mark.parametrize("config, tensors, parameters", [(SD2, 686, 865_910_724), (SDXL, 1680, 2_567_463_684)], ids=["sd2", "sdxl"])
+def test_unet_at_full_size(config, tensors, parameters):
+    with torch.device("meta"):
+        state = UNet(config).state_dict()
+    assert len(state) == tensors and sum(p.numel() for p in state.values()) == parameters
+    prefixes = keys.unet_prefixes(config)
+    names = [k for s in keys.ldm_sources(state, prefixes).values() for k in s.keys]
+    assert len(set(names)) == len(names) == tensors
+
+
+def test_text_towers_at_full_size():
+    """Widths, layers that are used, and where the pooled text comes from; names a bijection in both namings."""
+    for config, parameters in ((CLIP_L, 123_060_480), (SDXL_L, 115_971_072), (OPENCLIP_H, 340_387_840), (OPENCLIP_G, 694_659_840)):
+        with torch.device("meta"):
+            state = TextEncoder(config).state_dict()
+        assert sum(p.numel() for p in state.values()) == parameters
+        names = [k for s in keys.hf_sources(state).values() for k in s.keys]
+        assert len(set(names)) == len(names) == len(state) + 4 * config.layers
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_ldm_names_are_those_that_diffusers_reads(family, tmp_path):
+    """diffusers' own converters take our single file back to the tensors that we began with."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    parts = families.build(family)
+    folder = families.save(parts, tmp_path / "folder", family)
+    state = single_file(find(folder))
+    config = dict(parts["unet"].config)
+    got = theirs.convert_ldm_unet_checkpoint(dict(state), config)
+    want = parts["unet"].state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    got = theirs.convert_ldm_vae_checkpoint(dict(state), dict(parts["vae"].config))
+    want = parts["vae"].state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[k].reshape(want[k].shape), want[k]) for k in want)
+    names = [k for k in state if "text_model" in k or "cond_stage" in k or "conditioner" in k]
+    assert len(names) == len(state) - len(parts["unet"].state_dict()) - len(parts["vae"].state_dict())
+    if family != "sd2":
+        prefix = keys.TEXT_SD1 if family == "sd1" else keys.TEXT_SDXL[0]
+        want = {k.removeprefix("text_model."): v for k, v in parts["text_encoder"].state_dict().items()}
+        assert all(torch.equal(state[prefix + k], v) for k, v in want.items())
+
+
+# ------------------------------------------------------------------------------------------------- formats, equal tensors
+
+def test_single_file_and_back(made, single, tmp_path):
+    family, _, folder = made
+    equal(load(single), load(folder))
+    convert(find(single), tmp_path / "back")
+    equal(load(tmp_path / "back"), load(folder))
+    assert load(single).family == load(tmp_path / "back").family == family
+
+
+def test_diffusers_opens_a_converted_folder(made, single, tmp_path):
+    """With tokenizers, since a pipeline cannot do without them."""
+    family, parts, _ = made
+    convert(find(single), tmp_path / "back")
+    kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    pipe = kind.from_pretrained(tmp_path / "back")
+    want = parts["unet"].state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in pipe.unet.state_dict().items())
+    ids = pipe.tokenizer(["a photo of a cat", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(ids, load(single).text_encoders[0].tokenize(["a photo of a cat", ""]))
+
+
+FOLDERS = {
+    "bin": dict(safe_serialization=False), "fp16 variant": dict(variant="fp16"), "shards": dict(max_shard_size="300KB"),
+    "bin shards": dict(max_shard_size="300KB", safe_serialization=False),
+}
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+def test_folder_formats(made, tmp_path, how):
+    family, parts, folder = made
+    other = families.save(parts, tmp_path / "other", family, **FOLDERS[how])
+    shards = list((other / "unet").glob("*.index*.json"))
+    assert bool(shards) == ("shards" in how)
+    equal(load(other), load(folder))
+
+
+def test_old_and_new_names_in_folders(made, tmp_path):
+    """Autoencoders saved before diffusers 0.17, and text towers with and without `text_model.`."""
+    _, parts, folder = made
+    other = shutil.copytree(folder, tmp_path / "other")
+    file = other / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for k, v in load_file(file).items():
+        for new, name in old.items():
+            k = k.replace(f".attentions.0.{new}.", f".attentions.0.{name}.")
+        state[k] = v
+    assert any("query" in k for k in state)
+    save_file(state, file)
+    for name in [n for n in parts if n.startswith("text")]:
+        file = other / name / "model.safetensors"
+        state = load_file(file)
+        wrapped = any(k.startswith("text_model.") for k in state)
+        ends = ("text_projection",)
+        save_file({(k.removeprefix("text_model.") if wrapped or k.startswith(ends) else "text_model." + k): v
+                   for k, v in state.items()}, file)
+    equal(load(other), load(folder))
+
+
+def nested(state, depth):
+    for _ in range(depth):
+        state = {"state_dict": state, "epoch": 3, "global_step": 7}
+    return state
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_pickles(single, tmp_path, depth):
+    torch.save(nested(load_file(single), depth), tmp_path / "model.ckpt")
+    equal(load(tmp_path / "model.ckpt"), load(single))
+
+
+def test_lightning_pickle_with_its_leftovers(single, tmp_path):
+    """A callback's class, numpy numbers and optimizer states, in today's and in the oldest file format."""
+    import sys
+    import types
+
+    import numpy as np
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    stub = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = stub
+    fake = {module.__name__: module, "pytorch_lightning": types.ModuleType("pytorch_lightning"),
+            "pytorch_lightning.callbacks": types.ModuleType("pytorch_lightning.callbacks")}
+    sys.modules.update(fake)
+    try:
+        state = nested(load_file(single), 1) | {"callbacks": {stub: {"best": np.float64(0.5)}}, "lr_schedulers": []}
+        for new in (True, False):
+            torch.save(state, tmp_path / f"{new}.ckpt", _use_new_zipfile_serialization=new)
+    finally:
+        for name in fake:
+            del sys.modules[name]
+    for new in (True, False):
+        equal(load(tmp_path / f"{new}.ckpt"), load(single))
+
+
+def test_averaged_weights_are_kept_when_complete(single, tmp_path):
+    state = load_file(single)
+    unet = [k for k in state if k.startswith(keys.UNET)]
+    twins = {"model_ema.diffusion_model" + k.removeprefix(keys.UNET).replace(".", ""): state[k] + 1 for k in unet}
+    extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    save_file(state | twins | extra, tmp_path / "ema.safetensors")
+    model, plain = load(tmp_path / "ema.safetensors"), load(single)
+    assert torch.equal(model.unet.conv_in.bias, plain.unet.conv_in.bias + 1) and any("EMA" in n for n in model.notes)
+    assert torch.equal(model.vae.quant_conv.bias, plain.vae.quant_conv.bias)
+    twins.popitem()
+    save_file(state | twins | extra, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match="are there for .* of"):
+        load(tmp_path / "part.safetensors")
+
+
+def test_mixed_types_and_ranks(single, tmp_path):
+    """fp16 UNet beside fp32 autoencoder; projections stored as 1x1 convolutions or linear layers; old position_ids."""
+    state = load_file(single)
+    for k in list(state):
+        if ".proj_in.weight" in k or ".proj_out.weight" in k:
+            state[k] = state[k].reshape(*state[k].shape[:2], 1, 1) if state[k].ndim == 2 else state[k][..., 0, 0]
+        if k.startswith(keys.UNET):
+            state[k] = state[k].half()
+    if any(k.startswith(keys.TEXT_SD1) for k in state):
+        state[keys.TEXT_SD1 + "embeddings.position_ids"] = torch.arange(77)[None].half()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "mixed.safetensors")
+    mixed, plain = load(tmp_path / "mixed.safetensors"), load(single)
+    for a, b in zip(mixed.unet.state_dict().values(), plain.unet.state_dict().values()):
+        assert torch.equal(a.flatten(), b.half().float().flatten())
+    assert torch.equal(mixed.vae.quant_conv.weight, plain.vae.quant_conv.weight)
+
+
+def test_separate_autoencoder(made, single, tmp_path):
+    """As LDM saves it (with training leftovers), from inside a whole model, and as a diffusers folder."""
+    state = {k.removeprefix(keys.VAE): v + 1 for k, v in load_file(single).items() if k.startswith(keys.VAE)}
+    save_file(state | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "vae.ckpt")
+    plain = load(single)
+    for path in ("vae.safetensors", "vae.ckpt"):
+        assert torch.equal(load(single, vae=tmp_path / path).vae.quant_conv.weight, plain.vae.quant_conv.weight + 1)
+    equal(load(single, vae=made[2] / "vae"), plain)
+    with pytest.raises(CheckpointError, match="autoencoder alone.*--vae"):
+        load(tmp_path / "vae.safetensors")
+
+
+def test_half_conversion(single, tmp_path):
+    convert(find(single), tmp_path / "half.safetensors", half=True)
+    assert {v.dtype for v in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        convert(find(single), tmp_path / "half.safetensors")
+
+
+# ------------------------------------------------------------------------------------------- outputs, against the oracles
+
+def reference_text(parts, model, prompts):
+    """context and pooled text as diffusers' pipelines make them, from our token ids."""
+    ids = [e.tokenize(prompts) for e in model.text_encoders]
+    first = parts["text_encoder"](ids[0], output_hidden_states=True)
+    if "text_encoder_2" not in parts:
+        return first.last_hidden_state, None
+    second = parts["text_encoder_2"](ids[1], output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def test_text_is_theirs(made, single):
+    _, parts, _ = made
+    model = load(single)
+    with torch.no_grad():
+        context, pooled = reference_text(parts, model, PROMPTS)
+    c = model.condition(PROMPTS)
+    close(c.context, context)
+    if pooled is not None:
+        close(c.vector[:, : families.POOLED], pooled)
+
+
+def test_tokens_are_those_of_transformers(made, single, tmp_path):
+    """On everything but what is documented: ftfy's repairs, and `!` where it is the padding's name (SD 2, SDXL's second)."""
+    convert(find(single), tmp_path / "back")
+    model = load(single)
+    plain = ["a cat, on (grass)...", "Ünïcode & émojis: 2 cats 😀 日本語", "", "  double  spaces ", "cat " * 100, "it's 1,234.5%"]
+    for i, encoder in enumerate(model.text_encoders):
+        theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "back" / ("tokenizer_2" if i else "tokenizer"))
+        prompts = plain + (["wow!", "!! a cat !"] if encoder.config.pad_id == 49407 else [])
+        ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        assert torch.equal(ids, encoder.tokenize(prompts))
+        assert torch.equal(encoder.tokenize(["don’t “quote”"]), encoder.tokenize(['don\'t "quote"']))   # ftfy
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_unet_is_theirs(made, single, size):
+    family, parts, _ = made
+    model, height, width = load(single), size[0] * 2, size[1] * 2
+    x, t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900])
+    c, extra = model.condition(PROMPTS[:2], height, width), {}
+    with torch.no_grad():
+        context, pooled = reference_text(parts, model, PROMPTS[:2])
+        if family == "sdxl":
+            ids = torch.tensor([[height, width, 0, 0, height, width]] * 2).float()
+            extra = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids))
+        close(model.unet(x, t, c.context, vector=c.vector)[0], parts["unet"](x, t, context, **extra).sample)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_autoencoder_is_theirs(made, single, size):
+    _, parts, _ = made
+    model = load(single)
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        close(model.encode(x) / model.latent_scale, parts["vae"].encode(x).latent_dist.mean)
+        z = torch.randn(2, 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(1))
+        close(model.decode(z * model.latent_scale), parts["vae"].decode(z).sample)
+
+
+def test_empty_prompt_of_sdxl(made, single):
+    """Zeros, pooled text too, as released; or the encoded "" if asked."""
+    family, _, _ = made
+    model = load(single)
+    c = model.null(2)
+    assert (c.context.abs().sum() == 0) == (family == "sdxl") == model.zero_negative
+    if family == "sdxl":
+        assert c.vector[:, : families.POOLED].abs().sum() == 0 and c.vector.abs().sum() > 0
+        assert replace(model, zero_negative=False).null(1).context.abs().sum() > 0
+
+
+# -------------------------------------------------------------------------------------------------- prediction and schedule
+
+def test_prediction_by_order(single, tmp_path):
+    """argument > yaml beside it > marker tensor > metadata > guess; a guess is said."""
+    state = load_file(single)
+    sd2 = any(k.startswith(keys.TEXT_SD2) for k in state)
+    path = tmp_path / "m.safetensors"
+
+    def saved(extra=None, **metadata):
+        save_file(state | (extra or {}), path, metadata or None)
+        return find(path)
+
+    plain = saved()
+    assert ("guess" in plain.why) == sd2 and plain.prediction in ("eps", "v")
+    assert any("guess" in n for n in load(path).notes) == sd2
+    assert saved(**{"modelspec.prediction_type": "v_prediction"}).prediction == "v"
+    assert saved({"v_pred": torch.zeros(0)}, **{"modelspec.prediction_type": "epsilon"}).prediction == "v"
+    path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "eps"\n')
+    assert saved({"v_pred": torch.zeros(0)}).prediction == "eps"
+    assert find(path, prediction="v").prediction == "v"
+
+
+def test_guess_for_sd2_follows_one_bias(tmp_path):
+    parts = families.build("sd2")
+    state = single_file(find(families.save(parts, tmp_path / "folder", "sd2")))
+    for spread, want in ((0.02, "eps"), (0.5, "v")):
+        key = max(k for k in state if "output_blocks" in k and k.endswith("1.transformer_blocks.0.norm1.bias"))
+        state[key] = torch.linspace(-1, 1, len(state[key])) * spread
+        save_file(state, tmp_path / "m.safetensors")
+        found = find(tmp_path / "m.safetensors")
+        assert found.prediction == want and "guess" in found.why and found.size == ((768,) * 2 if want == "v" else (512,) * 2)
+
+
+def test_scheduler_config_says_prediction(made, tmp_path):
+    family, parts, folder = made
+    other = families.save(parts, tmp_path / "v", family, prediction="v_prediction")
+    assert find(other).prediction == "v" and find(folder).prediction == "eps"
+    assert find(other).why == "scheduler_config.json"
+
+
+def test_zero_terminal_snr(single, tmp_path):
+    save_file(load_file(single) | {"ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    abar = find(tmp_path / "z.safetensors").alphas_cumprod
+    assert abar[-1] == 0 and torch.allclose(abar[0], scaled_linear()[0]) and torch.equal(abar, zero_terminal_snr(scaled_linear()))
+    theirs = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    assert (abar[:-1] - theirs.alphas_cumprod[:-1]).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- command line
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_edits_from_the_command_line(made, single, tmp_path, capsys, prediction):
+    """The edits of the bundled model, on every family: swap, refine and weights, non-square, source = source alone."""
+    argv = ["edit", "a red cat on grass", "a red dog on grass", "a big red cat on grass", "--weight", "red=2",
+
+            "--model", str(single), "--prediction", prediction, "--steps", "3", "--seed", "1", "--height", "32", "--width", "64", "-o", str(tmp_path)]
+    assert main(argv) == 0
+    files = capsys.readouterr().out.split()
+    from p2p.image import read_settings
+
+    assert read_settings(files[1])["prediction"] == prediction
+    model = load(single, prediction=prediction)
+    r = p2p.edit(model, "a red cat on grass", "a red dog on grass", steps=3, seed=1, height=32, width=64)
+    alone = p2p.generate(model, "a red cat on grass", steps=3, seed=1, height=32, width=64)
+    assert r.images[0].size == (64, 32) and (r.latents[:1] - alone.latents).abs().max() < 2e-3 * alone.latents.std()
+    assert main(["edit", "--from", files[0], "-o", str(tmp_path)]) == 0
+    again = capsys.readouterr().out.split()
+    assert (tmp_path / again[0]).read_bytes() == (tmp_path / files[0]).read_bytes()
+
+
+def test_inspect_and_convert_commands(made, single, tmp_path, capsys):
+    family, _, folder = made
+    for path in (single, folder):
+        assert main(["inspect", str(path), "--hash"]) == 0
+        out = capsys.readouterr().out
+        assert f"family      {family}" in out and "prediction  eps" in out and "sha256" in out
+    assert main(["convert", str(folder), str(tmp_path / "x.safetensors"), "--half"]) == 0
+    assert main(["convert", str(folder), str(tmp_path / "x.safetensors")]) == 3
+    assert main(["inspect", str(tmp_path / "absent")]) == 3
+
+
+def test_sizes_that_do_not_fit(single):
+    model = load(single)
+    with pytest.raises(p2p.UsageError, match="height must be a positive multiple of 8, not 60"):
+        p2p.generate(model, "a cat", steps=1, height=60)
+
+
+def test_half_precision_with_float32_where_it_would_overflow(made, single):
+    """SD 2's attention and SDXL's autoencoder run in float32 in a half-precision model."""
+    family = made[0]
+    model = p2p.load(single, device="cpu", dtype=torch.float16)
+    assert model.unet.config.upcast_attention == (family == "sd2")
+    assert model.vae.quant_conv.weight.dtype == (torch.float32 if family == "sdxl" else torch.float16)
+    latents = p2p.generate(model, "a cat", steps=2, height=32, width=32).latents
+    exact = p2p.generate(load(single), "a cat", steps=2, height=32, width=32).latents
+    assert (latents - exact).abs().max() < 0.1 * exact.std()
+
+
+def test_config_fields_that_change_the_math_are_refused(made, tmp_path):
+    _, _, folder = made
+    for part, field, value in (("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "dual_cross_attention", True),
+                               ("vae", "shift_factor", 0.1), ("scheduler", "beta_schedule", "linear"),
+                               ("scheduler", "prediction_type", "flow"), ("unet", "in_channels", 9)):
+        other = shutil.copytree(folder, tmp_path / f"{part}-{field}")
+        where = other / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        where.write_text(json.dumps(json.loads(where.read_text()) | {field: value}))
+        with pytest.raises(CheckpointError, match=str(value)):
+            find(other)
+
+
+def test_vae_sizes_on_the_meta_device():
+    with torch.device("meta"):
+        state = AutoencoderKL(SD).state_dict()
+    names = [k for s in keys.ldm_sources(state, keys.vae_prefixes(SD)).values() for k in s.keys]
+    assert len(state) == len(set(names)) == 248
+    assert set(keys.old_vae_sources(state)) == set(state)

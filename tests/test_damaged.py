@@ -1,0 +1,210 @@
+"""Files that are damaged, foreign or malicious: one exception type, a helpful message, nothing run, memory bounded."""
+import json
+import os
+import pickle
+import resource
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from models.vae import AutoencoderKL
+from p2p import CheckpointError
+from weights import keys
+from weights.load import fill, find
+from weights.load import load as build
+
+CPU = torch.device("cpu")
+
+
+def refuse(path, match):
+    with pytest.raises(CheckpointError, match=match) as error:
+        package = find(path)
+        build(package, CPU)
+    assert len(str(error.value)) < 1200 and Path(path).name in str(error.value)
+
+
+def header(h, data=b""):
+    raw = h if isinstance(h, bytes) else json.dumps(h).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HEADERS = {   # what safetensors itself refuses, or we do after it
+    "empty file": b"", "four bytes": b"\0\0\0\0", "length only": struct.pack("<Q", 10), "length beyond file": struct.pack("<Q", 10**9) + b"{",
+    "length beyond 100 MB": struct.pack("<Q", 2**40) + b"{}", "not JSON": header(b"{nonsense}"), "a list": header(b"[1, 2]      "),
+    "no tensors": header({}), "only metadata": header({"__metadata__": {"format": "pt"}}),
+    "bad dtype": header({"a": F4 | {"dtype": "F99"}}, bytes(4)), "negative dimension": header({"a": F4 | {"shape": [-1]}}, bytes(4)),
+    "shape and span differ": header({"a": F4 | {"shape": [2]}}, bytes(4)),
+    "reversed offsets": header({"a": F4 | {"data_offsets": [4, 0]}}, bytes(4)),
+    "overflowing shape": header({"a": F4 | {"shape": [2**62, 2**62]}}, bytes(4)),
+    "hole": header({"a": F4, "b": F4 | {"data_offsets": [8, 12]}}, bytes(12)), "overlap": header({"a": F4, "b": F4}, bytes(4)),
+    "trailing bytes": header({"a": F4}, bytes(9)), "cut data": header({"a": F4 | {"shape": [4], "data_offsets": [0, 16]}}, bytes(7)),
+    "metadata not text": header({"__metadata__": {"a": 1}, "a": F4}, bytes(4)), "invalid utf-8": header(b'{"\xff": 1}'),
+    "html": b"<!DOCTYPE html><html><body>404</body></html>", "html in capitals": b"  <HTML>" + bytes(50),
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n", "zip": b"PK\x03\x04" + bytes(60),
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(60), "text": b"hello, I am a model", "gzip": b"\x1f\x8b" + bytes(30), "json": b'{"a": 1}',
+    "unknown model": header({"a": F4}, bytes(4)), "gguf": b"GGUF" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("name", HEADERS)
+def test_damaged_headers(tmp_path, name, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(HEADERS[name])
+    refuse(path, "damaged|not|found|web page|git-lfs|neither|rename|cut short")
+
+
+KINDS = {
+    "a LoRA": ["lora_unet_down_blocks_0.lora_up.weight"], "a ControlNet": ["control_model.input_hint_block.0.weight"],
+    "a transformer model": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
+    "an unCLIP": [keys.UNET + "input_blocks.0.0.weight", "embedder.model.visual.proj"],
+    "an SDXL refiner": [keys.UNET + "label_emb.0.0.weight", keys.TEXT_SGM2 + "token_embedding.weight"],
+    "an EDM model": [keys.UNET + "out.2.weight", "edm_mean", "edm_std"], "an autoencoder alone": ["encoder.down.0.block.0.conv1.weight"],
+    "the UNet of a diffusers folder": ["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight", "conv_in.weight"],
+    "a text tower alone": ["text_model.embeddings.token_embedding.weight", "text_model.x", "text_model.y"],
+    "textual-inversion": ["emb_params"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_refused_by_name(tmp_path, kind):
+    save_file({k: torch.zeros(2, 4, 3, 3) for k in KINDS[kind]}, tmp_path / "m.safetensors")
+    refuse(tmp_path / "m.safetensors", kind)
+
+
+@pytest.mark.parametrize("channels, kind", [(9, "an inpainting"), (8, "an InstructPix2Pix"), (5, "a depth-guided"), (7, "an upscaling")])
+def test_other_inputs_are_refused_by_name(tmp_path, channels, kind):
+    save_file({keys.UNET + "input_blocks.0.0.weight": torch.zeros(8, channels, 3, 3)}, tmp_path / "m.safetensors")
+    refuse(tmp_path / "m.safetensors", kind)
+
+
+def test_fp8_is_refused_by_name(tmp_path):
+    save_file({keys.UNET + "input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3).to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    refuse(tmp_path / "m.safetensors", "fp8")
+
+
+def test_folders_of_other_kinds(tmp_path):
+    refuse(tmp_path, "without model_index.json")
+    for text, match in (("{", "not readable as JSON"), ("[]", "holds a list"), ('{"_class_name": "FluxPipeline"}', "a FluxPipeline; supported")):
+        (tmp_path / "model_index.json").write_text(text)
+        refuse(tmp_path, match)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    refuse(tmp_path, "unet.config.json: no such file")
+
+
+@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 3])
+def test_shards_stay_beside_their_index(tmp_path, shard):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    refuse(index, "only plain file names|not an index")
+
+
+def test_shards_hold_what_the_index_says(tmp_path):
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "1.safetensors")
+    for where in ({"a": "1.safetensors"}, {"a": "1.safetensors", "b": "1.safetensors", "c": "1.safetensors"}):
+        (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        refuse(tmp_path / "m.safetensors.index.json", "does not hold what the index says")
+
+
+# ---------------------------------------------------------------------------------------------------------------- pickles
+
+class Evil:
+    """Creates a file when it is unpickled by anything careless."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def evils(mark):
+    return {
+        "os.system": Evil(os.system, f"touch {mark}"), "open": Evil(open, str(mark), "w"), "eval": Evil(eval, f"open({str(mark)!r}, 'w')"),
+        "exec": Evil(exec, f"open({str(mark)!r}, 'w')"), "Path.touch": Evil(Path.touch, mark), "mkdir": Evil(os.mkdir, str(mark)),
+    }
+
+
+@pytest.mark.parametrize("name", ["os.system", "open", "eval", "exec", "Path.touch", "mkdir"])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
+def test_malicious_pickles_do_not_run(tmp_path, name, new, suffix):
+    mark, path = tmp_path / "mark", tmp_path / f"model{suffix}"
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "x": evils(mark)[name]}, path, _use_new_zipfile_serialization=new)
+    refuse(path, "wants to use .*may be malicious|damaged")
+    assert not mark.exists()
+
+
+def test_plain_pickles_do_not_run(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "model.ckpt"
+    for protocol in range(2, 6):
+        path.write_bytes(pickle.dumps(Evil(os.system, f"touch {mark}"), protocol))
+        refuse(path, "malicious|damaged")
+        assert not mark.exists()
+
+
+def test_pickles_of_other_things(tmp_path):
+    for thing, match in (([torch.zeros(1)], "holds a list"), ({"a": 1}, "no UNet"), ({"state_dict": {"b": torch.zeros(3)}}, "no UNet|textual")):
+        torch.save(thing, tmp_path / "m.ckpt")
+        refuse(tmp_path / "m.ckpt", match)
+    loop = {}
+    loop["state_dict"] = loop
+    torch.save(loop, tmp_path / "m.ckpt")
+    refuse(tmp_path / "m.ckpt", "no UNet")
+
+
+def test_old_torch_reads_no_pickles(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "m.ckpt")
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    refuse(tmp_path / "m.ckpt", "torch 2.10 or newer.*CVE-2026-24747")
+
+
+def test_a_huge_claim_is_refused_before_memory_is_taken(tmp_path, sd1_tensors):
+    """A small pickle whose tensor pretends, by stride 0, to hold 2^40 numbers."""
+    name = "model.diffusion_model.time_embed.0.weight"
+    torch.save(sd1_tensors | {name: torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "m.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuse(tmp_path / "m.ckpt", "time_embed.0.weight is .1048576, 1048576.")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000   # kB
+
+
+# --------------------------------------------------------------------------------------------------------------- mutations
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory, sd1_tensors):
+    """A small valid file (the autoencoder of the golden checkpoint), its bytes, and its header's end."""
+    path = tmp_path_factory.mktemp("valid") / "vae.safetensors"
+    save_file({k.removeprefix(keys.VAE): v for k, v in sd1_tensors.items() if k.startswith(keys.VAE)}, path)
+    data = path.read_bytes()
+    return path, data, 8 + struct.unpack("<Q", data[:8])[0]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["flip", "cut", "insert", "remove"]), where=st.floats(0, 1), near_header=st.booleans(),
+       value=st.integers(0, 255), count=st.integers(1, 64))
+def test_mutated_files_load_or_raise_our_error(valid, sd1_file, kind, where, near_header, value, count):
+    """Whatever bytes change, the file loads with the right shapes or raises CheckpointError, and nothing else."""
+    path, data, header_end = valid
+    at = int(where * (header_end if near_header else len(data) - 1))
+    data = bytearray(data)
+    if kind == "flip":
+        data[at] ^= value or 1
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "insert":
+        data[at:at] = bytes([value]) * count
+    else:
+        del data[at: at + count]
+    changed = path.with_name("changed.safetensors")
+    changed.write_bytes(data)
+    try:
+        vae = fill("autoencoder", find(sd1_file, vae=changed).vae, AutoencoderKL, CPU, None)
+    except CheckpointError:
+        return
+    assert sum(p.numel() for p in vae.parameters()) > 0

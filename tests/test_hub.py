@@ -1,0 +1,143 @@
+"""Models by name, against a stub of the Hub on loopback: what is asked for, what is refused, what the cache saves."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import families
+import pytest
+
+from weights.hub import is_id
+
+COMMIT = "0" * 39 + "1"
+
+
+class Stub(ThreadingHTTPServer):
+    """Serves folders as repositories; `asked` lists the files that were downloaded."""
+
+    def __init__(self, repos):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos, self.asked, self.gated = repos, [], set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def _error(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _body(self, data, **headers):
+        self.send_response(200)
+        for k, v in headers.items():
+            self.send_header(k.replace("_", "-"), v)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        if path.startswith("api/models/"):
+            repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
+            if repo not in self.server.repos:
+                return self._error(401, "RepoNotFound")
+            root = self.server.repos[repo]
+            names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+            if "/tree/" in path:
+                listing = [{"type": "file", "path": n, "size": (root / n).stat().st_size, "oid": "0" * 40} for n in names]
+                return self._body(json.dumps(listing).encode(), Content_Type="application/json")
+            info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names], "tags": [],
+                    "private": False, "downloads": 0}
+            return self._body(json.dumps(info).encode(), Content_Type="application/json")
+        org, name, _, _, *rest = path.split("/")
+        repo, file = f"{org}/{name}", "/".join(rest)
+        if repo in self.server.gated:
+            return self._error(403, "GatedRepo")
+        where = self.server.repos.get(repo, None)
+        if where is None or not (where / file).is_file():
+            return self._error(404, "EntryNotFound")
+        data = (where / file).read_bytes()
+        if self.command == "GET":
+            self.server.asked.append(file)
+        self._body(data, ETag='"' + hashlib.sha256(data).hexdigest() + '"', X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    parts = families.build("sd1")
+    both = families.save(parts, root / "both", "sd1")
+    families.save(parts, both, "sd1", safe_serialization=False)
+    (both / "handler.py").write_text("raise SystemExit('code from the Hub was run')")
+    (both / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
+    families.save(parts, root / "shards", "sd1", max_shard_size="300KB")
+    (root / "several").mkdir()
+    for n in "ab":
+        (root / "several" / f"{n}.safetensors").write_bytes(b"0")
+    return Stub({"org/both": both, "org/shards": root / "shards", "org/several": root / "several", "org/gated": both})
+
+
+def inspect(hub, repo, home, **env):
+    """`p2p inspect` in a process of its own: the Hub's settings are read when huggingface_hub is imported."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | env
+    return subprocess.run([sys.executable, "-m", "p2p", "inspect", repo], capture_output=True, text=True, env=env)
+
+
+def test_only_what_is_needed_is_downloaded_and_then_cached(hub, tmp_path):
+    done = inspect(hub, "org/both", tmp_path)
+    assert done.returncode == 0 and "family      sd1" in done.stdout, done.stderr
+    assert sorted(hub.asked) == sorted([
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"])
+    hub.asked.clear()
+    assert inspect(hub, "org/both", tmp_path).returncode == 0 and hub.asked == []
+    offline = inspect(hub, "org/both", tmp_path, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0 and "family      sd1" in offline.stdout, offline.stderr
+    unreachable = inspect(hub, "org/both", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.returncode == 0, unreachable.stderr
+
+
+def test_shards_are_followed(hub, tmp_path):
+    hub.asked.clear()
+    done = inspect(hub, "org/shards", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sum("-of-" in f and f.startswith("unet") for f in hub.asked) > 1
+
+
+@pytest.mark.parametrize("repo, env, message", [
+    ("org/absent", {}, "no such model on the Hub"), ("org/gated", {}, "gated. Accept its licence"),
+    ("org/several", {}, "a.safetensors, b.safetensors"), ("org/both", {"HF_HUB_OFFLINE": "1"}, "not in the local cache"),
+    ("org/both", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"), ("./org/both", {}, "no such file"),
+    ("org/both.safetensors", {}, "no such file"),
+])
+def test_every_failure_has_its_message(hub, tmp_path, repo, env, message):
+    hub.gated = {"org/gated"}
+    done = inspect(hub, repo, tmp_path, **env)
+    assert done.returncode == 3 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text, want", [
+    ("org/name", True), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("./org/name", False), ("/org/name", False),
+    ("../org/name", False), ("name", False), ("org/name/more", False), ("org/model.safetensors", False), ("org/model.CKPT", False),
+    ("~/name", False)])
+def test_what_counts_as_a_name(text, want):
+    assert is_id(text) == want
+
+
