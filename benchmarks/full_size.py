@@ -15,6 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from models.text import CLIP_L, TextEncoder  # before diffusers: it defines operators that a CPU build of torch lacks
+from models.unet import SD1, UNet
+from models.vae import SD, AutoencoderKL
+from weights import keys
 
 X_SEED, T, LATENT = 5, 500, 64
 
@@ -26,13 +32,6 @@ def peak() -> int:
 
 def make(folder: Path) -> None:
     """A complete single file in LDM naming, float32, random weights."""
-    from safetensors.torch import save_file
-
-    from models.text import CLIP_L, TextEncoder
-    from models.unet import SD1, UNet
-    from models.vae import SD, AutoencoderKL
-    from weights import keys
-
     state = {}
     g = torch.Generator().manual_seed(0)
     for build, config, prefix, sources in (
@@ -74,9 +73,7 @@ def ours(folder: Path) -> None:
 def theirs(folder: Path) -> None:
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-    from safetensors.torch import load_file
 
-    import models.text  # noqa: F401  (defines the torchvision operators that a CPU build of torch lacks)
 
     unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                           block_out_channels=(320, 640, 1280, 1280)).eval()
@@ -100,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
                                        check=True, capture_output=True, text=True).stdout
         m = json.loads(out["ours"])
         got, want = torch.load(Path(name) / "ours.pt"), torch.load(Path(name) / "theirs.pt")
-        print(f"model {m['model'] / 1e9:.2f} GB; interpreter {m['interpreter'] / 1e9:.2f} GB; peak while loading {m['peak'] / 1e9:.2f} GB; "
-              f"(peak - interpreter) / model = {(m['peak'] - m['interpreter']) / m['model']:.3f}")
-        print(f"UNet call at {LATENT} x {LATENT}: largest difference to diffusers {(got - want).abs().max() / want.std():.2e} of the "
-              "standard deviation")
+        print(f"model {m['model'] / 1e9:.2f} GB; interpreter {m['interpreter'] / 1e9:.2f} GB; peak while loading "
+              f"{m['peak'] / 1e9:.2f} GB; (peak - interpreter) / model = {(m['peak'] - m['interpreter']) / m['model']:.3f}")
+        print(f"UNet call at {LATENT} x {LATENT}: largest difference to diffusers "
+              f"{(got - want).abs().max() / want.std():.2e} of the standard deviation")
 
 
 if __name__ == "__main__":
