@@ -28,13 +28,15 @@ class AttentionEdit(NamedTuple):
     keep: Tensor             # (E, L): share of the own columns that stays
     self_source: Tensor      # (E,) long: the batch row whose q and k each edited row uses in self-attention
     self_max_tokens: Tensor  # (E,) long: ... at sites of at most this many pixels
+    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1
 
 
 class Record(NamedTuple):
     """Which maps a forward pass returns: those of sites with at most so many pixels (0: none)."""
 
-    text: int = 0     # columns of the text tokens, in cross- and hybrid attention, after the edit
-    pixels: int = 0   # self-attention, after the edit
+    text: int = 0          # columns of the text tokens, in cross- and hybrid attention, after the edit
+    pixels: int = 0        # self-attention, after the edit
+    before: bool = False   # append the edited rows' maps as they were before the edit
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,14 +97,17 @@ class SelfAttention(_Attention):
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
         q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
+        used = q, k
         if edit is not None:
             rows = torch.arange(len(x), device=x.device)                                 # (B,)
             own = rows[-len(edit.source):]                                               # (E,)
             small = x.shape[1] <= edit.self_max_tokens                                   # (E,)
             rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
-            q, k = q[rows], k[rows]
-        probs = attend_probs(q, k) if x.shape[1] <= record.pixels else None              # (B, h, N, N)
-        return self._out(attend(q, k, v)), probs                                         # (B, N, C)
+            used = q[rows], k[rows]
+        probs = attend_probs(*used) if x.shape[1] <= record.pixels else None             # (B, h, N, N)
+        if probs is not None and edit is not None and record.before:
+            probs = torch.cat([probs, attend_probs(q, k)[-len(own):]])
+        return self._out(attend(*used, v)), probs                                        # (B, N, C)
 
 
 class _TextAttention(_Attention):
@@ -118,11 +123,17 @@ class _TextAttention(_Attention):
         target = (q[-e:], k[-e:])
         source = (q[edit.source], k[edit.source])
         edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
+        if edit.renormalise is not None:   # the row sums of P' are P' times a column of ones: no map needed either
+            sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, edit.mix, edit.keep)
+            edited = torch.where(edit.renormalise[:, None, None, None], edited / sums, edited)
         out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)
         probs = None
         if want:
-            after = edited_probs(attend_probs(*target), attend_probs(*source), edit.mix, edit.keep)
-            probs = torch.cat([attend_probs(q[:-e], k[:-e]), after])[..., -text:]
+            before = attend_probs(*target)
+            after = edited_probs(before, attend_probs(*source), edit.mix, edit.keep)
+            if edit.renormalise is not None:
+                after = torch.where(edit.renormalise[:, None, None, None], after / after.sum(-1, keepdim=True), after)
+            probs = torch.cat([attend_probs(q[:-e], k[:-e]), after, before[: e if record.before else 0]])[..., -text:]
         return self._out(out), probs
 
 

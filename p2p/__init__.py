@@ -5,6 +5,7 @@
     r = p2p.edit(model, "a cat on grass", "a dog on grass")
     r.images[1].show()
 """
+from p2p.blend import LocalBlend
 from p2p.edit import Edit
 from p2p.errors import NumericsError, UsageError
 from p2p.model import Model, load
@@ -12,4 +13,4 @@ from p2p.run import Result, edit, generate
 from weights.errors import CheckpointError
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Edit", "Model", "NumericsError", "Result", "UsageError", "edit", "generate", "load"]
+__all__ = ["CheckpointError", "Edit", "LocalBlend", "Model", "NumericsError", "Result", "UsageError", "edit", "generate", "load"]

@@ -4,6 +4,8 @@ All functions work on `Tokens` (ids, and the characters each token came from), s
 """
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,39 @@ from p2p.errors import UsageError
 
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
-    """Token positions of every occurrence of a word or phrase; upper and lower case and punctuation do not matter.
+    """Token positions of every occurrence of a word or phrase, or with "cat#2" of the second one alone; upper and lower
+    case and punctuation do not matter.
 
     `length`: how many tokens the tower reads. Raises UsageError where the phrase is absent or lies beyond it.
     """
+    places = _occurrences(prompt, phrase)
+    if not places and (m := re.fullmatch(r"(.+)#(\d+)", phrase.strip())):
+        every = _occurrences(prompt, m.group(1))
+        nth = int(m.group(2))
+        if every and not 1 <= nth <= len(every):
+            raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{m.group(1)}" {len(every)} times')
+        places = every[nth - 1:nth]
+    if not places:
+        raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
+    found = [i for place in places for i in place]
+    if max(found) >= length - 1:
+        raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text tower stops reading; '
+                         "shorten the prompt")
+    return sorted(set(found))
+
+
+def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
+    """Token positions of each occurrence, left to right; an occurrence starts and ends where tokens' words do."""
     wanted = " ".join(phrase.lower().split())
     starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
-    found: list[int] = []
+    out = []
     at = prompt.text.find(wanted) if wanted else -1
     while at >= 0:
         stop = at + len(wanted)
         if at in starts and stop in ends:
-            found += [i for i, (s, e) in enumerate(prompt.spans) if at <= s and e <= stop and e]
+            out.append([i for i, (s, e) in enumerate(prompt.spans) if at <= s and e <= stop and e])
         at = prompt.text.find(wanted, at + 1)
-    if not found:
-        raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
-    if found[-1] >= length - 1:
-        raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text tower stops reading; '
-                         "shorten the prompt")
-    return sorted(set(found))
+    return out
 
 
 def words(prompt: Tokens) -> list[tuple[str, list[int]]]:

@@ -147,6 +147,7 @@ def _replay(args: argparse.Namespace) -> None:
     import torch
 
     import p2p
+    from p2p.edit import from_dict
     from p2p.image import read_settings
 
     s = read_settings(args.replay)
@@ -155,9 +156,7 @@ def _replay(args: argparse.Namespace) -> None:
             raise p2p.UsageError(f'{args.replay}: made by "p2p {s["command"]}", not by an edit')
         if s["seed"] is None:
             raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
-        edits = [p2p.Edit(**{k: tuple(v) if isinstance(v, list) else
-                             {w: tuple(x) if isinstance(x, list) else x for w, x in v.items()} if isinstance(v, dict) else v
-                             for k, v in t.items()}) for t in s["targets"]]
+        edits = [from_dict(t) for t in s["targets"]]
         out = _Output(args.out, s["source"])
         model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae)
         if model.sha256 != s["sha256"]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from torch import Tensor
 from models.attention import AttentionEdit
 from models.text import Tokens
 from p2p import align
+from p2p.blend import LocalBlend
 from p2p.errors import UsageError
+from p2p.image import from_base64, to_base64
 
 Window = float | tuple[float, float]
 
@@ -37,6 +39,8 @@ class Edit:
         target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
     self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
     equalizer: {"word": c}: the attention of that word times c.
+    renormalise: divide the edited maps by their row sums (the paper and the official code do not).
+    local_blend: where the target may differ from the source; None: everywhere.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -46,7 +50,30 @@ class Edit:
     self_replace_steps: Window = 0.4
     self_max_tokens: int = 32 * 32
     equalizer: Mapping[str, float] | None = None
+    renormalise: bool = False
+    local_blend: LocalBlend | None = None
     aligner: Literal["exact", "official"] = "exact"
+
+
+def to_dict(edit: Edit) -> dict[str, Any]:
+    """An edit as JSON can hold it; a mask becomes a PNG in base64."""
+    out = {f.name: getattr(edit, f.name) for f in fields(edit)}
+    if edit.local_blend is not None:
+        blend = {f.name: getattr(edit.local_blend, f.name) for f in fields(edit.local_blend)}
+        out["local_blend"] = blend | {"mask": None if edit.local_blend.mask is None else to_base64(edit.local_blend.mask)}
+    return out
+
+
+def from_dict(d: Mapping[str, Any]) -> Edit:
+    """The edit that `to_dict` made this from; lists stand for tuples."""
+    def plain(v: Any) -> Any:
+        return tuple(v) if isinstance(v, list) else {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else v
+
+    d = {k: plain(v) for k, v in d.items()}
+    if d.get("local_blend") is not None:
+        blend = d["local_blend"]
+        d["local_blend"] = LocalBlend(**blend | {"mask": blend["mask"] and from_base64(blend["mask"])})
+    return Edit(**d)
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
@@ -135,4 +162,6 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
     spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
     inside = torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)], device=device)
-    return [AttentionEdit(source_row, mix[i], keep[i], torch.where(inside[i], source_row, own), limit) for i in range(steps)]
+    renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
+    return [AttentionEdit(source_row, mix[i], keep[i], torch.where(inside[i], source_row, own), limit, renormalise)
+            for i in range(steps)]

@@ -1,6 +1,8 @@
 """Tensors to pictures and back, captioned grids, and settings kept inside PNG files."""
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -31,6 +33,19 @@ def from_pil(image: Image.Image) -> Tensor:
     """A picture of any mode -> (1, 3, H, W) in [-1, 1], turned upright by its EXIF tag."""
     array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_base64(image: Image.Image | Tensor) -> str:
+    """A picture, or a (H, W) mask, as a PNG in base64."""
+    if isinstance(image, Tensor):
+        image = Image.fromarray((image > 0.5).cpu().numpy().astype(np.uint8) * 255)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def from_base64(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
 def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 256) -> Image.Image:

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from models.attention import AttentionEdit
 from models.text import Tokens
+from p2p.blend import Blend, prepare
 from p2p.denoise import denoise
-from p2p.edit import Edit, Window, choose_mode, plan
+from p2p.edit import Edit, choose_mode, plan, to_dict
 from p2p.errors import UsageError
 from p2p.image import to_pil
 from p2p.model import Model
+from p2p.schedule import Schedule
 
 
 @dataclass
@@ -33,23 +35,20 @@ class Result:
 
 def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], *, steps: int = 50,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
-         mode: str | None = None, cross_replace_steps: Window | Mapping[str, Window] = 0.8,
-         self_replace_steps: Window = 0.4, self_max_tokens: int = 32 * 32, equalizer: Mapping[str, float] | None = None,
-         aligner: str = "exact", height: int | None = None, width: int | None = None, progress: bool = False) -> Result:
+         height: int | None = None, width: int | None = None, progress: bool = False, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
-    targets: prompts, for which the settings from `mode` on hold (see `Edit`), or `Edit`s with their own.
+    targets: `Edit`s, or prompts, for which `settings` holds the fields of `Edit`: mode, cross_replace_steps,
+    self_replace_steps, self_max_tokens, equalizer, renormalise, local_blend, aligner.
     guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial noise, unless
     x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
     pictures in pixels, None for the size that the model was made for.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
-    shared = dict(mode=mode, cross_replace_steps=cross_replace_steps, self_replace_steps=self_replace_steps,
-                  self_max_tokens=self_max_tokens, equalizer=equalizer, aligner=aligner)
     listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
     if not listed:
         raise UsageError("no target prompt given")
-    edits = [t if isinstance(t, Edit) else Edit(t, **shared) for t in listed]
+    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in listed]
     notes: list[str] = list(model.notes)
     prompts = [source, *(e.prompt for e in edits)]
     split = _tokens(model, prompts, notes)
@@ -62,15 +61,15 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
                              "the text tower reads; shorten the prompt")
         if split[0].ids == t.ids and not e.equalizer:
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    rows = len(prompts) * (2 if guidance_scale != 1 else 1)
-    _check(steps, guidance_scale, eta)
+    start = _start(model, [seed], len(prompts), x_T, steps, guidance_scale, eta, height, width)
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
-    edit_plan = plan(split[0], split[1:], edits, modes, steps=steps, length=model.length, rows=rows,
-                     device=model.device, dtype=model.dtype)
-    settings = _settings(model, "edit", steps, guidance_scale, seed if x_T is None else None, eta, height, width) | {
-        "source": source, "targets": [asdict(e) for e in edits]}
-    return _run(model, prompts, [seed], x_T, edit_plan, settings, notes, progress)
+    common = dict(steps=steps, length=model.length, device=model.device)
+    edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) * (1 if start.guidance_scale == 1 else 2),
+                     dtype=model.dtype, **common)
+    blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
+    record = _settings(model, "edit", start, None if x_T is not None else seed) | {
+        "source": source, "targets": [to_dict(e) for e in edits]}
+    return _run(model, prompts, start, record, notes, progress, edit_plan, blend)
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
@@ -83,11 +82,10 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     notes: list[str] = list(model.notes)
     _tokens(model, prompts, notes)
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    _check(steps, guidance_scale, eta)
+    start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
-    settings = _settings(model, "generate", steps, guidance_scale, recorded, eta, height, width) | {"prompts": prompts}
-    return _run(model, prompts, seeds, x_T, None, settings, notes, progress)
+    settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
+    return _run(model, prompts, start, settings, notes, progress)
 
 
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
@@ -97,30 +95,44 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
 
 
-def _run(model: Model, prompts: list[str], seeds: list[int], x_T: Tensor | None, edit_plan: list[AttentionEdit] | None,
-         settings: dict[str, Any], notes: list[str], progress: bool) -> Result:
-    steps, guidance_scale, eta = settings["steps"], settings["guidance_scale"], settings["eta"]
-    shape, n = model.latent_shape(settings["height"], settings["width"]), len(prompts)
-    noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
-    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
-    if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
-        raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
-    x = x.expand(n, -1, -1, -1)                                     # the same noise in every row (line 4)
-    size = x.shape[2] * model.shrink, x.shape[3] * model.shrink
-    loop = denoise(model, x, model.condition(prompts, *size), model.null(n, *size) if guidance_scale != 1 else None,
-                   model.schedule(steps), guidance_scale=guidance_scale, plan=edit_plan, eta=eta, noise=noise[1:] or None)
-    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
-        x = step.x
-    return Result(to_pil(model.decode(x)), x.cpu(), list(prompts), settings, notes)
+class _Start(NamedTuple):
+    """Where a run begins, checked."""
+
+    x: Tensor                   # (B, C, H, W), float32
+    noise: list[Tensor]         # one a step, if eta > 0
+    schedule: Schedule
+    guidance_scale: float
+    eta: float
+    size: tuple[int, int]       # height, width in pixels
 
 
-def _check(steps: int, guidance_scale: float, eta: float) -> None:
+def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float,
+           height: int | None, width: int | None) -> _Start:
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     if not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
     if not abs(guidance_scale) < float("inf"):
         raise UsageError(f"guidance_scale must be finite, not {guidance_scale!r}")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
+    shape = model.latent_shape(height, width)
+    noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
+    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
+    if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
+        raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
+    return _Start(x.expand(n, -1, -1, -1), noise[1:], model.schedule(steps), guidance_scale, eta,   # same noise in every row
+                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
+
+
+def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, Any], notes: list[str], progress: bool,
+         edit_plan: list[AttentionEdit] | None = None, blend: Blend | None = None) -> Result:
+    null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
+    loop = denoise(model, start.x, model.condition(prompts, *start.size), null, start.schedule, eta=start.eta, plan=edit_plan,
+                   guidance_scale=start.guidance_scale, noise=start.noise or None, blend=blend)
+    x = start.x
+    for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
+        x = step.x
+    return Result(to_pil(model.decode(x)), x.cpu(), list(prompts), settings, notes)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:
@@ -139,11 +151,10 @@ def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Toke
     return [model.tokens(p) for p in prompts]
 
 
-def _settings(model: Model, command: str, steps: int, guidance_scale: float, seed: int | list[int] | None, eta: float,
-              height: int | None, width: int | None) -> dict[str, Any]:
+def _settings(model: Model, command: str, start: _Start, seed: int | list[int] | None) -> dict[str, Any]:
     return {
         "command": command, "model": model.name, "family": model.family, "prediction": model.prediction,
-        "sha256": model.sha256, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "eta": eta,
-        "height": height or model.size[0], "width": width or model.size[1],
-        "device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
+        "sha256": model.sha256, "steps": start.schedule.steps, "guidance_scale": start.guidance_scale, "seed": seed,
+        "eta": start.eta, "height": start.size[0], "width": start.size[1], "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
     }

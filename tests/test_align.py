@@ -21,6 +21,7 @@ def test_tokens_are_the_tokenizers(prompt):
 @pytest.mark.parametrize("prompt, word, want", [
     ("a cat on grass", "cat", [2]), ("A  Cat, on grass", "cat", [2]), ("a cat on grass", "CAT", [2]),
     ("a big cat on grass", "big cat", [2, 3]), ("a cat and a cat", "cat", [2, 5]), ("(cat)", "cat", [2]),
+    ("a cat and a cat", "cat#2", [5]), ("a cat and a cat", "a cat#1", [1, 2]), ("room #2", "#2", [2, 3]),
     ("a schnauzer on grass", "schnauzer", [2, 3]), ("a cat on grass", "a cat on grass", [1, 2, 3, 4]),
 ])
 def test_word_is_found(prompt, word, want):
@@ -28,7 +29,8 @@ def test_word_is_found(prompt, word, want):
 
 
 @pytest.mark.parametrize("prompt, word", [("a category", "cat"), ("a concat", "cat"), ("a cat", "dog"), ("a cat", ""),
-                                          ("a cat on grass", "cat grass")])
+                                          ("a cat on grass", "cat grass"), ("a cat and a cat", "cat#3"), ("a cat", "dog#1"),
+                                          ("a cat", "cat#0")])
 def test_absent_word_is_an_error_that_names_it(prompt, word):
     with pytest.raises(UsageError, match=f'"{word}"'):
         align.word_tokens(tokens(prompt), word, L)

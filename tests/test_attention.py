@@ -69,6 +69,24 @@ def test_fused_is_explicit(kind, pixels):
     assert (edited_attend(q, k, v, q_src, k_src, mix, keep) - wanted @ v).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
+def test_renormalised_rows_sum_to_one(kind):
+    """Asked for by row: the row that is asked is P' divided by its sums, the other stays as it was."""
+    module, x, context = module_and_inputs(kind)
+    edit = an_edit(mix=rand(2, L, L).abs(), keep=rand(2, L).abs())
+    one = edit._replace(renormalise=torch.tensor([True, False]))
+    out, maps = module(x, context, one, Record(text=N))
+    plain, before = module(x, context, edit, Record(text=N))
+    assert torch.equal(out[[0, 1, 3]], plain[[0, 1, 3]]) and torch.equal(maps[[0, 1, 3]], before[[0, 1, 3]])
+    if kind is CrossAttention:
+        assert (maps[2].sum(-1) - 1).abs().max() < 1e-12
+        v = module.to_v(context).unflatten(-1, (HEADS, D)).transpose(1, 2)
+        assert (out - module.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
+    else:
+        scale = plain[2] - module.to_out[0].bias
+        assert (scale / (out[2] - module.to_out[0].bias)).std() > 1e-3 and not torch.equal(out[2], plain[2])
+
+
 def test_attend_is_probs_times_values():
     q, k, v = rand(E, HEADS, N, D), rand(E, HEADS, L, D, seed=1), rand(E, HEADS, L, D, seed=2)
     assert (attend(q, k, v) - attend_probs(q, k) @ v).abs().max() < 1e-12
@@ -132,6 +150,17 @@ def test_recorded_maps_are_those_used(kind):
     v = module.to_v(x if kind is SelfAttention else context).unflatten(-1, (HEADS, D)).transpose(1, 2)
     wanted = module.to_out((maps @ v).transpose(1, 2).flatten(2))
     assert (out - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_maps_before_the_edit(kind):
+    """The edited rows' own maps come after all others, and those are what they are without an edit."""
+    module, x, context = module_and_inputs(kind)
+    edit = an_edit(mix=rand(2, L, L), keep=rand(2, L))
+    _, after = module(x, context, edit, Record(text=N, pixels=N))
+    _, both = module(x, context, edit, Record(text=N, pixels=N, before=True))
+    _, plain = module(x, context, None, Record(text=N, pixels=N, before=True))
+    assert torch.equal(both[:4], after) and (both[4:] - plain[2:]).abs().max() < 1e-14
 
 
 def test_record_is_by_size():

@@ -1,0 +1,138 @@
+"""Local edits: outside a mask made from the attention of chosen words, the target keeps the source's latents.
+
+Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does: maps after
+the edit, conditional rows, the sites at a quarter of the latent's side without the middle block, summed over the steps
+so far, pooled 3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.text import Tokens
+from p2p.align import word_tokens
+from p2p.errors import UsageError
+
+Words = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Where a target may differ from its source.
+
+    words: (of the source prompt, of the target prompt), each a word, a phrase or a list of them: the mask.
+    substruct: the same, for regions to be taken out of the mask again.
+    threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
+    start: share of the steps after which blending begins. level: the maps' side is that of the latents over this.
+    mask: a picture or (H, W) tensor, bright where the edit may act: instead of words, or, with words, a limit to them.
+    """
+
+    words: tuple[Words, Words] | None = None
+    substruct: tuple[Words, Words] | None = None
+    threshold: float | tuple[float, float] = 0.3
+    start: float = 0.2
+    level: int = 4
+    mask: Image.Image | Tensor | None = None
+
+
+class Blend(NamedTuple):
+    """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
+
+    pixels: int          # of the maps
+    columns: Tensor      # (N, 2, 2, L): words or substruct, in the source or the target; sums of their tokens
+    threshold: Tensor    # (N, 2): for words, for substruct
+    start: Tensor        # (N,) steps
+    everywhere: Tensor   # (N,) bool: no words given
+    fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
+
+
+def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
+    out = torch.zeros(length)
+    for word in [words] if isinstance(words, str) else list(words):
+        out[word_tokens(prompt, word, length)] = 1
+    return out
+
+
+def _fixed(mask: Image.Image | Tensor | None, size: tuple[int, int]) -> Tensor:
+    """(1, H, W) bool at the latents' size; a position counts if half of it is bright."""
+    if mask is None:
+        return torch.ones(1, *size, dtype=torch.bool)
+    if isinstance(mask, Image.Image):
+        mask = mask.convert("L").resize(size[::-1], Image.BOX)
+        return (torch.tensor(list(mask.getdata()), dtype=torch.float32).view(1, *size) > 127)
+    if mask.ndim != 2:
+        raise UsageError(f"local_blend: a mask tensor has the shape (H, W), not {tuple(mask.shape)}")
+    return F.interpolate(mask[None, None].float(), size=size, mode="area")[0] > 0.5
+
+
+def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, steps: int, length: int,
+            size: tuple[int, int], device: torch.device) -> Blend | None:
+    """Words to columns, for latents of that size (H, W). None if no target blends. Raises UsageError."""
+    if not any(blends):
+        return None
+    levels = {b.level for b in blends if b}
+    if len(levels) > 1:
+        raise UsageError(f"local_blend: one level for all targets is needed, not {sorted(levels)}")
+    level = levels.pop()
+    if level < 1 or size[0] % level or size[1] % level:
+        raise UsageError(f"local_blend: level {level} does not divide latents of {size[0]} x {size[1]}")
+    columns, threshold, start, everywhere, fixed = [], [], [], [], []
+    for b, target in zip(blends, targets):
+        b = b or LocalBlend(mask=torch.ones(1, 1))
+        if b.words is None and b.mask is None:
+            raise UsageError("local_blend: give words or a mask")
+        th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
+        if len(th) != 2 or not all(0 <= float(v) < 1 for v in th):
+            raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
+        if not 0 <= b.start <= 1:
+            raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
+        pairs = [p if p is None or (isinstance(p, (tuple, list)) and len(p) == 2) else False for p in (b.words, b.substruct)]
+        if False in pairs:
+            raise UsageError("local_blend: words and substruct are pairs (of the source prompt, of the target prompt)")
+        columns.append(torch.stack([
+            torch.zeros(2, length) if pair is None else
+            torch.stack([_columns(source, pair[0], length), _columns(target, pair[1], length)]) for pair in pairs]))
+        threshold.append(torch.tensor([float(v) for v in th]))
+        start.append(int(b.start * steps))
+        everywhere.append(b.words is None)
+        fixed.append(_fixed(b.mask, size))
+    return Blend(size[0] // level * (size[1] // level), torch.stack(columns).to(device), torch.stack(threshold).to(device),
+                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device))
+
+
+def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
+    """The words' share of one step's maps, mean over heads and sites.  maps: (1 + N, h, pixels, L)  ->  (N, 2, 2, pixels)"""
+    shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
+    chosen = [m for site, m in maps.items() if m.shape[2:] == shape and not site.startswith("mid_block")]
+    if not chosen:
+        raise UsageError(f"local_blend: no attention to text at {blend.pixels} positions; the model's sites have "
+                         f"{sorted({m.shape[2] for m in maps.values()})}; choose another level")
+    p = torch.cat([m.float() for m in chosen], dim=1)                                    # (1 + N, sites h, pixels, L)
+    source = torch.einsum("hpl,nkl->nkhp", p[0], blend.columns[:, :, 0]).mean(2)
+    target = torch.einsum("nhpl,nkl->nkhp", p[1:], blend.columns[:, :, 1]).mean(2)
+    return torch.stack([source, target], dim=2)
+
+
+def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
+    """Sums of word maps (N, 2, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
+    h = round((blend.pixels * size[0] / size[1]) ** 0.5)
+    m = seen.unflatten(-1, (h, blend.pixels // h))                                       # (N, 2, 2, h, w)
+    m = torch.stack([F.max_pool2d(m[:, 0], 3, 1, 1), m[:, 1]], dim=1)
+    m = F.interpolate(m.flatten(1, 2), size=size).unflatten(1, (2, 2))                   # (N, 2, 2, H, W), nearest
+    on = m / m.amax((-2, -1), keepdim=True) > blend.threshold[:, :, None, None, None]   # no words: 0 / 0, never on
+    on = on.any(dim=2)                                                                   # in the source's map or the target's
+    inside = (on[:, :1] | blend.everywhere[:, None, None, None]) & ~on[:, 1:]
+    return inside & blend.fixed
+
+
+def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int) -> Tensor:
+    """x (1 + N, C, H, W) after a step, source first: targets keep the source outside of their masks, once they started."""
+    started = (step >= blend.start)[:, None, None, None]
+    inside = masks(seen, blend, x.shape[2:]) | ~started
+    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1])])
