@@ -5,6 +5,7 @@
     r = p2p.edit(model, "a cat on grass", "a dog on grass")
     r.images[1].show()
 """
+from models.attention import Record
 from p2p.blend import LocalBlend
 from p2p.edit import Edit
 from p2p.errors import NumericsError, UsageError
@@ -13,4 +14,5 @@ from p2p.run import Result, edit, generate
 from weights.errors import CheckpointError
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Edit", "LocalBlend", "Model", "NumericsError", "Result", "UsageError", "edit", "generate", "load"]
+__all__ = ["CheckpointError", "Edit", "LocalBlend", "Model", "NumericsError", "Record", "Result", "UsageError", "edit", "generate",
+           "load"]

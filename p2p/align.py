@@ -59,6 +59,15 @@ def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     return out
 
 
+def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
+    """As `words`, every name one of a kind for `word_tokens`: words that occur again are "cat#1", "cat#2"."""
+    out = []
+    for word, columns in words(prompt):
+        places = _occurrences(prompt, word)
+        out.append((f"{word}#{places.index(columns) + 1}" if len(places) > 1 and columns in places else word, columns))
+    return out
+
+
 def same_word_count(source: Tokens, target: Tokens) -> bool:
     return len(words(source)) == len(words(target))
 

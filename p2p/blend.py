@@ -1,7 +1,7 @@
 """Local edits: outside a mask made from the attention of chosen words, the target keeps the source's latents.
 
 Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does: maps after
-the edit, conditional rows, the sites at a quarter of the latent's side without the middle block, summed over the steps
+the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only where it alone has that side), summed over the steps
 so far, pooled 3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
 """
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -65,7 +66,7 @@ def _fixed(mask: Image.Image | Tensor | None, size: tuple[int, int]) -> Tensor:
         return torch.ones(1, *size, dtype=torch.bool)
     if isinstance(mask, Image.Image):
         mask = mask.convert("L").resize(size[::-1], Image.BOX)
-        return (torch.tensor(list(mask.getdata()), dtype=torch.float32).view(1, *size) > 127)
+        return torch.from_numpy(np.array(mask))[None] > 127
     if mask.ndim != 2:
         raise UsageError(f"local_blend: a mask tensor has the shape (H, W), not {tuple(mask.shape)}")
     return F.interpolate(mask[None, None].float(), size=size, mode="area")[0] > 0.5
@@ -109,7 +110,8 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
 def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
     """The words' share of one step's maps, mean over heads and sites.  maps: (1 + N, h, pixels, L)  ->  (N, 2, 2, pixels)"""
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
-    chosen = [m for site, m in maps.items() if m.shape[2:] == shape and not site.startswith("mid_block")]
+    fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
+    chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
     if not chosen:
         raise UsageError(f"local_blend: no attention to text at {blend.pixels} positions; the model's sites have "
                          f"{sorted({m.shape[2] for m in maps.values()})}; choose another level")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from models.attention import AttentionEdit
 from models.text import Tokens
 from p2p import align
-from p2p.blend import LocalBlend
+from p2p.blend import LocalBlend, Words
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 
@@ -40,7 +40,10 @@ class Edit:
     self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
     equalizer: {"word": c}: the attention of that word times c.
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
+    swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
     local_blend: where the target may differ from the source; None: everywhere.
+    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the attention of all others is injected
+        throughout, and the picture changes only where these words and what replaces or joins them attend.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -51,7 +54,9 @@ class Edit:
     self_max_tokens: int = 32 * 32
     equalizer: Mapping[str, float] | None = None
     renormalise: bool = False
+    swap: Mapping[str, str] | None = None
     local_blend: LocalBlend | None = None
+    scope: Words | None = None
     aligner: Literal["exact", "official"] = "exact"
 
 
@@ -136,8 +141,8 @@ def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple
     return m * (c * alpha)[:, None, :], 1 - alpha
 
 
-def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int) -> tuple[Tensor, Tensor]:
-    """mix (steps, L, L) and keep (steps, L) of one target, float64."""
+def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
+    """Which source tokens a target token reads (M, G or the identity), and a.  -> (length, length), (length,) float64"""
     if edit.aligner not in ("exact", "official"):
         raise UsageError(f'aligner "{edit.aligner}" is not known; known: exact, official')
     official = edit.aligner == "official"
@@ -147,8 +152,62 @@ def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, le
     elif mode == "refine":
         mapper, a = (align.official_refinement if official else align.refinement)(source, target, length)
         m = m[:, mapper]                                                   # G[A(j), j] = 1
+    for old, new in (edit.swap or {}).items():
+        s, t = align.word_tokens(source, old, length), align.word_tokens(target, new, length)
+        m[:, t] = 0
+        a[t] = 1
+        if len(s) == len(t):
+            m[s, t] = 1
+        else:
+            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+    return m, a
+
+
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int) -> tuple[Tensor, Tensor]:
+    """mix (steps, L, L) and keep (steps, L) of one target, float64."""
+    m, a = alignment(source, target, edit, mode, length)
     alpha = cross_alpha(edit.cross_replace_steps, target, steps, length)
     return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
+
+
+def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:
+    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins that;
+    without a scope the words that differ and those with weights."""
+    m, a = alignment(source, target, edit, mode, length)
+    ours, theirs = align.named_words(source), align.named_words(target)
+    reads = (m * a).bool()                                                 # (L, L): source token i, target token j
+
+    def related(i: list[int], j: list[int]) -> bool:
+        return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
+
+    def new(j: list[int]) -> bool:
+        return mode == "refine" and not any(bool(a[y]) for y in j if y < length)
+
+    if edit.scope is not None:
+        inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
+                  for i in align.word_tokens(source, word, length)}
+        old = [(name, i) for name, i in ours if inside & set(i)]
+        return [name for name, _ in old], [name for name, j in theirs if new(j) or any(related(i, j) for _, i in old)]
+    weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
+
+    def changed(i: list[int], j: list[int]) -> bool:
+        return [source.ids[x] for x in i] != [target.ids[y] for y in j] or bool(weighted & set(j))
+
+    old = [name for name, i in ours if not any(related(i, j) and not changed(i, j) for _, j in theirs)]
+    return old, [name for name, j in theirs if not any(related(i, j) and not changed(i, j) for _, i in ours)]
+
+
+def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
+    """An edit with its scope written out as windows by word and a LocalBlend."""
+    if edit.scope is None:
+        return edit
+    old, new = subject(source, target, edit, mode, length)
+    given = edit.cross_replace_steps
+    by_word = dict(given) if isinstance(given, Mapping) else {"default_": given}
+    inside = by_word.pop("default_", (0.0, 1.0))
+    blend = edit.local_blend or LocalBlend()
+    return replace(edit, scope=None, cross_replace_steps=dict.fromkeys(new, inside) | by_word,
+                   local_blend=replace(blend, words=(old, new)) if blend.words is None else blend)
 
 
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,

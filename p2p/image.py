@@ -35,6 +35,17 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def open_picture(path: Path) -> Image.Image:
+    """A picture from a file, upright. Raises UsageError."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path}: not a picture that can be read ({error})") from None
+
+
 def to_base64(image: Image.Image | Tensor) -> str:
     """A picture, or a (H, W) mask, as a PNG in base64."""
     if isinstance(image, Tensor):
@@ -52,8 +63,7 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     """Pictures in a row, captions below; words that the first caption does not have are set in colour."""
     font = ImageFont.load_default(15)
     gap, line = 12, 20
-    shown = [p.resize((round(p.width * side / p.height), side), Image.BICUBIC if p.height < side else Image.LANCZOS)
-             for p in pictures]
+    shown = [_at_height(p, side) for p in pictures]
     lines = [_wrap(_marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
     height = side + 3 * gap + line * max(map(len, lines))
     sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
@@ -67,6 +77,56 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
                 at += font.getlength(word + " ")
         x += picture.width + gap
     return sheet
+
+
+def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str] = ("",), side: int = 160,
+          corner: str = "") -> Image.Image:
+    """Rows of pictures under column labels, row labels at the left; `corner` names the axes."""
+    font = ImageFont.load_default(14)
+    gap, line = 6, 18
+    width = max(round(side * p.width / p.height) for row in pictures for p in row)
+    heads = [_wrap([(w, False) for w in c.split()], font, width) for c in columns]
+    top = gap + line * max(1, *map(len, heads))
+    left = gap + round(max((font.getlength(r) for r in [*rows, corner]), default=0)) + (gap if any(rows) or corner else 0)
+    sheet = Image.new("RGB", (left + (width + gap) * len(columns), top + (side + gap) * len(pictures)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), corner, fill=_ACCENT, font=font)
+    for j, head in enumerate(heads):
+        for k, words in enumerate(head):
+            text = " ".join(w for w, _ in words)
+            draw.text((left + j * (width + gap) + (width - font.getlength(text)) / 2, gap + k * line), text, fill=_INK, font=font)
+    for i, (label, row) in enumerate(zip(rows, pictures)):
+        y = top + gap // 2 + i * (side + gap)
+        draw.text((gap, y + side / 2 - line / 2), label, fill=_INK, font=font)
+        for j, picture in enumerate(row):
+            sheet.paste(_at_height(picture, side), (left + j * (width + gap), y))
+    return sheet
+
+
+# Anchors of a dark-to-bright colour scale, evenly spaced.
+_HEAT = torch.tensor([[0.0, 0.0, 0.02], [0.25, 0.04, 0.41], [0.58, 0.15, 0.40], [0.87, 0.32, 0.23], [0.99, 0.65, 0.04],
+                      [0.99, 1.0, 0.64]])
+
+
+def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None = None) -> Image.Image:
+    """A map (h, w) in colours, black 0, bright `top` (None: its maximum); enlarged smoothly to size (width, height)."""
+    v = values.float().cpu()
+    v = (v / (v.max() if top is None else top)).nan_to_num().clamp(0, 1)
+    at = v * (len(_HEAT) - 1)
+    low = at.floor().long().clamp(max=len(_HEAT) - 2)
+    colours = torch.lerp(_HEAT[low], _HEAT[low + 1], (at - low)[..., None])
+    picture = Image.fromarray((colours * 255).round().byte().numpy())
+    return picture.resize(size, Image.BICUBIC) if size else picture
+
+
+def overlay(picture: Image.Image, values: Tensor, strength: float = 0.65) -> Image.Image:
+    """A map (h, w) laid over the picture it belongs to."""
+    return Image.blend(picture.convert("RGB"), heat(values, picture.size), strength)
+
+
+def _at_height(picture: Image.Image, side: int) -> Image.Image:
+    size = (round(picture.width * side / picture.height), side)
+    return picture.resize(size, Image.BICUBIC if picture.height < side else Image.LANCZOS)
 
 
 def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
@@ -100,14 +160,7 @@ def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = N
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `save_png` left in a picture. Raises UsageError."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(CHUNK)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path}: not a picture that can be read ({error})") from None
+    text = open_picture(path).info.get(CHUNK)
     if text is None:
         raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other programs "
                          "drop them when they save a picture again)")

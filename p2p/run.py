@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.attention import AttentionEdit
+from models.attention import AttentionEdit, Record
 from models.text import Tokens
 from p2p.blend import Blend, prepare
 from p2p.denoise import denoise
-from p2p.edit import Edit, choose_mode, plan, to_dict
+from p2p.edit import Edit, choose_mode, plan, scoped, to_dict
 from p2p.errors import UsageError
 from p2p.image import to_pil
+from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.schedule import Schedule
 
@@ -31,18 +33,21 @@ class Result:
     prompts: list[str]
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
+    maps: AttentionMaps | None = None                # what `record` asked for
+    timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
 
 
 def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], *, steps: int = 50,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
-         height: int | None = None, width: int | None = None, progress: bool = False, **settings: Any) -> Result:
+         height: int | None = None, width: int | None = None, record: Record = Record(), progress: bool = False,
+         **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     targets: `Edit`s, or prompts, for which `settings` holds the fields of `Edit`: mode, cross_replace_steps,
-    self_replace_steps, self_max_tokens, equalizer, renormalise, local_blend, aligner.
+    self_replace_steps, self_max_tokens, equalizer, renormalise, swap, local_blend, scope, aligner.
     guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial noise, unless
     x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
-    pictures in pixels, None for the size that the model was made for.
+    pictures in pixels, None for the size that the model was made for. record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
@@ -63,18 +68,19 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
     start = _start(model, [seed], len(prompts), x_T, steps, guidance_scale, eta, height, width)
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
+    said = _settings(model, "edit", start, None if x_T is not None else seed) | {
+        "source": source, "targets": [to_dict(e) for e in edits]}
     common = dict(steps=steps, length=model.length, device=model.device)
+    edits = [scoped(split[0], t, e, m, model.length) for t, e, m in zip(split[1:], edits, modes)]
     edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) * (1 if start.guidance_scale == 1 else 2),
                      dtype=model.dtype, **common)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
-    record = _settings(model, "edit", start, None if x_T is not None else seed) | {
-        "source": source, "targets": [to_dict(e) for e in edits]}
-    return _run(model, prompts, start, record, notes, progress, edit_plan, blend)
+    return _run(model, prompts, start, said, notes, progress, record, edit_plan, blend)
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
              seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float = 0.0, height: int | None = None,
-             width: int | None = None, progress: bool = False) -> Result:
+             width: int | None = None, record: Record = Record(), progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seed] if isinstance(seed, int) else list(seed)
@@ -85,7 +91,7 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
     start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
-    return _run(model, prompts, start, settings, notes, progress)
+    return _run(model, prompts, start, settings, notes, progress, record)
 
 
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
@@ -125,14 +131,23 @@ def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: in
 
 
 def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, Any], notes: list[str], progress: bool,
-         edit_plan: list[AttentionEdit] | None = None, blend: Blend | None = None) -> Result:
+         record: Record, edit_plan: list[AttentionEdit] | None = None, blend: Blend | None = None) -> Result:
+    began = time.perf_counter()
+    text = model.condition(prompts, *start.size)
     null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
-    loop = denoise(model, start.x, model.condition(prompts, *start.size), null, start.schedule, eta=start.eta, plan=edit_plan,
-                   guidance_scale=start.guidance_scale, noise=start.noise or None, blend=blend)
-    x = start.x
+    read = time.perf_counter()
+    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, plan=edit_plan,
+                   eta=start.eta, noise=start.noise or None, record=record, blend=blend)
+    x, collector = start.x, Collector()
     for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
         x = step.x
-    return Result(to_pil(model.decode(x)), x.cpu(), list(prompts), settings, notes)
+        if record.text or record.pixels:
+            collector.add(step.t, step.maps)
+    latents, sampled = x.cpu(), time.perf_counter()
+    pictures = to_pil(model.decode(x))
+    timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
+    maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length)
+    return Result(pictures, latents, list(prompts), settings, notes, maps, timings)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:

@@ -112,7 +112,7 @@ def solid(masks: Tensor) -> Tensor:
 
 def _targets(scene: Scene, masks: Tensor) -> tuple[Tensor, Tensor]:
     """What each cell shows: object (B, 32, 32), K where none; colour (B, 32, 32), -100 where none is named."""
-    m = F.interpolate(solid(masks), size=(SIDE, SIDE), mode="area")                     # (B, 2, 32, 32)
+    m = F.interpolate(solid(masks), size=(SIDE, SIDE), mode="area")              # (B, 2, 32, 32)
     best, slot = m.max(1)
     thing = scene.thing[:, :, None, None].expand_as(m).gather(1, slot[:, None])[:, 0]
     colour = scene.colour[:, :, None, None].expand_as(m).gather(1, slot[:, None])[:, 0]
@@ -135,7 +135,7 @@ def judge(model: Recogniser, n: int = 2000, seed: int = 10**6) -> dict[str, floa
         scene = sample(min(250, n - k), seed + k, split="held out")
         pictures, masks = render(scene)
         seen = model.read(pictures)
-        truth = boxes(solid(masks))                                                     # (B, 2, 4)
+        truth = boxes(solid(masks))                                              # (B, 2, 4)
         for j in range(2):
             there = scene.thing[:, j] >= 0
             rows, thing = there.nonzero()[:, 0], scene.thing[there, j]
@@ -164,10 +164,13 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--pictures", type=int, default=200_000)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--lr", type=float, default=2e-3)
+    ap.add_argument("--init", type=Path, help="start from these weights")
     a = ap.parse_args(argv)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     model = Recogniser().to(memory_format=torch.channels_last)
+    if a.init:
+        model.load_state_dict(load_file(a.init))
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=0.01)
     steps, started = a.pictures // a.batch, time.time()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=steps, pct_start=0.05)

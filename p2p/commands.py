@@ -1,0 +1,286 @@
+"""What each command of `p2p` does, given its parsed arguments."""
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import p2p
+from models.text import tokenizer, tokens
+from p2p import align
+from p2p.edit import from_dict
+from p2p.image import grid, heat, open_picture, overlay, read_settings, table
+from p2p.leakage import leakage
+from p2p.output import Output
+from p2p.report import report
+from p2p.run import Result
+from p2p.sweep import sweep as run_sweep
+from weights.convert import convert as run_convert
+from weights.inspect import report as describe
+from weights.load import find
+
+MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
+
+
+def edit(args: argparse.Namespace) -> None:
+    if args.replay:
+        if args.source is not None:
+            raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
+        return _replay(args)
+    if args.source is None or not args.targets:
+        raise p2p.UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a dog on grass"')
+    out = Output(args.out, args.source)
+    shared = edit_settings(args)
+    model, sampling = _model(args)
+    result = p2p.edit(model, args.source, args.targets, **shared, **sampling, record=_record(args), progress=not args.quiet)
+    _write_edit(out, result, args)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    """Runs the edit again whose settings a picture holds."""
+    s = read_settings(args.replay)
+    try:
+        if s["command"] != "edit":
+            raise p2p.UsageError(f'{args.replay}: made by "p2p {s["command"]}", not by an edit')
+        if s["seed"] is None:
+            raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
+        edits = [from_dict(t) for t in s["targets"]]
+        out = Output(args.out, s["source"])
+        model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae)
+        if model.sha256 != s["sha256"]:
+            raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
+                                      f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
+        result = p2p.edit(model, s["source"], edits, steps=s["steps"], guidance_scale=s["guidance_scale"], seed=s["seed"],
+                          eta=s["eta"], height=s["height"], width=s["width"], record=_record(args), progress=not args.quiet)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
+    _write_edit(out, result, args)
+
+
+def generate(args: argparse.Namespace) -> None:
+    out = Output(args.out, args.prompts[0])
+    model, sampling = _model(args)
+    result = p2p.generate(model, args.prompts, **sampling, progress=not args.quiet)
+    _say(result.notes)
+    for i, image in enumerate(result.images):
+        out.picture(str(i + 1), image, result.settings)
+    out.picture("grid", grid(result.images, result.prompts), result.settings)
+    out.json("settings.json", result.settings)
+    out.write(args.quiet)
+
+
+def maps(args: argparse.Namespace) -> None:
+    """Attention maps of one picture, or of an edit, after and before the edit (the paper's figure 4)."""
+    out = Output(args.out, args.prompt)
+    shared = edit_settings(args) if args.targets else {}
+    model, sampling = _model(args)
+    record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
+    sampling |= dict(record=record, progress=not args.quiet)
+    if args.targets:
+        result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
+    else:
+        result = p2p.generate(model, args.prompt, **sampling)
+    _say(result.notes)
+    which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side),
+                                 steps=None if args.steps_range is None else _steps(args, result))
+    numbers: dict[str, Any] = {}
+    rows = [("source" if args.targets else "", 0, False)]
+    for k in range(1, len(result.images)):
+        name = "edit" if len(result.images) == 2 else f"edit-{k}"
+        rows += [(name, k, False), (f"{name}-before", k, True)]
+    for name, row, before in rows:
+        picture = result.images[row]
+        each = result.maps.each_word(row, args.ends, before=before, **which)
+        stem = f"{name}-" if name else ""
+        if not before:
+            out.picture(name or "picture", picture, result.settings)
+        labels = [w for w, _ in each]
+        out.picture(f"{stem}words", table([[picture, *(heat(m, picture.size) for _, m in each)],
+                                           [picture, *(overlay(picture, m) for _, m in each)]],
+                                          [f"{name or 'picture'}", *labels], ["map", "overlay"]))
+        if args.components and not before:
+            parts = result.maps.components(row, sites=args.site, heads=args.head, steps=which["steps"])
+            shown = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
+            out.picture(f"{stem}components", table([[picture, *shown]], ["picture", *(f"{i + 1}" for i in range(len(shown)))]))
+        numbers[name or "picture"] = {w: {"share": float(m.mean()), "max": float(m.max())} for w, m in each}
+    out.json("maps.json", numbers)
+    if args.arrays:
+        out.add("maps.npz", result.maps.save)
+    out.json("settings.json", result.settings)
+    out.write(args.quiet)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    out = Output(args.out, f"sweep {args.source}")
+    over = dict(_over(item) for item in args.over)
+    base = p2p.Edit(args.target, **edit_settings(args))
+    model, sampling = _model(args)
+    done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
+    _say(done.runs[0].notes)
+    for r in done.runs:
+        seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
+        out.picture(f"{seed}source", r.images[0], r.settings)
+        for image, v in zip(r.images[1:], done.variants):
+            name = "-".join(f"{n.replace(':', '-').replace(' ', '-')}{x:g}" for n, x in v.items()) or "edit"
+            out.picture(f"{seed}{name}", image, r.settings)
+    out.picture("table", done.table)
+    out.json("settings.json", [r.settings for r in done.runs])
+    out.write(args.quiet)
+
+
+def show_tokens(args: argparse.Namespace) -> None:
+    split = [tokens(p) for p in args.prompts]
+    for t in split:
+        print(t.text)
+        for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
+            print(f"  {i:3}  {token:5}  {tokenizer().decode([token]).strip():20} {t.text[start:end]}".rstrip())
+    for target in split[1:]:
+        length = max(77, len(split[0].ids), len(target.ids))
+        mapper, a = align.refinement(split[0], target, length)
+        print(f"{target.text!r} from {split[0].text!r}: token of the target <- token of the source")
+        for j in range(len(target.ids)):
+            print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    print("\n".join(describe(args.file, args.family, args.prediction, args.vae, args.hash)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    package = find(args.file, args.family, args.prediction, args.vae)
+    run_convert(package, args.out, args.half)
+    print(args.out)
+
+
+# ------------------------------------------------------------------------------------------------- writing results
+
+def _say(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _write_edit(out: Output, result: Result, args: argparse.Namespace) -> None:
+    _say(result.notes)
+    n = len(result.images)
+    for name, image in zip(["source", *(["edit"] if n == 2 else [f"edit-{i}" for i in range(1, n)])], result.images):
+        out.picture(name, image, result.settings)
+    out.picture("grid", grid(result.images, result.prompts), result.settings)
+    out.json("settings.json", result.settings)
+    if result.maps is not None:
+        found = [leakage(result, k) for k in range(1, n)]
+        out.json("leakage.json", [f._asdict() for f in found])
+        for k, f in enumerate(found, 1):
+            print(f'note: "{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of the '
+                  "pixels changed visibly", file=sys.stderr)
+        if args.report:
+            page = report(result, found)
+            out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    out.write(args.quiet)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+def _model(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
+    seed = args.seed
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        print(f"seed {seed}", file=sys.stderr)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        model = p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae)
+    except RuntimeError as error:   # torch's own word on a device that is not there
+        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    return model, dict(steps=args.steps, guidance_scale=args.cfg, seed=seed, eta=args.eta, height=args.height, width=args.width)
+
+
+def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Edit` that the options of `edit`, `maps` and `sweep` name."""
+    given: dict[str, Any] = dict(mode=args.mode, aligner=args.aligner, renormalise=args.renormalise)
+    if args.cross:
+        given["cross_replace_steps"] = _cross(args.cross)
+    if args.self_:
+        given["self_replace_steps"] = _window(args.self_, "--self")
+    if args.weight:
+        given["equalizer"] = dict(_weight(w) for w in args.weight)
+    if args.swap:
+        given["swap"] = dict(_pair(p, "=", "--swap", "OLD=NEW") for p in args.swap)
+    if args.scope:
+        given["scope"] = tuple(args.scope)
+    blend: dict[str, Any] = {}
+    for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
+        if items:
+            blend[field] = tuple(zip(*(_pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
+    if args.blend_mask:
+        blend["mask"] = open_picture(args.blend_mask)
+    for field in ("threshold", "start", "level"):
+        if getattr(args, f"blend_{field}") is not None:
+            blend[field] = getattr(args, f"blend_{field}")
+    if blend:
+        if not {"words", "mask"} & set(blend) and not args.scope:
+            raise p2p.UsageError("the options of --blend need --blend, --blend-mask or --scope")
+        given["local_blend"] = replace(p2p.LocalBlend(), **blend)
+    return given
+
+
+def _record(args: argparse.Namespace) -> p2p.Record:
+    return p2p.Record(text=MAPS) if args.report or args.leakage or args.scope else p2p.Record()
+
+
+def _side(result: Result, side: int) -> tuple[int, int]:
+    sides = result.maps.sides()
+    for found in sides:
+        if found[0] == side:
+            return found
+    raise p2p.UsageError(f"--side {side}: maps were recorded at {', '.join(f'{h} x {w}' for h, w in sides)}")
+
+
+def _steps(args: argparse.Namespace, result: Result) -> range:
+    found = _window(args.steps_range, "--at")
+    first, end = (found, found + 1) if not isinstance(found, tuple) else found
+    n = len(result.maps.timesteps)
+    if not 0 <= first < end <= n or first != int(first) or end != int(end):
+        raise p2p.UsageError(f"--at {args.steps_range}: a step, or FIRST:END, of 0 to {n}")
+    return range(int(first), int(end))
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise p2p.UsageError(f"{what}: {text!r} is not a number") from None
+
+
+def _window(text: str, what: str) -> float | tuple[float, float]:
+    parts = [_number(p, what) for p in text.split(":", 1)]
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _cross(items: list[str]) -> Any:
+    named = [item.rpartition("=") for item in items]
+    windows = {word or "default_": _window(value, f"--cross {item}") for item, (word, _, value) in zip(items, named)}
+    if list(windows) == ["default_"]:
+        return windows["default_"]
+    return {"default_": 0.8} | windows
+
+
+def _pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
+    left, found, right = item.partition(mark)
+    if not (left and found and right):
+        raise p2p.UsageError(f"{option} {item!r}: expected {form}")
+    return left, right
+
+
+def _weight(item: str) -> tuple[str, float]:
+    word, equals, value = item.rpartition("=")
+    if not equals or not word:
+        raise p2p.UsageError(f"--weight {item!r}: expected WORD=NUMBER")
+    return word, _number(value, f"--weight {item}")
+
+
+def _over(item: str) -> tuple[str, list[float]]:
+    name, values = _pair(item, "=", "--over", "NAME=VALUE,VALUE,...")
+    return name, [_number(v, f"--over {item}") for v in values.split(",")]

@@ -1,0 +1,120 @@
+"""Attention maps of a run: by word, step, layer, head and resolution (the paper's figure 4), as arrays and overlays."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.text import Tokens
+from p2p.align import named_words, word_tokens
+from p2p.errors import UsageError
+
+
+@dataclass
+class AttentionMaps:
+    """What `record` asked for, half precision, on the CPU.
+
+    sites: module name -> (steps, rows, heads, pixels, columns). Rows: the prompts, source first, as used (after the
+    edit), then, with `Record.before`, the targets again as they were before the edit. Columns: tokens, or for
+    self-attention pixels.
+    """
+
+    prompts: list[Tokens]
+    timesteps: list[int]
+    size: tuple[int, int]            # height, width of the latents
+    length: int                      # text columns
+    sites: dict[str, Tensor]
+
+    def _row(self, row: int, before: bool) -> int:
+        n = len(self.prompts)
+        if not 0 <= row < n:
+            raise UsageError(f"row {row}: the run has {n} prompts")
+        if not before:
+            return row
+        rows = next(iter(self.sites.values())).shape[1]
+        if row == 0 or rows == n:
+            raise UsageError("maps before the edit exist for targets, of runs recorded with before=True")
+        return n + row - 1
+
+    def _side(self, pixels: int) -> tuple[int, int]:
+        h = round((pixels * self.size[0] / self.size[1]) ** 0.5)
+        return h, pixels // h
+
+    def sides(self, columns: str = "text") -> list[tuple[int, int]]:
+        """(height, width) of the recorded maps, largest first; columns "text" or "pixels"."""
+        found = {m.shape[3] for m in self.sites.values() if (m.shape[4] == self.length) == (columns == "text")}
+        return [self._side(p) for p in sorted(found, reverse=True)]
+
+    def mean(self, row: int = 0, *, before: bool = False, steps: Iterable[int] | None = None, heads: Iterable[int] | None = None,
+             sites: str | None = None, side: tuple[int, int] | None = None, columns: str = "text") -> Tensor:
+        """Mean map of a row over steps, sites and heads.  -> (h, w, columns) float32
+
+        steps: their indices, None for all; heads likewise; sites: a part of the module names that count ("down", "up",
+        "mid"); side: of the maps, None for the largest recorded.
+        """
+        sides = self.sides(columns)
+        if not sides:
+            raise UsageError(f"no maps of {columns} were recorded")
+        side = side or sides[0]
+        chosen = [m for name, m in self.sites.items() if (m.shape[4] == self.length) == (columns == "text")
+                  and self._side(m.shape[3]) == side and (sites or "") in name]
+        if not chosen:
+            raise UsageError(f"no maps of {columns} of {side[0]} x {side[1]}"
+                             f"{f' at sites named {sites}' if sites else ''}; recorded: {sides}")
+        row = self._row(row, before)
+        picked = []
+        for m in chosen:
+            m = m[:, row] if steps is None else m[list(steps), row]              # (steps, heads, pixels, columns)
+            picked.append((m if heads is None else m[:, list(heads)]).float().mean((0, 1)))
+        return torch.stack(picked).mean(0).unflatten(0, side)
+
+    def word(self, word: str, row: int = 0, **which) -> Tensor:
+        """The share of attention that a word or phrase gets, its pieces added.  -> (h, w); `which`: see `mean`"""
+        return self.mean(row, **which)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
+
+    def each_word(self, row: int = 0, ends: bool = False, **which) -> list[tuple[str, Tensor]]:
+        """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the start and the
+        end token."""
+        mean, prompt = self.mean(row, **which), self.prompts[row]
+        found = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
+        if ends:
+            found = [("<start>", [0]), *found, ("<end>", [min(len(prompt.ids), self.length) - 1])]
+        return [(w, mean[..., columns].sum(-1)) for w, columns in found if columns]
+
+    def components(self, row: int = 0, count: int = 3, **which) -> Tensor:
+        """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""
+        p = self.mean(row, columns="pixels", **which)                            # (h, w, pixels)
+        flat = p.flatten(0, 1).double()
+        u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+        u = u[:, :count] * s[:count] * torch.sign(u[:, :count].sum(0) + 1e-12)   # a sign of its own, the same every time
+        low, high = u.amin(0), u.amax(0)
+        return ((u - low) / (high - low).clamp(min=1e-12)).float().unflatten(0, p.shape[:2])
+
+    def save(self, path: Path) -> None:
+        """All maps as a numpy archive: one array a site, and the tokens of each prompt."""
+        arrays = {name: m.numpy() for name, m in self.sites.items()}
+        tokens = {f"tokens_{i}": np.array(p.ids) for i, p in enumerate(self.prompts)}
+        with path.open("wb") as f:
+            np.savez_compressed(f, timesteps=np.array(self.timesteps), **tokens, **arrays)
+
+
+class Collector:
+    """Gathers the maps of a run, step by step."""
+
+    def __init__(self) -> None:
+        self.timesteps: list[int] = []
+        self.steps: list[dict[str, Tensor]] = []
+
+    def add(self, t: int, maps: dict[str, Tensor]) -> None:
+        self.timesteps.append(t)
+        self.steps.append({site: m.to("cpu", torch.float16) for site, m in maps.items()})
+
+    def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int) -> AttentionMaps | None:
+        if not self.steps or not self.steps[0]:
+            return None
+        sites = {site: torch.stack([s[site] for s in self.steps]) for site in self.steps[0]}
+        return AttentionMaps(list(prompts), self.timesteps, size, length, sites)

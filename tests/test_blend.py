@@ -1,0 +1,135 @@
+"""Local edits against an oracle written out pixel by pixel, and what a mask promises."""
+import pytest
+import torch
+from PIL import Image
+
+import p2p
+from models.attention import Record
+from p2p.edit import plan
+from p2p.errors import UsageError
+from p2p.sampler import ddim_step, guide, x0_and_eps
+
+SOURCE, SWAP, REFINED = (f"a red {words}" for words in (
+    "cat next to a tree on grass", "dog next to a tree on grass", "cat next to a tree on grass at night"))
+STEPS = 6
+SIZE = {"emoji": (64, 64), "sd1": (256, 256)}
+
+
+def columns(model, prompt, words):
+    """Token positions of single words, counted by hand: each of these words is one token."""
+    return [prompt.split().index(w) + 1 for w in words]
+
+
+def oracle_mask(maps, model, prompts, blend, size):
+    """One target's mask from `maps`: a list over steps of {site: (2, heads, pixels, L)}; loops, no tricks."""
+    side = size // blend.level
+    total = torch.zeros(2, 2, side, side, dtype=torch.float64)                    # words or substruct; source or target
+    for step in maps:
+        fitting = {site: m.double() for site, m in step.items() if m.shape[2] == side**2}
+        kept = [m for site, m in fitting.items() if "mid_block" not in site] or list(fitting.values())
+        for k, pair in enumerate((blend.words, blend.substruct)):
+            for row in range(2):
+                if pair is not None:
+                    for c in columns(model, prompts[row], pair[row]):
+                        every = torch.cat([m[row, :, :, c] for m in kept])        # (sites heads, pixels)
+                        total[k, row] += every.mean(0).view(side, side)
+    limits = blend.threshold if isinstance(blend.threshold, tuple) else (blend.threshold,) * 2
+    total, inside = total.tolist(), torch.zeros(size, size, dtype=torch.bool)
+    for i in range(side):
+        for j in range(side):
+            on = [False, False]
+            for k, pair in enumerate((blend.words, blend.substruct)):
+                for field in total[k] if pair is not None else []:
+                    around = 1 if k == 0 else 0                                   # 3 x 3 pooling, of the words alone
+                    value = max(v for line in field[max(i - around, 0):i + around + 1]
+                                for v in line[max(j - around, 0):j + around + 1])
+                    on[k] |= value / max(map(max, field)) > limits[k]             # the maximum survives pooling
+            inside[i * blend.level:(i + 1) * blend.level, j * blend.level:(j + 1) * blend.level] = on[0] and not on[1]
+    return inside
+
+
+def oracle(model, prompts, edits, blends, steps):
+    """Algorithm 1 with local edits, written out: latents after every step."""
+    n = len(prompts)
+    split = [model.tokens(p) for p in prompts]
+    modes = [e.mode for e in edits]
+    edit_plan = plan(split[0], split[1:], edits, modes, steps=steps, length=model.length, rows=2 * n, device=model.device,
+                     dtype=model.dtype)
+    context = torch.cat([model.text([""] * n), model.text(prompts)])
+    shape = model.latent_shape(*SIZE[model.family])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(n, -1, -1, -1)
+    history, seen = [], []
+    for i, (t, a_t, a_prev) in enumerate(model.schedule(steps)):
+        with torch.no_grad():
+            out, maps = model.unet(torch.cat([x, x]), t, context, edit=edit_plan[i], record=Record(text=32 * 32))
+        x_0, eps = x0_and_eps(x, guide(*out.chunk(2), model.guidance_scale), a_t, model.prediction, model.clip)
+        x = ddim_step(x_0, eps, a_t, a_prev).clone()
+        seen.append({site: m[n:] for site, m in maps.items()})
+        for k, blend in enumerate(blends, 1):
+            if blend is not None and i >= int(blend.start * steps):
+                pair = [{site: m[[0, k]] for site, m in step.items()} for step in seen]
+                inside = oracle_mask(pair, model, [prompts[0], prompts[k]], blend, shape[1])
+                x[k] = torch.where(inside, x[k], x[0])
+        history.append(x)
+    return history
+
+
+CASES = {
+    "words": p2p.LocalBlend(words=(["cat"], ["dog"])),
+    "several words": p2p.LocalBlend(words=(["cat", "tree"], ["dog", "tree"]), threshold=0.5),
+    "other words taken out": p2p.LocalBlend(words=(["red", "cat"], ["red", "dog"]), substruct=(["tree"], ["tree"]), threshold=(0.2, 0.6)),
+    "from the start": p2p.LocalBlend(words=(["cat"], ["dog"]), start=0.0, threshold=0.1),
+    "late": p2p.LocalBlend(words=(["cat"], ["dog"]), start=0.7),
+    "coarser maps": p2p.LocalBlend(words=(["cat"], ["dog"]), level=8),
+}
+
+
+@pytest.mark.parametrize("family, name", [*(("emoji", name) for name in CASES), ("sd1", "other words taken out"), ("sd1", "late")])
+def test_blend_equals_its_definition(request, family, name):
+    """Whole runs, windows open and closed on the way, hybrid attention (emoji) and cross-attention (sd1)."""
+    model, blend = request.getfixturevalue(family), CASES[name]
+    edit = p2p.Edit(SWAP, mode="replace", cross_replace_steps={"default_": 0.6, "dog": (0.2, 0.5)}, self_replace_steps=0.3,
+                    local_blend=blend)
+    height, width = SIZE[family]
+    r = p2p.edit(model, SOURCE, [edit], steps=STEPS, height=height, width=width)
+    wanted = oracle(model, [SOURCE, SWAP], [edit], [blend], STEPS)[-1]
+    assert (r.latents - wanted).abs().max() <= 1e-3 * wanted.std()
+
+
+def test_targets_blend_each_in_its_own_way(emoji):
+    edits = [p2p.Edit(SWAP, mode="replace", local_blend=CASES["words"]), p2p.Edit(REFINED, mode="refine"),
+             p2p.Edit(SWAP, mode="replace", local_blend=CASES["late"])]
+    r = p2p.edit(emoji, SOURCE, edits, steps=STEPS)
+    wanted = oracle(emoji, [SOURCE, SWAP, REFINED, SWAP], edits, [e.local_blend for e in edits], STEPS)[-1]
+    assert (r.latents - wanted).abs().max() <= 1e-3 * wanted.std()
+
+
+def test_outside_the_mask_the_picture_is_the_source(emoji):
+    """To the bit, whatever the start: the last step copies the source's pixels."""
+    mask = torch.zeros(64, 64)
+    mask[20:50, 10:40] = 1
+    r = p2p.edit(emoji, SOURCE, p2p.Edit(REFINED, local_blend=p2p.LocalBlend(mask=mask, start=0.9)), steps=STEPS)
+    same = (r.latents[1] == r.latents[0]).all(0)
+    assert same[mask == 0].all() and not same[mask == 1].all()
+
+
+def test_a_mask_limits_the_words(emoji):
+    """Words alone, a mask alone, and both: both is where the two agree."""
+    mask = torch.zeros(64, 64)
+    mask[:, :32] = 1
+    words = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2)
+    both = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2, mask=Image.fromarray((mask * 255).byte().numpy()))
+    r = p2p.edit(emoji, SOURCE, [p2p.Edit(SWAP, local_blend=b) for b in (words, both)], steps=STEPS)
+    changed = [(r.latents[k] != r.latents[0]).any(0) for k in (1, 2)]
+    assert changed[0][:, 32:].any() and changed[1][:, :32].any() and not changed[1][:, 32:].any()
+
+
+@pytest.mark.parametrize("blend, message", {
+    p2p.LocalBlend(): "words or a mask", p2p.LocalBlend(words=("cat", "bird")): 'no word "bird"',
+    p2p.LocalBlend(words="cat"): "pairs", p2p.LocalBlend(words=("cat", "dog"), threshold=1.5): "threshold",
+    p2p.LocalBlend(words=("cat", "dog"), start=2): "start", p2p.LocalBlend(words=("cat", "dog"), level=5): "level 5 does not divide",
+    p2p.LocalBlend(words=("cat", "dog"), level=2): "choose another level",
+}.items())
+def test_bad_blends_are_named(emoji, blend, message):
+    with pytest.raises(UsageError, match=message):
+        p2p.edit(emoji, SOURCE, SWAP, local_blend=blend, steps=2)
