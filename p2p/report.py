@@ -8,6 +8,7 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
+from p2p.align import words
 from p2p.image import heat, to_base64
 from p2p.leakage import Leakage
 from p2p.run import Result
@@ -66,14 +67,15 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
     lines, overlays = [], []
     for row, label in ((0, "source"), (target, "edit")):
         if result.maps is None:
-            words = escape(result.prompts[row])
+            line = escape(result.prompts[row])
         else:
             spans = []
-            for i, (word, values) in enumerate(result.maps.each_word(row)):
+            texts = [word for word, _ in words(result.maps.prompts[row])]
+            for i, (word, (_, values)) in enumerate(zip(texts, result.maps.each_word(row))):
                 spans.append(f'<span class="word" tabindex="0" data-word="{row}-{i}">{escape(word)}</span>')
                 overlays.append(f'<img class="map" data-map="{row}-{i}" alt="" src="{_data(_map(values))}">')
-            words = " ".join(spans)
-        lines.append(f'<p class="prompt"><span class="label">{label}</span> {words}</p>')
+            line = " ".join(spans)
+        lines.append(f'<p class="prompt"><span class="label">{label}</span> {line}</p>')
     spread = ""
     if leak is not None:
         by_word = ", ".join(f"{escape(w)} {share:.0%}" for w, share in leak.by_word.items() if share >= 0.005)

@@ -147,7 +147,7 @@ def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, An
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
     maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length)
-    return Result(pictures, latents, list(prompts), settings, notes, maps, timings)
+    return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps, timings)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:

@@ -1,0 +1,124 @@
+"""Edits about one thing: what they touch, what else changed, and settings swept over."""
+from dataclasses import replace
+
+import pytest
+from PIL import ImageOps
+
+import p2p
+from p2p.cli import main
+from p2p.edit import choose_mode, scoped, subject, tables
+from p2p.errors import UsageError
+from p2p.image import read_settings
+from p2p.leakage import leakage
+from p2p.sweep import sweep
+
+SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
+L = 32
+
+
+@pytest.mark.parametrize("source, target, settings, wanted", [
+    (SOURCE, TARGET, {}, (["cat#2"], ["dog"])),
+    (SOURCE, TARGET, dict(scope="red"), (["red"], ["red"])),
+    (SOURCE, TARGET, dict(scope=("red", "cat#2")), (["red", "cat#2"], ["red", "dog"])),
+    (SOURCE, "a cat next to a big red cat on grass", {}, ([], ["big"])),
+    (SOURCE, "a cat next to a big red cat on grass", dict(scope="cat#2"), (["cat#2"], ["big", "cat#2"])),
+    (SOURCE, SOURCE, dict(equalizer={"red": 2.0}), (["red"], ["red"])),
+    ("a cat on grass", "a hippopotamus on grass", {}, (["cat"], ["hippopotamus"])),
+    ("a cat on grass", "a big dog on grass", dict(swap={"cat": "dog"}), (["cat"], ["big", "dog"])),
+    ("a cat on grass", "a cat", {}, (["on", "grass"], [])),
+])
+def test_what_an_edit_is_about(emoji, source, target, settings, wanted):
+    s, t = emoji.tokens(source), emoji.tokens(target)
+    edit = p2p.Edit(target, **settings)
+    assert subject(s, t, edit, choose_mode(s, edit, t), L) == wanted
+
+
+def test_a_scope_is_windows_by_word_and_a_local_blend(emoji):
+    s, t = emoji.tokens(SOURCE), emoji.tokens(TARGET)
+    e = scoped(s, t, p2p.Edit(TARGET, scope="cat#2", cross_replace_steps=0.5), "replace", L)
+    assert e.cross_replace_steps == {"dog": 0.5} and e.local_blend == p2p.LocalBlend(words=(["cat#2"], ["dog"])) and e.scope is None
+    own = p2p.LocalBlend(words=("red", "red"), threshold=0.5)
+    assert scoped(s, t, p2p.Edit(TARGET, scope="cat#2", local_blend=own), "replace", L).local_blend == own
+
+
+def test_swap_and_refine_in_one_edit(emoji):
+    """The new word takes the old one's column, added words keep their own, the rest is aligned."""
+    s, t = emoji.tokens("a cat on grass"), emoji.tokens("a big dog on snowy grass")
+    mix, keep = tables(s, t, p2p.Edit(t.text, swap={"cat": "dog"}, cross_replace_steps=1.0), "refine", 2, L)
+    partner = {j: int(mix[0, :, j].argmax()) for j in range(8) if mix[0, :, j].any()}
+    assert partner == {0: 0, 1: 1, 3: 2, 4: 3, 6: 4, 7: 5} and keep[0, [2, 5]].tolist() == [1, 1] and keep[0].sum() == 2 + 0
+    with pytest.raises(UsageError, match="bird"):
+        tables(s, t, p2p.Edit(t.text, swap={"bird": "dog"}), "refine", 2, L)
+
+
+def test_everything_in_one_edit(emoji):
+    """Swap, refinement, two weights, windows by word and a blend: runs, and differs from each left out."""
+    full = dict(mode="refine", swap={"cat": "dog"}, equalizer={"red": 2.0, "grass": -1.0},
+                cross_replace_steps={"default_": 0.8, "dog": 0.4}, local_blend=p2p.LocalBlend(words=("cat", "red dog"), threshold=0.2))
+    edits = [p2p.Edit("a red dog on grass", **full)]
+    edits += [p2p.Edit("a red dog on grass", **{k: v for k, v in full.items() if k != name}) for name in full if name != "mode"]
+    r = p2p.edit(emoji, "a cat on grass", edits, steps=8, seed=1)
+    assert all((r.latents[1] - r.latents[k]).abs().max() > 1e-3 for k in range(2, len(edits) + 1))
+
+
+@pytest.fixture(scope="module")
+def pair(emoji):
+    """The same swap without and with a scope."""
+    return p2p.edit(emoji, SOURCE, [p2p.Edit(TARGET, cross_replace_steps=0.3), p2p.Edit(TARGET, cross_replace_steps=0.3, scope="cat#2")],
+                    steps=10, seed=2, record=p2p.Record(text=256))
+
+
+def test_scope_keeps_the_rest(pair):
+    free, kept = leakage(pair, 1), leakage(pair, 2)
+    assert free.about == kept.about == ["cat#2", "dog"]
+    assert kept.outside <= free.outside and set(kept.by_word) == set(free.by_word) and "cat#1" in kept.by_word
+    free, kept = ((pair.latents[k] == pair.latents[0]).all(0).float().mean() for k in (1, 2))
+    assert free < 0.01 < kept   # share of the pixels that are the source's to the bit
+
+
+def test_leakage_counts_what_it_should(pair):
+    """No change, none counted; all changed, all counted; without maps it says what is missing."""
+    still = replace(pair, images=[pair.images[0]] * 3)
+    assert leakage(still).outside == 0 and set(leakage(still).by_word.values()) == {0}
+    turned = replace(pair, images=[pair.images[0], *[ImageOps.solarize(pair.images[0], 0)] * 2])
+    assert leakage(turned).outside > 0.9
+    with pytest.raises(UsageError, match="record"):
+        leakage(replace(pair, maps=None))
+
+
+def test_sweep_shares_its_source_and_lays_out_its_table(emoji):
+    """Values of the first setting along the columns, of the second along the rows; the source at the left."""
+    done = sweep(emoji, SOURCE, TARGET, {"cross": [0.2, 0.8], "weight:red": [-1, 0, 2]}, steps=2)
+    assert len(done.runs) == 1 and done.runs[0].latents.shape[0] == 7
+    assert done.variants[:3] == [{"weight:red": -1, "cross": 0.2}, {"weight:red": -1, "cross": 0.8}, {"weight:red": 0, "cross": 0.2}]
+    alone = p2p.edit(emoji, SOURCE, TARGET, cross_replace_steps=0.8, equalizer={"red": -1.0}, steps=2)
+    assert (alone.latents[1] - done.runs[0].latents[2]).abs().max() < 1e-3
+    seeds = sweep(emoji, SOURCE, TARGET, {"seed": [3, 4], "self": [0, 0.5, 1]}, steps=2)
+    assert [r.settings["seed"] for r in seeds.runs] == [3, 4]
+    assert seeds.table.width > done.table.width and seeds.table.height < done.table.height   # 4 columns, 2 rows; 3 and 3
+
+
+@pytest.mark.parametrize("over, message", [({}, "one or two"), ({"cross": []}, "at least one"), ({"size": [1]}, '"size" is not known'),
+                                           ({"cross": [1], "self": [1], "seed": [1]}, "one or two"), ({"cross": [2.0]}, "within 0 and 1")])
+def test_bad_sweeps_are_named(emoji, over, message):
+    with pytest.raises(UsageError, match=message):
+        sweep(emoji, SOURCE, TARGET, over, steps=1)
+
+
+def test_sweep_and_scope_commands(capsys, tmp_path):
+    short = ["--steps", "2", "--seed", "1", "-o", str(tmp_path)]
+    assert main(["sweep", SOURCE, TARGET, "--over", "cross=0,1", "--over", "seed=1,2", *short]) == 0
+    out, err = capsys.readouterr()
+    assert [line.rpartition("/")[2] for line in out.split()] == [
+        "seed1-source.png", "seed1-cross0.png", "seed1-cross1.png", "seed2-source.png", "seed2-cross0.png", "seed2-cross1.png", "table.png"]
+    assert err.count("mode replace") == 1
+    assert main(["edit", SOURCE, TARGET, "--scope", "cat#2", "--blend-threshold", "0.5", "--renormalise", *short]) == 0
+    out, err = capsys.readouterr()
+    assert "is about cat#2, dog; elsewhere" in err
+    said = read_settings(out.split()[0])["targets"][0]
+    assert said["scope"] == ["cat#2"] and said["local_blend"]["threshold"] == 0.5 and said["renormalise"] is True
+    assert main(["edit", "--from", out.split()[1], "-o", str(tmp_path)]) == 0
+    again = capsys.readouterr().out.split()
+    assert [open(p, "rb").read() for p in again] == [open(p, "rb").read() for p in out.split()]
+    for bad, message in ((["--blend-start", "0.5"], "need --blend"), (["--swap", "cat"], "OLD=NEW"), (["--scope", "bird"], "bird")):
+        assert main(["edit", SOURCE, TARGET, *bad, *short]) == 2 and message in capsys.readouterr().err
