@@ -1,8 +1,8 @@
 """Local edits: outside a mask made from the attention of chosen words, the target keeps the source's latents.
 
 Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does: maps after
-the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only where it alone has that side), summed over the steps
-so far, pooled 3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
+the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only where it alone has that
+side), summed over the steps so far, pooled 3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
 """
 from __future__ import annotations
 
@@ -133,8 +133,11 @@ def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     return inside & blend.fixed
 
 
-def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int) -> Tensor:
-    """x (1 + N, C, H, W) after a step, source first: targets keep the source outside of their masks, once they started."""
+def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int) -> tuple[Tensor, Tensor]:
+    """x (1 + N, C, H, W) after a step, source first: targets keep the source outside of their masks, once they started.
+
+    -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    """
     started = (step >= blend.start)[:, None, None, None]
     inside = masks(seen, blend, x.shape[2:]) | ~started
-    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1])])
+    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1])]), inside

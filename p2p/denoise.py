@@ -20,6 +20,7 @@ class Step(NamedTuple):
     t: int
     x: Tensor                # (B, C, H, W) after the step, float32
     maps: dict[str, Tensor]  # as recorded, by site: the B conditional rows, then with record.before the targets again
+    mask: Tensor | None      # (N, 1, H, W) bool: where targets may differ from the source, with `blend`
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | No
     rows = Conditioning.cat([null, text]) if guided else text                     # R rows, the edited ones last
     if blend is not None:
         record = record._replace(text=max(record.text, blend.pixels))
-    seen: Tensor | float = 0.0
+    seen, mask = 0.0, None
     for i, (t, a_t, a_prev) in enumerate(schedule):
         x_in = torch.cat([x, x]) if guided else x                                 # (R, C, H, W)
         out, maps = model.unet(x_in.to(model.dtype), t, rows.context, edit=plan[i] if plan else None, record=record,
@@ -54,5 +55,5 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | No
         maps = {site: m[len(x):] if guided else m for site, m in maps.items()}    # conditional rows
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items()}, blend)
-            x = local_blend(x, seen, blend, i)
-        yield Step(i, t, x, maps)
+            x, mask = local_blend(x, seen, blend, i)
+        yield Step(i, t, x, maps, mask)

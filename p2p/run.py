@@ -34,6 +34,7 @@ class Result:
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
+    masks: Tensor | None = None                      # (N, 1, H, W) bool, where local edits could act in the end, CPU
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
 
 
@@ -138,16 +139,17 @@ def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, An
     read = time.perf_counter()
     loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, plan=edit_plan,
                    eta=start.eta, noise=start.noise or None, record=record, blend=blend)
-    x, collector = start.x, Collector()
+    x, masks, collector = start.x, None, Collector()
     for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
-        x = step.x
+        x, masks = step.x, step.mask
         if record.text or record.pixels:
             collector.add(step.t, step.maps)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
     maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length)
-    return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps, timings)
+    return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps,
+                  None if masks is None else masks.cpu(), timings)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:

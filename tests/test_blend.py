@@ -110,7 +110,7 @@ def test_outside_the_mask_the_picture_is_the_source(emoji):
     mask[20:50, 10:40] = 1
     r = p2p.edit(emoji, SOURCE, p2p.Edit(REFINED, local_blend=p2p.LocalBlend(mask=mask, start=0.9)), steps=STEPS)
     same = (r.latents[1] == r.latents[0]).all(0)
-    assert same[mask == 0].all() and not same[mask == 1].all()
+    assert same[mask == 0].all() and not same[mask == 1].all() and torch.equal(r.masks[0, 0], mask > 0)
 
 
 def test_a_mask_limits_the_words(emoji):

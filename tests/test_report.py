@@ -13,6 +13,15 @@ from p2p.report import report
 HOSTILE = 'a <script>document.title="owned"</script> cat & "dog" </p>'
 
 
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+
+
 @pytest.fixture(scope="module")
 def run(emoji):
     return p2p.edit(emoji, "a cat on grass", ["a dog on grass", "a cat on grass at night"], steps=4, record=p2p.Record(text=256))
@@ -36,11 +45,9 @@ def test_nothing_comes_from_elsewhere(page):
 def test_prompts_are_escaped(emoji):
     r = p2p.edit(emoji, HOSTILE, HOSTILE.replace("cat", "fox"), steps=1, record=p2p.Record(text=256))
     for html in (report(r), report(r, [leakage(r)])):
-        tags = []
-        parser = HTMLParser()
-        parser.handle_starttag = lambda tag, attrs: tags.append(tag)
+        parser = Tags()
         parser.feed(html)
-        assert tags.count("script") == 1 and 'document.title="owned"' not in html
+        assert parser.seen.count("script") == 1 and 'document.title="owned"' not in html
 
 
 def test_settings_timings_and_words_are_there(run, page):

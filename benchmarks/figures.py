@@ -1,0 +1,295 @@
+"""The paper's figures in miniature, made by the bundled model, each with the numbers behind it.
+
+    python -m benchmarks.figures [FOLDER] [--only 2,4,5,6,7,8,9,blend,scope] [--steps 50] [--n 200] [--seeds 100] [--draw]
+
+Every figure is a picture and a JSON file beside it. --draw makes the pictures alone, without the statistics.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import p2p
+from benchmarks.quality import REWEIGHT, Bench, mean_ci, psnr_outside, shown
+from p2p.image import grid, heat, save_png, table
+from weights.emoji.recogniser import iou
+from weights.emoji.world import OBJECTS, PLACES, Mix, Scene, caption
+
+PLAIN = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ONE = Mix(two=0, style=0, weather=0, size=0, named=1)   # one object, its place named
+Numbers = dict[str, Any]
+
+
+class Figures(Bench):
+    """`draw_N` makes a picture, `count_N` the numbers behind it."""
+
+    def _row(self, source: str, edits: Sequence[p2p.Edit], seed: int, **settings) -> p2p.Result:
+        return p2p.edit(self.model, source, list(edits), steps=self.steps, seed=seed, **settings)
+
+    # Figure 2: a swapped word with the source's attention, and the same seed alone
+    def draw_2(self) -> Image.Image:
+        source, others = "a lemon on grass", ("pumpkin", "cake", "mushroom", "flower", "tree")
+        injected = self._row(source, [p2p.Edit(source.replace("lemon", o), cross_replace_steps=0.6) for o in others], 7)
+        plain = self._row(source, [p2p.Edit(source.replace("lemon", o), **PLAIN) for o in others], 7)
+        return table([injected.images, plain.images], [source, *others], ["attention injected", "same seed alone"])
+
+    def count_2(self, n: int) -> Numbers:
+        return self.swap(n)
+
+    # Figure 4: which pixels attend to which words, on average and step by step
+    def draw_4(self) -> Image.Image:
+        prompt = "a red bear next to a blue bird on grass"
+        r = p2p.generate(self.model, prompt, steps=self.steps, seed=4, record=p2p.Record(text=256))
+        picture = r.images[0]
+        each = [(w, m) for w, m in r.maps.each_word(0) if w in ("red", "bear", "blue", "bird", "on", "grass")]
+        steps = [int(k * (self.steps - 1) / 5) for k in range(6)]
+        rows = [[picture, *(heat(m, picture.size) for _, m in each)]]
+        for word in ("bear", "bird"):
+            rows.append([picture, *(heat(r.maps.word(word, steps=[i]), picture.size) for i in steps)])
+        labels = ["mean of all steps", f"bear, step 1 to {self.steps}", f"bird, step 1 to {self.steps}"]
+        return table(rows, ["picture", *(w for w, _ in each)], labels)
+
+    def count_4(self, n: int) -> Numbers:
+        """How far the attention of an object's word points at that object."""
+        scene, _ = self._pairs(n, 4, lambda s, g: s, ONE)
+        shares, chance = [], []
+        for i in range(n):
+            thing = int(scene.thing[i, 0])
+            r = p2p.generate(self.model, caption(scene[[i]])[0], steps=self.steps, seed=i, record=p2p.Record(text=256))
+            seen = self.eye.read(shown(r))
+            at = torch.nn.functional.avg_pool2d((seen.cells == thing).float(), 2)[0]           # (16, 16)
+            word = r.maps.word(list(OBJECTS)[thing])
+            shares.append((word * at).sum() / word.sum())
+            chance.append(at.mean())
+        return {"attention of the object's word that lies on the object": mean_ci(torch.stack(shares)),
+                "area of the object": mean_ci(torch.stack(chance))}
+
+    # Figure 5: the attention of one word alone keeps its object, whatever surrounds it
+    def draw_5(self) -> Image.Image:
+        source = "a butterfly on grass"
+        places = [phrase.format("") for name, (phrase, _) in PLACES.items() if name != "grass"]
+        targets = [f"a butterfly {p}" for p in places]
+        kept = self._row(source, [p2p.Edit(t, **self._only("butterfly")) for t in targets], 5)
+        plain = self._row(source, [p2p.Edit(t, **PLAIN) for t in targets], 5)
+        return table([kept.images, plain.images], [source, *places], ['"butterfly" injected', "same seed alone"])
+
+    @staticmethod
+    def _only(word: str) -> Numbers:
+        return dict(cross_replace_steps={"default_": 0.0, word: 1.0}, self_replace_steps=0.0)
+
+    def count_5(self, n: int) -> Numbers:
+        def other_place(s: Scene, g: torch.Generator) -> Scene:
+            return replace(s, place=(s.place + torch.randint(1, len(PLACES), (len(s),), generator=g)) % len(PLACES))
+
+        source, target = self._pairs(n, 5, other_place, ONE, both=False)
+        rows = []
+        for i in range(n):
+            thing = int(source.thing[i, 0])
+            a, b = caption(source[[i]])[0], caption(target[[i]])[0]
+            r = self._row(a, [p2p.Edit(b, **self._only(list(OBJECTS)[thing])), p2p.Edit(b, **PLAIN)], i)
+            seen = self.eye.read(shown(r))
+            overlap = iou(seen.box[1:, thing], seen.box[:1, thing].expand(2, -1))
+            rows.append(torch.cat([(overlap >= 0.6) & seen.found[1:, thing], overlap, seen.place[1:] == target.place[i]]))
+        t = torch.stack(rows)
+        names = "object kept (overlap >= 0.6)", "overlap", "new place"
+        return {f"{name}, {how}": mean_ci(t[:, 2 * k + j]) for k, name in enumerate(names)
+                for j, how in enumerate(("its word injected", "plain"))}
+
+    # Figure 6: more and more steps injected
+    def draw_6(self) -> Image.Image:
+        rows, labels = [], []
+        for old, new, place, seed in (("cat", "dog", "on grass", 2), ("bicycle", "car", "on the beach", 3),
+                                      ("house", "castle", "in the snow", 1)):
+            r = self._row(f"a {old} {place}", [p2p.Edit(f"a {new} {place}", cross_replace_steps=s) for s in SHARES], seed)
+            rows.append(r.images)
+            labels.append(f"{old} to {new}")
+        return table(rows, ["source", *(f"{s:.0%} injected" for s in SHARES)], labels)
+
+    def count_6(self, n: int) -> Numbers:
+        """Per share of injected steps: is the new object there, is it where the old one was, did the rest stay?"""
+        source, target = self._pairs(n, 6, self.other_thing, ONE)
+        rows = []
+        for i in range(n):
+            old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
+            b = caption(target[[i]])[0]
+            r = self._row(caption(source[[i]])[0], [p2p.Edit(b, cross_replace_steps=s) for s in SHARES], i)
+            pictures = shown(r)
+            seen, k = self.eye.read(pictures), len(SHARES)
+            cells = (seen.cells[:1] == old).expand(k, -1, -1)
+            rows.append(torch.stack([
+                seen.found[1:, new].float(), iou(seen.box[1:, new], seen.box[:1, old].expand(k, -1)),
+                psnr_outside(pictures[1:], pictures[:1].expand(k, -1, -1, -1), cells)]))
+        t = torch.stack(rows)                                                                  # (n, 3, shares)
+        out = {name: [mean_ci(t[:, j, s]) for s in range(len(SHARES))]
+               for j, name in enumerate(("new object", "overlap", "PSNR outside"))}
+        success = torch.tensor([v for v, _ in out["new object"]])
+        good = [s for s in range(len(SHARES)) if success[s] >= 0.95 * success.max()]           # the most kept of the word's best
+        return {"shares": list(SHARES), **out, "best share": SHARES[max(good, key=lambda s: out["PSNR outside"][s][0])]}
+
+    # Figure 7: words added, about the object or about everything
+    def draw_7(self) -> Image.Image:
+        rows = []
+        for source, targets, seed in (
+                ("a car on grass",
+                 ("a red car on grass", "a blue car on grass", "a purple car on grass", "a car on snowy grass"), 3),
+                ("a house", ("a house in the snow", "a house at night", "a house in the desert", "a house on foggy grass"), 6)):
+            rows.append(self._row(source, [p2p.Edit(t) for t in targets], seed))
+        return stacked([grid(r.images, r.prompts, 160) for r in rows])
+
+    def count_7(self, n: int) -> Numbers:
+        return {what: self.refine(n, what) for what in ("place", "colour")}
+
+    # Figure 8: styles
+    def draw_8(self) -> Image.Image:
+        rows = [self._row(f"a {what}", [p2p.Edit(f"a {style} of a {what}") for style in ("sketch", "watercolor")], seed)
+                for what, seed in (("castle on the beach", 2), ("bird at night", 5), ("tree on grass", 8))]
+        return table([r.images for r in rows], ["source", "a sketch of ...", "a watercolor of ..."], [r.prompts[0] for r in rows])
+
+    def count_8(self, n: int) -> Numbers:
+        return self.refine(n, "style")
+
+    # Figure 9: a word's weight as a fader
+    def draw_9(self) -> Image.Image:
+        values, rows, labels = (-2, -1, 0, 1, 2), [], []
+        for word, prompt, seed in (("snowy", "a house on snowy grass", 3), ("foggy", "a castle on foggy grass", 2),
+                                   ("huge", "a huge lemon on grass", 4)):
+            edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: float(c)}, **REWEIGHT[word]) for c in values]
+            rows.append(self._row(prompt, edits, seed).images[1:])
+            labels.append(prompt)
+        return table(rows, [f"{c:+d}" if c else "0" for c in values], labels)
+
+    def count_9(self, n: int) -> Numbers:
+        return {word: self.reweight(n, word) for word in REWEIGHT}
+
+    # LocalBlend: only where the words attend
+    def draw_blend(self) -> Image.Image:
+        rows = []
+        for old, new, seed in (("cat", "dog", 2), ("pumpkin", "cake", 3)):
+            a, b = f"a {old} on grass", f"a {new} on the beach"
+            free = p2p.Edit(b, cross_replace_steps=0.6)
+            r = self._row(a, [free, replace(free, local_blend=p2p.LocalBlend(words=(old, new)))], seed)
+            mask = Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")
+            rows.append([*r.images, mask])
+        return table(rows, ["source", "edit", "blended", "mask"], ["", ""])
+
+    def count_blend(self, n: int) -> Numbers:
+        """Word swaps with and without LocalBlend: the new object, and what is left of the source outside of the mask."""
+        source, target = self._pairs(n, 7, self.other_thing, ONE)
+        rows = []
+        for i in range(n):
+            words = list(OBJECTS)
+            old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
+            free = p2p.Edit(caption(target[[i]])[0], cross_replace_steps=0.6)
+            blend = p2p.LocalBlend(words=(words[old], words[new]))
+            r = self._row(caption(source[[i]])[0], [free, replace(free, local_blend=blend)], i)
+            pictures, seen = shown(r), self.eye.read(shown(r))
+            outside = ~r.masks[1, 0]
+            change = ((pictures[1:] - pictures[:1]).abs().amax(1)[:, outside] * 127.5)         # (2, pixels) in 1 / 255
+            largest = change.amax(1) if outside.any() else torch.zeros(2)
+            rows.append(torch.cat([seen.found[1:, new].float(), largest, outside.float().mean()[None]]))
+        t = torch.stack(rows)
+        return {"new object, without": mean_ci(t[:, 0]), "new object, blended": mean_ci(t[:, 1]),
+                "largest change outside the mask in 1/255, without": mean_ci(t[:, 2]), "..., blended": mean_ci(t[:, 3]),
+                "..., blended, at most": t[:, 3].max().item(), "share of the picture outside the mask": mean_ci(t[:, 4])}
+
+    # Scope: one of two objects
+    def draw_scope(self) -> Image.Image:
+        rows = []
+        for a, b, scope, seed in (
+                ("a cat next to a house on grass", "a bear next to a house on grass", "cat", 3),
+                ("a red car next to a tree on the beach", "a blue car next to a tree on the beach", ("red", "car"), 5)):
+            free = p2p.Edit(b, cross_replace_steps=0.4)
+            r = self._row(a, [free, replace(free, scope=scope)], seed)
+            rows.append([*r.images, Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")])
+        return table(rows, ["source", "edit", "scoped", "mask"], ["", ""])
+
+    def count_scope(self, n: int) -> Numbers:
+        """Two objects, the first swapped: how often did the second one change (lost, moved, or of another colour)?"""
+        source, target = self._pairs(8 * n, 8, self.other_thing, Mix(two=1, style=0, weather=0, size=0, named=1))
+        rows, words = [], list(OBJECTS)
+        for i in range(len(source)):
+            old, kept, new = int(source.thing[i, 0]), int(source.thing[i, 1]), int(target.thing[i, 0])
+            if len({old, kept, new}) < 3 or len(rows) == n:
+                continue
+            free = p2p.Edit(caption(target[[i]])[0], cross_replace_steps=0.6)
+            r = self._row(caption(source[[i]])[0], [free, replace(free, scope=words[old])], i)
+            seen = self.eye.read(shown(r))
+            if not (seen.found[0, kept] and seen.found[0, old]):
+                continue   # the source itself does not show both
+            moved = iou(seen.box[1:, kept], seen.box[:1, kept].expand(2, -1)) < 0.5
+            changed = ~seen.found[1:, kept] | moved | (seen.colour[1:, kept] != seen.colour[0, kept])
+            rows.append(torch.cat([changed.float(), seen.found[1:, new].float()]))
+        t = torch.stack(rows)
+        return {"other object changed, free": mean_ci(t[:, 0]), "other object changed, scoped": mean_ci(t[:, 1]),
+                "new object, free": mean_ci(t[:, 2]), "new object, scoped": mean_ci(t[:, 3]), "pairs": len(t)}
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """One below the other."""
+    out = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    for k, s in enumerate(sheets):
+        out.paste(s, (0, sum(t.height for t in sheets[:k])))
+    return out
+
+
+def curves(x: Sequence[float], lines: dict[str, Sequence[float]], label: str, size: tuple[int, int] = (520, 300)) -> Image.Image:
+    """Lines over x, each scaled to its own range, which stands beside its name."""
+    font, inks = ImageFont.load_default(14), [(204, 62, 22), (40, 90, 200), (30, 140, 60)]
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    left, top, right, bottom = 24, 16 + 20 * len(lines), size[0] - 24, size[1] - 46
+    draw.rectangle((left, top, right, bottom), outline=(200, 200, 205))
+    for value in x:
+        at = left + (right - left) * (value - x[0]) / (x[-1] - x[0])
+        draw.text((at - 10, bottom + 6), f"{value:g}", fill=(40, 40, 46), font=font)
+    draw.text((left, bottom + 24), label, fill=(40, 40, 46), font=font)
+    for k, (name, values) in enumerate(lines.items()):
+        low, high = min(values), max(values)
+        across = [left + (right - left) * (a - x[0]) / (x[-1] - x[0]) for a in x]
+        points = [(px, bottom - 8 - (bottom - top - 16) * (v - low) / max(high - low, 1e-9)) for px, v in zip(across, values)]
+        draw.line(points, fill=inks[k], width=2)
+        for px, py in points:
+            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=inks[k])
+        draw.text((left, 8 + 20 * k), f"{name}: {low:.3g} to {high:.3g}", fill=inks[k], font=font)
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.splitlines()[0])
+    ap.add_argument("folder", nargs="?", type=Path, default=Path("figures"))
+    ap.add_argument("--only", default="2,4,5,6,7,8,9,blend,scope")
+    ap.add_argument("--model", default="emoji")
+    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--n", type=int, default=200, help="word swaps")
+    ap.add_argument("--seeds", type=int, default=100, help="of everything else")
+    ap.add_argument("--draw", action="store_true", help="pictures alone")
+    a = ap.parse_args(argv)
+    figures = Figures(p2p.load(a.model), a.steps)
+    a.folder.mkdir(parents=True, exist_ok=True)
+    for name in a.only.split(","):
+        started, file = time.time(), a.folder / f"figure-{name}.png"
+        draw: Callable[[], Image.Image] = getattr(figures, f"draw_{name}")
+        save_png(file, draw())
+        if not a.draw:
+            numbers = getattr(figures, f"count_{name}")(a.n if name in ("2", "6", "blend") else a.seeds)
+            if name == "6":
+                lines = {k: [v for v, _ in numbers[k]] for k in ("new object", "overlap", "PSNR outside")}
+                plot = curves(numbers["shares"], lines, "share of the steps with injected attention")
+                save_png(a.folder / "figure-6-curve.png", plot)
+            text = json.dumps({"figure": name, "steps": a.steps, "numbers": numbers}, indent=1)
+            file.with_suffix(".json").write_text(text + "\n")
+            print(text)
+        print(f"{file} ({time.time() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
