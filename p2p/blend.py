@@ -133,11 +133,11 @@ def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     return inside & blend.fixed
 
 
-def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int) -> tuple[Tensor, Tensor]:
+def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (1 + N, C, H, W) after a step, source first: targets keep the source outside of their masks, once they started.
 
-    -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    source (1, C, H, W): what to keep, if not row 0.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
     inside = masks(seen, blend, x.shape[2:]) | ~started
-    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1])]), inside
+    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1] if source is None else source)]), inside

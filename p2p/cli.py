@@ -17,11 +17,21 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             description='Example: p2p edit "a cat on grass" "a dog on grass"')
     e.add_argument("source", nargs="?", help="prompt of the picture to be edited")
     e.add_argument("targets", nargs="*", metavar="TARGET", help="prompts of the edited pictures")
+    e.add_argument("--image", type=Path, metavar="PICTURE", help="a picture that SOURCE describes, to be edited")
+    e.add_argument("--inversion", type=Path, metavar="FILE", help="the same, inverted before by p2p invert; SOURCE is left out")
     e.add_argument("--from", dest="replay", type=Path, metavar="PNG", help="run the edit again that made this picture")
     e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")
     e.add_argument("--leakage", action="store_true", help="measure what changed that the edit is not about (always with --scope)")
+    _inversion(e)
     _edit(e)
     _sampling(e)
+
+    v = commands.add_parser("invert", help="prepare a real picture for edits",
+                            description='Example: p2p invert photo.png "a cat on grass"')
+    v.add_argument("image", type=Path, metavar="PICTURE")
+    v.add_argument("source", metavar="PROMPT", help="what it shows")
+    _inversion(v)
+    _sampling(v)
 
     g = commands.add_parser("generate", help="generate pictures", description='Example: p2p generate "a red car at night"')
     g.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -68,6 +78,15 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return ap, dict(commands.choices)
 
 
+def _inversion(ap: argparse.ArgumentParser) -> None:
+    ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct",
+                                         "edit-friendly"], help="how a picture is inverted (direct)")
+    ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise, edit-friendly)")
+    ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
+    ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
+    ap.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
+
+
 def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--mode", choices=["replace", "refine", "reweight"], help="default: chosen from the prompts")
     ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
@@ -93,10 +112,10 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
                     "org/name on the Hub")
     _model_options(ap)
     ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, as stored elsewhere")
-    ap.add_argument("--steps", "--num-inference-steps", type=int, default=50)
+    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
     ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    ap.add_argument("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM")
+    ap.add_argument("--eta", type=float, help="0: DDIM (the default), 1: DDPM")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
     ap.add_argument("--device", default=None)
@@ -127,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     from weights.errors import CheckpointError
 
     try:
-        {"edit": run.edit, "generate": run.generate, "maps": run.maps, "sweep": run.sweep, "tokens": run.show_tokens,
-         "inspect": run.inspect, "convert": run.convert}[args.command](args)
+        {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
+         "tokens": run.show_tokens, "inspect": run.inspect, "convert": run.convert}[args.command](args)
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:

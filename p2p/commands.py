@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 import p2p
 from models.text import tokenizer, tokens
 from p2p import align
 from p2p.edit import from_dict
-from p2p.image import grid, heat, open_picture, overlay, read_settings, table
+from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
 from p2p.leakage import leakage
 from p2p.output import Output
 from p2p.report import report
@@ -31,13 +32,57 @@ def edit(args: argparse.Namespace) -> None:
         if args.source is not None:
             raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
         return _replay(args)
-    if args.source is None or not args.targets:
+    if args.inversion is not None and args.source is not None:   # the source prompt is in the file
+        args.source, args.targets = None, [args.source, *args.targets]
+    if args.inversion is not None and args.image is not None:
+        raise p2p.UsageError("give --image or --inversion, not both")
+    if not args.targets or (args.source is None and args.inversion is None):
         raise p2p.UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a dog on grass"')
-    out = Output(args.out, args.source)
+    out = Output(args.out, args.source or args.targets[0])
     shared = edit_settings(args)
-    model, sampling = _model(args)
-    result = p2p.edit(model, args.source, args.targets, **shared, **sampling, record=_record(args), progress=not args.quiet)
-    _write_edit(out, result, args)
+    source, sampling = args.source, {}
+    if args.inversion is not None:
+        _unused(args, "--inversion", "steps", "seed", "eta", "height", "width", "method", "skip", "inner_steps", "inversion_cfg")
+        source = p2p.Inversion.load(args.inversion)
+        model, sampling = _load(args), dict(guidance_scale=args.cfg)
+    elif args.image is not None:
+        picture, model = open_picture(args.image), _load(args)
+        source, sampling = _invert(args, model, picture), dict(guidance_scale=args.cfg)
+    else:
+        _unused(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
+        model, sampling = _model(args)
+    result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=_proximal(args), record=_record(args),
+                      progress=not args.quiet)
+    if isinstance(source, p2p.Inversion):
+        print(f"note: {source.method} inversion, {source.rows} rows of the UNet; the edit, {result.rows}", file=sys.stderr)
+    _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None)
+
+
+def invert(args: argparse.Namespace) -> None:
+    out = Output(args.out, args.source)
+    picture, model = open_picture(args.image), _load(args)
+    made = _invert(args, model, picture)
+    print(f"note: {made.method} inversion, {made.rows} rows of the UNet", file=sys.stderr)
+    out.add("inversion.safetensors", made.save)
+    out.picture("picture", made.picture)
+    out.write(args.quiet)
+
+
+def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
+    """With the seed 0 where none is given: only two methods draw noise, and an inversion should come out the same again."""
+    given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
+                 eta=args.eta or None, steps=args.steps)
+    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, seed=args.seed or 0, height=args.height,
+                      width=args.width, progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
+
+
+def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Inversion:
+    """The inversion that an edit's settings describe."""
+    if said["picture"] is None:
+        raise p2p.UsageError("made from latents given in Python, which are not recorded")
+    names = ("method", "steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "seed")
+    return p2p.invert(model, from_base64(said["picture"]), said["prompt"], eta=said["eta"] or 1.0, progress=progress,
+                      **{k: said[k] for k in names})
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -46,7 +91,7 @@ def _replay(args: argparse.Namespace) -> None:
     try:
         if s["command"] != "edit":
             raise p2p.UsageError(f'{args.replay}: made by "p2p {s["command"]}", not by an edit')
-        if s["seed"] is None:
+        if s["seed"] is None and s["inversion"] is None:
             raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
         edits = [from_dict(t) for t in s["targets"]]
         out = Output(args.out, s["source"])
@@ -54,11 +99,17 @@ def _replay(args: argparse.Namespace) -> None:
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
-        result = p2p.edit(model, s["source"], edits, steps=s["steps"], guidance_scale=s["guidance_scale"], seed=s["seed"],
-                          eta=s["eta"], height=s["height"], width=s["width"], record=_record(args), progress=not args.quiet)
+        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], record=_record(args), progress=not args.quiet)
+        source = None
+        if s["inversion"] is not None:
+            source = _again(model, s["inversion"], not args.quiet)
+            result = p2p.edit(model, source, edits, **how)
+        else:
+            result = p2p.edit(model, s["source"], edits, steps=s["steps"], seed=s["seed"], eta=s["eta"], height=s["height"],
+                              width=s["width"], **how)
     except (KeyError, TypeError, AttributeError) as error:
         raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
-    _write_edit(out, result, args)
+    _write_edit(out, result, args, source)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -163,9 +214,11 @@ def _say(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _write_edit(out: Output, result: Result, args: argparse.Namespace) -> None:
+def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None) -> None:
     _say(result.notes)
     n = len(result.images)
+    if inversion is not None and inversion.picture is not None:
+        out.picture("input", inversion.picture)
     for name, image in zip(["source", *(["edit"] if n == 2 else [f"edit-{i}" for i in range(1, n)])], result.images):
         out.picture(name, image, result.settings)
     out.picture("grid", grid(result.images, result.prompts), result.settings)
@@ -184,17 +237,35 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
+def _load(args: argparse.Namespace) -> p2p.Model:
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae)
+    except RuntimeError as error:   # torch's own word on a device that is not there
+        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+
+
 def _model(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
     seed = args.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        model = p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae)
-    except RuntimeError as error:   # torch's own word on a device that is not there
-        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    return model, dict(steps=args.steps, guidance_scale=args.cfg, seed=seed, eta=args.eta, height=args.height, width=args.width)
+    return _load(args), dict(steps=50 if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
+                             eta=args.eta or 0.0, height=args.height, width=args.width)
+
+
+def _unused(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Options that would be ignored are an error."""
+    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) is not None]
+    if given:
+        raise p2p.UsageError(f"{', '.join(given)}: not with {what}")
+
+
+def _proximal(args: argparse.Namespace) -> tuple[str, float] | None:
+    if args.proximal is None:
+        return None
+    norm, _, quantile = args.proximal.partition(":")
+    return norm, _number(quantile or "0.7", "--proximal")
 
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper: source and targets denoised side by side, attention edited on the way."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from models.attention import AttentionEdit, Record
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
 from p2p.model import Conditioning, Model
-from p2p.sampler import ddim_step, guide, x0_and_eps
+from p2p.sampler import belm_step, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
 
 
@@ -21,39 +21,63 @@ class Step(NamedTuple):
     x: Tensor                # (B, C, H, W) after the step, float32
     maps: dict[str, Tensor]  # as recorded, by site: the B conditional rows, then with record.before the targets again
     mask: Tensor | None      # (N, 1, H, W) bool: where targets may differ from the source, with `blend`
+    rows: int                # of the network in this step
+
+
+class Known(NamedTuple):
+    """What an inversion knows of the source, row 0. Noisiest first."""
+
+    path: Tensor                    # (T + 1, C, H, W): its latents before the first step and after each
+    follow: bool = False            # put row 0 on them after every step
+    guided: bool = True             # row 0 is guided; if not, its unconditional row is not run
+    offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
+    before: Tensor | None = None    # (B, C, H, W): x one level above; the steps are then O-BELM's
+    above: float = 0.0              # alphas_cumprod of that level
 
 
 @torch.no_grad()
-def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | None, schedule: Schedule, *,
-            guidance_scale: float = 7.5, plan: Sequence[AttentionEdit] | None = None, eta: float = 0.0,
-            noise: Sequence[Tensor] | None = None, record: Record = Record(),
-            blend: Blend | None = None) -> Iterator[Step]:
+def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Sequence[Conditioning] | None, schedule: Schedule,
+            *, guidance_scale: float = 7.5, guide: Callable[[Tensor, Tensor, float], Tensor] = guide,
+            plan: Sequence[AttentionEdit] | None = None, eta: float = 0.0, noise: Sequence[Tensor] | None = None,
+            record: Record = Record(), blend: Blend | None = None, known: Known | None = None) -> Iterator[Step]:
     """Yields every step of the B rows of x (B, C, H, W); row 0 is the source, the targets follow.
 
-    text, null: the prompts and the empty one, B rows each; at guidance_scale 1 only the prompts' rows are run.
-    plan: one AttentionEdit a step, its row numbers counted in the network's batch, see `edit.plan`.
-    blend: local edits, see `blend.prepare`; noise: with eta > 0 one tensor a step, shared by the rows. Raises
+    text: the prompts, B rows; null: the empty one, a row for each guided one, for all steps or step by step; at
+    guidance_scale 1 only the prompts' rows are run. guide: how the two predictions join. plan: one AttentionEdit a
+    step, its row numbers counted in the network's batch, see `edit.plan`. blend: local edits, see `blend.prepare`; they
+    restore the known latents where there are any. noise: with eta > 0 one tensor a step, shared by the rows. Raises
     NumericsError where a step is not finite.
     """
     guided = guidance_scale != 1.0
-    rows = Conditioning.cat([null, text]) if guided else text                     # R rows, the edited ones last
+    alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     if blend is not None:
         record = record._replace(text=max(record.text, blend.pixels))
-    seen, mask = 0.0, None
+    seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     for i, (t, a_t, a_prev) in enumerate(schedule):
-        x_in = torch.cat([x, x]) if guided else x                                 # (R, C, H, W)
+        rows, x_in = text, x
+        if guided:                                                                # R rows, the edited ones last
+            rows = Conditioning.cat([null if isinstance(null, Conditioning) else null[i], text])
+            x_in = torch.cat([x[alone:], x])                                      # (R, C, H, W)
         out, maps = model.unet(x_in.to(model.dtype), t, rows.context, edit=plan[i] if plan else None, record=record,
                                vector=rows.vector)
-        out = out.float()                                                         # lines 6 to 8 in one pass
+        out = out.to(x.dtype)                                                     # lines 6 to 8 in one pass
+        uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
-            out = guide(*out.chunk(2), guidance_scale)
-        x_0, eps = x0_and_eps(x, out, a_t, model.prediction, model.clip)
-        x = ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise is not None else None)   # line 9
+            out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
+        x_0, eps = x0_and_eps(x, out, a_t, model.prediction, model.clip if above[0] is None else None)
+        if above[0] is None:
+            x = ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise is not None else None)   # line 9
+        else:
+            x, above = belm_step(above[0], x, eps, above[1], a_t, a_prev), (x, a_t)
+        if known is not None and known.offsets is not None:
+            x = x + known.offsets[i]
+        if known is not None and known.follow:
+            x = torch.cat([known.path[i + 1][None], x[1:]])
         if not x.isfinite().all():
             raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite; "
                                 f"the network runs in {model.dtype}: try float32")
-        maps = {site: m[len(x):] if guided else m for site, m in maps.items()}    # conditional rows
+        maps = {site: m[len(uncond):] for site, m in maps.items()}                # conditional rows
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items()}, blend)
-            x, mask = local_blend(x, seen, blend, i)
-        yield Step(i, t, x, maps, mask)
+            x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
+        yield Step(i, t, x, maps, mask, len(rows.context))

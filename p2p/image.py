@@ -46,6 +46,19 @@ def open_picture(path: Path) -> Image.Image:
         raise UsageError(f"{path}: not a picture that can be read ({error})") from None
 
 
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of any size and mode as RGB of (height, width): upright, on white where it is transparent, scaled to cover
+    (Lanczos), cropped around its centre."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode in ("I", "I;16", "F"):   # 16 bits and more: as many as 8 hold
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((255 * (values - values.min()) / max(values.max() - values.min(), 1e-12)).astype(np.uint8))
+    return ImageOps.fit(image.convert("RGB"), size[::-1], Image.LANCZOS)
+
+
 def to_base64(image: Image.Image | Tensor) -> str:
     """A picture, or a (H, W) mask, as a PNG in base64."""
     if isinstance(image, Tensor):

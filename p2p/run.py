@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,15 +12,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.attention import AttentionEdit, Record
+from models.attention import Record
 from models.text import Tokens
-from p2p.blend import Blend, prepare
-from p2p.denoise import denoise
+from p2p.blend import prepare
+from p2p.denoise import Known, denoise
 from p2p.edit import Edit, choose_mode, plan, scoped, to_dict
 from p2p.errors import UsageError
 from p2p.image import to_pil
+from p2p.invert import FOLLOW, Inversion
 from p2p.maps import AttentionMaps, Collector
-from p2p.model import Model
+from p2p.model import Conditioning, Model
+from p2p.sampler import proximal_guide
 from p2p.schedule import Schedule
 
 
@@ -35,20 +37,23 @@ class Result:
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
     masks: Tensor | None = None                      # (N, 1, H, W) bool, where local edits could act in the end, CPU
+    rows: int = 0                                    # of the UNet that it took
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
 
 
-def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], *, steps: int = 50,
+def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
-         height: int | None = None, width: int | None = None, record: Record = Record(), progress: bool = False,
-         **settings: Any) -> Result:
+         height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
+         record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
+    source: a prompt, or a real picture as `invert` gives it (then steps, eta and size are those of the inversion).
     targets: `Edit`s, or prompts, for which `settings` holds the fields of `Edit`: mode, cross_replace_steps,
     self_replace_steps, self_max_tokens, equalizer, renormalise, swap, local_blend, scope, aligner.
-    guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial noise, unless
-    x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
-    pictures in pixels, None for the size that the model was made for. record: which attention maps to keep in `maps`.
+    steps: 50 where None. guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial
+    noise, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
+    pictures in pixels, None for the size that the model was made for. proximal: guidance along the large differences
+    alone, see `proximal_guide`: ("l0" or "l1", quantile). record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
@@ -56,6 +61,11 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
         raise UsageError("no target prompt given")
     edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in listed]
     notes: list[str] = list(model.notes)
+    inversion = source if isinstance(source, Inversion) else None
+    if inversion is not None:
+        _fits(inversion, model, steps, eta, height, width, x_T)
+        source, steps, eta, x_T = inversion.prompt, inversion.steps, inversion.eta, inversion.latents[-1:]
+        guidance_scale = inversion.guidance_scale if guidance_scale is None else guidance_scale
     prompts = [source, *(e.prompt for e in edits)]
     split = _tokens(model, prompts, notes)
     modes = [choose_mode(split[0], e, t) for e, t in zip(edits, split[1:])]
@@ -67,16 +77,70 @@ def edit(model: Model, source: str, targets: str | Edit | Sequence[str | Edit], 
                              "the text tower reads; shorten the prompt")
         if split[0].ids == t.ids and not e.equalizer:
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
-    start = _start(model, [seed], len(prompts), x_T, steps, guidance_scale, eta, height, width)
+    start = _start(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width)
+    known = None
+    if inversion is not None:
+        start, known = _from_inversion(start, inversion)
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
-        "source": source, "targets": [to_dict(e) for e in edits]}
-    common = dict(steps=steps, length=model.length, device=model.device)
+        "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
+        "inversion": inversion and inversion.settings()}
+    common = dict(steps=start.schedule.steps, length=model.length, device=model.device)
+    guided = 0 if start.guidance_scale == 1 else len(prompts) - (known is not None and not known.guided)
     edits = [scoped(split[0], t, e, m, model.length) for t, e, m in zip(split[1:], edits, modes)]
-    edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) * (1 if start.guidance_scale == 1 else 2),
+    edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) + guided,
                      dtype=model.dtype, **common)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
-    return _run(model, prompts, start, said, notes, progress, record, edit_plan, blend)
+    null = _null(model, inversion, guided, start.size) if guided else None
+    how = dict(guide=_proximal(proximal)) if proximal else {}
+    return _run(model, prompts, start, null, said, notes, progress, record=record, plan=edit_plan, blend=blend, known=known, **how)
+
+
+def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float, height: int | None, width: int | None,
+          x_T: Tensor | None) -> None:
+    """Raises UsageError for another model, or settings that an inversion has fixed."""
+    inversion.check(model)
+    size = tuple(side * model.shrink for side in inversion.latents.shape[2:])
+    for name, given, made in (("steps", steps, inversion.steps), ("eta", eta or None, inversion.eta), ("height", height, size[0]),
+                              ("width", width, size[1]), ("x_T", x_T, None)):
+        if given is not None and given is not made and given != made:
+            raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the picture again")
+
+
+def _from_inversion(start: _Start, inversion: Inversion) -> tuple[_Start, Known]:
+    """The steps that the inversion covers, and its latents as the loop wants them, noisiest first."""
+    schedule = Schedule(start.schedule.timesteps[inversion.skip:], start.schedule.alphas[inversion.skip:])
+    path = inversion.latents.flip(0).to(start.x.device)
+    known = Known(path, inversion.method in FOLLOW, inversion.method not in (*FOLLOW, "negative-prompt"))
+    if inversion.offsets is not None:
+        known = known._replace(offsets=inversion.offsets.to(start.x.device))
+    start = start._replace(schedule=schedule, noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
+    if inversion.method == "belm" and schedule.steps > 1:   # two levels are needed to go on: the first step is the source's
+        start = start._replace(schedule=Schedule(schedule.timesteps[1:], schedule.alphas[1:]),
+                               x=path[1].expand(len(start.x), -1, -1, -1))
+        known = known._replace(path=path[1:], before=path[0].expand(len(start.x), -1, -1, -1), above=schedule.alphas[0])
+    return start, known
+
+
+def _null(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int]) -> Conditioning | list[Conditioning]:
+    """What n guided rows are told in place of a prompt."""
+    null = model.null(n, *size)
+    if inversion is not None and inversion.method == "negative-prompt":
+        return model.condition([inversion.prompt] * n, *size)
+    if inversion is not None and inversion.null_context is not None:
+        contexts = inversion.null_context.to(null.context)
+        return [null._replace(context=c.expand(n, -1, -1)) for c in contexts]
+    return null
+
+
+def _proximal(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    try:
+        norm, quantile = proximal
+        if norm not in ("l0", "l1") or not 0 <= quantile < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f'proximal: {proximal!r} must be ("l0" or "l1", a quantile from 0 to below 1)') from None
+    return lambda uncond, cond, scale: proximal_guide(uncond, cond, scale, norm, quantile)
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
@@ -92,7 +156,8 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
     start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
-    return _run(model, prompts, start, settings, notes, progress, record)
+    null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
+    return _run(model, prompts, start, null, settings, notes, progress, record=record)
 
 
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
@@ -131,17 +196,16 @@ def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: in
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
 
 
-def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, Any], notes: list[str], progress: bool,
-         record: Record, edit_plan: list[AttentionEdit] | None = None, blend: Blend | None = None) -> Result:
+def _run(model: Model, prompts: list[str], start: _Start, null: Conditioning | Sequence[Conditioning] | None,
+         settings: dict[str, Any], notes: list[str], progress: bool, *, record: Record, **how: Any) -> Result:
     began = time.perf_counter()
     text = model.condition(prompts, *start.size)
-    null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
     read = time.perf_counter()
-    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, plan=edit_plan,
-                   eta=start.eta, noise=start.noise or None, record=record, blend=blend)
-    x, masks, collector = start.x, None, Collector()
+    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, eta=start.eta,
+                   noise=start.noise or None, record=record, **how)
+    x, masks, rows, collector = start.x, None, 0, Collector()
     for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
-        x, masks = step.x, step.mask
+        x, masks, rows = step.x, step.mask, rows + step.rows
         if record.text or record.pixels:
             collector.add(step.t, step.maps)
     latents, sampled = x.cpu(), time.perf_counter()
@@ -149,7 +213,7 @@ def _run(model: Model, prompts: list[str], start: _Start, settings: dict[str, An
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
     maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length)
     return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps,
-                  None if masks is None else masks.cpu(), timings)
+                  None if masks is None else masks.cpu(), rows, timings)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:

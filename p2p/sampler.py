@@ -1,6 +1,7 @@
 """One sampling step: pure functions of tensors. a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t)."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -44,3 +45,35 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor
     beta = 1 - alpha
     mean = a_prev**0.5 * beta / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x_t
     return mean + ((1 - a_prev) / (1 - a_t) * beta) ** 0.5 * noise
+
+
+def _belm(a_next: float, a_t: float, a_prev: float) -> tuple[float, float, float]:
+    """Coefficients of x_{t+1}, x_t and eps in O-BELM (Wang et al. 2024); h are steps of sigma / alpha."""
+    ratio = lambda a: ((1 - a) / a) ** 0.5  # noqa: E731
+    h_next, h = ratio(a_next) - ratio(a_t), ratio(a_t) - ratio(a_prev)
+    w = (h / h_next) ** 2
+    return w * (a_prev / a_next) ** 0.5, (1 - w) * (a_prev / a_t) ** 0.5, -h * (h_next + h) / h_next * a_prev**0.5
+
+
+def belm_step(x_next: Tensor, x_t: Tensor, eps: Tensor, a_next: float, a_t: float, a_prev: float) -> Tensor:
+    """x_{t-1} from the two levels above it: second order, one prediction a step, and exactly invertible."""
+    far, near, slope = _belm(a_next, a_t, a_prev)
+    return far * x_next + near * x_t + slope * eps
+
+
+def belm_step_up(x_prev: Tensor, x_t: Tensor, eps: Tensor, a_prev: float, a_t: float, a_next: float) -> Tensor:
+    """x_{t+1}: the inverse of `belm_step`."""
+    far, near, slope = _belm(a_next, a_t, a_prev)
+    return (x_prev - near * x_t - slope * eps) / far
+
+
+def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: str = "l0", quantile: float = 0.7) -> Tensor:
+    """Guidance along the large differences alone (Han et al. 2024, ProxEdit): those from a quantile of their size on.
+
+    norm "l0": kept as they are (hard threshold); "l1": less the threshold (soft).  (B, C, H, W), quantile per row
+    """
+    delta = cond - uncond
+    size = delta.abs()
+    limit = size.flatten(1).float().quantile(quantile, dim=1).to(size.dtype).view(-1, *[1] * (delta.ndim - 1))
+    kept = delta if norm == "l0" else delta - delta.sign() * limit
+    return uncond + guidance_scale * torch.where(size >= limit, kept, torch.zeros_like(kept))

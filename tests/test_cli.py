@@ -67,6 +67,39 @@ def test_several_targets_and_generate(capsys, tmp_path):
     assert code == 2 and "generate" in err
 
 
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of another size and mode."""
+    image = Image.radial_gradient("L").resize((90, 70)).convert("LA")
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_picture_is_edited_at_once_or_from_its_inversion(capsys, tmp_path, photo):
+    """The same pixels on both ways, and from the settings inside the result; the rows of the network are said."""
+    common, out = ["--cross", "0.5", "-o", tmp_path / "out"], tmp_path / "out"
+    code, first, err = run(capsys, "edit", "--image", photo, *EDIT[1:], *common)
+    assert code == 0 and "direct inversion, 3 rows of the UNet; the edit, 9" in err
+    assert [os.path.basename(p) for p in first.split()] == ["input.png", "source.png", "edit.png", "grid.png"]
+    assert np.abs(pixels(first.split()[0]).astype(int) - pixels(first.split()[2])).max() <= 1
+    code, made, _ = run(capsys, "invert", photo, EDIT[1], "--steps", 3, "-o", out)
+    assert code == 0
+    code, second, _ = run(capsys, "edit", "--inversion", made.split()[0], EDIT[2], *common)
+    code, third, _ = run(capsys, "edit", "--from", second.split()[1], "-o", out)
+    assert code == 0
+    for a, b, c in zip(first.split(), second.split(), third.split()):
+        assert (pixels(a) == pixels(b)).all() and (pixels(a) == pixels(c)).all()
+
+
+@pytest.mark.parametrize("method", ["null-text", "edit-friendly", "belm", "noise"])
+def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method):
+    options = ["--method", method, "--inner-steps", "2", "--proximal", "l1:0.5", *(["--skip", "1"] if method == "noise" else [])]
+    code, out, _ = run(capsys, "edit", "--image", photo, *EDIT[1:], *options, "-o", tmp_path / "out")
+    assert code == 0
+    code, again, _ = run(capsys, "edit", "--from", out.split()[1], "-o", tmp_path / "out")
+    assert code == 0 and all((pixels(a) == pixels(b)).all() for a, b in zip(out.split(), again.split()))
+
+
 def test_tokens_shows_pieces_and_partners(capsys):
     code, out, _ = run(capsys, "tokens", "a cat on hill", "a hippopotamus on hill")
     assert code == 0 and "hippopotamus" in out and "new" in out and "49406" in out
@@ -80,7 +113,10 @@ USAGE = {
     "as many words": ["edit", "a cat", "a big cat", "--mode", "replace"], "1 to 1000": [*EDIT[:-1], "2000"],
     "whole number": [*EDIT[:-1], "0"], "invalid int value": [*EDIT[:-1], "many"], "no such file": ["edit", "--from", "absent.png"],
     "give either prompts or --from": ["edit", "a", "b", "--from", "x.png"], "eta must lie": [*EDIT, "--eta", "3"],
-    "--device warp": [*EDIT, "--device", "warp"],
+    "--device warp": [*EDIT, "--device", "warp"], "--method: not with": [*EDIT, "--method", "direct"],
+    "absent.png: no such file": [*EDIT, "--image", "absent.png"], "not both": [*EDIT, "--image", "a.png", "--inversion", "b"],
+    "absent.safetensors: no such file": ["edit", "--inversion", "absent.safetensors", "a dog"], "proximal": [*EDIT, "--proximal", "l7"],
+    "--steps: not with --inversion": ["edit", "--inversion", "x", "a dog", "--steps", "3"],
 }
 
 

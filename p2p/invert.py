@@ -1,0 +1,273 @@
+"""Real pictures: from a picture and its prompt to the latents (and what else it takes) from which it is edited.
+
+Every method ends in an `Inversion`: the latents of the picture at each noise level, and what keeps sampling near them.
+
+    noise            forward diffusion (DDPM Eq. 4), to a chosen step; sampling finds its own way back (paper, figure 12)
+    ddim             DDIM run backwards without guidance (paper, figures 10 and 11)
+    fixed-point      the same, each step solved for instead of guessed (as in ReNoise and AIDI)
+    belm             a two-step sampler that runs backwards exactly (Wang et al. 2024, O-BELM)
+    negative-prompt  ddim; the source prompt in place of the empty one (Miyake et al. 2023)
+    null-text        ddim; the empty prompt's embedding optimised step by step (Mokady et al. 2022)
+    direct           ddim; the source is put back on its latents after every step (Ju et al. 2023, PnP Inversion)
+    edit-friendly    independent noise at every level; what the network misses is added to all rows (Huberman et al. 2023)
+"""
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from p2p.errors import NumericsError, UsageError
+from p2p.image import fit, from_base64, from_pil, to_base64
+from p2p.model import Conditioning, Model
+from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
+from p2p.schedule import Schedule
+
+METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
+FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture ready to be edited, any number of times. T: the steps that are run, those left out not counted."""
+
+    prompt: str
+    method: str
+    latents: Tensor                        # (T + 1, C, H, W), x_0 first; float32, CPU
+    steps: int                             # of the whole schedule
+    skip: int                              # so many of them, the noisiest, are left out
+    guidance_scale: float                  # of the edits that it was made for
+    inversion_guidance: float
+    inner_steps: int | None
+    eta: float
+    seed: int
+    family: str
+    prediction: str
+    sha256: str | None                     # of the model
+    rows: int = 0                          # of the UNet that it took
+    null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
+    offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
+    picture: Image.Image | None = None     # as fitted; None if latents were given
+
+    def settings(self) -> dict[str, Any]:
+        """How it was made, as JSON can hold it, the picture included: enough to make it again."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("latents", "null_context", "offsets")}
+        return said | {"picture": self.picture and to_base64(self.picture)}
+
+    def save(self, file: str | Path) -> None:
+        """Writes a .safetensors file, its settings in the header."""
+        tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets}
+        tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
+        save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+
+    @staticmethod
+    def load(file: str | Path) -> Inversion:
+        """Reads what `save` wrote. Raises UsageError."""
+        try:
+            with safe_open(file, "pt") as f:
+                said = json.loads((f.metadata() or {})["inversion"])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+            said["picture"] = said["picture"] and from_base64(said["picture"])
+            return Inversion(**said, **tensors)
+        except FileNotFoundError:
+            raise UsageError(f"{file}: no such file") from None
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
+
+    def check(self, model: Model) -> None:
+        """Raises UsageError unless it was made with this model."""
+        if (self.family, self.prediction) != (model.family, model.prediction) or self.sha256 != model.sha256:
+            raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
+                             f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
+                             f"({model.file}). Invert the picture again")
+
+
+class _Run(NamedTuple):
+    """What all methods share. Schedules run from noise to picture."""
+
+    model: Model
+    x_0: Tensor              # (1, C, H, W)
+    text: Conditioning       # one row each
+    null: Conditioning
+    schedule: Schedule
+    progress: bool
+
+    def predict(self, x: Tensor, t: int, guidance_scale: float = 1.0) -> Tensor:
+        """The network's output for one picture: one row, or two with guidance."""
+        rows = self.text if guidance_scale == 1 else Conditioning.cat([self.null, self.text])
+        out = self.model.unet(x.expand(len(rows.context), -1, -1, -1).to(self.model.dtype), t, rows.context, vector=rows.vector)[0]
+        out = out.to(x.dtype)
+        return out if guidance_scale == 1 else guide(*out.chunk(2), guidance_scale)
+
+    def upwards(self) -> Iterable[tuple[int, float, float]]:
+        """(t, alphas_cumprod to go to, ... to come from), from the picture to the noise."""
+        steps = list(self.schedule)[::-1]
+        return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
+
+
+def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: str = "direct", steps: int = 50, skip: int = 0,
+           guidance_scale: float | None = None, inversion_guidance: float = 1.0, inner_steps: int | None = None, eta: float = 1.0,
+           seed: int = 0, height: int | None = None, width: int | None = None, progress: bool = False) -> Inversion:
+    """Inverts a picture that the prompt describes.
+
+    picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
+    out at the noisy end (noise, edit-friendly). guidance_scale: of the edits to come (null-text is made for it); None
+    for the model's own. inversion_guidance: while inverting (ddim, fixed-point, belm, edit-friendly). inner_steps:
+    of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the
+    noise that noise and edit-friendly draw. Raises UsageError, NumericsError.
+    """
+    if method not in METHODS:
+        raise UsageError(f'inversion method "{method}" is not known; known: {", ".join(METHODS)}')
+    if not 0 <= skip < steps:
+        raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
+    if not 0 < eta <= 1:
+        raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    channels, *size = model.latent_shape(height, width)
+    if isinstance(picture, Image.Image):
+        picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
+        x_0, kept = model.encode(from_pil(picture)), picture
+    else:
+        x_0, kept = picture.to(model.device), None
+        x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
+        if x_0.ndim != 4 or len(x_0) != 1 or x_0.shape[1] != channels:
+            raise UsageError(f"latents have the shape {tuple(x_0.shape)}; expected (1, {channels}, height, width)")
+    whole = model.schedule(steps)
+    schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
+    pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
+    run = _Run(model, x_0, model.condition([prompt], *pixels), model.null(1, *pixels), schedule, progress)
+    null_context = offsets = None
+    rows = 1 if inversion_guidance == 1 else 2
+    with torch.no_grad():
+        if method == "noise":
+            latents, rows = _noised(run, seed, independent=False), 0
+        elif method == "edit-friendly":
+            latents = _noised(run, seed, independent=True)
+            offsets = _offsets(run, latents, inversion_guidance, eta)
+        elif method == "belm":
+            latents = _belm(run, inversion_guidance)
+        else:
+            solver = (inner_steps or 5) if method == "fixed-point" else 1
+            guided = inversion_guidance if method in ("ddim", "fixed-point") else 1.0
+            latents = _ddim(run, guided, solver)
+            rows = solver * (1 if guided == 1 else 2)
+    rows *= schedule.steps
+    if not latents.isfinite().all():
+        raise NumericsError(f"{method} inversion gave values that are not finite; the network runs in {model.dtype}: try float32")
+    if method == "null-text":
+        null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
+        rows += more
+    return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
+                     eta if method == "edit-friendly" else 0.0, seed, model.family, model.prediction, model.sha256, rows,
+                     null_context, None if offsets is None else offsets.cpu(), kept)
+
+
+def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
+    """DDIM Eq. 12 towards noise.  -> (T + 1, C, H, W)
+
+    The noise of a step is predicted for the level it leads to, from the latents it comes from (as in the official
+    code); with more iterations, from the latents it led to the last time: the fixed point undoes the step exactly.
+    """
+    x, latents = run.x_0, [run.x_0]
+    for t, a_to, a_from in run.upwards():
+        guess = x
+        for _ in range(iterations):
+            out = run.predict(guess, t, guidance_scale)
+            _, eps = x0_and_eps(guess, out, a_to, run.model.prediction, run.model.clip)
+            guess = ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to)
+        x = guess
+        latents.append(x)
+    return torch.cat(latents)
+
+
+def _belm(run: _Run, guidance_scale: float) -> Tensor:
+    """O-BELM backwards: the first step is DDIM's, each further one the exact inverse of `belm_step`."""
+    a = run.schedule.alphas[::-1]                                                # a[0] of the picture
+    latents = [run.x_0]
+    for i, (t, a_to, a_from) in enumerate(run.upwards()):
+        x = latents[-1]
+        if i == 0:
+            out = run.predict(x, t, guidance_scale)
+            _, eps = x0_and_eps(x, out, a_to, run.model.prediction)
+            latents.append(ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to))
+        else:
+            level = run.schedule.timesteps[::-1][i - 1]                          # the level that x is at
+            out = run.predict(x, level, guidance_scale)
+            _, eps = x0_and_eps(x, out, a[i], run.model.prediction)
+            latents.append(belm_step_up(latents[-2], x, eps, a[i - 1], a[i], a_to))
+    return torch.cat(latents)
+
+
+def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
+    """x_0 with noise of every level (DDPM Eq. 4), the same noise or a new one at each.  -> (T + 1, C, H, W)"""
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(run.x_0.shape, generator=g).to(run.x_0)
+    latents = [run.x_0]
+    for _, a_t, _ in list(run.schedule)[::-1]:
+        if independent:
+            noise = torch.randn(run.x_0.shape, generator=g).to(run.x_0)
+        latents.append(a_t**0.5 * run.x_0 + (1 - a_t) ** 0.5 * noise)
+    return torch.cat(latents)
+
+
+def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> Tensor:
+    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its scale.  -> (T, C, H, W)"""
+    out = []
+    for i, (t, a_t, a_prev) in enumerate(run.schedule):
+        x, wanted = latents[-1 - i][None], latents[-2 - i][None]
+        x_0, eps = x0_and_eps(x, run.predict(x, t, guidance_scale), a_t, run.model.prediction, run.model.clip)
+        out.append(wanted - ddim_step(x_0, eps, a_t, a_prev, eta, torch.zeros_like(x)))
+    return torch.cat(out)
+
+
+def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:
+    """Mokady et al. 2022, algorithm 1: per step the empty prompt's embedding that leads to the stored latents.
+
+    Constants of the official code: Adam, rate 0.01 (1 - i / 100), at most `inner_steps` updates, stop at a squared error
+    of 1e-5 + 2e-5 i.  -> (T, L, C), rows of the UNet that it took
+    """
+    model, null = run.model, run.null
+    context, found, rows = null.context.float(), [], 0
+    x = latents[-1:].to(run.x_0)
+
+    def stepped(x: Tensor, uncond: Tensor, cond: Tensor, a_t: float, a_prev: float) -> Tensor:
+        x_0, eps = x0_and_eps(x, guide(uncond, cond, guidance_scale), a_t, model.prediction, model.clip)
+        return ddim_step(x_0, eps, a_t, a_prev)
+
+    def unconditional(x: Tensor, t: int, context: Tensor) -> Tensor:
+        return model.unet(x.to(model.dtype), t, context.to(model.dtype), vector=null.vector)[0].to(x.dtype)
+
+    bar = tqdm(list(run.schedule), disable=not (run.progress and sys.stderr.isatty()), leave=False, unit="step")
+    for i, (t, a_t, a_prev) in enumerate(bar):
+        wanted = latents[-2 - i][None]
+        with torch.no_grad():
+            cond = run.predict(x, t)
+        rows += 1
+        context = context.detach().clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([context], lr=1e-2 * (1 - i / 100))
+        with torch.enable_grad():
+            for _ in range(inner_steps):
+                loss = (stepped(x, unconditional(x, t, context), cond, a_t, a_prev) - wanted).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rows += 1
+                if loss.item() < 1e-5 + 2e-5 * i:
+                    break
+        with torch.no_grad():
+            context = context.detach()
+            x = stepped(x, unconditional(x, t, context), cond, a_t, a_prev)
+        rows += 1
+        found.append(context.cpu())
+        bar.set_postfix(loss=f"{loss.item():.1e}")
+    return torch.cat(found), rows
