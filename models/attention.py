@@ -29,6 +29,8 @@ class AttentionEdit(NamedTuple):
     self_source: Tensor      # (E,) long: the batch row whose q and k each edited row uses in self-attention
     self_max_tokens: Tensor  # (E,) long: ... at sites of at most this many pixels
     renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1
+    rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
+                                        # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
 
 
 class Record(NamedTuple):
@@ -84,6 +86,13 @@ class _Attention(nn.Module):
         x = rearrange(x, "b n (h d) -> b h n d", h=self.heads)
         return x.float() if self.upcast else x
 
+    def _borrow(self, edit: AttentionEdit | None, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the pixels from the rows that the edit names for each."""
+        if edit is None or edit.rows is None:
+            return parts
+        first = torch.arange(len(parts[0]) - edit.rows.shape[1], device=edit.rows.device)
+        return tuple(x[torch.cat([first, rows])] for x, rows in zip(parts, edit.rows))
+
     def _out(self, x: Tensor) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(self.to_out[0].weight.dtype))
 
@@ -96,7 +105,8 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
+        q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))         # (B, h, N, d)
+        q, k, v = self._borrow(edit, q, k, v)
         used = q, k
         if edit is not None:
             rows = torch.arange(len(x), device=x.device)                                 # (B,)
@@ -160,7 +170,8 @@ class HybridAttention(_TextAttention):
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q = self._split(self.to_q(x))                                                    # (B, h, N, d)
-        k = self._split(torch.cat([self.to_k(x), self.add_k_proj(context)], dim=1))      # (B, h, N+L, d)
-        v = self._split(torch.cat([self.to_v(x), self.add_v_proj(context)], dim=1))
+        q, k, v = self._borrow(edit, self.to_q(x), self.to_k(x), self.to_v(x))           # (B, N, h d)
+        q = self._split(q)                                                               # (B, h, N, d)
+        k = self._split(torch.cat([k, self.add_k_proj(context)], dim=1))                 # (B, h, N+L, d)
+        v = self._split(torch.cat([v, self.add_v_proj(context)], dim=1))
         return self._attend(q, k, v, context.shape[1], edit, record)

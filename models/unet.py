@@ -1,6 +1,7 @@
 """One UNet for latent models (self- and cross-attention) and pixel models (cross going down, hybrid going up)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,12 +111,21 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
         self.conv_out = nn.Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
 
-    def forward(self, x: Tensor, t: int | Tensor, context: Tensor, edit: AttentionEdit | None = None,
+    def sites(self) -> list[str]:
+        """The attention layers in the order in which they run, a name for each transformer block in them."""
+        blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(self.down_blocks)), ("mid_block", self.mid_block),
+                  *((f"up_blocks.{i}", b) for i, b in enumerate(self.up_blocks))]
+        return [f"{name}.attentions.{j}" for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))
+                for _ in a.transformer_blocks]
+
+    def forward(self, x: Tensor, t: int | Tensor, context: Tensor,
+                edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,
                 record: Record = Record(), vector: Tensor | None = None) -> tuple[Tensor, Maps]:
         """x (B, C, H, W), t int or (B,), context (B, L, D)  ->  prediction (B, C', H, W), maps by module name.
 
-        `edit` acts on the last rows of the batch, see AttentionEdit; `record` says which maps come back;
-        vector (B, vector_dim) only for models that take one.
+        `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
+        ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose features each row
+        takes. `record` says which maps come back; vector (B, vector_dim) only for models that take one.
         """
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4 C_0)
@@ -124,27 +134,33 @@ class UNet(nn.Module):
         maps: Maps = {}
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            x, seen = block.attention(j, x, context, edit, record)
+            here = edit.get(f"{name}.attentions.{j}") if isinstance(edit, Mapping) else edit
+            x, seen = block.attention(j, x, context, here, record)
             maps.update({f"{name}.attentions.{j}.{site}": m for site, m in seen.items()})
             return x
+
+        def residual(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
+            x = block.resnets[j](x, temb)
+            rows = edit.get(f"{name}.resnets.{j}") if isinstance(edit, Mapping) else None
+            return x if rows is None else x[rows]
 
         x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))                # (B, C_0, H/p, W/p)
         skips = [x]
         for i, block in enumerate(self.down_blocks):
-            for j, resnet in enumerate(block.resnets):
-                x = layer(block, f"down_blocks.{i}", j, resnet(x, temb))
+            for j in range(len(block.resnets)):
+                x = layer(block, f"down_blocks.{i}", j, residual(block, f"down_blocks.{i}", j, x))
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)                                     # (B, C_i, H/2, W/2)
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, temb)
-        x = layer(self.mid_block, "mid_block", 0, x)
-        x = self.mid_block.resnets[1](x, temb)
+        x = layer(self.mid_block, "mid_block", 0, residual(self.mid_block, "mid_block", 0, x))
+        x = residual(self.mid_block, "mid_block", 1, x)
 
         for i, block in enumerate(self.up_blocks):
-            for j, resnet in enumerate(block.resnets):
-                x = layer(block, f"up_blocks.{i}", j, resnet(torch.cat([x, skips.pop()], dim=1), temb))
+            for j in range(len(block.resnets)):
+                x = residual(block, f"up_blocks.{i}", j, torch.cat([x, skips.pop()], dim=1))
+                x = layer(block, f"up_blocks.{i}", j, x)
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, skips[-1].shape[2:])                  # (B, C_i, 2H, 2W)
 

@@ -20,6 +20,9 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     e.add_argument("--image", type=Path, metavar="PICTURE", help="a picture that SOURCE describes, to be edited")
     e.add_argument("--inversion", type=Path, metavar="FILE", help="the same, inverted before by p2p invert; SOURCE is left out")
     e.add_argument("--from", dest="replay", type=Path, metavar="PNG", help="run the edit again that made this picture")
+    e.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="inject in another way than Prompt-to-Prompt, whose "
+                   "windows and weights then do not count")
+    e.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
     e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")
     e.add_argument("--leakage", action="store_true", help="measure what changed that the edit is not about (always with --scope)")
     _inversion(e)
@@ -84,7 +87,6 @@ def _inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise, edit-friendly)")
     ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
-    ap.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
 
 
 def _edit(ap: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from weights.convert import convert as run_convert
 from weights.inspect import report as describe
 from weights.load import find
 
+EDITORS = {"masactrl": p2p.MasaCtrl, "plug-and-play": p2p.PlugAndPlay}
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
 
@@ -51,8 +52,11 @@ def edit(args: argparse.Namespace) -> None:
     else:
         _unused(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
         model, sampling = _model(args)
-    result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=_proximal(args), record=_record(args),
-                      progress=not args.quiet)
+    editor = args.editor and EDITORS[args.editor]()
+    if editor and (args.cross or args.self_ or args.weight or args.swap or args.scope or args.mode):
+        raise p2p.UsageError("--editor: not with --mode, --cross, --self, --weight, --swap or --scope (Prompt-to-Prompt's)")
+    result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=_proximal(args), editor=editor,
+                      record=_record(args), progress=not args.quiet)
     if isinstance(source, p2p.Inversion):
         print(f"note: {source.method} inversion, {source.rows} rows of the UNet; the edit, {result.rows}", file=sys.stderr)
     _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None)
@@ -99,7 +103,10 @@ def _replay(args: argparse.Namespace) -> None:
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
-        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], record=_record(args), progress=not args.quiet)
+        editor = s["editor"] and dict(s["editor"])
+        editor = editor and {c.__name__: c for c in EDITORS.values()}[editor.pop("name")](**editor)
+        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=editor,
+                   record=_record(args), progress=not args.quiet)
         source = None
         if s["inversion"] is not None:
             source = _again(model, s["inversion"], not args.quiet)

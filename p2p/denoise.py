@@ -1,7 +1,7 @@
 """Algorithm 1 of the paper: source and targets denoised side by side, attention edited on the way."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,15 +38,15 @@ class Known(NamedTuple):
 @torch.no_grad()
 def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Sequence[Conditioning] | None, schedule: Schedule,
             *, guidance_scale: float = 7.5, guide: Callable[[Tensor, Tensor, float], Tensor] = guide,
-            plan: Sequence[AttentionEdit] | None = None, eta: float = 0.0, noise: Sequence[Tensor] | None = None,
+            plan: Sequence[AttentionEdit | Mapping] | None = None, eta: float = 0.0, noise: Sequence[Tensor] | None = None,
             record: Record = Record(), blend: Blend | None = None, known: Known | None = None) -> Iterator[Step]:
     """Yields every step of the B rows of x (B, C, H, W); row 0 is the source, the targets follow.
 
     text: the prompts, B rows; null: the empty one, a row for each guided one, for all steps or step by step; at
-    guidance_scale 1 only the prompts' rows are run. guide: how the two predictions join. plan: one AttentionEdit a
-    step, its row numbers counted in the network's batch, see `edit.plan`. blend: local edits, see `blend.prepare`; they
-    restore the known latents where there are any. noise: with eta > 0 one tensor a step, shared by the rows. Raises
-    NumericsError where a step is not finite.
+    guidance_scale 1 only the prompts' rows are run. guide: how the two predictions join. plan: one AttentionEdit a step
+    (or one by site), its row numbers counted in the network's batch, see `edit.plan`. blend: local edits, see
+    `blend.prepare`; they restore the known latents where there are any. noise: with eta > 0 one tensor a step, shared by
+    the rows. Raises NumericsError where a step is not finite.
     """
     guided = guidance_scale != 1.0
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row

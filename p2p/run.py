@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from p2p.errors import UsageError
 from p2p.image import to_pil
 from p2p.invert import FOLLOW, Inversion
 from p2p.maps import AttentionMaps, Collector
+from p2p.masactrl import MasaCtrl
 from p2p.model import Conditioning, Model
+from p2p.plug_and_play import PlugAndPlay
 from p2p.sampler import proximal_guide
 from p2p.schedule import Schedule
 
@@ -44,7 +46,8 @@ class Result:
 def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
          height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-         record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
+         editor: MasaCtrl | PlugAndPlay | None = None, record: Record = Record(), progress: bool = False,
+         **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     source: a prompt, or a real picture as `invert` gives it (then steps, eta and size are those of the inversion).
@@ -53,7 +56,8 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     steps: 50 where None. guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial
     noise, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
     pictures in pixels, None for the size that the model was made for. proximal: guidance along the large differences
-    alone, see `proximal_guide`: ("l0" or "l1", quantile). record: which attention maps to keep in `maps`.
+    alone, see `proximal_guide`: ("l0" or "l1", quantile). editor: another way to inject than Prompt-to-Prompt's, which
+    the windows and weights of `Edit` then do not concern. record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
@@ -70,12 +74,12 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     split = _tokens(model, prompts, notes)
     modes = [choose_mode(split[0], e, t) for e, t in zip(edits, split[1:])]
     for e, m, t in zip(edits, modes, split[1:]):
-        if e.mode is None:
+        if e.mode is None and editor is None:
             notes.append(f'"{e.prompt}": mode {m} (chosen from the prompts)')
         if split[0].ids != t.ids and split[0].ids[:model.length - 1] == t.ids[:model.length - 1]:
             raise UsageError(f'"{e.prompt[:40]}...": what differs from the source lies beyond the {model.length} tokens that '
                              "the text tower reads; shorten the prompt")
-        if split[0].ids == t.ids and not e.equalizer:
+        if split[0].ids == t.ids and not e.equalizer and editor is None:
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
     start = _start(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width)
     known = None
@@ -84,12 +88,16 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
         "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
+        "editor": editor and {"name": type(editor).__name__, **asdict(editor)},
         "inversion": inversion and inversion.settings()}
     common = dict(steps=start.schedule.steps, length=model.length, device=model.device)
     guided = 0 if start.guidance_scale == 1 else len(prompts) - (known is not None and not known.guided)
     edits = [scoped(split[0], t, e, m, model.length) for t, e, m in zip(split[1:], edits, modes)]
-    edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) + guided,
-                     dtype=model.dtype, **common)
+    rows = dict(dtype=model.dtype, **common)
+    if editor is not None:
+        edit_plan = editor.plan(model.unet, len(prompts), guided, **rows)
+    else:
+        edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) + guided, **rows)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}

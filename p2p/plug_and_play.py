@@ -1,0 +1,32 @@
+"""Plug-and-Play diffusion features (Tumanyan et al. 2023): the source's features and self-attention in the decoder."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.attention import AttentionEdit
+from models.unet import UNet
+from p2p.masactrl import halves, untouched
+
+
+@dataclass(frozen=True)
+class PlugAndPlay:
+    """features: share of the steps in which the targets take the source's features after one residual block, the second
+    of the first decoder level with attention; attention: the same for queries and keys of self-attention from there on
+    (the authors' choice of layers for Stable Diffusion)."""
+
+    features: float = 0.8
+    attention: float = 0.5
+
+    def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device,
+             dtype: torch.dtype) -> list[dict[str, AttentionEdit | Tensor]]:
+        """As `MasaCtrl.plan`."""
+        own, source = halves(n, guided, device)
+        decoder = list(dict.fromkeys(s for s in unet.sites() if s.startswith("up_blocks")))
+        edit = untouched(len(own), length, device, dtype)._replace(rows=torch.stack([source, source, own]))
+        maps: dict[str, AttentionEdit | Tensor] = dict.fromkeys(decoder[1:], edit)
+        features = {decoder[1].replace("attentions", "resnets"): source}
+        return [(features if i < int(self.features * steps) else {}) | (maps if i < int(self.attention * steps) else {})
+                for i in range(steps)]
