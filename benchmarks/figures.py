@@ -1,6 +1,6 @@
 """The paper's figures in miniature, made by the bundled model, each with the numbers behind it.
 
-    python -m benchmarks.figures [FOLDER] [--only 2,4,5,6,7,8,9,blend,scope] [--steps 50] [--n 200] [--seeds 100] [--draw]
+    python -m benchmarks.figures [FOLDER] [--only 2,4,...,12,blend,scope] [--steps 50] [--n 200] [--seeds 100] [--draw]
 
 Every figure is a picture and a JSON file beside it. --draw makes the pictures alone, without the statistics.
 """
@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import p2p
 from benchmarks.quality import REWEIGHT, Bench, mean_ci, psnr_outside, shown
-from p2p.image import grid, heat, save_png, table
+from p2p.image import grid, heat, save_png, table, to_pil
 from weights.emoji.recogniser import iou
-from weights.emoji.world import OBJECTS, PLACES, Mix, Scene, caption
+from weights.emoji.world import OBJECTS, PLACES, Mix, Scene, caption, render
 
 PLAIN = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -34,6 +34,20 @@ class Figures(Bench):
 
     def _row(self, source: str, edits: Sequence[p2p.Edit], seed: int, **settings) -> p2p.Result:
         return p2p.edit(self.model, source, list(edits), steps=self.steps, seed=seed, **settings)
+
+    # README's picture: a swap, added words, a fader
+    def draw_overview(self) -> Image.Image:
+        others = ("dog", "bear", "castle", "cake")
+        swaps = self._row("a cat on grass", [p2p.Edit(f"a {o} on grass", cross_replace_steps=0.6) for o in others], 2)
+        added = self._row("a house on grass", [p2p.Edit(t) for t in (
+            "a blue house on grass", "a house on snowy grass", "a house at night", "a watercolor of a house on grass")], 1)
+        prompt, values = "a tree on foggy grass", (-2, -1, 1, 2)
+        faded = self._row(prompt, [p2p.Edit(prompt, equalizer={"foggy": float(c)}, **REWEIGHT["foggy"]) for c in values], 3)
+        captions = [prompt, *(prompt.replace("foggy", f"foggy({c:+d})") for c in values)]
+        return stacked([grid(r.images, c, 160) for r, c in ((swaps, swaps.prompts), (added, added.prompts), (faded, captions))])
+
+    def count_overview(self, n: int) -> Numbers:
+        return {}
 
     # Figure 2: a swapped word with the source's attention, and the same seed alone
     def draw_2(self) -> Image.Image:
@@ -170,6 +184,71 @@ class Figures(Bench):
     def count_9(self, n: int) -> Numbers:
         return {word: self.reweight(n, word) for word in REWEIGHT}
 
+    # Figures 10 to 12: real pictures, here renders that no network made
+    def _renders(self, n: int, seed: int) -> list[tuple[Image.Image, str, str]]:
+        """(picture, its caption, the caption with another object)"""
+        source, target = self._pairs(n, seed, self.other_thing, ONE)
+        return list(zip(to_pil(render(source)[0]), caption(source), caption(target)))
+
+    def draw_10(self) -> Image.Image:
+        rows = []
+        for picture, a, b in self._renders(3, 10):
+            inverted = p2p.invert(self.model, picture, a, method="direct", steps=self.steps)
+            edits = [p2p.Edit(b, cross_replace_steps=0.6), p2p.Edit(f"a watercolor of {a}")]
+            captions = [a, f"{a}, inverted", *(e.prompt for e in edits)]
+            rows.append(grid([picture, *p2p.edit(self.model, inverted, edits).images], captions, 160))
+        return stacked(rows)
+
+    def count_10(self, n: int) -> Numbers:
+        return {"see": "python -m benchmarks.paired"}
+
+    GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
+
+    def draw_11(self) -> Image.Image:
+        rows, labels = [], []
+        for picture, a, _ in self._renders(3, 11):
+            inverted = p2p.invert(self.model, picture, a, method="ddim", steps=self.steps)
+            again = [p2p.edit(self.model, inverted, a, guidance_scale=g).images[0] for g in self.GUIDANCE]
+            rows.append([picture, *again])
+            labels.append(a)
+        return table(rows, ["picture", *(f"guidance {g:g}" for g in self.GUIDANCE)], labels)
+
+    def count_11(self, n: int) -> Numbers:
+        """PSNR of the reconstruction by DDIM inversion, by the guidance of the sampling."""
+        rows = []
+        for picture, a, _ in self._renders(n, 11):
+            inverted = p2p.invert(self.model, picture, a, method="ddim", steps=self.steps)
+            again = torch.cat([p2p.edit(self.model, inverted, a, guidance_scale=g).latents[:1] for g in self.GUIDANCE])
+            rows.append(-10 * ((again - inverted.latents[:1]) / 2).square().mean((1, 2, 3)).clamp(min=1e-6).log10())
+        t = torch.stack(rows)
+        return {"guidance": list(self.GUIDANCE), "PSNR": [mean_ci(t[:, k]) for k in range(len(self.GUIDANCE))]}
+
+    def draw_12(self) -> Image.Image:
+        rows = []
+        for picture, a, b in self._renders(3, 12):
+            noised = p2p.invert(self.model, picture, a, method="noise", steps=self.steps, skip=int(0.3 * self.steps))
+            old, new = next((x, y) for x, y in zip(a.split(), b.split()) if x != y and x not in ("a", "an"))
+            free = p2p.Edit(b, cross_replace_steps=0.6)
+            blended = replace(free, local_blend=p2p.LocalBlend(words=(old, new)))
+            r = p2p.edit(self.model, noised, [free, blended])
+            rows.append([picture, *r.images, Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")])
+        return table(rows, ["picture", "noised and denoised", "edited", "with a mask", "mask"], [""] * 3)
+
+    def count_12(self, n: int) -> Numbers:
+        """PSNR to the picture outside the mask made of the words' attention, without and with it."""
+        rows = []
+        for picture, a, b in self._renders(n, 12):
+            noised = p2p.invert(self.model, picture, a, method="noise", steps=self.steps, skip=int(0.3 * self.steps))
+            old, new = next((x, y) for x, y in zip(a.split(), b.split()) if x != y and x not in ("a", "an"))
+            free = p2p.Edit(b, cross_replace_steps=0.6)
+            r = p2p.edit(self.model, noised, [free, replace(free, local_blend=p2p.LocalBlend(words=(old, new)))])
+            outside = ~r.masks[1, 0]
+            if outside.any():
+                error = ((r.latents[1:] - noised.latents[:1]) / 2).square().mean(1)[:, outside].mean(1)
+                rows.append(-10 * error.clamp(min=1e-6).log10())
+        t = torch.stack(rows)
+        return {"PSNR outside the mask, without": mean_ci(t[:, 0]), "..., blended": mean_ci(t[:, 1])}
+
     # LocalBlend: only where the words attend
     def draw_blend(self) -> Image.Image:
         rows = []
@@ -266,7 +345,7 @@ def curves(x: Sequence[float], lines: dict[str, Sequence[float]], label: str, si
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.splitlines()[0])
     ap.add_argument("folder", nargs="?", type=Path, default=Path("figures"))
-    ap.add_argument("--only", default="2,4,5,6,7,8,9,blend,scope")
+    ap.add_argument("--only", default="overview,2,4,5,6,7,8,9,10,11,12,blend,scope")
     ap.add_argument("--model", default="emoji")
     ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--n", type=int, default=200, help="word swaps")
@@ -285,6 +364,9 @@ def main(argv: list[str] | None = None) -> None:
                 lines = {k: [v for v, _ in numbers[k]] for k in ("new object", "overlap", "PSNR outside")}
                 plot = curves(numbers["shares"], lines, "share of the steps with injected attention")
                 save_png(a.folder / "figure-6-curve.png", plot)
+            if name == "11":
+                lines = {"PSNR of the reconstruction, dB": [v for v, _ in numbers["PSNR"]]}
+                save_png(a.folder / "figure-11-curve.png", curves(numbers["guidance"], lines, "guidance of the sampling"))
             text = json.dumps({"figure": name, "steps": a.steps, "numbers": numbers}, indent=1)
             file.with_suffix(".json").write_text(text + "\n")
             print(text)

@@ -45,7 +45,7 @@ class LocalBlend:
 class Blend(NamedTuple):
     """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
 
-    pixels: int          # of the maps
+    pixels: int          # of the maps; 0: only masks are given, no map is needed
     columns: Tensor      # (N, 2, 2, L): words or substruct, in the source or the target; sums of their tokens
     threshold: Tensor    # (N, 2): for words, for substruct
     start: Tensor        # (N,) steps
@@ -77,12 +77,16 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     """Words to columns, for latents of that size (H, W). None if no target blends. Raises UsageError."""
     if not any(blends):
         return None
-    levels = {b.level for b in blends if b}
+    levels = {b.level for b in blends if b and (b.words is not None or b.substruct is not None)}
     if len(levels) > 1:
         raise UsageError(f"local_blend: one level for all targets is needed, not {sorted(levels)}")
-    level = levels.pop()
-    if level < 1 or size[0] % level or size[1] % level:
+    level = levels.pop() if levels else None
+    if level is None:
+        pixels = 0
+    elif level < 1 or size[0] % level or size[1] % level:
         raise UsageError(f"local_blend: level {level} does not divide latents of {size[0]} x {size[1]}")
+    else:
+        pixels = size[0] // level * (size[1] // level)
     columns, threshold, start, everywhere, fixed = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
@@ -103,12 +107,14 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         fixed.append(_fixed(b.mask, size))
-    return Blend(size[0] // level * (size[1] // level), torch.stack(columns).to(device), torch.stack(threshold).to(device),
+    return Blend(pixels, torch.stack(columns).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device))
 
 
 def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
     """The words' share of one step's maps, mean over heads and sites.  maps: (1 + N, h, pixels, L)  ->  (N, 2, 2, pixels)"""
+    if not blend.pixels:
+        return torch.zeros(len(blend.columns), 2, 2, 0, device=blend.columns.device)
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
     fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
     chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
@@ -123,6 +129,8 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
 
 def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     """Sums of word maps (N, 2, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
+    if not blend.pixels:
+        return blend.fixed
     h = round((blend.pixels * size[0] / size[1]) ** 0.5)
     m = seen.unflatten(-1, (h, blend.pixels // h))                                       # (N, 2, 2, h, w)
     m = torch.stack([F.max_pool2d(m[:, 0], 3, 1, 1), m[:, 1]], dim=1)

@@ -1,0 +1,210 @@
+"""Editing real pictures, with ground truth: the emoji world renders the source, the masks and the true edited picture.
+
+    python -m benchmarks.paired [FOLDER] [--n 50] [--steps 50] [--methods direct,ddim,...] [--kinds swap,colour,...]
+
+Every method runs in a process of its own (its peak memory is then its own); one that fails is a row that says why. Writes
+paired.json and paired.md: a row a method, its figures over all kinds of edits, and one table for each kind.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import p2p
+from p2p.image import from_pil, to_pil
+from weights.emoji import recogniser
+from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
+
+# How each is inverted, and what else invert (skip: a share of the steps) and edit are told.
+METHODS: dict[str, tuple[str, dict, dict]] = {
+    "noise": ("noise", dict(skip=0.4), {}), "ddim": ("ddim", {}, {}), "fixed-point": ("fixed-point", {}, {}),
+    "belm": ("belm", {}, {}), "negative-prompt": ("negative-prompt", {}, {}),
+    "negative-prompt, proximal": ("negative-prompt", {}, dict(proximal=("l0", 0.7))), "null-text": ("null-text", {}, {}),
+    "direct": ("direct", {}, {}), "edit-friendly": ("edit-friendly", dict(skip=0.24), {}),
+    "direct, MasaCtrl": ("direct", {}, dict(editor=p2p.MasaCtrl())),
+    "direct, Plug-and-Play": ("direct", {}, dict(editor=p2p.PlugAndPlay())),
+}
+FIGURES = {
+    "reconstruction": "PSNR of the reconstructed source, dB", "outside": "PSNR outside the mask against the source, dB",
+    "SSIM outside": "SSIM there", "new": "share with the new content, as the recogniser reads it",
+    "kept": "share with what should stay", "truth": "PSNR against the true edited picture, dB",
+    "rows": "UNet rows, inversion and edit", "seconds": "of both",
+}
+
+
+def _other(values: Tensor, n: int, g: torch.Generator) -> Tensor:
+    return (values + torch.randint(1, n, values.shape, generator=g)) % n
+
+
+def _first(scene: Scene, name: str, values: Tensor) -> Scene:
+    return edited(scene, **{name: torch.stack([values, getattr(scene, name)[:, 1]], dim=1)})
+
+
+ONE, TWO = Mix(two=0, style=0, weather=0, size=0, named=1), Mix(two=1, style=0, weather=0, size=0, named=1)
+KINDS: dict[str, tuple[Mix, Callable[[Scene, torch.Generator], Scene]]] = {
+    "swap": (ONE, lambda s, g: _first(s, "thing", _other(s.thing[:, 0], len(OBJECTS), g))),
+    "colour": (ONE, lambda s, g: _first(s, "colour", _other(s.colour[:, 0], len(COLOURS), g))),
+    "place": (ONE, lambda s, g: edited(s, place=_other(s.place, len(PLACES), g))),
+    "style": (ONE, lambda s, g: edited(s, style=1 + torch.randint(len(STYLES) - 1, (len(s),), generator=g))),
+    "added": (TWO, lambda s, g: s), "removed": (TWO, lambda s, g: s),   # the second object, see `pairs`
+}
+
+
+def pairs(kind: str, n: int) -> tuple[Scene, Scene]:
+    """n scenes and their edits; the source's caption was never trained."""
+    mix, change = KINDS[kind]
+    found, g = [], torch.Generator().manual_seed(list(KINDS).index(kind))
+    while sum(len(a) for a, _ in found) < n:
+        a = sample(100, g, "held out", mix)
+        b = change(a, g)
+        if kind in ("added", "removed"):
+            alone = edited(a, thing=torch.stack([a.thing[:, 0], torch.full_like(a.thing[:, 1], -1)], dim=1),
+                           colour=torch.stack([a.colour[:, 0], torch.full_like(a.colour[:, 1], -1)], dim=1))
+            a, b = (alone, a) if kind == "added" else (a, alone)
+        differs = torch.tensor([x != y for x, y in zip(caption(a), caption(b))])
+        distinct = (b.thing[:, 0] != b.thing[:, 1]) & (a.thing[:, 0] != a.thing[:, 1])
+        keep = differs & distinct & ~novel(b) & (held_out(a) | held_out(b)) & ((kind != "colour") | (a.colour[:, 0] >= 0))
+        found.append((a[keep], b[keep]))
+    return Scene.cat([a for a, _ in found])[:n], Scene.cat([b for _, b in found])[:n]
+
+
+def may_change(kind: str, a: Tensor, b: Tensor) -> Tensor | None:
+    """Where the edit may act, from both scenes' object masks (1, 2, 64, 64).  -> (64, 64) bool; None: everywhere but ..."""
+    grow = lambda m: F.max_pool2d(m[None, None], 9, 1, 4)[0, 0] > 0.1  # noqa: E731   the shadow too
+    if kind in ("swap", "colour"):
+        return grow(a[0, 0]) | grow(b[0, 0])
+    if kind in ("added", "removed"):
+        return grow(a[0, 1]) | grow(b[0, 1])
+    return ~(a[0, 0] > 0.9) if kind == "place" else None   # a new place may change all but the object; a style everything
+
+
+def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
+    """Of pictures (1, 3, H, W) in [-1, 1], where (H, W) is true, dB; at most 60."""
+    error = ((a - b) / 2).square().mean(1)[0]
+    return -10 * (error if where is None else error[where]).mean().clamp(min=1e-6).log10().item()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Wang et al. 2004, on brightness, Gaussian window of 11 (sigma 1.5).  (1, 3, H, W) in [-1, 1] -> (H, W)"""
+    x = torch.arange(11.0) - 5
+    window = (-x.square() / (2 * 1.5**2)).exp()
+    window = (window[:, None] * window / window.sum() ** 2)[None, None]
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    a, b = (((v + 1) / 2 * weights).sum(1, keepdim=True) for v in (a, b))
+
+    def mean(v: Tensor) -> Tensor:
+        return F.conv2d(F.pad(v, [5] * 4, mode="reflect"), window)
+
+    ma, mb = mean(a), mean(b)
+    va, vb, ab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return ((2 * ma * mb + 0.01**2) * (2 * ab + 0.03**2) / ((ma**2 + mb**2 + 0.01**2) * (va + vb + 0.03**2)))[0, 0]
+
+
+def right(kind: str, a: Scene, b: Scene, seen: recogniser.Reading) -> tuple[bool, bool]:
+    """Of one edited picture: is the new content there, and is what should stay?"""
+    def there(scene: Scene, j: int) -> bool:
+        thing, colour = int(scene.thing[0, j]), int(scene.colour[0, j])
+        return bool(seen.found[0, thing]) and (colour < 0 or int(seen.colour[0, thing]) == colour)
+
+    place, style = bool(seen.place[0] == b.place[0]), bool(seen.style[0] == b.style[0])
+    if kind == "swap":
+        return bool(seen.found[0, int(b.thing[0, 0])]), place
+    if kind == "colour":
+        return there(b, 0), place and bool(seen.found[0, int(b.thing[0, 0])])
+    if kind in ("place", "style"):
+        return (place if kind == "place" else style), bool(seen.found[0, int(b.thing[0, 0])])
+    gone = not bool(seen.found[0, int(a.thing[0, 1])]) if kind == "removed" else there(b, 1)
+    return gone, place and bool(seen.found[0, int(b.thing[0, 0])])
+
+
+def measure(method: str, kinds: list[str], n: int, steps: int, model: str) -> dict:
+    """All figures of one method: {kind: {figure: mean}}, and the process's peak memory."""
+    name, inverting, editing = METHODS[method]
+    loaded, eye = p2p.load(model), recogniser.load()
+    inverting = {k: int(v * steps) if k == "skip" else v for k, v in inverting.items()}
+    out = {}
+    for kind in kinds:
+        source, target = pairs(kind, n)
+        rows = []
+        for i in range(n):
+            a, b = source[[i]], target[[i]]
+            (before, mask_a), (truth, mask_b) = render(a), render(b)
+            picture, truth = (from_pil(to_pil(v)[0]) for v in (before, truth))     # as a file would hold them
+            started = time.perf_counter()
+            inverted = p2p.invert(loaded, to_pil(picture)[0], caption(a)[0], method=name, steps=steps, seed=i, **inverting)
+            r = p2p.edit(loaded, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
+            seconds = time.perf_counter() - started
+            again, made = (from_pil(image) for image in r.images)
+            change = may_change(kind, mask_a, mask_b)
+            outside = None if change is None else ~change
+            new, kept = right(kind, a, b, eye.read(made))
+            rows.append([psnr(again, picture), float("nan") if outside is None else psnr(made, picture, outside),
+                         float("nan") if outside is None else ssim(made, picture)[outside].mean().item(), float(new), float(kept),
+                         psnr(made, truth), inverted.rows + r.rows, seconds])
+        t = torch.tensor(rows, dtype=torch.float64)
+        out[kind] = {k: None if t[:, j].isnan().all() else round(t[:, j].nanmean().item(), 3) for j, k in enumerate(FIGURES)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {"kinds": out, "peak MB": round(peak / 2**20)}
+
+
+def table(results: dict[str, dict], kind: str | None) -> str:
+    """Markdown; kind None: the mean over all kinds."""
+    lines = ["| method | " + " | ".join(FIGURES) + " | peak MB |", "|---" * (len(FIGURES) + 2) + "|"]
+    for method, r in results.items():
+        if "failed" in r:
+            lines.append(f"| {method} | failed: {r['failed']} |" + " |" * len(FIGURES))
+            continue
+        cells = []
+        for figure in FIGURES:
+            values = [v[figure] for k, v in r["kinds"].items() if kind in (None, k) and v[figure] is not None]
+            cells.append(f"{sum(values) / len(values):.2f}" if values else "")
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {r['peak MB']} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(prog="python -m benchmarks.paired", description=__doc__.splitlines()[0])
+    ap.add_argument("folder", nargs="?", type=Path, default=Path("paired"))
+    ap.add_argument("--n", type=int, default=50, help="pictures of each kind")
+    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    ap.add_argument("--kinds", default=",".join(KINDS))
+    ap.add_argument("--model", default="emoji")
+    ap.add_argument("--one", help=argparse.SUPPRESS)   # a method, in this process: prints its JSON
+    a = ap.parse_args(argv)
+    if a.one:
+        print(json.dumps(measure(a.one, a.kinds.split(","), a.n, a.steps, a.model)))
+        return
+    a.folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict] = {}
+    for method in a.methods.split(";"):
+        done = subprocess.run([sys.executable, "-m", "benchmarks.paired", "--one", method, "--n", str(a.n), "--steps", str(a.steps),
+                               "--kinds", a.kinds, "--model", a.model], capture_output=True, text=True)
+        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        results[method] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed}
+        print(table({method: results[method]}, None).splitlines()[-1], flush=True)
+        said = {"n": a.n, "steps": a.steps, "figures": FIGURES, "methods": results}
+        (a.folder / "paired.json").write_text(json.dumps(said, indent=1) + "\n")
+    legend = "; ".join(f"{k}: {v}" for k, v in FIGURES.items())
+    parts = [f"Means over {a.n} pictures of each kind, {a.steps} steps. {legend}.", "## All kinds",
+             table(results, None)]
+    for kind in a.kinds.split(","):
+        parts += [f"## {kind}", table(results, kind)]
+    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
+    print(a.folder / "paired.md")
+
+
+if __name__ == "__main__":
+    main()
