@@ -75,13 +75,14 @@ class Bench:
         return {name: sum(v) / len(v) for name, v in sums.items()}
 
     def _pairs(self, n: int, seed: int, change, mix: Mix, both: bool = True) -> tuple[Scene, Scene]:
-        """n scenes and changed twins, with captions that were never trained: both of them, or the first."""
+        """n scenes and changed twins. No caption that names a place was ever trained: of both, or of the first alone."""
         found: list[tuple[Scene, Scene]] = []
         g = torch.Generator().manual_seed(seed)
         while sum(len(a) for a, _ in found) < n:
-            scene = sample(200, g, "held out", mix)
+            scene = sample(400, g, None, mix)
             other = change(scene, g)
-            ok = ~novel(other) & (held_out(other) | (not both))
+            fresh, also = (held_out(s) | ~s.named for s in (scene, other))
+            ok = ~novel(scene) & ~novel(other) & fresh & (also | (not both))
             found.append((scene[ok], other[ok]))
         return Scene.cat([a for a, _ in found])[:n], Scene.cat([b for _, b in found])[:n]
 

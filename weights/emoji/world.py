@@ -169,12 +169,13 @@ def novel(scene: Scene) -> Tensor:
 
 
 def held_out(scene: Scene) -> Tensor:
-    """Scenes whose caption is kept out of training: one in ten, by a hash of what the caption says.  (B,) bool"""
+    """Scenes whose caption is kept out of training: one in ten of those that name their place, by a hash of what the caption
+    says.  (B,) bool"""
     h = torch.zeros_like(scene.place)
     for part in (scene.thing[:, 0], scene.thing[:, 1], scene.colour[:, 0], scene.colour[:, 1], scene.size_word[:, 0],
                  scene.size_word[:, 1], scene.place, scene.named.long(), scene.weather, scene.style):
         h = (h * 31 + part + 7) % 1_000_003
-    return (h * 7919 % 1_000_003) % 10 == 0
+    return ((h * 7919 % 1_000_003) % 10 == 0) & scene.named
 
 
 def sample(n: int, seed: int | torch.Generator, split: str | None = "train", mix: Mix = Mix()) -> Scene:
