@@ -37,14 +37,17 @@ class Figures(Bench):
 
     # README's picture: a swap, added words, a fader
     def draw_overview(self) -> Image.Image:
-        others = ("dog", "bear", "castle", "cake")
-        swaps = self._row("a cat on grass", [p2p.Edit(f"a {o} on grass", cross_replace_steps=0.6) for o in others], 2)
+        swaps = [p2p.Edit(f"a {o} on grass", cross_replace_steps=0.5) for o in ("castle", "tree", "cake", "bear")]
+        alone = self._row("a house on grass", [replace(e, **PLAIN) for e in swaps], 1)
+        swaps = self._row("a house on grass", swaps, 1)
         added = self._row("a house on grass", [p2p.Edit(t) for t in (
-            "a blue house on grass", "a house on snowy grass", "a house at night", "a watercolor of a house on grass")], 1)
-        prompt, values = "a tree on foggy grass", (-2, -1, 1, 2)
+            "a blue house on grass", "a house on snowy grass", "a house at night", "a sketch of a house on grass")], 1)
+        prompt, values = "a tree on foggy grass", (0, 0.5, 1.5, 2)
         faded = self._row(prompt, [p2p.Edit(prompt, equalizer={"foggy": float(c)}, **REWEIGHT["foggy"]) for c in values], 3)
-        captions = [prompt, *(prompt.replace("foggy", f"foggy({c:+d})") for c in values)]
-        return stacked([grid(r.images, c, 160) for r, c in ((swaps, swaps.prompts), (added, added.prompts), (faded, captions))])
+        captions = [prompt, *(prompt.replace("foggy", f"foggy({c:g})") for c in values)]
+        free = [alone.prompts[0], *(f"{p} (same seed alone)" for p in alone.prompts[1:])]
+        rows = ((swaps, swaps.prompts), (alone, free), (added, added.prompts), (faded, captions))
+        return stacked([grid(r.images, c, 160) for r, c in rows])
 
     def count_overview(self, n: int) -> Numbers:
         return {}
@@ -130,7 +133,7 @@ class Figures(Bench):
 
     def count_6(self, n: int) -> Numbers:
         """Per share of injected steps: is the new object there, is it where the old one was, did the rest stay?"""
-        source, target = self._pairs(n, 6, self.other_thing, ONE)
+        source, target = self._pairs(n, 6, self.other_thing, ONE, both=False)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
@@ -187,7 +190,7 @@ class Figures(Bench):
     # Figures 10 to 12: real pictures, here renders that no network made
     def _renders(self, n: int, seed: int) -> list[tuple[Image.Image, str, str]]:
         """(picture, its caption, the caption with another object)"""
-        source, target = self._pairs(n, seed, self.other_thing, ONE)
+        source, target = self._pairs(n, seed, self.other_thing, ONE, both=False)
         return list(zip(to_pil(render(source)[0]), caption(source), caption(target)))
 
     def draw_10(self) -> Image.Image:
@@ -262,7 +265,7 @@ class Figures(Bench):
 
     def count_blend(self, n: int) -> Numbers:
         """Word swaps with and without LocalBlend: the new object, and what is left of the source outside of the mask."""
-        source, target = self._pairs(n, 7, self.other_thing, ONE)
+        source, target = self._pairs(n, 7, self.other_thing, ONE, both=False)
         rows = []
         for i in range(n):
             words = list(OBJECTS)
@@ -293,7 +296,7 @@ class Figures(Bench):
 
     def count_scope(self, n: int) -> Numbers:
         """Two objects, the first swapped: how often did the second one change (lost, moved, or of another colour)?"""
-        source, target = self._pairs(8 * n, 8, self.other_thing, Mix(two=1, style=0, weather=0, size=0, named=1))
+        source, target = self._pairs(8 * n, 8, self.other_thing, Mix(two=1, style=0, weather=0, size=0, named=1), both=False)
         rows, words = [], list(OBJECTS)
         for i in range(len(source)):
             old, kept, new = int(source.thing[i, 0]), int(source.thing[i, 1]), int(target.thing[i, 0])

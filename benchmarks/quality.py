@@ -101,7 +101,7 @@ class Bench:
 
     def swap(self, n: int) -> dict:
         """Word swaps: is the new object there, did the rest stay, is it where the old one was?"""
-        source, target = self._pairs(n, 1, self.other_thing, Mix(two=0, style=0, weather=0, size=0, named=1))
+        source, target = self._pairs(n, 1, self.other_thing, Mix(two=0, style=0, weather=0, size=0, named=1), both=False)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
