@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,6 +49,41 @@ def vocabulary() -> Tensor:
     phrases = [*OBJECTS, *COLOURS, *SIZES, *WEATHERS, *STYLES.values(), *(p[0].format("") for p in PLACES.values()),
                "a an next to"]
     return torch.tensor(sorted({START, END, *tokenizer().encode(" ".join(phrases))}))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (Jordan et al. 2024), updates as large as AdamW's (Liu et al. 2025, Eq. 4).
+
+    Here it needs less than half of AdamW's pictures. torch.optim.Muon works in bfloat16, which older CPUs emulate, and
+    takes no convolutions.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """U V^T of the matrix U S V^T, nearly: five Newton-Schulz steps x <- (a + b x x^T + c (x x^T)^2) x, kept as a polynomial
+    of the small x x^T, to be multiplied by x once."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    total = eye = torch.eye(len(x), device=x.device)
+    for _ in range(5):
+        factor = 3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram
+        total, gram = factor @ total, factor @ factor @ gram
+    return total @ x
 
 
 class Model(nn.Module):
@@ -99,14 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("folder", type=Path)
     ap.add_argument("--pictures", type=int, default=600_000, help="in all; the last fifth cools the learning rate down")
     ap.add_argument("--stop", type=int, help="stop after this many, to go on later")
-    ap.add_argument("--batch", type=int, default=16)
-    ap.add_argument("--lr", type=float, default=6e-4)
+    ap.add_argument("--batch", type=int, default=32)
+    ap.add_argument("--lr", type=float, default=8e-4)
     ap.add_argument("--ramp", type=int, default=160_000, help="pictures over which the world grows to its full variety")
     ap.add_argument("--dropout", type=float, default=0.1, help="share of captions left empty, for guidance")
     ap.add_argument("--ema", type=float, default=0.999)
     ap.add_argument("--init", type=Path, help="start from the weights of this emoji.safetensors")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    ap.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     ap.add_argument("--samples", type=int, default=10, help="checkpoints between sample grids; 0 for none")
     a = ap.parse_args(argv)
 
@@ -118,13 +154,17 @@ def main(argv: list[str] | None = None) -> None:
         model.load_state_dict({k: v for k, v in load_file(a.init).items() if k != "alphas_cumprod"})
     ema = Model().to(a.device)
     ema.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    inner = {n: p.ndim > 1 and not any(part in n for part in ("embedding", "conv_in", "conv_out"))
+             for n, p in model.named_parameters()}
+    optimizers = [Muon([p for n, p in model.named_parameters() if inner[n]], a.lr),
+                  torch.optim.AdamW([p for n, p in model.named_parameters() if not inner[n]], a.lr, (0.9, 0.99), fused=True)]
     seen = 0
     state = a.folder / "state.pt"
     if state.exists():
         saved = torch.load(state, map_location=a.device, weights_only=True)
         model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, values in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(values)
         seen = saved["pictures"]
     abar = shifted_cosine_alphas_cumprod().float().to(a.device)
     started, first, losses = time.time(), seen, []
@@ -133,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     while seen < stop:
         step = seen // a.batch
         lr = a.lr * min(1, (step + 1) / 200) * min(1, max(0.02, (a.pictures - seen) / (0.2 * a.pictures)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
         g = torch.Generator().manual_seed(1_000_003 + step)
         scene = sample(a.batch, g, mix=curriculum(seen / a.ramp))
         ids = model.text.tokenize([c if torch.rand((), generator=g) > a.dropout else "" for c in caption(scene)])
@@ -146,10 +186,11 @@ def main(argv: list[str] | None = None) -> None:
         x_t = at.sqrt() * x_0 + (1 - at).sqrt() * noise                                  # DDPM Eq. 4
         error = (model(x_t.contiguous(memory_format=torch.channels_last), t, ids) - x_0).square().mean((1, 2, 3))
         loss = (error * (1 / (1 - at.flatten())).clamp(max=WEIGHT_LIMIT)).mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, (step + 1) / (step + 10)))
         seen += a.batch
@@ -162,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
             tmp = state.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                         "pictures": seen}, tmp)
             os.replace(tmp, state)
             export(ema, a.folder / "emoji.safetensors", seen)

@@ -107,7 +107,7 @@ class Mix(NamedTuple):
     weather: float = 0.2
     size: float = 0.2
     named: float = 0.92
-    roam: float = 0.25     # objects away from their own size and place: any object may stand anywhere
+    roam: float = 0.45     # objects away from their own size and place: any object may stand anywhere
     spread: float = 1.0    # 0: everything large and in the middle, an easy start for training
 
 
