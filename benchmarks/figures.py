@@ -2,14 +2,15 @@
 
     python -m benchmarks.figures [FOLDER] [--only 2,4,...,12,blend,scope] [--steps 50] [--n 200] [--seeds 100] [--draw]
 
-Every figure is a picture and a JSON file beside it. --draw makes the pictures alone, without the statistics.
+Every figure is a picture, and a JSON file beside it where there is something to count. --draw makes the pictures alone,
+without the statistics.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import p2p
-from benchmarks.quality import REWEIGHT, Bench, mean_ci, psnr_outside, shown
+from benchmarks import paired
+from benchmarks.quality import ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
 from p2p.image import grid, heat, save_png, table, to_pil
 from weights.emoji.recogniser import iou
-from weights.emoji.world import OBJECTS, PLACES, Mix, Scene, caption, render
+from weights.emoji.world import OBJECTS, PLACES, caption, render
 
 PLAIN = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-ONE = Mix(two=0, style=0, weather=0, size=0, named=1)   # one object, its place named
 Numbers = dict[str, Any]
 
 
@@ -48,9 +49,6 @@ class Figures(Bench):
         free = [alone.prompts[0], *(f"{p} (same seed alone)" for p in alone.prompts[1:])]
         rows = ((swaps, swaps.prompts), (alone, free), (added, added.prompts), (faded, captions))
         return stacked([grid(r.images, c, 160) for r, c in rows])
-
-    def count_overview(self, n: int) -> Numbers:
-        return {}
 
     # Figure 2: a swapped word with the source's attention, and the same seed alone
     def draw_2(self) -> Image.Image:
@@ -104,9 +102,6 @@ class Figures(Bench):
         return dict(cross_replace_steps={"default_": 0.0, word: 1.0}, self_replace_steps=0.0)
 
     def count_5(self, n: int) -> Numbers:
-        def other_place(s: Scene, g: torch.Generator) -> Scene:
-            return replace(s, place=(s.place + torch.randint(1, len(PLACES), (len(s),), generator=g)) % len(PLACES))
-
         source, target = self._pairs(n, 5, other_place, ONE, both=False)
         rows = []
         for i in range(n):
@@ -133,7 +128,7 @@ class Figures(Bench):
 
     def count_6(self, n: int) -> Numbers:
         """Per share of injected steps: is the new object there, is it where the old one was, did the rest stay?"""
-        source, target = self._pairs(n, 6, self.other_thing, ONE, both=False)
+        source, target = self._pairs(n, 6, other_thing, ONE, both=False)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
@@ -190,7 +185,7 @@ class Figures(Bench):
     # Figures 10 to 12: real pictures, here renders that no network made
     def _renders(self, n: int, seed: int) -> list[tuple[Image.Image, str, str]]:
         """(picture, its caption, the caption with another object)"""
-        source, target = self._pairs(n, seed, self.other_thing, ONE, both=False)
+        source, target = self._pairs(n, seed, other_thing, ONE, both=False)
         return list(zip(to_pil(render(source)[0]), caption(source), caption(target)))
 
     def draw_10(self) -> Image.Image:
@@ -203,7 +198,8 @@ class Figures(Bench):
         return stacked(rows)
 
     def count_10(self, n: int) -> Numbers:
-        return {"see": "python -m benchmarks.paired"}
+        """The swaps of `benchmarks.paired` by this method."""
+        return paired.measure("direct", ["swap"], n, self.steps, self.model)["kinds"]["swap"]
 
     GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
 
@@ -222,57 +218,44 @@ class Figures(Bench):
         for picture, a, _ in self._renders(n, 11):
             inverted = p2p.invert(self.model, picture, a, method="ddim", steps=self.steps)
             again = torch.cat([p2p.edit(self.model, inverted, a, guidance_scale=g).latents[:1] for g in self.GUIDANCE])
-            rows.append(-10 * ((again - inverted.latents[:1]) / 2).square().mean((1, 2, 3)).clamp(min=1e-6).log10())
+            rows.append(psnr(again, inverted.latents[:1]))
         t = torch.stack(rows)
         return {"guidance": list(self.GUIDANCE), "PSNR": [mean_ci(t[:, k]) for k in range(len(self.GUIDANCE))]}
 
-    def draw_12(self) -> Image.Image:
-        rows = []
-        for picture, a, b in self._renders(3, 12):
+    def _noised(self, n: int) -> Iterator[tuple[Image.Image, p2p.Inversion, p2p.Result]]:
+        """A picture, its inversion by noising, and its edit without and with a mask made of the words' attention."""
+        for picture, a, b in self._renders(n, 12):
             noised = p2p.invert(self.model, picture, a, method="noise", steps=self.steps, skip=int(0.3 * self.steps))
             old, new = next((x, y) for x, y in zip(a.split(), b.split()) if x != y and x not in ("a", "an"))
-            free = p2p.Edit(b, cross_replace_steps=0.6)
-            blended = replace(free, local_blend=p2p.LocalBlend(words=(old, new)))
-            r = p2p.edit(self.model, noised, [free, blended])
-            rows.append([picture, *r.images, Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")])
+            yield picture, noised, p2p.edit(self.model, noised, free_and_blended(b, old, new))
+
+    def draw_12(self) -> Image.Image:
+        rows = [[picture, *r.images, mask(r)] for picture, _, r in self._noised(3)]
         return table(rows, ["picture", "noised and denoised", "edited", "with a mask", "mask"], [""] * 3)
 
     def count_12(self, n: int) -> Numbers:
         """PSNR to the picture outside the mask made of the words' attention, without and with it."""
-        rows = []
-        for picture, a, b in self._renders(n, 12):
-            noised = p2p.invert(self.model, picture, a, method="noise", steps=self.steps, skip=int(0.3 * self.steps))
-            old, new = next((x, y) for x, y in zip(a.split(), b.split()) if x != y and x not in ("a", "an"))
-            free = p2p.Edit(b, cross_replace_steps=0.6)
-            r = p2p.edit(self.model, noised, [free, replace(free, local_blend=p2p.LocalBlend(words=(old, new)))])
-            outside = ~r.masks[1, 0]
-            if outside.any():
-                error = ((r.latents[1:] - noised.latents[:1]) / 2).square().mean(1)[:, outside].mean(1)
-                rows.append(-10 * error.clamp(min=1e-6).log10())
-        t = torch.stack(rows)
+        t = torch.stack([psnr(r.latents[1:], inverted.latents[:1], ~r.masks[1]) for _, inverted, r in self._noised(n)
+                         if not r.masks[1].all()])
         return {"PSNR outside the mask, without": mean_ci(t[:, 0]), "..., blended": mean_ci(t[:, 1])}
 
     # LocalBlend: only where the words attend
     def draw_blend(self) -> Image.Image:
         rows = []
         for old, new, seed in (("cat", "dog", 2), ("pumpkin", "cake", 3)):
-            a, b = f"a {old} on grass", f"a {new} on the beach"
-            free = p2p.Edit(b, cross_replace_steps=0.6)
-            r = self._row(a, [free, replace(free, local_blend=p2p.LocalBlend(words=(old, new)))], seed)
-            mask = Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")
-            rows.append([*r.images, mask])
+            r = self._row(f"a {old} on grass", free_and_blended(f"a {new} on the beach", old, new), seed)
+            rows.append([*r.images, mask(r)])
         return table(rows, ["source", "edit", "blended", "mask"], ["", ""])
 
     def count_blend(self, n: int) -> Numbers:
         """Word swaps with and without LocalBlend: the new object, and what is left of the source outside of the mask."""
-        source, target = self._pairs(n, 7, self.other_thing, ONE, both=False)
+        source, target = self._pairs(n, 7, other_thing, ONE, both=False)
         rows = []
         for i in range(n):
             words = list(OBJECTS)
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
-            free = p2p.Edit(caption(target[[i]])[0], cross_replace_steps=0.6)
-            blend = p2p.LocalBlend(words=(words[old], words[new]))
-            r = self._row(caption(source[[i]])[0], [free, replace(free, local_blend=blend)], i)
+            edits = free_and_blended(caption(target[[i]])[0], words[old], words[new])
+            r = self._row(caption(source[[i]])[0], edits, i)
             pictures, seen = shown(r), self.eye.read(shown(r))
             outside = ~r.masks[1, 0]
             change = ((pictures[1:] - pictures[:1]).abs().amax(1)[:, outside] * 127.5)         # (2, pixels) in 1 / 255
@@ -291,12 +274,12 @@ class Figures(Bench):
                 ("a red car next to a tree on the beach", "a blue car next to a tree on the beach", ("red", "car"), 5)):
             free = p2p.Edit(b, cross_replace_steps=0.4)
             r = self._row(a, [free, replace(free, scope=scope)], seed)
-            rows.append([*r.images, Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")])
+            rows.append([*r.images, mask(r)])
         return table(rows, ["source", "edit", "scoped", "mask"], ["", ""])
 
     def count_scope(self, n: int) -> Numbers:
         """Two objects, the first swapped: how often did the second one change (lost, moved, or of another colour)?"""
-        source, target = self._pairs(8 * n, 8, self.other_thing, Mix(two=1, style=0, weather=0, size=0, named=1), both=False)
+        source, target = self._pairs(8 * n, 8, other_thing, TWO, both=False)
         rows, words = [], list(OBJECTS)
         for i in range(len(source)):
             old, kept, new = int(source.thing[i, 0]), int(source.thing[i, 1]), int(target.thing[i, 0])
@@ -313,6 +296,17 @@ class Figures(Bench):
         t = torch.stack(rows)
         return {"other object changed, free": mean_ci(t[:, 0]), "other object changed, scoped": mean_ci(t[:, 1]),
                 "new object, free": mean_ci(t[:, 2]), "new object, scoped": mean_ci(t[:, 3]), "pairs": len(t)}
+
+
+def free_and_blended(prompt: str, old: str, new: str) -> list[p2p.Edit]:
+    """A word swap, and the same where these two words attend alone."""
+    free = p2p.Edit(prompt, cross_replace_steps=0.6)
+    return [free, replace(free, local_blend=p2p.LocalBlend(words=(old, new)))]
+
+
+def mask(r: p2p.Result) -> Image.Image:
+    """Of the second target."""
+    return Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -361,8 +355,9 @@ def main(argv: list[str] | None = None) -> None:
         started, file = time.time(), a.folder / f"figure-{name}.png"
         draw: Callable[[], Image.Image] = getattr(figures, f"draw_{name}")
         save_png(file, draw())
-        if not a.draw:
-            numbers = getattr(figures, f"count_{name}")(a.n if name in ("2", "6", "blend") else a.seeds)
+        count: Callable[[int], Numbers] | None = getattr(figures, f"count_{name}", None)
+        if count and not a.draw:
+            numbers = count(a.n if name in ("2", "6", "blend") else a.seeds)
             if name == "6":
                 lines = {k: [v for v, _ in numbers[k]] for k in ("new object", "overlap", "PSNR outside")}
                 plot = curves(numbers["shares"], lines, "share of the steps with injected attention")

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import p2p
+from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
 from weights.emoji import recogniser
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
+from weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
 # How each is inverted, and what else invert (skip: a share of the steps) and edit are told.
 METHODS: dict[str, tuple[str, dict, dict]] = {
@@ -42,19 +43,10 @@ FIGURES = {
 }
 
 
-def _other(values: Tensor, n: int, g: torch.Generator) -> Tensor:
-    return (values + torch.randint(1, n, values.shape, generator=g)) % n
-
-
-def _first(scene: Scene, name: str, values: Tensor) -> Scene:
-    return edited(scene, **{name: torch.stack([values, getattr(scene, name)[:, 1]], dim=1)})
-
-
-ONE, TWO = Mix(two=0, style=0, weather=0, size=0, named=1), Mix(two=1, style=0, weather=0, size=0, named=1)
 KINDS: dict[str, tuple[Mix, Callable[[Scene, torch.Generator], Scene]]] = {
-    "swap": (ONE, lambda s, g: _first(s, "thing", _other(s.thing[:, 0], len(OBJECTS), g))),
-    "colour": (ONE, lambda s, g: _first(s, "colour", _other(s.colour[:, 0], len(COLOURS), g))),
-    "place": (ONE, lambda s, g: edited(s, place=_other(s.place, len(PLACES), g))),
+    "swap": (ONE, other_thing),
+    "colour": (ONE, lambda s, g: first(s, "colour", other(s.colour[:, 0], len(COLOURS), g))),
+    "place": (ONE, other_place),
     "style": (ONE, lambda s, g: edited(s, style=1 + torch.randint(len(STYLES) - 1, (len(s),), generator=g))),
     "added": (TWO, lambda s, g: s), "removed": (TWO, lambda s, g: s),   # the second object, see `pairs`
 }
@@ -86,12 +78,6 @@ def may_change(kind: str, a: Tensor, b: Tensor) -> Tensor | None:
     if kind in ("added", "removed"):
         return grow(a[0, 1]) | grow(b[0, 1])
     return ~(a[0, 0] > 0.9) if kind == "place" else None   # a new place may change all but the object; a style everything
-
-
-def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
-    """Of pictures (1, 3, H, W) in [-1, 1], where (H, W) is true, dB; at most 60."""
-    error = ((a - b) / 2).square().mean(1)[0]
-    return -10 * (error if where is None else error[where]).mean().clamp(min=1e-6).log10().item()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -127,10 +113,10 @@ def right(kind: str, a: Scene, b: Scene, seen: recogniser.Reading) -> tuple[bool
     return gone, place and bool(seen.found[0, int(b.thing[0, 0])])
 
 
-def measure(method: str, kinds: list[str], n: int, steps: int, model: str) -> dict:
+def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model) -> dict:
     """All figures of one method: {kind: {figure: mean}}, and the process's peak memory."""
     name, inverting, editing = METHODS[method]
-    loaded, eye = p2p.load(model), recogniser.load()
+    eye = recogniser.load()
     inverting = {k: int(v * steps) if k == "skip" else v for k, v in inverting.items()}
     out = {}
     for kind in kinds:
@@ -141,16 +127,16 @@ def measure(method: str, kinds: list[str], n: int, steps: int, model: str) -> di
             (before, mask_a), (truth, mask_b) = render(a), render(b)
             picture, truth = (from_pil(to_pil(v)[0]) for v in (before, truth))     # as a file would hold them
             started = time.perf_counter()
-            inverted = p2p.invert(loaded, to_pil(picture)[0], caption(a)[0], method=name, steps=steps, seed=i, **inverting)
-            r = p2p.edit(loaded, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
+            inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps, seed=i, **inverting)
+            r = p2p.edit(model, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
             seconds = time.perf_counter() - started
             again, made = (from_pil(image) for image in r.images)
             change = may_change(kind, mask_a, mask_b)
             outside = None if change is None else ~change
             new, kept = right(kind, a, b, eye.read(made))
-            rows.append([psnr(again, picture), float("nan") if outside is None else psnr(made, picture, outside),
+            rows.append([psnr(again, picture).item(), float("nan") if outside is None else psnr(made, picture, outside).item(),
                          float("nan") if outside is None else ssim(made, picture)[outside].mean().item(), float(new), float(kept),
-                         psnr(made, truth), inverted.rows + r.rows, seconds])
+                         psnr(made, truth).item(), inverted.rows + r.rows, seconds])
         t = torch.tensor(rows, dtype=torch.float64)
         out[kind] = {k: None if t[:, j].isnan().all() else round(t[:, j].nanmean().item(), 3) for j, k in enumerate(FIGURES)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -185,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--one", help=argparse.SUPPRESS)   # a method, in this process: prints its JSON
     a = ap.parse_args(argv)
     if a.one:
-        print(json.dumps(measure(a.one, a.kinds.split(","), a.n, a.steps, a.model)))
+        print(json.dumps(measure(a.one, a.kinds.split(","), a.n, a.steps, p2p.load(a.model))))
         return
     a.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,11 @@ from torch import Tensor
 import p2p
 from weights.emoji import recogniser
 from weights.emoji.recogniser import Reading, iou
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, held_out, novel, sample
+from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, sample
 
 INJECTED = 2 / 3   # share of the steps with cross-attention injected in the word swaps
+ONE = Mix(two=0, style=0, weather=0, size=0, named=1)   # one object, its place named
+TWO = ONE._replace(two=1)
 
 
 def mean_ci(values: Tensor) -> tuple[float, float]:
@@ -34,12 +35,36 @@ def shown(result: p2p.Result) -> Tensor:
     return torch.cat([p2p.image.from_pil(i) for i in result.images])
 
 
+def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    """Of pictures (B, 3, H, W) in [-1, 1], where a mask (B or 1, H, W) is true; at most 60.  -> (B,) dB"""
+    error = ((a - b) / 2).square().mean(1)                                                  # (B, H, W)
+    where = torch.ones_like(error) if where is None else where.expand_as(error).float()
+    mean = (error * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=1)
+    return -10 * mean.clamp(min=1e-6).log10()
+
+
 def psnr_outside(a: Tensor, b: Tensor, cells: Tensor) -> Tensor:
     """PSNR of two pictures (B, 3, 64, 64) where the map of cells (B, 32, 32), grown by two cells, is empty.  -> (B,) dB"""
     grown = F.max_pool2d(cells[:, None].float(), 5, 1, 2)
-    outside = (F.interpolate(grown, size=a.shape[-2:]) == 0).float()
-    error = ((a - b) / 2).square().mean(1, keepdim=True)
-    return -10 * ((error * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp(min=1)).clamp(min=1e-6).log10()
+    return psnr(a, b, F.interpolate(grown, size=a.shape[-2:])[:, 0] == 0)
+
+
+def other(values: Tensor, n: int, g: torch.Generator) -> Tensor:
+    """To each of 0 .. n-1 another."""
+    return (values + torch.randint(1, n, values.shape, generator=g)) % n
+
+
+def first(scene: Scene, name: str, values: Tensor) -> Scene:
+    """The scene with this field of its first object replaced."""
+    return edited(scene, **{name: torch.stack([values, getattr(scene, name)[:, 1]], dim=1)})
+
+
+def other_thing(scene: Scene, g: torch.Generator) -> Scene:
+    return first(scene, "thing", other(scene.thing[:, 0], len(OBJECTS), g))
+
+
+def other_place(scene: Scene, g: torch.Generator) -> Scene:
+    return edited(scene, place=other(scene.place, len(PLACES), g))
 
 
 def asked(scene: Scene, seen: Reading) -> dict[str, list[bool]]:
@@ -86,11 +111,6 @@ class Bench:
             found.append((scene[ok], other[ok]))
         return Scene.cat([a for a, _ in found])[:n], Scene.cat([b for _, b in found])[:n]
 
-    @staticmethod
-    def other_thing(s: Scene, g: torch.Generator) -> Scene:
-        thing = (s.thing[:, 0] + torch.randint(1, len(OBJECTS), (len(s),), generator=g)) % len(OBJECTS)
-        return replace(s, thing=torch.stack([thing, s.thing[:, 1]], dim=1))
-
     def _edit(self, source: Scene, target: Scene, i: int, **settings) -> tuple[Tensor, Reading]:
         """Source, edit with injection, the edited prompt alone (same noise); one batch."""
         a, b = caption(source[[i]])[0], caption(target[[i]])[0]
@@ -101,7 +121,7 @@ class Bench:
 
     def swap(self, n: int) -> dict:
         """Word swaps: is the new object there, did the rest stay, is it where the old one was?"""
-        source, target = self._pairs(n, 1, self.other_thing, Mix(two=0, style=0, weather=0, size=0, named=1), both=False)
+        source, target = self._pairs(n, 1, other_thing, ONE, both=False)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
@@ -122,14 +142,12 @@ class Bench:
         """An added place, colour or style: is it there, and did the object stay where it was?"""
         def added(s: Scene, g: torch.Generator) -> Scene:
             if what == "place":
-                return replace(s, named=torch.ones_like(s.named), place=torch.randint(len(PLACES), (len(s),), generator=g))
+                return edited(s, named=torch.ones_like(s.named), place=torch.randint(len(PLACES), (len(s),), generator=g))
             if what == "colour":
-                colour = torch.randint(len(COLOURS), (len(s),), generator=g)
-                return replace(s, colour=torch.stack([colour, s.colour[:, 1]], dim=1))
-            return replace(s, style=1 + torch.randint(len(STYLES) - 1, (len(s),), generator=g))
+                return first(s, "colour", torch.randint(len(COLOURS), (len(s),), generator=g))
+            return edited(s, style=1 + torch.randint(len(STYLES) - 1, (len(s),), generator=g))
 
-        base = Mix(two=0, style=0, weather=0, size=0, named=0.0 if what == "place" else 1.0,
-                   colour=0.0 if what == "colour" else 0.6)
+        base = ONE._replace(named=0.0 if what == "place" else 1.0, colour=0.0 if what == "colour" else 0.6)
         source, target = self._pairs(n, 2, added, base)
         rows = []
         for i in range(n):

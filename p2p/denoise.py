@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -52,12 +53,13 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     if blend is not None:
         record = record._replace(text=max(record.text, blend.pixels))
+    told = repeat(text)                                                           # R rows, the edited ones last
+    if guided:
+        told = repeat(Conditioning.cat([null, text])) if isinstance(null, Conditioning) else (
+            Conditioning.cat([n, text]) for n in null)
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
-    for i, (t, a_t, a_prev) in enumerate(schedule):
-        rows, x_in = text, x
-        if guided:                                                                # R rows, the edited ones last
-            rows = Conditioning.cat([null if isinstance(null, Conditioning) else null[i], text])
-            x_in = torch.cat([x[alone:], x])                                      # (R, C, H, W)
+    for i, ((t, a_t, a_prev), rows) in enumerate(zip(schedule, told)):
+        x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
         out, maps = model.unet(x_in.to(model.dtype), t, rows.context, edit=plan[i] if plan else None, record=record,
                                vector=rows.vector)
         out = out.to(x.dtype)                                                     # lines 6 to 8 in one pass
