@@ -39,11 +39,8 @@ def test_inversions_of_the_original_code(sd1, golden):
         assert (got.reshape(want.shape) - want).abs().max() <= tol * want.std()
 
     close(p2p.invert(sd1, g["z0"], "a cat on grass", method="ddim", **common).latents, g["ddim_latents"], 1e-3)
-    null, wanted = p2p.invert(sd1, g["z0"], "a cat on grass", method="null-text", inner_steps=3, **common), g["null_text_3_inner"]
-    # Adam divides by a gradient's size, so rounding (of another number of threads, say) decides the few entries whose
-    # gradient is about zero: they may differ by its rate of 0.01 a step, all others hardly at all.
-    off = (null.null_context.view(wanted.shape) - wanted).abs() / wanted.std()
-    assert off.max() < 3e-2 and (off > 1e-3).float().mean() < 2e-3 and off.mean() < 1e-4
+    null = p2p.invert(sd1, g["z0"], "a cat on grass", method="null-text", inner_steps=3, **common)
+    close(null.null_context, g["null_text_3_inner"], 1e-2)   # through Adam, which turns rounding into its rate of 0.01
     direct = p2p.invert(sd1, g["z0"], "a cat on grass", method="direct", **common)
     r = p2p.edit(sd1, direct, "a dog on grass", mode="replace", cross_replace_steps=0.6, self_replace_steps=0.4)
     close(r.latents, g["direct_p2p"], 1e-3)

@@ -28,7 +28,7 @@ def download(repo: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        names = HfApi().list_repo_files(repo)
+        names = [f.rfilename for f in HfApi().model_info(repo, timeout=10).siblings]   # list_repo_files retries for 20 s
     except GatedRepoError:
         raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
                               "HF_TOKEN).") from None
