@@ -74,12 +74,12 @@ def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
 
 
 class _Attention(nn.Module):
-    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool):
+    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool, bias: bool = False):
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.to_k = nn.Linear(kv_dim, heads * head_dim, bias=False)
-        self.to_v = nn.Linear(kv_dim, heads * head_dim, bias=False)
+        self.to_q = nn.Linear(dim, heads * head_dim, bias)
+        self.to_k = nn.Linear(kv_dim, heads * head_dim, bias)
+        self.to_v = nn.Linear(kv_dim, heads * head_dim, bias)
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -161,16 +161,21 @@ class CrossAttention(_TextAttention):
 
 
 class HybridAttention(_TextAttention):
-    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only the text columns are edited."""
+    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only the text columns are edited.
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
-        super().__init__(dim, dim, heads, head_dim, upcast)
-        self.add_k_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
-        self.add_v_proj = nn.Linear(context_dim, heads * head_dim, bias=False)
+    Without to_k and to_v (None) there are no columns of pixels: cross-attention under hybrid attention's names.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False, bias: bool = False):
+        super().__init__(dim, dim, heads, head_dim, upcast, bias)
+        self.add_k_proj = nn.Linear(context_dim, heads * head_dim, bias)
+        self.add_v_proj = nn.Linear(context_dim, heads * head_dim, bias)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._borrow(edit, self.to_q(x), self.to_k(x), self.to_v(x))           # (B, N, h d)
+        q = self.to_q(x)                                                                 # (B, N, h d)
+        k, v = (q[:, :0] if f is None else f(x) for f in (self.to_k, self.to_v))
+        q, k, v = self._borrow(edit, q, k, v)
         q = self._split(q)                                                               # (B, h, N, d)
         k = self._split(torch.cat([k, self.add_k_proj(context)], dim=1))                 # (B, h, N+L, d)
         v = self._split(torch.cat([v, self.add_v_proj(context)], dim=1))

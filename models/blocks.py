@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention
+from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend
 
 Maps = dict[str, Tensor]
 
@@ -19,31 +20,83 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+
+
 class TimestepMLP(nn.Module):
-    def __init__(self, dim: int, out: int):
+    def __init__(self, dim: int, out: int, act: str = "silu"):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
+        self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class TextPooling(nn.Module):
+    """The whole text as one vector: the mean token attends to it and to all others (DeepFloyd IF).  (B, L, C) -> (B, out)"""
+
+    class _Pool(nn.Module):   # the nesting keeps the tensor names of public checkpoints
+        def __init__(self, dim: int, heads: int):
+            super().__init__()
+            self.heads = heads
+            self.positional_embedding = nn.Parameter(torch.zeros(1, dim))
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x.mean(dim=1, keepdim=True) + self.positional_embedding      # (B, 1, C)
+            x = torch.cat([first, x], dim=1)
+            q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                       for f, y in ((self.q_proj, first), (self.k_proj, x), (self.v_proj, x)))
+            return attend(q, k, v).transpose(1, 2).flatten(1)                    # (B, C)
+
+    def __init__(self, dim: int, out: int, heads: int):
+        super().__init__()
+        self.norm1, self.pool = nn.LayerNorm(dim), self._Pool(dim, heads)
+        self.proj, self.norm2 = nn.Linear(dim, out), nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(x))))
+
+
+class ResidualStyle(NamedTuple):
+    """How a family builds its residual blocks. The defaults are Stable Diffusion's, the alternatives DeepFloyd IF's."""
+
+    act: str = "silu"
+    scale_shift: bool = False      # the timestep scales and shifts the second norm; else it is added before
+    skip_time_act: bool = False    # no activation before the timestep's projection
+    out_scale: float = 1.0         # the output is divided by this
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice, the timestep added between; `temb_dim` None in the autoencoder."""
+    """Norm, activation, conv, twice, the timestep between; `temb_dim` None in the autoencoder.
 
-    def __init__(self, dim: int, out: int, temb_dim: int | None, groups: int = 32, eps: float = 1e-5):
+    resample: "down" (2 x 2 means) or "up" (nearest) between the first activation and the first conv.
+    """
+
+    def __init__(self, dim: int, out: int, temb_dim: int | None, groups: int = 32, eps: float = 1e-5,
+                 style: ResidualStyle = ResidualStyle(), resample: str | None = None):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, dim, eps), nn.Conv2d(dim, out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_dim, out) if temb_dim else None
+        self.time_emb_proj = nn.Linear(temb_dim, out * (1 + style.scale_shift)) if temb_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(groups, out, eps), nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else None
+        self.style, self.act = style, ACTIVATIONS[style.act]
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                    # (B, out, H, W)
+    def forward(self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
+        """temb (B, temb_dim); `size` is what resampling up comes to, as in `Upsample`."""
+        h = self.conv1(self.resample(self.act(self.norm1(x))))                   # (B, out, H, W)
+        scale = shift = None
         if temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            shift = self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))[:, :, None, None]
+            if self.style.scale_shift:
+                scale, shift = shift.chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift if scale is not None else self.norm2(h if shift is None else h + shift)
+        h = self.conv2(self.act(h))
+        x = self.resample(x)
+        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h if self.style.out_scale == 1 else h / self.style.out_scale
 
 
 class Downsample(nn.Module):
@@ -51,7 +104,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))   # the autoencoder pads right and below only
         return self.conv(x)                                                      # (B, C, H/2, W/2)
@@ -62,7 +115,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         """`size`: (H, W) of the skip that follows, where it is not exactly twice as large."""
         x = F.interpolate(x, size=size, mode="nearest") if size else F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x)
@@ -139,3 +192,25 @@ class SpatialTransformer(nn.Module):
         h = self.proj_out(h) if linear else h
         h = h.transpose(1, 2).unflatten(2, shape[2:])                            # (B, C, H, W)
         return x + (h if linear else self.proj_out(h)), maps
+
+
+class AddedAttention(HybridAttention):
+    """Hybrid attention as a layer of its own, as a residual: DeepFloyd IF's ("added key and value projections").
+
+    text_only: no columns of pixels, as in IF's super-resolution stages. norm_text: GroupNorm over the text's channels.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, text_only: bool, norm_text: bool):
+        super().__init__(dim, context_dim, heads, dim // heads, bias=True)
+        if text_only:
+            self.to_k = self.to_v = None
+        self.group_norm = nn.GroupNorm(32, dim)
+        self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
+
+    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+                record: Record = Record()) -> tuple[Tensor, Maps]:
+        if self.norm_cross is not None:
+            context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
+        h, probs = super().forward(h, context, edit, record)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:]), {} if probs is None else {"attn1": probs}

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import AttentionEdit, Record
-from models.blocks import Downsample, Maps, ResnetBlock, SpatialTransformer, TimestepMLP, Upsample, timestep_embedding
+from models.blocks import (
+    ACTIVATIONS,
+    AddedAttention,
+    Downsample,
+    Maps,
+    ResidualStyle,
+    ResnetBlock,
+    SpatialTransformer,
+    TextPooling,
+    TimestepMLP,
+    Upsample,
+    timestep_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -19,8 +31,9 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    down_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)   # "cross" | "hybrid" | None
+    layers_per_block: int | tuple[int, ...] = 2
+    # "cross" or "hybrid": in transformer blocks; "added" or "added text": hybrid or text alone, a layer of its own; or None
+    down_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)
     mid_attention: str = "cross"
     up_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)     # level order, as down_attention
     depth: tuple[int, ...] = (1, 1, 1, 1)          # transformer blocks per attention layer
@@ -31,6 +44,24 @@ class UNetConfig:
     upcast_attention: bool = False                 # attention in float32 whatever the model's precision (SD 2.1)
     ff_mult: int = 4                               # width of the feed-forward, times that of the level
     patch: int = 1                                 # pixels per side that one position of the first level holds
+    act: str = "silu"                              # of the residual blocks and of the embeddings: "silu" or "gelu"
+    scale_shift: bool = False                      # this and the next two: see ResidualStyle
+    skip_time_act: bool = False
+    out_scale: float = 1.0
+    mid_scale: float = 1.0                         # out_scale of the middle block
+    resample: str = "conv"                         # between levels: "conv", or "residual" (inside a residual block)
+    temb_dim: int | None = None                    # width of the timestep's embedding; None: 4 times the first level's
+    time_act: str | None = None                    # activation of the finished embedding
+    text_dim: int | None = None                    # width of the text as given, projected to context_dim
+    pool_heads: int | None = None                  # of the pooling of the text, added to the timestep's embedding
+    norm_text: bool = True                         # GroupNorm over the text in "added" attention
+    low_channels: int = 0                          # of a low-resolution picture beside x_t, whose noise level is embedded
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Residual blocks of each level going down."""
+        n = self.layers_per_block
+        return (n,) * len(self.channels) if isinstance(n, int) else n
 
 
 SD1 = UNetConfig()
@@ -44,6 +75,19 @@ EMOJI = UNetConfig(
     mid_attention="hybrid", up_attention=("hybrid", "hybrid"), depth=(1, 1), heads=(3, 5), context_dim=128,
     linear_projection=True, ff_mult=2, patch=4,
 )
+
+
+
+
+def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
+    """Stage I of DeepFloyd IF: M, L and XL have the widths 192, 320 and 704; six channels come out, eps and its variance."""
+    channels = tuple(width * m for m in multiples)
+    added = (None, *("added",) * (len(channels) - 1))
+    return UNetConfig(
+        in_channels=3, out_channels=6, channels=channels, layers_per_block=3, down_attention=added, mid_attention="added",
+        up_attention=added, depth=(1,) * len(channels), heads=tuple(c // 64 for c in channels), context_dim=channels[-1],
+        act="gelu", scale_shift=True, resample="residual", text_dim=4096, pool_heads=64,
+    )
 
 
 class _Level(nn.Module):
@@ -69,43 +113,59 @@ class UNet(nn.Module):
         super().__init__()
         c, ch = config, config.channels
         self.config = c
-        temb = 4 * ch[0]
+        temb = c.temb_dim or 4 * ch[0]
+        style = ResidualStyle(c.act, c.scale_shift, c.skip_time_act, c.out_scale)
+        mid_style = style._replace(out_scale=c.mid_scale)
 
         def attentions(kind: str | None, level: int, n: int) -> list[nn.Module]:
-            return [SpatialTransformer(ch[level], c.context_dim, c.heads[level], c.depth[level], kind,
-                                       c.linear_projection, c.ff_mult, c.upcast_attention)
-                    for _ in range(n if kind else 0)]
+            width, heads = ch[level], c.heads[level]
+            if kind and kind.startswith("added"):
+                return [AddedAttention(width, c.context_dim, heads, kind == "added text", c.norm_text) for _ in range(n)]
+            return [SpatialTransformer(width, c.context_dim, heads, c.depth[level], kind, c.linear_projection, c.ff_mult,
+                                       c.upcast_attention) for _ in range(n if kind else 0)]
 
-        self.conv_in = nn.Conv2d(c.in_channels * c.patch**2, ch[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(ch[0], temb)
+        def resampler(dim: int, way: str) -> nn.Module:
+            if c.resample == "residual":
+                return ResnetBlock(dim, dim, temb, style=style, resample=way)
+            return {"down": Downsample, "up": Upsample}[way](dim)
+
+        self.conv_in = nn.Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(ch[0], temb, c.act)
         if c.vector_dim:
-            self.add_embedding = TimestepMLP(c.vector_dim, temb)
+            self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
+        if c.pool_heads:
+            self.add_embedding = TextPooling(c.text_dim or c.context_dim, temb, c.pool_heads)
+        if c.text_dim:
+            self.encoder_hid_proj = nn.Linear(c.text_dim, c.context_dim)
+        if c.low_channels:
+            self.class_embedding = TimestepMLP(ch[0], temb, c.act)
 
         self.down_blocks, skips, dim = nn.ModuleList(), [ch[0]], ch[0]
         for i, out in enumerate(ch):
             resnets = []
-            for _ in range(c.layers_per_block):
-                resnets.append(ResnetBlock(dim, out, temb))
+            for _ in range(c.layers[i]):
+                resnets.append(ResnetBlock(dim, out, temb, style=style))
                 dim = out
                 skips.append(dim)
-            block = _Level(resnets, attentions(c.down_attention[i], i, c.layers_per_block))
+            block = _Level(resnets, attentions(c.down_attention[i], i, c.layers[i]))
             if i < len(ch) - 1:
-                block.downsamplers = nn.ModuleList([Downsample(dim)])
+                block.downsamplers = nn.ModuleList([resampler(dim, "down")])
                 skips.append(dim)
             self.down_blocks.append(block)
 
         last = len(ch) - 1
-        self.mid_block = _Level([ResnetBlock(dim, dim, temb) for _ in range(2)], attentions(c.mid_attention, last, 1))
+        self.mid_block = _Level([ResnetBlock(dim, dim, temb, style=mid_style) for _ in range(2)],
+                                attentions(c.mid_attention, last, 1))
 
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(ch))):
             resnets = []
-            for _ in range(c.layers_per_block + 1):
-                resnets.append(ResnetBlock(dim + skips.pop(), ch[i], temb))
+            for _ in range(c.layers[i] + 1):
+                resnets.append(ResnetBlock(dim + skips.pop(), ch[i], temb, style=style))
                 dim = ch[i]
-            block = _Level(resnets, attentions(c.up_attention[i], i, c.layers_per_block + 1))
+            block = _Level(resnets, attentions(c.up_attention[i], i, c.layers[i] + 1))
             if i > 0:
-                block.upsamplers = nn.ModuleList([Upsample(dim)])
+                block.upsamplers = nn.ModuleList([resampler(dim, "up")])
             self.up_blocks.append(block)
 
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
@@ -116,21 +176,31 @@ class UNet(nn.Module):
         blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(self.down_blocks)), ("mid_block", self.mid_block),
                   *((f"up_blocks.{i}", b) for i, b in enumerate(self.up_blocks))]
         return [f"{name}.attentions.{j}" for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))
-                for _ in a.transformer_blocks]
+                for _ in getattr(a, "transformer_blocks", [a])]
 
     def forward(self, x: Tensor, t: int | Tensor, context: Tensor,
                 edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,
-                record: Record = Record(), vector: Tensor | None = None) -> tuple[Tensor, Maps]:
+                record: Record = Record(), vector: Tensor | None = None, low: Tensor | None = None,
+                level: Tensor | None = None) -> tuple[Tensor, Maps]:
         """x (B, C, H, W), t int or (B,), context (B, L, D)  ->  prediction (B, C', H, W), maps by module name.
 
         `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
         ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose features each row
-        takes. `record` says which maps come back; vector (B, vector_dim) only for models that take one.
+        takes. `record` says which maps come back. Only for models that take them: vector (B, vector_dim); low
+        (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the timestep of its noise.
         """
+        c = self.config
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x.dtype))  # (B, 4 C_0)
-        if self.config.vector_dim:
-            temb = temb + self.add_embedding(vector)
+        temb = self.time_embedding(timestep_embedding(t, c.channels[0]).to(x.dtype))  # (B, 4 C_0)
+        if c.vector_dim or c.pool_heads:
+            temb = temb + self.add_embedding(vector if c.vector_dim else context)
+        if c.low_channels:
+            temb = temb + self.class_embedding(timestep_embedding(level, c.channels[0]).to(x.dtype))
+            x = torch.cat([x, low], dim=1)
+        if c.time_act:
+            temb = ACTIVATIONS[c.time_act](temb)
+        if c.text_dim:
+            context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
         maps: Maps = {}
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
@@ -144,14 +214,14 @@ class UNet(nn.Module):
             rows = edit.get(f"{name}.resnets.{j}") if isinstance(edit, Mapping) else None
             return x if rows is None else x[rows]
 
-        x = self.conv_in(F.pixel_unshuffle(x, self.config.patch))                # (B, C_0, H/p, W/p)
+        x = self.conv_in(F.pixel_unshuffle(x, c.patch))                # (B, C_0, H/p, W/p)
         skips = [x]
         for i, block in enumerate(self.down_blocks):
             for j in range(len(block.resnets)):
                 x = layer(block, f"down_blocks.{i}", j, residual(block, f"down_blocks.{i}", j, x))
                 skips.append(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)                                     # (B, C_i, H/2, W/2)
+                x = block.downsamplers[0](x, temb)                               # (B, C_i, H/2, W/2)
                 skips.append(x)
 
         x = layer(self.mid_block, "mid_block", 0, residual(self.mid_block, "mid_block", 0, x))
@@ -162,7 +232,7 @@ class UNet(nn.Module):
                 x = residual(block, f"up_blocks.{i}", j, torch.cat([x, skips.pop()], dim=1))
                 x = layer(block, f"up_blocks.{i}", j, x)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[2:])                  # (B, C_i, 2H, 2W)
+                x = block.upsamplers[0](x, temb, skips[-1].shape[2:])            # (B, C_i, 2H, 2W)
 
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))                         # (B, p^2 C', H/p, W/p)
-        return F.pixel_shuffle(x, self.config.patch), maps
+        x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))                         # (B, p^2 C', H/p, W/p)
+        return F.pixel_shuffle(x, c.patch), maps
