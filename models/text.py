@@ -108,6 +108,9 @@ class TextEncoder(nn.Module):
         if c.compact:
             self.register_buffer("vocab", torch.zeros(c.vocab_size, dtype=torch.long))   # (V,) sorted token ids
 
+    def tokens(self, prompt: str) -> Tokens:
+        return tokens(prompt)
+
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one END) and padded as this tower was trained."""
         length = self.config.context_length

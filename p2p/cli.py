@@ -68,6 +68,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
 
+    n = commands.add_parser("encode", help="encode prompts with DeepFloyd IF's text tower, for runs without it",
+                            description='Example: p2p encode "a cat on grass" "a dog on grass" --model IF-I-M')
+    n.add_argument("prompts", nargs="+", metavar="PROMPT")
+    n.add_argument("--model", required=True, help="the folder in which T5 lies (text_encoder, tokenizer)")
+    n.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
+    n.add_argument("--device", default=None)
+    n.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+
     i = commands.add_parser("inspect", help="say what a model file is, without loading it")
     i.add_argument("file", help="a .safetensors or .ckpt file, a diffusers folder, or org/name on the Hub")
     i.add_argument("--hash", action="store_true", help="also its sha256")
@@ -113,11 +121,12 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), a Stable Diffusion file or folder, or '
                     "org/name on the Hub")
     _model_options(ap)
+    ap.add_argument("--text", type=Path, metavar="FILE|FOLDER", help="of DeepFloyd IF: prompts from p2p encode, or where T5 lies")
     ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, as stored elsewhere")
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
     ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    ap.add_argument("--eta", type=float, help="0: DDIM (the default), 1: DDPM")
+    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
     ap.add_argument("--device", default=None)
@@ -126,7 +135,7 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
 
 
 def _model_options(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "emoji"], help="insist on this family")
+    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "if", "emoji"], help="insist on this family")
     ap.add_argument("--prediction", choices=["eps", "v", "x0"], help="what the model predicts, where that was guessed wrongly")
     ap.add_argument("--vae", type=Path, help="another autoencoder: a file, or a diffusers vae folder")
 
@@ -149,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-         "tokens": run.show_tokens, "inspect": run.inspect, "convert": run.convert}[args.command](args)
+         "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}[args.command](args)
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:

@@ -5,12 +5,14 @@ import argparse
 import secrets
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 import p2p
+from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
 from p2p import align
 from p2p.edit import from_dict
@@ -21,6 +23,7 @@ from p2p.report import report
 from p2p.run import Result
 from p2p.sweep import sweep as run_sweep
 from weights.convert import convert as run_convert
+from weights.deepfloyd import load_t5
 from weights.inspect import report as describe
 from weights.load import find
 
@@ -75,7 +78,7 @@ def invert(args: argparse.Namespace) -> None:
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
     """With the seed 0 where none is given: only two methods draw noise, and an inversion should come out the same again."""
     given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
-                 eta=args.eta or None, steps=args.steps)
+                 eta=args.eta, steps=args.steps)
     return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, seed=args.seed or 0, height=args.height,
                       width=args.width, progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
 
@@ -99,7 +102,8 @@ def _replay(args: argparse.Namespace) -> None:
             raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
         edits = [from_dict(t) for t in s["targets"]]
         out = Output(args.out, s["source"])
-        model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae)
+        model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae,
+                         args.text)
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
@@ -204,6 +208,14 @@ def show_tokens(args: argparse.Namespace) -> None:
             print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
 
 
+def encode(args: argparse.Namespace) -> None:
+    out = Output(args.out, args.prompts[0])
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tower = load_t5(Path(args.model), device, getattr(torch, args.dtype))
+    out.add("prompts.safetensors", EncodedPrompts.encoded_by(tower, args.prompts).save)
+    out.write()
+
+
 def inspect(args: argparse.Namespace) -> None:
     print("\n".join(describe(args.file, args.family, args.prediction, args.vae, args.hash)))
 
@@ -247,7 +259,7 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
 def _load(args: argparse.Namespace) -> p2p.Model:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
-        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae)
+        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae, args.text)
     except RuntimeError as error:   # torch's own word on a device that is not there
         raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
@@ -258,7 +270,7 @@ def _model(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
     return _load(args), dict(steps=50 if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
-                             eta=args.eta or 0.0, height=args.height, width=args.width)
+                             eta=args.eta, height=args.height, width=args.width)
 
 
 def _unused(args: argparse.Namespace, what: str, *names: str) -> None:

@@ -12,7 +12,7 @@ from models.attention import AttentionEdit, Record
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
 from p2p.model import Conditioning, Model
-from p2p.sampler import belm_step, ddim_step, guide, x0_and_eps
+from p2p.sampler import belm_step, ddim_step, ddpm_step, guide, x0_and_eps
 from p2p.schedule import Schedule
 
 
@@ -60,14 +60,14 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     for i, ((t, a_t, a_prev), rows) in enumerate(zip(schedule, told)):
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
-        out, maps = model.unet(x_in.to(model.dtype), t, rows.context, edit=plan[i] if plan else None, record=record,
-                               vector=rows.vector)
-        out = out.to(x.dtype)                                                     # lines 6 to 8 in one pass
+        out, variance, maps = model.predict(x_in, t, rows, plan[i] if plan else None, record)   # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
         x_0, eps = x0_and_eps(x, out, a_t, model.prediction, model.clip if above[0] is None else None)
-        if above[0] is None:
+        if variance is not None and eta == 1:
+            x = ddpm_step(x, x_0, a_t, a_prev, noise[i], variance[-len(x):])       # that of the prompts' rows
+        elif above[0] is None:
             x = ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise is not None else None)   # line 9
         else:
             x, above = belm_step(above[0], x, eps, above[1], a_t, a_prev), (x, a_t)

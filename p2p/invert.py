@@ -107,8 +107,7 @@ class _Run(NamedTuple):
     def predict(self, x: Tensor, t: int, guidance_scale: float = 1.0) -> Tensor:
         """The network's output for one picture: one row, or two with guidance."""
         rows = self.text if guidance_scale == 1 else Conditioning.cat([self.null, self.text])
-        out = self.model.unet(x.expand(len(rows.context), -1, -1, -1).to(self.model.dtype), t, rows.context, vector=rows.vector)[0]
-        out = out.to(x.dtype)
+        out = self.model.predict(x.expand(len(rows.context), -1, -1, -1), t, rows)[0]
         return out if guidance_scale == 1 else guide(*out.chunk(2), guidance_scale)
 
     def upwards(self) -> Iterable[tuple[int, float, float]]:
@@ -255,7 +254,7 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
         return ddim_step(x_0, eps, a_t, a_prev)
 
     def unconditional(x: Tensor, t: int, context: Tensor) -> Tensor:
-        return model.unet(x.to(model.dtype), t, context.to(model.dtype), vector=null.vector)[0].to(x.dtype)
+        return model.predict(x, t, null._replace(context=context.to(model.dtype)))[0]
 
     bar = tqdm(list(run.schedule), disable=not (run.progress and sys.stderr.isatty()), leave=False, unit="step")
     for i, (t, a_t, a_prev) in enumerate(bar):

@@ -5,19 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 import weights.load
+from models.attention import Record
 from models.blocks import timestep_embedding
-from models.text import TextEncoder, Tokens, tokens
+from models.text import TextEncoder, Tokens
 from models.unet import UNet
 from models.vae import AutoencoderKL
 from p2p.errors import UsageError
 from p2p.image import from_pil
+from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
 
 
@@ -26,11 +28,12 @@ class Conditioning(NamedTuple):
 
     context: Tensor                  # (B, L, C): the text, token by token
     vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
+    low: Tensor | None = None        # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
+    level: Tensor | None = None      # (B,): the timestep of its noise
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning(torch.cat([p.context for p in parts]),
-                            None if parts[0].vector is None else torch.cat([p.vector for p in parts]))
+        return Conditioning(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Model:
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # used where none is asked for
-    clip: float | None = None            # bound of x_0 in pixel models
-    final_alpha: float | None = None     # see `ddim_schedule`
+    eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
+    clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
+    offset: int = 1                      # this and the next: see `ddim_schedule`
+    final_alpha: float | None = None
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
     notes: tuple[str, ...] = ()          # what was found out while loading, and how
@@ -74,7 +79,8 @@ class Model:
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
         sides = (height or self.size[0], width or self.size[1])
-        unit = self.unet.config.patch if self.vae is None else max(8, self.shrink)
+        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
+        unit = self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
         for name, side in zip(("height", "width"), sides):
             if side < unit or side % unit:
                 raise UsageError(f"{name} must be a positive multiple of {unit}, not {side}")
@@ -86,7 +92,20 @@ class Model:
         return weights.load.sha256(self.file)
 
     def tokens(self, prompt: str) -> Tokens:
-        return tokens(prompt)
+        try:
+            return self.text_encoders[0].tokens(prompt)
+        except ValueError as error:   # prompts encoded beforehand: another one was asked for
+            raise UsageError(str(error)) from None
+
+    def predict(self, x: Tensor, t: int, told: Conditioning, edit: Any = None,
+                record: Record = Record()) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The network on all rows of x (B, C, H, W), in its precision.
+
+        -> prediction (B, C, H, W); learned variance in -1 .. 1 likewise, or None; maps
+        """
+        out, maps = self.unet(x.to(self.dtype), t, edit=edit, record=record, **told._asdict())
+        out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
+        return out, variance, maps
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
@@ -121,7 +140,7 @@ class Model:
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
-        return ddim_schedule(self.alphas_cumprod, steps, final_alpha=self.final_alpha)
+        return ddim_schedule(self.alphas_cumprod, steps, self.offset, self.final_alpha)
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:
@@ -141,22 +160,28 @@ class Model:
 
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
-         device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None) -> Model:
-    """Loads a model: "emoji", which ships with the package, or a Stable Diffusion 1, 2 or XL checkpoint: a .safetensors
-    or .ckpt file in LDM naming, or a diffusers folder.
+         device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
+         text: str | Path | None = None) -> Model:
+    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
+    file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
+    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
-    always runs in float32, where half precision overflows. vae: another autoencoder. Raises CheckpointError.
+    always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
+    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). Raises CheckpointError.
     """
     package = weights.load.find(source, family, prediction, vae)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     sdxl = package.family == "sdxl"
-    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None)
+    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text)
     notes = list(package.notes)
     if "guess" in package.why:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
-    own = dict(guidance_scale=3.0, clip=1.0, final_alpha=1.0) if package.family == "emoji" else {}
+    own: dict[str, Any] = {
+        "emoji": dict(guidance_scale=3.0, clip=1.0, final_alpha=1.0),
+        "if": dict(guidance_scale=4.0 if c.unet.config.low_channels else 7.0, eta=1.0, clip=package.threshold or 1.0,
+                   offset=package.offset, final_alpha=1.0),
+    }.get(package.family, {})
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
                  package.size, latent_scale=package.latent_scale, zero_negative=sdxl, notes=tuple(notes), **own)

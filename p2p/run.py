@@ -44,7 +44,7 @@ class Result:
 
 
 def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
-         guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float = 0.0,
+         guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
          height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
          editor: MasaCtrl | PlugAndPlay | None = None, record: Record = Record(), progress: bool = False,
          **settings: Any) -> Result:
@@ -104,12 +104,12 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     return _run(model, prompts, start, null, said, notes, progress, record=record, plan=edit_plan, blend=blend, known=known, **how)
 
 
-def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float, height: int | None, width: int | None,
+def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float | None, height: int | None, width: int | None,
           x_T: Tensor | None) -> None:
     """Raises UsageError for another model, or settings that an inversion has fixed."""
     inversion.check(model)
     size = tuple(side * model.shrink for side in inversion.latents.shape[2:])
-    for name, given, made in (("steps", steps, inversion.steps), ("eta", eta or None, inversion.eta), ("height", height, size[0]),
+    for name, given, made in (("steps", steps, inversion.steps), ("eta", eta, inversion.eta), ("height", height, size[0]),
                               ("width", width, size[1]), ("x_T", x_T, None)):
         if given is not None and given is not made and given != made:
             raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the picture again")
@@ -152,7 +152,7 @@ def _proximal(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], 
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
-             seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float = 0.0, height: int | None = None,
+             seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float | None = None, height: int | None = None,
              width: int | None = None, record: Record = Record(), progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -186,9 +186,12 @@ class _Start(NamedTuple):
     size: tuple[int, int]       # height, width in pixels
 
 
-def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float,
+def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
            height: int | None, width: int | None) -> _Start:
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    eta = model.eta if eta is None else eta
+    if model.unet.config.low_channels:
+        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model")
     if not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
     if not abs(guidance_scale) < float("inf"):

@@ -1,6 +1,8 @@
 """One sampling step: pure functions of tensors. a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t)."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,23 @@ def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
-def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps",
-               clip: float | None = None) -> tuple[Tensor, Tensor]:
+Clip = float | tuple[float, float] | None
+
+
+def bounded(x_0: Tensor, clip: Clip) -> Tensor:
+    """x_0 (B, ...) within a bound, or by dynamic thresholding (Saharia et al. 2022, section 2.3): with (quantile, most), each
+    picture within the quantile of its own size, at least 1 and at most `most`, and scaled to [-1, 1]."""
+    if isinstance(clip, tuple):
+        quantile, most = clip
+        s = x_0.flatten(1).abs().float().quantile(quantile, dim=1).clamp(1, most).to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))
+        return x_0.maximum(-s).minimum(s) / s
+    return x_0 if clip is None else x_0.clamp(-clip, clip)
+
+
+def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps", clip: Clip = None) -> tuple[Tensor, Tensor]:
     """The network's prediction ("eps", "v" or "x0") as picture and noise, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
 
-    `clip`: bound of x_0 in pixel models (the noise is then the one that fits the bounded picture).
+    `clip`: bound of x_0 in pixel models, see `bounded` (the noise is then the one that fits the bounded picture).
     """
     alpha, sigma = a_t**0.5, (1 - a_t) ** 0.5
     if prediction == "eps":
@@ -26,7 +40,7 @@ def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps",
     else:
         raise ValueError(f"prediction {prediction!r}: eps, v or x0")
     if clip is not None:
-        x_0 = x_0.clamp(-clip, clip)
+        x_0 = bounded(x_0, clip)
         eps = (x_t - alpha * x_0) / sigma
     return x_0, eps
 
@@ -39,12 +53,22 @@ def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_prev: float, eta: float = 
     return x + sigma * noise if sigma > 0 else x
 
 
-def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor) -> Tensor:
-    """x_{t-1} ~ q(x_{t-1} | x_t, x_0) (DDPM Eq. 6 and 7), with the alphas of a strided schedule."""
+def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor, v: Tensor | None = None) -> Tensor:
+    """x_{t-1} ~ q(x_{t-1} | x_t, x_0) (DDPM Eq. 6 and 7), with the alphas of a strided schedule.
+
+    v: a learned variance, from -1 for that of q to 1 for beta, between them in the logarithm (Nichol and Dhariwal 2021, Eq. 15).
+    The step to the clean picture (a_prev 1) has no noise.
+    """
     alpha = a_t / a_prev
     beta = 1 - alpha
     mean = a_prev**0.5 * beta / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x_t
-    return mean + ((1 - a_prev) / (1 - a_t) * beta) ** 0.5 * noise
+    variance = (1 - a_prev) / (1 - a_t) * beta
+    if variance <= 0:
+        return mean
+    if v is None:
+        return mean + variance**0.5 * noise
+    share = (v + 1) / 2
+    return mean + (0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))).exp() * noise
 
 
 def _belm(a_next: float, a_t: float, a_prev: float) -> tuple[float, float, float]:

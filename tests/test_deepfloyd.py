@@ -1,13 +1,19 @@
 """DeepFloyd IF, the paper's kind of backbone: both stages against diffusers, sizes, and edits through its hybrid attention."""
+import json
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
-from oracles import attention_processor, diffusers
+from oracles import attention_processor, diffusers, transformers
 
-from models.attention import Record
+import p2p
+from models.attention import AttentionEdit, Record
 from models.blocks import AddedAttention
 from models.unet import UNet, UNetConfig, deepfloyd
+from p2p.align import word_tokens, words
+from p2p.cli import main
+from p2p.sampler import ddpm_step, x0_and_eps
 
 TINY = UNetConfig(
     in_channels=3, out_channels=6, channels=(32, 64, 128), layers_per_block=1, down_attention=(None, "added", "added"),
@@ -91,3 +97,194 @@ def test_stage_one_at_full_size(width, parameters):
             addition_embed_type_num_heads=64))
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert len(state) == 775 and sum(v.numel() for v in state.values()) == parameters
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+def t5(folder):
+    """A small T5 and a tokenizer of the same kind: pieces, spaces written as "▁", </s> at the end, padding 0."""
+    words = "a cat dog big red on grass hip po pot am us , !".split()
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0), *(("▁" + w, -1.0) for w in words), *((w, -2.0) for w in words)]
+    found = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=2))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    found.decoder = tokenizers.decoders.Metaspace()
+    found.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder / "tokenizer")
+    tower = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=len(vocab), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+    randomised(tower).save_pretrained(folder / "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """(stage I, its upscaler) as diffusers folders."""
+    root = tmp_path_factory.mktemp("if")
+    for name, config, kind in (("one", THEIRS, "IFPipeline"), ("two", THEIR_UPSCALER, "IFSuperResolutionPipeline")):
+        folder = root / name
+        randomised(diffusers.UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
+        scheduler(1.5 if name == "one" else 1.0).save_pretrained(folder / "scheduler")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        t5(folder)
+    return root / "one", root / "two"
+
+
+def scheduler(most):
+    return diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True,
+                                   dynamic_thresholding_ratio=0.95, sample_max_value=most)
+
+
+def own_names(state, head_dim):
+    """diffusers' names of the small UNets as DeepFloyd's: counted by hand, queries, keys and values head by head."""
+    middle = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
+    n_layers = {int(k.split(".")[1]): 0 for k in state if k.startswith("down_blocks")}
+    for i in n_layers:
+        n_layers[i] = len({k.split(".")[3] for k in state if k.startswith(f"down_blocks.{i}.resnets")})
+    blocks, n = dict(middle), 1
+    for i, layers in n_layers.items():
+        for j in range(layers):
+            blocks |= {f"down_blocks.{i}.resnets.{j}": f"input_blocks.{n}.0", f"down_blocks.{i}.attentions.{j}": f"input_blocks.{n}.1"}
+            n += 1
+        blocks[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{n}.0"
+        n += 1
+    n = 0
+    for i, layers in enumerate(reversed(n_layers.values())):
+        for j in range(layers + 1):
+            blocks |= {f"up_blocks.{i}.resnets.{j}": f"output_blocks.{n}.0", f"up_blocks.{i}.attentions.{j}": f"output_blocks.{n}.1"}
+            n += 1
+        blocks[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{n - 1}.2"
+    parts = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+             "conv2": "out_layers.3", "conv_shortcut": "skip_connection", "group_norm": "norm", "norm_cross": "norm_encoder",
+             "to_out.0": "proj_out", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "class_embedding.linear_1": "aug_proj.0",
+             "class_embedding.linear_2": "aug_proj.2", "encoder_hid_proj": "encoder_proj", "add_embedding.norm1": "encoder_pooling.0",
+             "add_embedding.pool": "encoder_pooling.1", "add_embedding.proj": "encoder_pooling.2", "add_embedding.norm2": "encoder_pooling.3"}
+    out = {}
+    for name, t in state.items():
+        block = next((b for b in blocks if name.startswith(b + ".")), "")
+        rest = name.removeprefix(block + ".") if block else name
+        if block and ".attentions." in block and rest.startswith(("to_q", "to_k", "to_v", "add_")):
+            continue
+        part = next(p for p in parts if rest.startswith(p + "."))
+        new = f"{blocks[block]}.{parts[part]}" if block else parts[part]
+        new += rest.removeprefix(part)
+        out[new] = t[..., None] if rest == "to_out.0.weight" else t
+    for block in {k.rpartition(".to_q.")[0] for k in state if ".to_q." in k}:
+        for joined, names in (("qkv", ("to_q", "to_k", "to_v")), ("encoder_kv", ("add_k_proj", "add_v_proj"))):
+            for end in ("weight", "bias"):
+                each = [state[f"{block}.{n}.{end}"].unflatten(0, (-1, head_dim)) for n in names if f"{block}.{n}.{end}" in state]
+                t = torch.stack(each, dim=1).flatten(0, 2)
+                out[f"{blocks[block]}.{joined}.{end}"] = t[..., None] if end == "weight" else t
+    return {k: v.contiguous() for k, v in out.items()}
+
+
+@pytest.mark.parametrize("which", [0, 1, "text alone"])
+def test_own_naming_loads_to_equal_tensors(stages, tmp_path, which):
+    if which == "text alone":
+        state = randomised(diffusers.UNet2DConditionModel(**THEIR_UPSCALER | dict(only_cross_attention=True))).state_dict()
+    else:
+        state = p2p.load(stages[which], device="cpu").unet.state_dict()
+    settings = "params:\n  num_head_channels: 8\n  att_pool_heads: '2'  # and more\n"
+    (tmp_path / "config.yml").write_text(settings)
+    torch.save(own_names(state, 8), tmp_path / "pytorch_model.bin")
+    model = p2p.load(tmp_path, device="cpu", text=stages[0])
+    assert (model.family, model.size) == ("if", (64, 64) if which == 0 else (256, 256))
+    got = model.unet.state_dict()
+    assert got.keys() == state.keys() and all(torch.equal(got[k], v) for k, v in state.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------- sampler
+
+@pytest.mark.parametrize("most", [1.0, 1.5])
+@pytest.mark.parametrize("steps", [7, 50])
+def test_steps_are_theirs(stages, most, steps):
+    """Learned-range variance and dynamic thresholding, every step of the squared cosine, on the same noise.
+
+    With our alphas: theirs are products in float32, whose 1 - alpha has three digits where there is hardly any noise.
+    """
+    theirs, model = scheduler(most), p2p.load(stages[0], device="cpu")
+    assert (theirs.alphas_cumprod - model.alphas_cumprod).abs().max() < 1e-6
+    theirs.alphas_cumprod, theirs.one = model.alphas_cumprod, torch.ones((), dtype=torch.float64)
+    theirs.set_timesteps(steps)
+    ours = model.schedule(steps)
+    assert list(ours.timesteps) == theirs.timesteps.tolist()
+    g = torch.Generator().manual_seed(0)
+    for t, a_t, a_prev in ours:
+        x, out, v = (torch.randn(2, 3, 8, 8, generator=g).double() for _ in range(3))
+        state = g.get_state()
+        noise = torch.randn(2, 3, 8, 8, generator=g, dtype=torch.float64)
+        g.set_state(state)
+        want = theirs.step(torch.cat([out, v], dim=1), t, x, generator=g).prev_sample
+        x_0, _ = x0_and_eps(x, out, a_t, clip=(0.95, most))
+        assert (ddpm_step(x, x_0, a_t, a_prev, noise, v) - want).abs().max() <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------------- edits
+
+def test_t5_tokens_know_their_words(stages):
+    model = p2p.load(stages[0], device="cpu")
+    t = model.tokens("A big  hippopotamus, on grass!")
+    assert words(t) == [("a", [0, 1]), ("big", [2]), ("hippopotamus,", t_range(t, "hippopotamus,")), ("on", t_range(t, "on")),
+                        ("grass!", t_range(t, "grass!"))]
+    assert word_tokens(t, "hippopotamus", 77) == t_range(t, "hippopotamus,")[:-1]
+    assert t.spans[-1] == (0, 0) and t.ids[-1] == 1
+
+
+def t_range(t, word):
+    start = t.text.index(word)
+    return [i for i, (s, e) in enumerate(t.spans) if start <= s and e <= start + len(word) and e]
+
+
+@pytest.mark.parametrize("target, settings", [
+    ("a red dog on grass", dict(mode="replace")), ("a big red cat on grass", dict(mode="refine")),
+    ("a red cat on grass", dict(mode="reweight", equalizer={"red": -1.5})),
+    ("a red hippopotamus on grass", dict(local_blend=p2p.LocalBlend(words=("cat", "hippopotamus"), level=2)))])
+def test_edits_through_hybrid_attention(stages, target, settings):
+    """The stochastic sampler shares its noise: the source is that of a run alone, the same prompt gives the same picture."""
+    model = p2p.load(stages[0], device="cpu")
+    common = dict(steps=4, seed=3, height=32, width=48)
+    source = "a red cat on grass"
+    r = p2p.edit(model, source, [p2p.Edit(target, **settings), p2p.Edit(source)], **common)
+    alone = p2p.generate(model, source, **common).latents[0]
+    assert r.settings["eta"] == 1.0 and r.latents.shape == (3, 3, 32, 48)
+    assert (r.latents[0] - alone).abs().max() < 1e-3 and (r.latents[2] - alone).abs().max() < 1e-3
+    assert (r.latents[1] - alone).abs().max() > 1e-2
+
+
+def test_fused_is_explicit(stages):
+    """The table of the identity on IF's own attention, text columns last, in float64."""
+    layer = AddedAttention(64, 96, 8, text_only=False, norm_text=True).double()
+    randomised(layer)
+    x, text = torch.randn(3, 64, 4, 4).double(), torch.randn(3, 5, 96).double()
+    mix, keep = torch.randn(1, 5, 5).double(), torch.randn(1, 5).double()
+    own = torch.tensor([2])
+    edit = AttentionEdit(torch.tensor([1]), mix, keep, own, torch.tensor([0]))
+    fused, maps = layer(x, text, edit, Record(text=16))
+    e = layer.norm_cross(text.transpose(1, 2)).transpose(1, 2)
+    n = layer.group_norm(x).flatten(2).transpose(1, 2)
+    split = lambda y: y.unflatten(-1, (8, 8)).transpose(1, 2)  # noqa: E731
+    q, k, v = (split(y) for y in (layer.to_q(n), torch.cat([layer.to_k(n), layer.add_k_proj(e)], 1),
+                                  torch.cat([layer.to_v(n), layer.add_v_proj(e)], 1)))
+    probs = (q @ k.mT / 8**0.5).softmax(-1)
+    edited = torch.cat([probs[2:, ..., :16], probs[1:2, ..., 16:] @ mix[:, None] + probs[2:, ..., 16:] * keep[:, None, None]], -1)
+    out = layer.to_out((torch.cat([probs[:2], edited]) @ v).transpose(1, 2).flatten(2))
+    assert (fused - (x + out.transpose(1, 2).unflatten(2, (4, 4)))).abs().max() < 1e-12
+    assert (maps["attn1"][2:] - edited[..., 16:]).abs().max() < 1e-12
+
+
+def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, capsys):
+    prompts = ["a red cat on grass", "a red dog on grass"]
+    assert main(["encode", *prompts, "--model", str(stages[0]), "-o", str(tmp_path)]) == 0
+    file = capsys.readouterr().out.strip()
+    common = dict(steps=2, seed=1, height=16, width=16)
+    there = p2p.edit(p2p.load(stages[0], device="cpu"), *prompts, **common)
+    model = p2p.load(stages[0], device="cpu", text=file)
+    here = p2p.edit(model, *prompts, **common)
+    assert (there.latents - here.latents).abs().max() < 1e-4
+    with pytest.raises(p2p.UsageError, match='"a bird" is not among the encoded ones'):
+        p2p.generate(model, "a bird")
+    with pytest.raises(p2p.CheckpointError, match="no T5 there"):
+        p2p.load(stages[0], device="cpu", text=tmp_path)
+    (tmp_path / "other.safetensors").write_bytes((stages[0] / "text_encoder" / "model.safetensors").read_bytes())
+    with pytest.raises(p2p.CheckpointError, match="not a file of encoded prompts"):
+        p2p.load(stages[0], device="cpu", text=tmp_path / "other.safetensors")

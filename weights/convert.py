@@ -29,8 +29,8 @@ State = dict[str, Tensor]
 
 def convert(package: Package, out: Path, half: bool = False) -> None:
     """Writes `out`: a single .safetensors file if it is named so, else a diffusers folder; whole or not at all."""
-    if package.family == "emoji":
-        raise CheckpointError("the emoji model has one format only: nothing to convert")
+    if package.family in ("emoji", "if"):
+        raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for Stable Diffusion.")
     if out.exists():
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from weights import keys
 from weights.errors import CheckpointError
 from weights.files import TensorFile
 
-FAMILIES = ("sd1", "sd2", "sdxl", "emoji")
+FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -33,7 +33,7 @@ class Part:
 
     file: TensorFile
     prefix: str
-    naming: str                          # "ldm", "hf", "open_clip", "own", "own, old"
+    naming: str                          # "ldm", "hf", "open_clip", "own", "own, old", "deepfloyd"
     config: Any                          # UNetConfig, TextConfig or VAEConfig
     ignored: tuple[str, ...] = ()        # prefixes, behind `prefix`
 
@@ -53,6 +53,8 @@ class Package:
     size: tuple[int, int]                # height, width that it was made for
     latent_scale: float = 1.0
     notes: list[str] = field(default_factory=list)
+    offset: int = 1                      # of the timesteps, see `p2p.schedule.ddim_schedule`
+    threshold: tuple[float, float] | None = None   # dynamic thresholding of x_0: quantile, largest bound
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:

@@ -40,7 +40,7 @@ SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check(path: Path, config: dict[str, Any], fields: dict[str, tuple[Any, ...]]) -> None:
+def check_fields(path: Path, config: dict[str, Any], fields: dict[str, tuple[Any, ...]]) -> None:
     odd = [f"{k} = {config[k]!r} (supported: {', '.join(map(repr, v))})" for k, v in fields.items()
            if k in config and not any(config[k] == x and isinstance(config[k], bool) == isinstance(x, bool) for x in v)]
     if odd:
@@ -79,24 +79,24 @@ def weights_file(folder: Path, notes: list[str]) -> TensorFile:
     raise CheckpointError(f"{folder}: no weights found (diffusion_pytorch_model or model, .safetensors or .bin expected).")
 
 
-def find_folder(path: Path) -> Package:
-    """Recognises a folder by its model_index.json and the configs of its parts. Raises CheckpointError."""
+def pipeline(path: Path) -> str:
+    """What a folder's model_index.json says it is. Raises CheckpointError."""
     if not (path / "model_index.json").exists():
         raise CheckpointError(f"{path}: a folder without model_index.json; give a diffusers folder, or the single file itself.")
-    index = _json(path / "model_index.json")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise CheckpointError(f"{path}: a {kind}; supported: {', '.join(PIPELINES)}. Use the text-to-image model of its family.")
-    notes: list[str] = []
-    unet_config = _json(path / "unet" / "config.json")
+    return str(read_json(path / "model_index.json").get("_class_name"))
+
+
+def find_folder(path: Path, kind: str, notes: list[str]) -> Package:
+    """A Stable Diffusion folder by the configs of its parts. Raises CheckpointError."""
+    unet_config = read_json(path / "unet" / "config.json")
     if unet_config.get("in_channels", 4) != 4:
         raise CheckpointError(f"{path}: its UNet takes {unet_config['in_channels']} channels, not 4 (an inpainting or editing "
                               "model); use the text-to-image model that it was made from.")
-    first = _json(path / "text_encoder" / "config.json")
+    first = read_json(path / "text_encoder" / "config.json")
     family = PIPELINES[kind] or ("sd1" if first.get("hidden_act", "quick_gelu") == "quick_gelu" else "sd2")
     text = [_text(path / "text_encoder", first, family, False, notes)]
     if family == "sdxl":
-        text.append(_text(path / "text_encoder_2", _json(path / "text_encoder_2" / "config.json"), family, True, notes))
+        text.append(_text(path / "text_encoder_2", read_json(path / "text_encoder_2" / "config.json"), family, True, notes))
     unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(path / "unet" / "config.json", unet_config, family))
     check_widths(path, unet.config.context_dim, text)
     vae, scale = find_folder_vae(path / "vae", notes, 0.13025 if family == "sdxl" else 0.18215)
@@ -111,8 +111,8 @@ def _scheduler(path: Path, notes: list[str]) -> tuple[Tensor, str, str]:
     where = path / "scheduler" / "scheduler_config.json"
     if not where.exists():
         return scaled_linear(), "eps", "a guess, the folder has no scheduler: give prediction if it is wrong"
-    s = _json(where)
-    _check(where, s, SCHEDULER_FIELDS)
+    s = read_json(where)
+    check_fields(where, s, SCHEDULER_FIELDS)
     said = s.get("prediction_type", "epsilon")
     if said not in PREDICTIONS:
         raise CheckpointError(f"{where}: prediction_type {said!r}; supported: {', '.join(PREDICTIONS)}.")
@@ -124,7 +124,7 @@ def _scheduler(path: Path, notes: list[str]) -> tuple[Tensor, str, str]:
 
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
-    _check(path, c, UNET_FIELDS)
+    check_fields(path, c, UNET_FIELDS)
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
 
@@ -158,8 +158,8 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
 def find_folder_vae(path: Path, notes: list[str], scale: float = 0.18215) -> tuple[Part, float]:
     """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale."""
     where = path / "config.json"
-    c = _json(where)
-    _check(where, c, VAE_FIELDS)
+    c = read_json(where)
+    check_fields(where, c, VAE_FIELDS)
     channels = tuple(c.get("block_out_channels", (128, 256, 512, 512)))
     config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels, c.get("layers_per_block", 2))
     file = weights_file(path, notes)

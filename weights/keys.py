@@ -35,6 +35,7 @@ class Source(NamedTuple):
 
     keys: tuple[str, ...]
     transposed: bool = False
+    share: tuple[int, int, int] = (0, 1, 1)   # (k, n, d): rows come in chunks of d for n parameters in turn; those of the k-th
 
 
 def _replace(name: str, prefixes: dict[str, str]) -> str:
@@ -50,26 +51,56 @@ def unet_prefixes(config: UNetConfig) -> dict[str, str]:
     table = dict(_UNET_ENDS)
     last, n = len(config.channels) - 1, 1
     for i in range(last + 1):
-        for j in range(config.layers_per_block):
+        for j in range(config.layers[i]):
             table[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
             table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
             n += 1
         if i < last:
+            table[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{n}.0"
             table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
             n += 1
     n = 0
     for i in range(last + 1):
         attention = config.up_attention[last - i]
-        for j in range(config.layers_per_block + 1):
+        for j in range(config.layers[last - i] + 1):
             table[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
             table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
             n += 1
         if i < last:
+            table[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{n - 1}.{2 if attention else 1}"
             table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{2 if attention else 1}.conv"
-    resnets = [k for k in table if ".resnets." in k]
+    resnets = [k for k in table if ".resnets." in k or k.endswith("samplers.0")]
     for k in resnets:
         table |= {f"{k}.{part}": f"{table[k]}.{ldm}" for part, ldm in _RESNET.items()}
     return table
+
+
+_IF_ENDS = {"class_embedding.linear_1": "aug_proj.0", "class_embedding.linear_2": "aug_proj.2", "encoder_hid_proj": "encoder_proj",
+            "add_embedding.norm1": "encoder_pooling.0", "add_embedding.pool": "encoder_pooling.1",
+            "add_embedding.proj": "encoder_pooling.2", "add_embedding.norm2": "encoder_pooling.3"}
+_IF_ATTENTION = {"group_norm": "norm", "norm_cross": "norm_encoder", "to_out.0": "proj_out"}
+_IF_SHARES = {"to_q": ("qkv", 0, 3), "to_k": ("qkv", 1, 3), "to_v": ("qkv", 2, 3),
+              "add_k_proj": ("encoder_kv", 0, 2), "add_v_proj": ("encoder_kv", 1, 2)}
+
+
+def deepfloyd_sources(names: Iterable[str], config: UNetConfig) -> dict[str, Source]:
+    """DeepFloyd IF's own naming: that of LDM, but queries, keys and values lie in one tensor, head by head."""
+    table, out, names = unet_prefixes(config) | _IF_ENDS, {}, list(names)
+    head_dim = config.channels[-1] // config.heads[-1]
+    for name in names:
+        head, attention, rest = name.partition(".attentions.")
+        if not attention:
+            out[name] = Source((_replace(name, table),))
+            continue
+        j, module, end = rest[0], rest[2:].rpartition(".")[0], rest.rpartition(".")[2]
+        where = table[f"{head}.attentions.{j}"]
+        if module in _IF_ATTENTION:
+            out[name] = Source((f"{where}.{_IF_ATTENTION[module]}.{end}",))
+        else:
+            joined, k, n = _IF_SHARES[module]
+            n = n if f"{head}.attentions.{j}.to_k.weight" in names or joined != "qkv" else 1   # text alone: q alone
+            out[name] = Source((f"{where}.{joined}.{end}",), share=(k, n, head_dim))
+    return out
 
 
 def vae_prefixes(config: VAEConfig) -> dict[str, str]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
-from weights import hub, keys
+from weights import deepfloyd, hub, keys
 from weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, listed
 from weights.errors import CheckpointError
 from weights.files import open_file
-from weights.folder import find_folder, find_folder_vae, weights_file
+from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline, weights_file
 from weights.keys import Source
 
 BUNDLED = Path(__file__).with_name("emoji") / "emoji.safetensors"
@@ -29,7 +29,7 @@ class Checkpoint:
 
     package: Package
     unet: UNet
-    text: list[TextEncoder]
+    text: list[nn.Module]
     vae: AutoencoderKL | None
 
 
@@ -50,7 +50,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     elif not path.exists() and hub.is_id(str(source)):
         path = hub.download(str(source))
     try:
-        package = find_folder(path) if path.is_dir() else find_in_file(open_file(path))
+        package = _find(path)
         if vae is not None:
             package.vae = find_vae(Path(vae))
             package.notes.append(f"autoencoder from {vae}")
@@ -67,6 +67,21 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     return package
 
 
+def _find(path: Path) -> Package:
+    if not path.is_dir():
+        file = open_file(path)
+        return deepfloyd.find_in_file(file) if deepfloyd.OWN in file.shapes else find_in_file(file)
+    if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
+        return deepfloyd.find_own_folder(path)
+    kind, notes = pipeline(path), []
+    if kind in deepfloyd.PIPELINES:
+        return deepfloyd.find_folder(path, notes)
+    if kind in PIPELINES:
+        return find_folder(path, kind, notes)
+    known = ", ".join((*PIPELINES, *deepfloyd.PIPELINES))
+    raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
+
+
 def find_vae(path: Path) -> Part:
     """A separate autoencoder: an LDM file (perhaps with training leftovers), or a diffusers folder."""
     if path.is_dir():
@@ -80,10 +95,14 @@ def find_vae(path: Path) -> Part:
 
 
 def load(package: Package, device: torch.device, dtype: torch.dtype | None = None,
-         vae_dtype: torch.dtype | None = None) -> Checkpoint:
-    """Builds the modules of a package; dtype None: as stored."""
+         vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None) -> Checkpoint:
+    """Builds the modules of a package; dtype None: as stored. text_from: see `deepfloyd.load_text`."""
     unet = fill("UNet", package.unet, UNet, device, dtype)
-    text = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
+    text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
+    if package.family == "if":
+        text = [deepfloyd.load_text(package, text_from, device, unet.conv_in.weight.dtype)]
+    elif text_from is not None:
+        raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text tower, not {text_from}.")
     vae = fill("autoencoder", package.vae, AutoencoderKL, device, vae_dtype or dtype) if package.vae else None
     return Checkpoint(package, unet, text, vae)
 
@@ -95,6 +114,7 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
         "ldm": lambda: keys.ldm_sources(names, prefixes(part.config)),
         "hf": lambda: keys.hf_sources(names), "open_clip": lambda: keys.same_sources(names),
         "own": lambda: keys.same_sources(names), "own, old": lambda: keys.old_vae_sources(names),
+        "deepfloyd": lambda: keys.deepfloyd_sources(names, part.config),
     }[part.naming]()
 
 
@@ -126,7 +146,7 @@ def read_tensors(part: Part, build: Callable[..., nn.Module], what: str = "model
     wrong = []
     for name, s in plan.items():
         parts = [shapes[k] for k in s.keys]
-        shape = (sum(p[0] for p in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+        shape = (sum(p[0] for p in parts) // s.share[1], *parts[0][1:]) if parts[0] else parts[0]
         if _squeezed(shape[::-1] if s.transposed else shape) != _squeezed(tuple(want[name].shape)):
             wrong.append(f"{s.keys[0]} is {list(shape)}, expected {list(want[name].shape)}")
     if wrong:
@@ -138,6 +158,9 @@ def read_tensors(part: Part, build: Callable[..., nn.Module], what: str = "model
 def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
     tensors = [part.file[k] for k in source.keys]
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if source.share[1] > 1:
+        k, n, dim = source.share
+        tensor = tensor.unflatten(0, (-1, n, dim))[:, k].flatten(0, 1)
     tensor = (tensor.T if source.transposed else tensor).reshape(want.shape)
     if tensor.is_floating_point() != want.is_floating_point():
         raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds {tensor.dtype}.")

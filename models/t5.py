@@ -1,0 +1,116 @@
+"""DeepFloyd IF's text: T5's encoder through transformers, or prompts that were encoded beforehand."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.text import Tokens
+
+
+@dataclass(frozen=True)
+class T5Config:
+    width: int = 4096
+    context_length: int = 77
+    pooled_dim: int | None = None
+
+
+class T5Encoder(nn.Module):
+    """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of `models.text.TextEncoder`.
+
+    Padding is masked inside T5 alone: the UNet attends to all `context_length` tokens.
+    """
+
+    def __init__(self, tower: nn.Module, tokenizer: Any, context_length: int = 77):
+        super().__init__()
+        self.tower, self.tokenizer = tower, tokenizer
+        self.config = T5Config(tower.config.d_model, context_length)
+
+    def tokens(self, prompt: str) -> Tokens:
+        """Where each token stands in the prompt; a piece that is a space alone belongs to the word after it."""
+        prompt = " ".join(prompt.split())
+        found = self.tokenizer(prompt, return_offsets_mapping=True)
+        ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
+        after = (0, 0)
+        for i in reversed(range(len(spans))):
+            start, stop = spans[i]
+            while start < stop and prompt[start] == " ":
+                start += 1
+            after = spans[i] = (start, stop) if start < stop else after if i < len(spans) - 1 else (0, 0)
+        lower = prompt.lower()
+        return Tokens(lower if len(lower) == len(prompt) else prompt, ids, spans)
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """-> ids (B, L), cut after L tokens (the last one the end's) and padded."""
+        found = self.tokenizer([" ".join(p.split()) for p in prompts], max_length=self.config.context_length, truncation=True,
+                               padding="max_length", return_tensors="pt")
+        return found["input_ids"]
+
+    def unknown(self, ids: Tensor) -> Tensor:
+        return ids == self.tokenizer.unk_token_id
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, None]:
+        """ids (B, L) -> context (B, L, C); no pooled text (the UNet pools its own)."""
+        return self.tower(input_ids=ids, attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state, None
+
+
+class EncodedPrompts(nn.Module):
+    """Prompts with their embeddings and tokens, in place of the tower that made them.
+
+    The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its text and
+    [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
+    """
+
+    def __init__(self, prompts: list[str], tokens: list[Tokens], embeddings: Tensor):
+        super().__init__()
+        self.prompts, self.split = prompts, dict(zip(prompts, tokens))
+        self.register_buffer("embeddings", embeddings)
+        self.config = T5Config(embeddings.shape[2], embeddings.shape[1])
+
+    @staticmethod
+    def encoded_by(tower: T5Encoder, prompts: list[str]) -> EncodedPrompts:
+        """The empty prompt and these, one at a time."""
+        device = next(tower.parameters()).device
+        prompts = list(dict.fromkeys(["", *prompts]))
+        with torch.no_grad():
+            rows = [tower.encode(tower.tokenize([p]).to(device))[0].cpu() for p in prompts]
+        return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows))
+
+    def save(self, file: str | Path) -> None:
+        save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file,
+                  {"prompts": json.dumps(self.prompts), "tokens": json.dumps([self.split[p] for p in self.prompts])})
+
+    @staticmethod
+    def load(file: str | Path) -> EncodedPrompts:
+        """Raises ValueError, KeyError or SafetensorError for other files."""
+        with safe_open(file, "pt") as f:
+            said, embeddings = f.metadata() or {}, f.get_tensor("prompt_embeds")
+        prompts = json.loads(said["prompts"])
+        tokens = [Tokens(text, ids, [tuple(s) for s in spans]) for text, ids, spans in json.loads(said["tokens"])]
+        if embeddings.ndim != 3 or not len(prompts) == len(tokens) == len(embeddings):
+            raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and embeddings of the shape {tuple(embeddings.shape)}")
+        return EncodedPrompts(prompts, tokens, embeddings)
+
+    def _known(self, prompt: str) -> str:
+        if prompt not in self.split:
+            raise ValueError(f'the prompt "{prompt}" is not among the encoded ones: {", ".join(repr(p) for p in self.prompts)}')
+        return prompt
+
+    def tokens(self, prompt: str) -> Tokens:
+        return self.split[self._known(prompt)]
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """-> the prompts' numbers (B, 1)"""
+        return torch.tensor([[self.prompts.index(self._known(p))] for p in prompts])
+
+    def unknown(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids, dtype=torch.bool)
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.embeddings[ids[:, 0]], None

@@ -1,0 +1,187 @@
+"""DeepFloyd IF: what is in its diffusers folders, and in files under its own names."""
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.t5 import EncodedPrompts, T5Encoder
+from models.unet import UNetConfig
+from weights.detect import Package, Part, Shapes, count
+from weights.errors import CheckpointError
+from weights.files import TensorFile, open_file
+from weights.folder import check_fields, read_json, weights_file
+
+PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
+OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF's own names hold, and no others
+
+# Fields of unet/config.json that change the math, with the values that are supported.
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("gelu", "silu"), "addition_embed_type": ("text",), "attention_type": ("default",), "center_input_sample": (False,),
+    "class_embed_type": (None, "timestep"), "class_embeddings_concat": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "cross_attention_norm": ("group_norm", None), "dual_cross_attention": (False,),
+    "encoder_hid_dim_type": (None, "text_proj"), "flip_sin_to_cos": (True,), "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "norm_eps": (1e-5,), "norm_num_groups": (32,),
+    "num_class_embeds": (None,), "resnet_time_scale_shift": ("scale_shift", "default"), "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None, "gelu", "silu"), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
+    "upcast_attention": (False, None),
+}
+SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "num_train_timesteps": (1000,), "trained_betas": (None,), "beta_schedule": ("squaredcos_cap_v2",),
+    "prediction_type": ("epsilon",), "variance_type": ("learned_range", "fixed_small"), "timestep_spacing": ("leading",),
+}
+
+
+def squared_cosine(steps: int = 1000) -> Tensor:
+    """alphas_cumprod of the cosine schedule, its betas at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).  -> (steps,) float64"""
+    f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+    return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
+
+
+def find_folder(path: Path, notes: list[str]) -> Package:
+    """A stage in a diffusers folder. Raises CheckpointError."""
+    where = path / "unet" / "config.json"
+    c = read_json(where)
+    unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, c))
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    said = read_json(scheduler) if scheduler.exists() else {}
+    check_fields(scheduler, said, SCHEDULER_FIELDS)
+    threshold = default_threshold(unet.config)
+    if said:
+        bounds = said.get("dynamic_thresholding_ratio", 0.995), said.get("sample_max_value", 1.0)
+        threshold = bounds if said.get("thresholding") else None
+    side = c.get("sample_size") or 64
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    return Package("if", path, unet, [], None, "eps", "the rule for its family", squared_cosine(), size, notes=notes,
+                   offset=said.get("steps_offset", 0), threshold=threshold)
+
+
+def default_threshold(unet: UNetConfig) -> tuple[float, float]:
+    """Quantile and largest bound of dynamic thresholding, as released."""
+    return 0.95, 1.0 if unet.low_channels else 1.5
+
+
+def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
+    check_fields(path, c, FIELDS)
+    channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
+    n = len(channels)
+    per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * n  # noqa: E731
+    text_only = per_level(c.get("only_cross_attention") or False)
+
+    def kinds(names: list[str], known: dict[str, bool], text_only: tuple[bool, ...]) -> tuple[str | None, ...]:
+        odd = sorted(set(names) - known.keys())
+        if odd:
+            raise CheckpointError(f"{path}: block types {', '.join(odd)}; supported: {', '.join(known)}.")
+        return tuple(("added text" if only else "added") if known[name] else None for name, only in zip(names, text_only))
+
+    down = kinds(c["down_block_types"], {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}, text_only)
+    up = kinds(c["up_block_types"], {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}, text_only[::-1])[::-1]
+    only_mid = c.get("mid_block_only_cross_attention")
+    mid = "added text" if (text_only[-1] if only_mid is None else only_mid) else "added"
+    low = c.get("in_channels", 3) - 3 if c.get("class_embed_type") == "timestep" else 0
+    text = c.get("encoder_hid_dim")
+    return UNetConfig(
+        in_channels=c.get("in_channels", 3) - low, out_channels=c.get("out_channels", 6), channels=channels,
+        layers_per_block=per_level(c.get("layers_per_block", 2)), down_attention=down, mid_attention=mid, up_attention=up,
+        depth=(1,) * n, heads=tuple(ch // d for ch, d in zip(channels, per_level(c.get("attention_head_dim", 64)))),
+        context_dim=c.get("cross_attention_dim", 1280), act=c.get("act_fn", "silu"),
+        scale_shift=c.get("resnet_time_scale_shift") == "scale_shift", skip_time_act=bool(c.get("resnet_skip_time_act")),
+        out_scale=c.get("resnet_out_scale_factor") or 1.0, mid_scale=c.get("mid_block_scale_factor") or 1.0, resample="residual",
+        temb_dim=c.get("time_embedding_dim"), time_act=c.get("time_embedding_act_fn"), text_dim=text,
+        pool_heads=c.get("addition_embed_type_num_heads", 64), norm_text=c.get("cross_attention_norm") == "group_norm",
+        low_channels=low,
+    )
+
+
+def find_in_file(file: TensorFile) -> Package:
+    """A stage under IF's own names: sizes from shapes; what shapes cannot say from config.yml beside it, or as released."""
+    config = unet_from_shapes(file.shapes, _settings(file.path.with_name("config.yml")))
+    stray = () if config.text_dim else ("encoder_proj.",)
+    side = 256 if config.low_channels else 64
+    return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, "eps", "the rule for its family",
+                   squared_cosine(), (side, side), offset=0, threshold=default_threshold(config))
+
+
+def find_own_folder(path: Path) -> Package:
+    """A folder as DeepFloyd released it: config.yml and pytorch_model.bin."""
+    return find_in_file(open_file(path / "pytorch_model.bin"))
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """"key: value" lines of a YAML file, wherever they stand; none if there is no file."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return {k: v.strip("\"' ") for k, v in re.findall(r"^\s*(\w+)\s*:[ \t]*([^#\n]*)", text, re.MULTILINE)}
+
+
+def unet_from_shapes(s: Shapes, said: dict[str, str]) -> UNetConfig:
+    head_dim, upscaler = int(said.get("num_head_channels", 64)), "aug_proj.0.weight" in s
+    efficient = said.get("efficient_activation", str(upscaler)).lower() == "true"
+    scaled = 1 / 0.7071 if said.get("scale_skip_connection", str(upscaler)).lower() == "true" else 1.0
+    total = count(s, "input_blocks.")
+    blocks = [(s[f"input_blocks.{n}.0.out_layers.3.weight"][0], s.get(f"input_blocks.{n}.1.qkv.weight")) for n in range(1, total)]
+    levels: list[list[tuple[int, tuple[int, ...] | None]]] = [[]]
+    for i, (channels, qkv) in enumerate(blocks):
+        follows = blocks[i + 1] if i + 1 < len(blocks) else None
+        ends = follows is not None and qkv is None and levels[-1] and (
+            levels[-1][0][1] is not None or follows[0] != channels or follows[1] is not None)
+        if ends:
+            levels.append([])       # a residual block that halves the picture closes its level
+        else:
+            levels[-1].append((channels, qkv))
+
+    def kind(channels: int, qkv: tuple[int, ...] | None) -> str | None:
+        return None if qkv is None else "added text" if qkv[0] == channels else "added"
+
+    kinds = tuple(kind(*level[0]) for level in levels)
+    channels = tuple(level[0][0] for level in levels)
+    temb = s["time_embed.0.weight"][0]
+    text, context = s["encoder_pooling.0.weight"][0], s["middle_block.1.encoder_kv.weight"][1]
+    low = s["input_blocks.0.0.weight"][1] - 3 if upscaler else 0
+    return UNetConfig(
+        in_channels=s["input_blocks.0.0.weight"][1] - low, out_channels=s["out.2.weight"][0], channels=channels,
+        layers_per_block=tuple(len(level) for level in levels), down_attention=kinds,
+        mid_attention=kind(channels[-1], s["middle_block.1.qkv.weight"]), up_attention=kinds, depth=(1,) * len(levels),
+        heads=tuple(max(1, c // head_dim) for c in channels), context_dim=context, act=said.get("activation", "gelu"),
+        scale_shift=s["middle_block.0.emb_layers.1.weight"][0] == 2 * channels[-1], skip_time_act=efficient, out_scale=scaled,
+        mid_scale=scaled, resample="residual", temb_dim=temb, time_act=said.get("activation", "gelu") if efficient else None,
+        text_dim=text if "encoder_proj.weight" in s else None, pool_heads=int(said.get("att_pool_heads", 64)), low_channels=low,
+    )
+
+
+def load_text(package: Package, source: str | Path | None, device: torch.device, dtype: torch.dtype) -> T5Encoder | EncodedPrompts:
+    """T5 from a folder (None: the one that the model lies in), or a .safetensors of encoded prompts. Raises CheckpointError."""
+    where = package.where if source is None else Path(source)
+    wanted = package.unet.config.text_dim or package.unet.config.context_dim
+    if where.is_file() and source is not None:
+        try:
+            text: T5Encoder | EncodedPrompts = EncodedPrompts.load(where).to(device, dtype)
+        except (KeyError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{where}: not a file of encoded prompts ({error}); `p2p encode` writes one.") from None
+    elif (where / "text_encoder" / "config.json").exists():
+        text = load_t5(where, device, dtype)
+    else:
+        raise CheckpointError(f"{where}: no T5 there (text_encoder/config.json and tokenizer/ expected). Give its folder, or a "
+                              "file of encoded prompts, as the model's text.")
+    if text.config.width != wanted:
+        raise CheckpointError(f"{where}: gives text of width {text.config.width}, the UNet takes {wanted}.")
+    return text.eval().requires_grad_(False)
+
+
+def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
+    """T5 from the text_encoder and tokenizer folders of a model. Raises CheckpointError."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError:
+        raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
+                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+    try:
+        tower = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True)
+    except Exception as error:   # of transformers, tokenizers or safetensors; they vary from release to release
+        raise CheckpointError(f"{folder}: its T5 cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).") from None
+    return T5Encoder(tower.to(device), tokenizer)
