@@ -7,6 +7,7 @@
 """
 from models.attention import Record
 from p2p.blend import LocalBlend
+from p2p.cascade import upscale
 from p2p.edit import Edit
 from p2p.errors import NumericsError, UsageError
 from p2p.invert import Inversion, invert
@@ -18,4 +19,4 @@ from weights.errors import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError", "PlugAndPlay", "Record",
-           "Result", "UsageError", "edit", "generate", "invert", "load"]
+           "Result", "UsageError", "edit", "generate", "invert", "load", "upscale"]

@@ -14,6 +14,7 @@ from torch import Tensor
 import weights.load
 from models.attention import Record
 from models.blocks import timestep_embedding
+from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
 from models.unet import UNet
 from models.vae import AutoencoderKL
@@ -44,7 +45,7 @@ class Model:
     file: Path
     family: str
     unet: UNet
-    text_encoders: list[TextEncoder] = field(repr=False)
+    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts] = field(repr=False)   # none: it reads no text
     vae: AutoencoderKL | None            # None: the model works on pixels
     alphas_cumprod: Tensor = field(repr=False)
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
@@ -115,6 +116,8 @@ class Model:
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
         """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
+        if not self.text_encoders:
+            return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
         if self.unet.config.vector_dim is None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +27,15 @@ from p2p.model import Conditioning, Model
 from p2p.plug_and_play import PlugAndPlay
 from p2p.sampler import proximal_guide
 from p2p.schedule import Schedule
+
+UPSCALING = 4   # of a super-resolution stage, per side
+
+
+class Low(NamedTuple):
+    """What a super-resolution stage enlarges."""
+
+    pictures: Tensor             # (B, 3, h, w) in [-1, 1], one a prompt
+    noise_level: int = 250       # timestep of the noise that is put on them first
 
 
 @dataclass
@@ -46,7 +56,7 @@ class Result:
 def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
          height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-         editor: MasaCtrl | PlugAndPlay | None = None, record: Record = Record(), progress: bool = False,
+         editor: MasaCtrl | PlugAndPlay | None = None, low: Low | None = None, record: Record = Record(), progress: bool = False,
          **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
@@ -57,7 +67,8 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     noise, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
     pictures in pixels, None for the size that the model was made for. proximal: guidance along the large differences
     alone, see `proximal_guide`: ("l0" or "l1", quantile). editor: another way to inject than Prompt-to-Prompt's, which
-    the windows and weights of `Edit` then do not concern. record: which attention maps to keep in `maps`.
+    the windows and weights of `Edit` then do not concern. low: what a super-resolution stage enlarges, see `upscale`.
+    record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
@@ -81,7 +92,7 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
                              "the text tower reads; shorten the prompt")
         if split[0].ids == t.ids and not e.equalizer and editor is None:
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
-    start = _start(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width)
+    start = _start(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width, low)
     known = None
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
@@ -153,7 +164,7 @@ def _proximal(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
              seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float | None = None, height: int | None = None,
-             width: int | None = None, record: Record = Record(), progress: bool = False) -> Result:
+             width: int | None = None, low: Low | None = None, record: Record = Record(), progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seed] if isinstance(seed, int) else list(seed)
@@ -161,7 +172,7 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     notes: list[str] = list(model.notes)
     _tokens(model, prompts, notes)
-    start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width)
+    start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width, low)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
     null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
@@ -184,33 +195,56 @@ class _Start(NamedTuple):
     guidance_scale: float
     eta: float
     size: tuple[int, int]       # height, width in pixels
+    low: Tensor | None = None   # (B, 3, height, width): enlarged and noised, for super-resolution
+    level: Tensor | None = None # (B,)
 
 
 def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
-           height: int | None, width: int | None) -> _Start:
+           height: int | None, width: int | None, low: Low | None = None) -> _Start:
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     eta = model.eta if eta is None else eta
-    if model.unet.config.low_channels:
-        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model")
+    if bool(model.unet.config.low_channels) != (low is not None):
+        raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
+                         + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
     if not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
     if not abs(guidance_scale) < float("inf"):
         raise UsageError(f"guidance_scale must be finite, not {guidance_scale!r}")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
+    if low is not None:
+        if len(low.pictures) != n or not 0 <= low.noise_level < len(model.alphas_cumprod):
+            raise UsageError(f"{len(low.pictures)} pictures to enlarge and {n} prompts; noise_level {low.noise_level} (from 0 to "
+                             f"{len(model.alphas_cumprod) - 1})")
+        height, width = (UPSCALING * side for side in low.pictures.shape[2:])
     shape = model.latent_shape(height, width)
     noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
         raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
-    return _Start(x.expand(n, -1, -1, -1), noise[1:], model.schedule(steps), guidance_scale, eta,   # same noise in every row
-                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
+    start = _Start(x.expand(n, -1, -1, -1), noise[1:], model.schedule(steps), guidance_scale, eta,   # same noise in every row
+                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
+    return start if low is None else start._replace(**_conditioned(model, low, seeds))
+
+
+def _conditioned(model: Model, low: Low, seeds: list[int]) -> dict[str, Tensor]:
+    """The pictures at full size, with the noise of their level (Saharia et al. 2022, section 2.4): another than that of x_T."""
+    pictures = low.pictures.to(model.device, torch.float32)
+    size = [UPSCALING * side for side in pictures.shape[2:]]
+    large = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
+    a = float(model.alphas_cumprod[low.noise_level])
+    noise = draw(large.shape[1:], seeds, 2)[1].to(model.device)
+    level = torch.full((len(large),), low.noise_level, device=model.device)
+    return {"low": a**0.5 * large + (1 - a) ** 0.5 * noise, "level": level}
 
 
 def _run(model: Model, prompts: list[str], start: _Start, null: Conditioning | Sequence[Conditioning] | None,
          settings: dict[str, Any], notes: list[str], progress: bool, *, record: Record, **how: Any) -> Result:
     began = time.perf_counter()
     text = model.condition(prompts, *start.size)
+    if start.low is not None:
+        enlarged = dict(low=start.low.to(model.dtype), level=start.level)
+        text, null = text._replace(**enlarged), null and null._replace(**enlarged)
     read = time.perf_counter()
     loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, eta=start.eta,
                    noise=start.noise or None, record=record, **how)
@@ -222,13 +256,15 @@ def _run(model: Model, prompts: list[str], start: _Start, null: Conditioning | S
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
-    maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length)
+    maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length) if collector.timesteps else None
     return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps,
                   None if masks is None else masks.cpu(), rows, timings)
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:
-    """Splits the prompts; notes what the text tower will not see or does not know."""
+    """Splits the prompts; notes what the text tower will not see or does not know. None for a model that reads no text."""
+    if not model.text_encoders:
+        return []
     for prompt in dict.fromkeys(prompts):
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {prompt!r}")

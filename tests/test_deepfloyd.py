@@ -288,3 +288,45 @@ def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, cap
     (tmp_path / "other.safetensors").write_bytes((stages[0] / "text_encoder" / "model.safetensors").read_bytes())
     with pytest.raises(p2p.CheckpointError, match="not a file of encoded prompts"):
         p2p.load(stages[0], device="cpu", text=tmp_path / "other.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------- cascade
+
+def test_cascade(stages):
+    """Four times larger, prompts and noise shared: equal small pictures stay equal, and so do their neighbours' pixels."""
+    model, upscaler = p2p.load(stages[0], device="cpu"), p2p.load(stages[1], device="cpu")
+    small = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=16, width=24, seed=2)
+    large = p2p.upscale(upscaler, small, steps=3)
+    assert [i.size for i in large.images] == [(96, 64)] * 3 and large.rows > small.rows
+    assert (large.latents[2] - large.latents[0]).abs().max() < 1e-3 < (large.latents[1] - large.latents[0]).abs().max()
+    assert large.settings["targets"] == small.settings["targets"] and large.settings["upscale"]["noise_level"] == 250
+    edited = p2p.upscale(upscaler, small, steps=3, edited=True)
+    assert (edited.latents[0] - large.latents[0]).abs().max() < 1e-3 < (edited.latents[1] - large.latents[1]).abs().max()
+    with pytest.raises(p2p.UsageError, match="is a super-resolution stage"):
+        p2p.generate(upscaler, "a cat")
+    with pytest.raises(p2p.UsageError, match="is no super-resolution stage"):
+        p2p.upscale(model, small)
+
+
+def test_low_resolution_picture_is_noised_as_said(stages):
+    """At level 0 next to no noise lies on it; its noise is another than x_T, and the same for all rows."""
+    upscaler = p2p.load(stages[1], device="cpu")
+    low = torch.rand(1, 3, 8, 8).expand(2, -1, -1, -1) * 2 - 1
+    seen = {}
+
+    def spy(model, x, text, null, schedule, **how):
+        seen.update(x=x, text=text, null=null)
+        raise StopIteration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("p2p.run.denoise", spy)
+        for level in (0, 999):
+            with pytest.raises(StopIteration):
+                p2p.generate(upscaler, ["a cat", "a dog"], low=p2p.run.Low(low, level), seed=5)
+            told = seen["text"]
+            assert torch.equal(told.low[0], told.low[1]) and told.level.tolist() == [level] * 2 and torch.equal(seen["null"].low, told.low)
+            if level == 0:
+                large = torch.nn.functional.interpolate(low, scale_factor=4, mode="bilinear", align_corners=True)
+                assert (told.low - large).std() < 0.02
+            else:
+                assert abs(told.low.std() - 1) < 0.1 and (told.low - seen["x"]).std() > 1
