@@ -34,7 +34,7 @@ class UNetConfig:
     layers_per_block: int | tuple[int, ...] = 2
     # "cross" or "hybrid": in transformer blocks; "added" or "added text": hybrid or text alone, a layer of its own; or None
     down_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)
-    mid_attention: str = "cross"
+    mid_attention: str | None = "cross"
     up_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)     # level order, as down_attention
     depth: tuple[int, ...] = (1, 1, 1, 1)          # transformer blocks per attention layer
     heads: tuple[int, ...] = (8, 8, 8, 8)
@@ -77,6 +77,11 @@ EMOJI = UNetConfig(
 )
 
 
+
+EMOJI_UPSCALER = UNetConfig(
+    in_channels=3, out_channels=3, channels=(64, 96), layers_per_block=1, down_attention=(None, None), mid_attention=None,
+    up_attention=(None, None), depth=(1, 1), heads=(1, 1), context_dim=1, patch=4, low_channels=3,
+)
 
 
 def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:

@@ -12,18 +12,19 @@ from p2p.model import Model
 from p2p.run import Low, Result, edit, generate
 
 
-def upscale(model: Model, small: Result, *, steps: int = 50, guidance_scale: float | None = None, eta: float | None = None,
-            noise_level: int = 250, edited: bool = False, progress: bool = False) -> Result:
+def upscale(model: Model, small: Result, *, steps: int | None = None, guidance_scale: float | None = None, eta: float | None = None,
+            noise_level: int | None = None, edited: bool = False, progress: bool = False) -> Result:
     """Four times larger pictures of a run, by a super-resolution stage that is told the same prompts.
 
     All rows share the noise of the run's seed, so what source and targets have in common stays common. The stage's attention
     is left alone, as in the paper; edited: it is injected as the run's was. noise_level: timestep of the noise put on the small
-    pictures (250 of 1000 is IF's 0.25). The settings are the run's, with those of this stage under "upscale".
+    pictures, None for the model's own (250 of 1000 for IF). The settings are the run's, with those of this stage under "upscale".
     """
     pictures = torch.cat([from_pil(i) for i in small.images])
+    noise_level = model.noise_level if noise_level is None else noise_level
     seed = small.settings["seed"]
-    common: dict[str, Any] = dict(steps=steps, guidance_scale=guidance_scale, eta=eta, low=Low(pictures, noise_level),
-                                  progress=progress)
+    common: dict[str, Any] = dict(steps=model.steps if steps is None else steps, guidance_scale=guidance_scale, eta=eta,
+                                  low=Low(pictures, noise_level), progress=progress)
     if not edited:
         large = generate(model, small.prompts, seed=0 if seed is None else seed, **common)
     elif small.settings["command"] != "edit":

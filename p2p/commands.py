@@ -28,6 +28,7 @@ from weights.inspect import report as describe
 from weights.load import find
 
 EDITORS = {"masactrl": p2p.MasaCtrl, "plug-and-play": p2p.PlugAndPlay}
+UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
 
@@ -58,11 +59,12 @@ def edit(args: argparse.Namespace) -> None:
     editor = args.editor and EDITORS[args.editor]()
     if editor and (args.cross or args.self_ or args.weight or args.swap or args.scope or args.mode):
         raise p2p.UsageError("--editor: not with --mode, --cross, --self, --weight, --swap or --scope (Prompt-to-Prompt's)")
+    stage = _upscaler(args, model.family)
     result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=_proximal(args), editor=editor,
                       record=_record(args), progress=not args.quiet)
     if isinstance(source, p2p.Inversion):
         print(f"note: {source.method} inversion, {source.rows} rows of the UNet; the edit, {result.rows}", file=sys.stderr)
-    _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None)
+    _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, _upscale(stage, result, args))
 
 
 def invert(args: argparse.Namespace) -> None:
@@ -111,16 +113,17 @@ def _replay(args: argparse.Namespace) -> None:
         editor = editor and {c.__name__: c for c in EDITORS.values()}[editor.pop("name")](**editor)
         how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=editor,
                    record=_record(args), progress=not args.quiet)
-        source = None
+        stage, source = _upscaler(args, model.family, s.get("upscale")), None
         if s["inversion"] is not None:
             source = _again(model, s["inversion"], not args.quiet)
             result = p2p.edit(model, source, edits, **how)
         else:
             result = p2p.edit(model, s["source"], edits, steps=s["steps"], seed=s["seed"], eta=s["eta"], height=s["height"],
                               width=s["width"], **how)
+        large = _upscale(stage, result, args)
     except (KeyError, TypeError, AttributeError) as error:
         raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
-    _write_edit(out, result, args, source)
+    _write_edit(out, result, args, source, large)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -233,15 +236,44 @@ def _say(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None) -> None:
-    _say(result.notes)
+Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
+
+
+def _upscaler(args: argparse.Namespace, family: str, recorded: dict[str, Any] | None = None) -> Stage | None:
+    """The super-resolution stage that is asked for, or recorded in the settings of a run to be done again, and its settings."""
+    given = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
+                 edited=args.upscale_edited or None)
+    given = {k: v for k, v in given.items() if v is not None}
+    if not (args.upscale or args.upscaler or recorded):
+        if given:
+            raise p2p.UsageError("--upscale-steps, --upscale-cfg, --upscale-level, --upscale-edited: not without --upscale")
+        return None
+    name = args.upscaler or (recorded["model"] if recorded else UPSCALERS.get(family))
+    if name is None:
+        raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
+    stage = p2p.load(name, device=args.device, text=args.text)
+    if recorded and stage.sha256 != recorded["sha256"]:
+        raise p2p.CheckpointError(f"{stage.file}: not the stage that enlarged {args.replay}; give that one with --upscaler")
+    return stage, {k: recorded[k] for k in ("steps", "guidance_scale", "eta", "noise_level", "edited")} if recorded else given
+
+
+def _upscale(stage: Stage | None, result: Result, args: argparse.Namespace) -> Result | None:
+    return stage and p2p.upscale(stage[0], result, **stage[1], progress=not args.quiet)
+
+
+def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
+                large: Result | None) -> None:
+    _say((large or result).notes)
     n = len(result.images)
+    shown = large or result
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
-    for name, image in zip(["source", *(["edit"] if n == 2 else [f"edit-{i}" for i in range(1, n)])], result.images):
-        out.picture(name, image, result.settings)
-    out.picture("grid", grid(result.images, result.prompts), result.settings)
-    out.json("settings.json", result.settings)
+    for name, image in zip(["source", *(["edit"] if n == 2 else [f"edit-{i}" for i in range(1, n)])], shown.images):
+        out.picture(name, image, shown.settings)
+    out.picture("grid", grid(shown.images, shown.prompts), shown.settings)
+    if large is not None:
+        out.picture("small", grid(result.images, result.prompts), result.settings)
+    out.json("settings.json", shown.settings)
     if result.maps is not None:
         found = [leakage(result, k) for k in range(1, n)]
         out.json("leakage.json", [f._asdict() for f in found])

@@ -52,6 +52,8 @@ class Model:
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # used where none is asked for
     eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
+    steps: int = 50                      # likewise, in super-resolution
+    noise_level: int = 250               # likewise: timestep of the noise on what a super-resolution stage enlarges
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
     offset: int = 1                      # this and the next: see `ddim_schedule`
     final_alpha: float | None = None
@@ -186,5 +188,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
         "if": dict(guidance_scale=4.0 if c.unet.config.low_channels else 7.0, eta=1.0, clip=package.threshold or 1.0,
                    offset=package.offset, final_alpha=1.0),
     }.get(package.family, {})
+    if package.family == "emoji" and c.unet.config.low_channels:
+        own |= dict(guidance_scale=1.0, steps=20, noise_level=50)
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
                  package.size, latent_scale=package.latent_scale, zero_negative=sdxl, notes=tuple(notes), **own)

@@ -35,7 +35,7 @@ class Low(NamedTuple):
     """What a super-resolution stage enlarges."""
 
     pictures: Tensor             # (B, 3, h, w) in [-1, 1], one a prompt
-    noise_level: int = 250       # timestep of the noise that is put on them first
+    noise_level: int             # timestep of the noise that is put on them first
 
 
 @dataclass

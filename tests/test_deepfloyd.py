@@ -1,11 +1,13 @@
 """DeepFloyd IF, the paper's kind of backbone: both stages against diffusers, sizes, and edits through its hybrid attention."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 from oracles import attention_processor, diffusers, transformers
+from PIL import Image
 
 import p2p
 from models.attention import AttentionEdit, Record
@@ -13,6 +15,7 @@ from models.blocks import AddedAttention
 from models.unet import UNet, UNetConfig, deepfloyd
 from p2p.align import word_tokens, words
 from p2p.cli import main
+from p2p.image import read_settings
 from p2p.sampler import ddpm_step, x0_and_eps
 
 TINY = UNetConfig(
@@ -295,9 +298,9 @@ def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, cap
 def test_cascade(stages):
     """Four times larger, prompts and noise shared: equal small pictures stay equal, and so do their neighbours' pixels."""
     model, upscaler = p2p.load(stages[0], device="cpu"), p2p.load(stages[1], device="cpu")
-    small = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=16, width=24, seed=2)
+    small = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=8, width=16, seed=2)
     large = p2p.upscale(upscaler, small, steps=3)
-    assert [i.size for i in large.images] == [(96, 64)] * 3 and large.rows > small.rows
+    assert [i.size for i in large.images] == [(64, 32)] * 3 and large.rows > small.rows
     assert (large.latents[2] - large.latents[0]).abs().max() < 1e-3 < (large.latents[1] - large.latents[0]).abs().max()
     assert large.settings["targets"] == small.settings["targets"] and large.settings["upscale"]["noise_level"] == 250
     edited = p2p.upscale(upscaler, small, steps=3, edited=True)
@@ -330,3 +333,18 @@ def test_low_resolution_picture_is_noised_as_said(stages):
                 assert (told.low - large).std() < 0.02
             else:
                 assert abs(told.low.std() - 1) < 0.1 and (told.low - seen["x"]).std() > 1
+
+
+def test_cascade_from_the_command_line(stages, tmp_path, capsys):
+    one, two = map(str, stages)
+    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", one, "--steps", "2", "--height", "16", "--width", "16",
+            "--seed", "4", "-o", str(tmp_path)]
+    assert main([*argv, "--upscaler", two, "--upscale-steps", "2"]) == 0
+    source, edit, grid, small = capsys.readouterr().out.split()
+    assert [Image.open(f).size for f in (source, edit)] == [(64, 64)] * 2 and read_settings(edit)["upscale"]["steps"] == 2
+    assert main(["edit", "--from", edit, "-o", str(tmp_path)]) == 0
+    again = capsys.readouterr().out.split()
+    assert [Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(again, (source, edit, grid, small))] == [True] * 4
+    assert main([*argv, "--upscale"]) == 2 and "name one with --upscaler" in capsys.readouterr().err
+    assert main([*argv, "--upscale-steps", "2"]) == 2 and "not without --upscale" in capsys.readouterr().err
+    assert main([*argv, "--upscaler", one]) == 2 and "is no super-resolution stage" in capsys.readouterr().err

@@ -297,9 +297,11 @@ def _emoji(file: TensorFile) -> Package:
     """Our own file: the modules' own names; the UNet's sizes in the metadata."""
     sizes = json.loads(file.metadata.get("unet", "{}"))
     unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
-    text = replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0])
-    return Package("emoji", file.path, Part(file, "unet.", "own", unet), [Part(file, "text.", "own", text)], None,
-                   file.metadata.get("prediction", "x0"), "the file's metadata", file["alphas_cumprod"].double(), (64, 64))
+    text, side = [], 256 if unet.low_channels else 64
+    if "text.vocab" in file.shapes:   # the upscaler reads no text
+        text = [Part(file, "text.", "own", replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
+    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, file.metadata.get("prediction", "x0"),
+                   "the file's metadata", file["alphas_cumprod"].double(), (side, side))
 
 
 def listed(what: str, names: list[str], most: int = 5) -> str:

@@ -20,7 +20,8 @@ from weights.files import open_file
 from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline, weights_file
 from weights.keys import Source
 
-BUNDLED = Path(__file__).with_name("emoji") / "emoji.safetensors"
+EMOJI = Path(__file__).with_name("emoji")
+BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-upscaler": EMOJI / "upscaler.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Checkpoint:
 
 def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          vae: str | Path | None = None) -> Package:
-    """Recognises "emoji" (bundled), a .safetensors or .ckpt file, a diffusers folder, or an "org/name" of the Hub (which is
-    downloaded), without loading it.
+    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or an "org/name" of
+    the Hub (which is downloaded), without loading it.
 
     The other arguments overrule what is found. Raises CheckpointError.
     """
@@ -45,8 +46,8 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     if prediction is not None and prediction not in PREDICTIONS:
         raise CheckpointError(f"prediction {prediction!r} is not known; known: {', '.join(PREDICTIONS)}")
     path = Path(source)
-    if not path.exists() and str(source) == "emoji":
-        path = BUNDLED
+    if not path.exists() and str(source) in BUNDLED:
+        path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
         path = hub.download(str(source))
     try:

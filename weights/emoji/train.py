@@ -111,10 +111,44 @@ class Model(nn.Module):
         return self.unet(x_t, t, context)[0]
 
 
-def export(model: nn.Module, file: Path, pictures: int) -> None:
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the inner matrices and convolutions, AdamW for embeddings, both ends, norms and biases."""
+    inner = {n: p.ndim > 1 and not any(part in n for part in ("embedding", "conv_in", "conv_out"))
+             for n, p in model.named_parameters()}
+    return [Muon([p for n, p in model.named_parameters() if inner[n]], lr),
+            torch.optim.AdamW([p for n, p in model.named_parameters() if not inner[n]], lr, (0.9, 0.99), fused=True)]
+
+
+def set_rate(steppers: list[torch.optim.Optimizer], lr: float, step: int, seen: int, total: int) -> float:
+    """Up over 200 steps, constant, down over the last fifth of the pictures."""
+    rate = lr * min(1, (step + 1) / 200) * min(1, max(0.02, (total - seen) / (0.2 * total)))
+    for stepper in steppers:
+        stepper.param_groups[0]["lr"] = rate
+    return rate
+
+
+def load_state(file: Path, model: nn.Module, ema: nn.Module, steppers: list[torch.optim.Optimizer]) -> int:
+    """Goes on from a checkpoint, if there is one.  -> how many pictures were seen"""
+    if not file.exists():
+        return 0
+    saved = torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
+    model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
+    for stepper, values in zip(steppers, saved["optimizers"]):
+        stepper.load_state_dict(values)
+    return saved["pictures"]
+
+
+def save_state(file: Path, model: nn.Module, ema: nn.Module, steppers: list[torch.optim.Optimizer], seen: int) -> None:
+    tmp = file.with_suffix(".tmp")
+    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in steppers],
+                "pictures": seen}, tmp)
+    os.replace(tmp, file)
+
+
+def export(model: nn.Module, file: Path, pictures: int, alphas_cumprod: Tensor) -> None:
     """Half precision weights, the schedule, and what they are."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()} | {"alphas_cumprod": shifted_cosine_alphas_cumprod()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()} | {"alphas_cumprod": alphas_cumprod}
     save_file(tensors, file.with_suffix(".tmp"), {
         "format": "p2p-emoji", "prediction": "x0", "pictures": str(pictures), "unet": json.dumps(asdict(model.unet.config))})
     os.replace(file.with_suffix(".tmp"), file)
@@ -154,27 +188,16 @@ def main(argv: list[str] | None = None) -> None:
         model.load_state_dict({k: v for k, v in load_file(a.init).items() if k != "alphas_cumprod"})
     ema = Model().to(a.device)
     ema.load_state_dict(model.state_dict())
-    inner = {n: p.ndim > 1 and not any(part in n for part in ("embedding", "conv_in", "conv_out"))
-             for n, p in model.named_parameters()}
-    optimizers = [Muon([p for n, p in model.named_parameters() if inner[n]], a.lr),
-                  torch.optim.AdamW([p for n, p in model.named_parameters() if not inner[n]], a.lr, (0.9, 0.99), fused=True)]
-    seen = 0
+    steppers = optimizers(model, a.lr)
     state = a.folder / "state.pt"
-    if state.exists():
-        saved = torch.load(state, map_location=a.device, weights_only=True)
-        model.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
-        for optimizer, values in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(values)
-        seen = saved["pictures"]
+    seen = load_state(state, model, ema, steppers)
     abar = shifted_cosine_alphas_cumprod().float().to(a.device)
     started, first, losses = time.time(), seen, []
 
     stop = min(a.pictures, a.stop or a.pictures)
     while seen < stop:
         step = seen // a.batch
-        lr = a.lr * min(1, (step + 1) / 200) * min(1, max(0.02, (a.pictures - seen) / (0.2 * a.pictures)))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+        rate = set_rate(steppers, a.lr, step, seen, a.pictures)
         g = torch.Generator().manual_seed(1_000_003 + step)
         scene = sample(a.batch, g, mix=curriculum(seen / a.ramp))
         ids = model.text.tokenize([c if torch.rand((), generator=g) > a.dropout else "" for c in caption(scene)])
@@ -189,24 +212,21 @@ def main(argv: list[str] | None = None) -> None:
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        for stepper in steppers:
+            stepper.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, (step + 1) / (step + 10)))
         seen += a.batch
         losses.append(loss.item())
         if (step + 1) % a.every == 0 or seen >= stop:
-            row = {"pictures": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(lr, 7),
+            row = {"pictures": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(rate, 7),
                    "pictures_per_s": round((seen - first) / (time.time() - started), 1)}
             losses = []
             with (a.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-            tmp = state.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "pictures": seen}, tmp)
-            os.replace(tmp, state)
-            export(ema, a.folder / "emoji.safetensors", seen)
+            save_state(state, model, ema, steppers, seen)
+            export(ema, a.folder / "emoji.safetensors", seen, shifted_cosine_alphas_cumprod())
             if a.samples and (step + 1) % (a.every * a.samples) == 0:
                 draw_samples(a.folder)
 
