@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import p2p
+from weights.convert import convert
+from weights.load import find
 
 GOLDEN = Path(__file__).with_name("golden") / "sd1_small"
 
@@ -56,3 +58,20 @@ def sd1(sd1_file):
 @pytest.fixture(scope="session")
 def emoji():
     return p2p.load("emoji", device="cpu")
+
+
+@pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl"])
+def made(request, tmp_path_factory):
+    """(family, its parts by diffusers, their folder): small, with random weights."""
+    import families  # diffusers and transformers take seconds to import
+
+    parts = families.build(request.param)
+    return request.param, parts, families.save(parts, tmp_path_factory.mktemp(request.param) / "folder", request.param)
+
+
+@pytest.fixture(scope="session")
+def single(made, tmp_path_factory):
+    """The same model as a single file."""
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    convert(find(made[2]), path)
+    return path

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from oracles import diffusers, transformers
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import p2p
@@ -16,31 +15,12 @@ from models.text import CLIP_L, OPENCLIP_G, OPENCLIP_H, SDXL_L, TextEncoder
 from models.unet import SD2, SDXL, UNet
 from models.vae import SD, AutoencoderKL
 from p2p import CheckpointError
-from p2p.cli import main
-from p2p.image import from_pil, to_pil
-from p2p.invert import METHODS
 from weights import keys
 from weights.convert import convert, single_file
 from weights.detect import scaled_linear, zero_terminal_snr
 from weights.load import find
 
-FAMILIES = ("sd1", "sd2", "sdxl")
 PROMPTS = ["a cat on grass, riding a (bicycle)!", "Ünïcode & émojis: 2 cats 😀 日本語", "", "cat " * 100]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def made(request, tmp_path_factory):
-    """(family, its parts by diffusers, their folder)"""
-    parts = families.build(request.param)
-    return request.param, parts, families.save(parts, tmp_path_factory.mktemp(request.param) / "folder", request.param)
-
-
-@pytest.fixture(scope="module")
-def single(made, tmp_path_factory):
-    """The same model as a single file."""
-    path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    convert(find(made[2]), path)
-    return path
 
 
 def load(path, **kw):
@@ -184,7 +164,6 @@ def test_lightning_pickle_with_its_leftovers(single, tmp_path):
     import sys
     import types
 
-    import numpy as np
 
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     stub = type("ModelCheckpoint", (), {"__module__": module.__name__})
@@ -375,56 +354,7 @@ def test_zero_terminal_snr(single, tmp_path):
     assert (abar[:-1] - theirs.alphas_cumprod[:-1]).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------------------- command line
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_edits_from_the_command_line(made, single, tmp_path, capsys, prediction):
-    """The edits of the bundled model, on every family: swap, refine and weights, non-square, source = source alone."""
-    argv = ["edit", "a red cat on grass", "a red dog on grass", "a big red cat on grass", "--weight", "red=2",
-
-            "--model", str(single), "--prediction", prediction, "--steps", "3", "--seed", "1", "--height", "32", "--width", "64", "-o", str(tmp_path)]
-    assert main(argv) == 0
-    files = capsys.readouterr().out.split()
-    from p2p.image import read_settings
-
-    assert read_settings(files[1])["prediction"] == prediction
-    model = load(single, prediction=prediction)
-    r = p2p.edit(model, "a red cat on grass", "a red dog on grass", steps=3, seed=1, height=32, width=64)
-    alone = p2p.generate(model, "a red cat on grass", steps=3, seed=1, height=32, width=64)
-    assert r.images[0].size == (64, 32) and (r.latents[:1] - alone.latents).abs().max() < 2e-3 * alone.latents.std()
-    assert main(["edit", "--from", files[0], "-o", str(tmp_path)]) == 0
-    again = capsys.readouterr().out.split()
-    assert (tmp_path / again[0]).read_bytes() == (tmp_path / files[0]).read_bytes()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_inversions_from_the_command_line(made, single, tmp_path, capsys, prediction, method):
-    """Every way to invert, on every family, non-square; the edit is blended, so the picture comes back around it."""
-    Image.linear_gradient("L").resize((90, 50)).convert("RGB").save(tmp_path / "photo.png")
-    argv = ["edit", "a red cat on grass", "a red dog on grass", "--image", str(tmp_path / "photo.png"), "--method", method,
-            "--model", str(single), "--prediction", prediction, "--steps", "2", "--inner-steps", "2", "--height", "32", "--width",
-            "64", "--blend-mask", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out")]
-    assert main(argv) == 0
-    files = capsys.readouterr().out.split()
-    pictures = [np.array(Image.open(f)).astype(int) for f in files[:3]]
-    assert pictures[0].shape == (32, 64, 3) and (pictures[1] != pictures[2]).any()
-    if method in ("direct", "edit-friendly"):   # the source is the autoencoder's picture of the input
-        model = load(single, prediction=prediction)
-        wanted = to_pil(model.decode(model.encode(from_pil(Image.open(files[0])))))[0]
-        assert np.abs(pictures[1] - np.array(wanted)).max() <= 1
-
-
-def test_inspect_and_convert_commands(made, single, tmp_path, capsys):
-    family, _, folder = made
-    for path in (single, folder):
-        assert main(["inspect", str(path), "--hash"]) == 0
-        out = capsys.readouterr().out
-        assert f"family      {family}" in out and "prediction  eps" in out and "sha256" in out
-    assert main(["convert", str(folder), str(tmp_path / "x.safetensors"), "--half"]) == 0
-    assert main(["convert", str(folder), str(tmp_path / "x.safetensors")]) == 3
-    assert main(["inspect", str(tmp_path / "absent")]) == 3
-
+# ------------------------------------------------------------------------------------------------------ sizes and precision
 
 def test_sizes_that_do_not_fit(single):
     model = load(single)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from p2p.cli import main
+from p2p.cli import main, parsers
+from p2p.commands import EDITORS
 from p2p.image import CHUNK, grid, read_settings, save_png
+from p2p.invert import METHODS
+from weights.detect import FAMILIES, PREDICTIONS
 
 EDIT = ["edit", "a red cat on grass", "a red dog on grass", "--steps", "3"]
 
@@ -172,3 +175,11 @@ def test_grid_grows_with_its_captions():
     pictures = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
     short, long = grid(pictures, ["a cat", "a dog"]), grid(pictures, ["a cat", "a dog " * 30])
     assert short.width == long.width and short.height < long.height
+
+
+def test_choices_on_the_command_line_are_those_of_the_code():
+    """They are written out there, so that --help need not import torch."""
+    _, commands = parsers()
+    choices = {a.dest: set(a.choices) for c in commands.values() for a in c._actions if a.choices}
+    assert choices["method"] == set(METHODS) and choices["editor"] == set(EDITORS)
+    assert choices["family"] == set(FAMILIES) and choices["prediction"] == set(PREDICTIONS)
