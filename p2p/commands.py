@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from PIL import Image
 import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
-from p2p import align
+from p2p import align, options
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
 from p2p.leakage import leakage
@@ -29,7 +27,6 @@ from weights.load import find
 
 EDITORS = {"masactrl": p2p.MasaCtrl, "plug-and-play": p2p.PlugAndPlay}
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
-MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -44,24 +41,25 @@ def edit(args: argparse.Namespace) -> None:
     if not args.targets or (args.source is None and args.inversion is None):
         raise p2p.UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a dog on grass"')
     out = Output(args.out, args.source or args.targets[0])
-    shared = edit_settings(args)
+    shared = options.edit_settings(args)
     source, sampling = args.source, {}
     if args.inversion is not None:
-        _unused(args, "--inversion", "steps", "seed", "eta", "height", "width", "method", "skip", "inner_steps", "inversion_cfg")
+        options.refuse(args, "--inversion", "steps", "seed", "eta", "height", "width", "method", "skip", "inner_steps",
+                       "inversion_cfg")
         source = p2p.Inversion.load(args.inversion)
-        model, sampling = _load(args), dict(guidance_scale=args.cfg)
+        model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
-        picture, model = open_picture(args.image), _load(args)
+        picture, model = open_picture(args.image), options.load(args)
         source, sampling = _invert(args, model, picture), dict(guidance_scale=args.cfg)
     else:
-        _unused(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
-        model, sampling = _model(args)
+        options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
+        model, sampling = options.load_for_sampling(args)
     editor = args.editor and EDITORS[args.editor]()
     if editor and (args.cross or args.self_ or args.weight or args.swap or args.scope or args.mode):
         raise p2p.UsageError("--editor: not with --mode, --cross, --self, --weight, --swap or --scope (Prompt-to-Prompt's)")
     stage = _upscaler(args, model.family)
-    result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=_proximal(args), editor=editor,
-                      record=_record(args), progress=not args.quiet)
+    result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=options.proximal(args), editor=editor,
+                      record=options.record(args), progress=not args.quiet)
     if isinstance(source, p2p.Inversion):
         print(f"note: {source.method} inversion, {source.rows} rows of the UNet; the edit, {result.rows}", file=sys.stderr)
     _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, _upscale(stage, result, args))
@@ -69,7 +67,7 @@ def edit(args: argparse.Namespace) -> None:
 
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
-    picture, model = open_picture(args.image), _load(args)
+    picture, model = open_picture(args.image), options.load(args)
     made = _invert(args, model, picture)
     print(f"note: {made.method} inversion, {made.rows} rows of the UNet", file=sys.stderr)
     out.add("inversion.safetensors", made.save)
@@ -112,7 +110,7 @@ def _replay(args: argparse.Namespace) -> None:
         editor = s["editor"] and dict(s["editor"])
         editor = editor and {c.__name__: c for c in EDITORS.values()}[editor.pop("name")](**editor)
         how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=editor,
-                   record=_record(args), progress=not args.quiet)
+                   record=options.record(args), progress=not args.quiet)
         stage, source = _upscaler(args, model.family, s.get("upscale")), None
         if s["inversion"] is not None:
             source = _again(model, s["inversion"], not args.quiet)
@@ -128,7 +126,7 @@ def _replay(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
-    model, sampling = _model(args)
+    model, sampling = options.load_for_sampling(args)
     result = p2p.generate(model, args.prompts, **sampling, progress=not args.quiet)
     _say(result.notes)
     for i, image in enumerate(result.images):
@@ -141,8 +139,8 @@ def generate(args: argparse.Namespace) -> None:
 def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, after and before the edit (the paper's figure 4)."""
     out = Output(args.out, args.prompt)
-    shared = edit_settings(args) if args.targets else {}
-    model, sampling = _model(args)
+    shared = options.edit_settings(args) if args.targets else {}
+    model, sampling = options.load_for_sampling(args)
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
     sampling |= dict(record=record, progress=not args.quiet)
     if args.targets:
@@ -181,9 +179,9 @@ def maps(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     out = Output(args.out, f"sweep {args.source}")
-    over = dict(_over(item) for item in args.over)
-    base = p2p.Edit(args.target, **edit_settings(args))
-    model, sampling = _model(args)
+    over = dict(options.over(item) for item in args.over)
+    base = p2p.Edit(args.target, **options.edit_settings(args))
+    model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
     _say(done.runs[0].notes)
     for r in done.runs:
@@ -286,72 +284,6 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
     out.write(args.quiet)
 
 
-# ------------------------------------------------------------------------------------------------------- arguments
-
-def _load(args: argparse.Namespace) -> p2p.Model:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae, args.text)
-    except RuntimeError as error:   # torch's own word on a device that is not there
-        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-
-
-def _model(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
-    seed = args.seed
-    if seed is None:
-        seed = secrets.randbelow(2**31)
-        print(f"seed {seed}", file=sys.stderr)
-    return _load(args), dict(steps=50 if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
-                             eta=args.eta, height=args.height, width=args.width)
-
-
-def _unused(args: argparse.Namespace, what: str, *names: str) -> None:
-    """Options that would be ignored are an error."""
-    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) is not None]
-    if given:
-        raise p2p.UsageError(f"{', '.join(given)}: not with {what}")
-
-
-def _proximal(args: argparse.Namespace) -> tuple[str, float] | None:
-    if args.proximal is None:
-        return None
-    norm, _, quantile = args.proximal.partition(":")
-    return norm, _number(quantile or "0.7", "--proximal")
-
-
-def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options of `edit`, `maps` and `sweep` name."""
-    given: dict[str, Any] = dict(mode=args.mode, aligner=args.aligner, renormalise=args.renormalise)
-    if args.cross:
-        given["cross_replace_steps"] = _cross(args.cross)
-    if args.self_:
-        given["self_replace_steps"] = _window(args.self_, "--self")
-    if args.weight:
-        given["equalizer"] = dict(_weight(w) for w in args.weight)
-    if args.swap:
-        given["swap"] = dict(_pair(p, "=", "--swap", "OLD=NEW") for p in args.swap)
-    if args.scope:
-        given["scope"] = tuple(args.scope)
-    blend: dict[str, Any] = {}
-    for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
-        if items:
-            blend[field] = tuple(zip(*(_pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
-    if args.blend_mask:
-        blend["mask"] = open_picture(args.blend_mask)
-    for field in ("threshold", "start", "level"):
-        if getattr(args, f"blend_{field}") is not None:
-            blend[field] = getattr(args, f"blend_{field}")
-    if blend:
-        if not {"words", "mask"} & set(blend) and not args.scope:
-            raise p2p.UsageError("the options of --blend need --blend, --blend-mask or --scope")
-        given["local_blend"] = replace(p2p.LocalBlend(), **blend)
-    return given
-
-
-def _record(args: argparse.Namespace) -> p2p.Record:
-    return p2p.Record(text=MAPS) if args.report or args.leakage or args.scope else p2p.Record()
-
-
 def _side(result: Result, side: int) -> tuple[int, int]:
     sides = result.maps.sides()
     for found in sides:
@@ -361,48 +293,9 @@ def _side(result: Result, side: int) -> tuple[int, int]:
 
 
 def _steps(args: argparse.Namespace, result: Result) -> range:
-    found = _window(args.steps_range, "--at")
+    found = options.window(args.steps_range, "--at")
     first, end = (found, found + 1) if not isinstance(found, tuple) else found
     n = len(result.maps.timesteps)
     if not 0 <= first < end <= n or first != int(first) or end != int(end):
         raise p2p.UsageError(f"--at {args.steps_range}: a step, or FIRST:END, of 0 to {n}")
     return range(int(first), int(end))
-
-
-def _number(text: str, what: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise p2p.UsageError(f"{what}: {text!r} is not a number") from None
-
-
-def _window(text: str, what: str) -> float | tuple[float, float]:
-    parts = [_number(p, what) for p in text.split(":", 1)]
-    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
-
-
-def _cross(items: list[str]) -> Any:
-    named = [item.rpartition("=") for item in items]
-    windows = {word or "default_": _window(value, f"--cross {item}") for item, (word, _, value) in zip(items, named)}
-    if list(windows) == ["default_"]:
-        return windows["default_"]
-    return {"default_": 0.8} | windows
-
-
-def _pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
-    left, found, right = item.partition(mark)
-    if not (left and found and right):
-        raise p2p.UsageError(f"{option} {item!r}: expected {form}")
-    return left, right
-
-
-def _weight(item: str) -> tuple[str, float]:
-    word, equals, value = item.rpartition("=")
-    if not equals or not word:
-        raise p2p.UsageError(f"--weight {item!r}: expected WORD=NUMBER")
-    return word, _number(value, f"--weight {item}")
-
-
-def _over(item: str) -> tuple[str, list[float]]:
-    name, values = _pair(item, "=", "--over", "NAME=VALUE,VALUE,...")
-    return name, [_number(v, f"--over {item}") for v in values.split(",")]

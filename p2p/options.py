@@ -1,0 +1,119 @@
+"""Options of the command line -> what the library takes."""
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import p2p
+from p2p.image import open_picture
+
+MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
+
+
+def load(args: argparse.Namespace) -> p2p.Model:
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae, args.text)
+    except RuntimeError as error:   # torch's own word on a device that is not there
+        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+
+
+def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
+    """The model, and what `edit` and `generate` are told besides; a seed is drawn, and said, where none is given."""
+    seed = args.seed
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        print(f"seed {seed}", file=sys.stderr)
+    return load(args), dict(steps=50 if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
+                            eta=args.eta, height=args.height, width=args.width)
+
+
+def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Options that would be ignored are an error."""
+    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) is not None]
+    if given:
+        raise p2p.UsageError(f"{', '.join(given)}: not with {what}")
+
+
+def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
+    if args.proximal is None:
+        return None
+    norm, _, quantile = args.proximal.partition(":")
+    return norm, number(quantile or "0.7", "--proximal")
+
+
+def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Edit` that the options of `edit`, `maps` and `sweep` name."""
+    given: dict[str, Any] = dict(mode=args.mode, aligner=args.aligner, renormalise=args.renormalise)
+    if args.cross:
+        given["cross_replace_steps"] = cross(args.cross)
+    if args.self_:
+        given["self_replace_steps"] = window(args.self_, "--self")
+    if args.weight:
+        given["equalizer"] = dict(weight(w) for w in args.weight)
+    if args.swap:
+        given["swap"] = dict(pair(p, "=", "--swap", "OLD=NEW") for p in args.swap)
+    if args.scope:
+        given["scope"] = tuple(args.scope)
+    blend: dict[str, Any] = {}
+    for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
+        if items:
+            blend[field] = tuple(zip(*(pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
+    if args.blend_mask:
+        blend["mask"] = open_picture(args.blend_mask)
+    for field in ("threshold", "start", "level"):
+        if getattr(args, f"blend_{field}") is not None:
+            blend[field] = getattr(args, f"blend_{field}")
+    if blend:
+        if not {"words", "mask"} & set(blend) and not args.scope:
+            raise p2p.UsageError("the options of --blend need --blend, --blend-mask or --scope")
+        given["local_blend"] = replace(p2p.LocalBlend(), **blend)
+    return given
+
+
+def record(args: argparse.Namespace) -> p2p.Record:
+    return p2p.Record(text=MAPS) if args.report or args.leakage or args.scope else p2p.Record()
+
+
+def number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise p2p.UsageError(f"{what}: {text!r} is not a number") from None
+
+
+def window(text: str, what: str) -> float | tuple[float, float]:
+    parts = [number(p, what) for p in text.split(":", 1)]
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def cross(items: list[str]) -> Any:
+    named = [item.rpartition("=") for item in items]
+    windows = {word or "default_": window(value, f"--cross {item}") for item, (word, _, value) in zip(items, named)}
+    if list(windows) == ["default_"]:
+        return windows["default_"]
+    return {"default_": 0.8} | windows
+
+
+def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
+    left, found, right = item.partition(mark)
+    if not (left and found and right):
+        raise p2p.UsageError(f"{option} {item!r}: expected {form}")
+    return left, right
+
+
+def weight(item: str) -> tuple[str, float]:
+    word, equals, value = item.rpartition("=")
+    if not equals or not word:
+        raise p2p.UsageError(f"--weight {item!r}: expected WORD=NUMBER")
+    return word, number(value, f"--weight {item}")
+
+
+def over(item: str) -> tuple[str, list[float]]:
+    name, values = pair(item, "=", "--over", "NAME=VALUE,VALUE,...")
+    return name, [number(v, f"--over {item}") for v in values.split(",")]
