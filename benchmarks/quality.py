@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import p2p
+from p2p.run import Low
 from weights.emoji import recogniser
 from weights.emoji.recogniser import Reading, iou
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, sample
+from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
 INJECTED = 2 / 3   # share of the steps with cross-attention injected in the word swaps
 ONE = Mix(two=0, style=0, weather=0, size=0, named=1)   # one object, its place named
@@ -183,6 +184,25 @@ class Bench:
                 **{f"amount at {c:+g}": mean_ci(t[:, k]) for k, c in enumerate(values)}}
 
 
+    def upscale(self, n: int) -> dict:
+        """The super-resolution stage on true small pictures: PSNR to the true large ones, against bicubic; is the content kept?"""
+        stage, rows = p2p.load("emoji-upscaler"), []
+        found: dict[str, dict[str, list[bool]]] = {"small": {}, "large": {}}
+        for k in range(0, n, 10):
+            scene = sample(n, 3_000_000, "held out")[slice(k, min(k + 10, n))]
+            (small, _), (truth, _) = render(scene), render(scene, 256)
+            seeds = list(range(k, k + len(scene)))
+            made = shown(p2p.generate(stage, caption(scene), steps=stage.steps, seed=seeds, low=Low(small, stage.noise_level)))
+            bicubic = F.interpolate(small, 256, mode="bicubic", align_corners=False).clamp(-1, 1)
+            rows.append(torch.stack([psnr(made, truth), psnr(bicubic, truth)], dim=1))
+            for name, pictures in (("small", small), ("large", F.avg_pool2d(made, 4))):
+                for what, values in asked(scene, self.eye.read(pictures)).items():
+                    found[name].setdefault(what, []).extend(values)
+        t = torch.cat(rows)
+        return {"PSNR": mean_ci(t[:, 0]), "PSNR of bicubic": mean_ci(t[:, 1]), "PSNR gain": mean_ci(t[:, 0] - t[:, 1]),
+                **{f"{what}, {name}": sum(v) / len(v) for name, each in found.items() for what, v in each.items()}}
+
+
 REWEIGHT = {
     "snowy": dict(cross_replace_steps=1.0, self_replace_steps=0.4), "foggy": dict(cross_replace_steps=1.0, self_replace_steps=0.4),
     "tiny": dict(cross_replace_steps=1.0, self_replace_steps=0.0), "huge": dict(cross_replace_steps=1.0, self_replace_steps=0.0),
@@ -196,13 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--n", type=int, default=500, help="captions")
     ap.add_argument("--pairs", type=int, default=200, help="word swaps")
     ap.add_argument("--seeds", type=int, default=50, help="of every refinement and graded word")
-    ap.add_argument("--only", default="recogniser,captions,novel,swap,place,colour,style,snowy,foggy,tiny,huge")
+    ap.add_argument("--only", default="recogniser,captions,novel,swap,place,colour,style,snowy,foggy,tiny,huge,upscale")
     ap.add_argument("--json")
     a = ap.parse_args(argv)
     bench = Bench(p2p.load(a.model), a.steps)
     jobs = {
         "recogniser": lambda: bench.recogniser(), "captions": lambda: bench.captions("held out", a.n),
         "novel": lambda: bench.captions("novel", a.n), "swap": lambda: bench.swap(a.pairs),
+        "upscale": lambda: bench.upscale(a.n),
         **{w: lambda w=w: bench.refine(a.seeds, w) for w in ("place", "colour", "style")},
         **{w: lambda w=w: bench.reweight(a.seeds, w) for w in REWEIGHT},
     }

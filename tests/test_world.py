@@ -3,9 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
+import p2p
 from weights.emoji import recogniser
+from weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
 from weights.emoji.train import main as train
-from weights.emoji.train import shifted_cosine_alphas_cumprod, vocabulary
+from weights.emoji.upscale import crops
+from weights.emoji.upscale import main as train_upscaler
 from weights.emoji.world import (
     ATLAS,
     COLOURS,
@@ -120,3 +123,34 @@ def test_training_resumes_where_it_stopped(tmp_path, capsys):
     assert all(torch.equal(v, twice["ema"][k]) for k, v in once["ema"].items())
     assert len((tmp_path / "twice" / "log.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "twice" / "samples" / "0001-a-cat-on-grass" / "grid.png").exists()
+
+
+def test_training_of_the_upscaler_resumes(tmp_path):
+    """Two crops a step: two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
+    for folder, stops in (("once", [4]), ("twice", [2, 4])):
+        for stop in stops:
+            train_upscaler([str(tmp_path / folder), "--crops", "4", "--stop", str(stop), "--scenes", "1", "--each", "2"])
+    once, twice = (torch.load(tmp_path / f / "state.pt", weights_only=True) for f in ("once", "twice"))
+    assert once["pictures"] == twice["pictures"] == 4
+    assert all(torch.equal(v, twice["ema"][k]) for k, v in once["ema"].items())
+    stage = p2p.load(tmp_path / "twice" / "upscaler.safetensors", device="cpu")
+    assert stage.unet.config.low_channels == 3 and stage.text_encoders == [] and stage.size == (256, 256)
+
+
+def test_crops_pair_the_true_pixels_with_the_enlarged_ones():
+    large, low = crops(2, 3, torch.Generator().manual_seed(0))
+    assert large.shape == low.shape == (6, 3, 64, 64) and (large - low).abs().mean() < 0.1 < (large - low.flip(0)).abs().mean()
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix():
+    """U S V^T becomes about U V^T, singular values near 1; tall, wide, and convolutions alike."""
+    g = torch.Generator().manual_seed(0)
+    for shape in ((8, 40), (40, 8), (8, 5, 3, 3)):
+        p = torch.zeros(shape, requires_grad=True)
+        p.grad = torch.randn(shape, generator=g)
+        Muon([p], lr=1.0, weight_decay=0.0).step()
+        rms = 0.2 * max(p.flatten(1).shape) ** 0.5
+        u, s, v = torch.linalg.svd(-p.detach().flatten(1) / rms, full_matrices=False)
+        assert 0.6 < s.min() and s.max() < 1.3
+        want = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        assert ((u @ v) - (want[0] @ want[2])).abs().max() < 1e-3
