@@ -9,12 +9,15 @@ so an edit is two small tensors per step, and no map has to be formed. The expli
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+QK = tuple[Tensor, Tensor]   # queries and keys
 
 
 class AttentionEdit(NamedTuple):
@@ -31,6 +34,15 @@ class AttentionEdit(NamedTuple):
     renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1
     rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
+    cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch, (1, h, N, d) each:
+                                        # it counts as the row that follows the last
+
+
+def inside(edit: AttentionEdit | None, name: str) -> AttentionEdit | None:
+    """The edit as a child module of that name sees it: only its own sites are cached, under what is left of their names."""
+    if edit is None or edit.cached is None:
+        return edit
+    return edit._replace(cached={k[len(name):].lstrip("."): qk for k, qk in edit.cached.items() if f"{k}.".startswith(f"{name}.")})
 
 
 class Record(NamedTuple):
@@ -39,6 +51,7 @@ class Record(NamedTuple):
     text: int = 0          # columns of the text tokens, in cross- and hybrid attention, after the edit
     pixels: int = 0        # self-attention, after the edit
     before: bool = False   # append the edited rows' maps as they were before the edit
+    queries: bool = False  # instead of maps: q and k of every site
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -93,6 +106,12 @@ class _Attention(nn.Module):
         first = torch.arange(len(parts[0]) - edit.rows.shape[1], device=edit.rows.device)
         return tuple(x[torch.cat([first, rows])] for x, rows in zip(parts, edit.rows))
 
+    def _lenders(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys of all rows that an edit may name."""
+        if not edit.cached:
+            return q, k
+        return tuple(torch.cat([x, own.to(x)]) for x, own in zip((q, k), edit.cached[""]))
+
     def _out(self, x: Tensor) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(self.to_out[0].weight.dtype))
 
@@ -104,7 +123,7 @@ class SelfAttention(_Attention):
         super().__init__(dim, dim, heads, head_dim, upcast)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+                record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
         q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))         # (B, h, N, d)
         q, k, v = self._borrow(edit, q, k, v)
         used = q, k
@@ -113,7 +132,9 @@ class SelfAttention(_Attention):
             own = rows[-len(edit.source):]                                               # (E,)
             small = x.shape[1] <= edit.self_max_tokens                                   # (E,)
             rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
-            used = q[rows], k[rows]
+            used = tuple(lent[rows] for lent in self._lenders(edit, q, k))
+        if record.queries:
+            return self._out(attend(*used, v)), (q, k)
         probs = attend_probs(*used) if x.shape[1] <= record.pixels else None             # (B, h, N, N)
         if probs is not None and edit is not None and record.before:
             probs = torch.cat([probs, attend_probs(q, k)[-len(own):]])
@@ -124,14 +145,14 @@ class _TextAttention(_Attention):
     """What cross- and hybrid attention share: the edit of the text columns, which stand last."""
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
-                record: Record) -> tuple[Tensor, Tensor | None]:
+                record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want = q.shape[2] <= record.text
         if edit is None:
             probs = attend_probs(q, k)[..., -text:] if want else None                    # (B, h, N, L)
-            return self._out(attend(q, k, v)), probs
+            return self._out(attend(q, k, v)), (q, k) if record.queries else probs
         e = len(edit.source)
         target = (q[-e:], k[-e:])
-        source = (q[edit.source], k[edit.source])
+        source = tuple(lent[edit.source] for lent in self._lenders(edit, q, k))
         edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
         if edit.renormalise is not None:   # the row sums of P' are P' times a column of ones: no map needed either
             sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, edit.mix, edit.keep)
@@ -143,7 +164,8 @@ class _TextAttention(_Attention):
             after = edited_probs(before, attend_probs(*source), edit.mix, edit.keep)
             if edit.renormalise is not None:
                 after = torch.where(edit.renormalise[:, None, None, None], after / after.sum(-1, keepdim=True), after)
-            probs = torch.cat([attend_probs(q[:-e], k[:-e]), after, before[: e if record.before else 0]])[..., -text:]
+            absent = attend_probs(*(x[:1] for x in source)) if edit.cached else after[:0]
+            probs = torch.cat([attend_probs(q[:-e], k[:-e]), absent, after, before[: e if record.before else 0]])[..., -text:]
         return self._out(out), probs
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend
+from models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
 
-Maps = dict[str, Tensor]
+Maps = dict[str, Tensor | QK]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -157,10 +157,10 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:
-        h, first = self.attn1(self.norm1(x), context, edit, record)              # (B, N, C)
+        h, first = self.attn1(self.norm1(x), context, inside(edit, "attn1"), record)              # (B, N, C)
         x, second = x + h, None
         if self.attn2 is not None:
-            h, second = self.attn2(self.norm2(x), context, edit, record)
+            h, second = self.attn2(self.norm2(x), context, inside(edit, "attn2"), record)
             x = x + h
         maps = {name: m for name, m in (("attn1", first), ("attn2", second)) if m is not None}
         return x + self.ff(self.norm3(x)), maps
@@ -187,7 +187,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(h) if linear else h
         maps: Maps = {}
         for i, block in enumerate(self.transformer_blocks):
-            h, seen = block(h, context, edit, record)
+            h, seen = block(h, context, inside(edit, f"transformer_blocks.{i}"), record)
             maps |= {f"transformer_blocks.{i}.{name}": m for name, m in seen.items()}
         h = self.proj_out(h) if linear else h
         h = h.transpose(1, 2).unflatten(2, shape[2:])                            # (B, C, H, W)
@@ -212,5 +212,5 @@ class AddedAttention(HybridAttention):
         if self.norm_cross is not None:
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
-        h, probs = super().forward(h, context, edit, record)
+        h, probs = super().forward(h, context, inside(edit, "attn1"), record)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:]), {} if probs is None else {"attn1": probs}

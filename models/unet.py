@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, Record
+from models.attention import AttentionEdit, Record, inside
 from models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -210,7 +210,7 @@ class UNet(nn.Module):
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
             here = edit.get(f"{name}.attentions.{j}") if isinstance(edit, Mapping) else edit
-            x, seen = block.attention(j, x, context, here, record)
+            x, seen = block.attention(j, x, context, inside(here, f"{name}.attentions.{j}"), record)
             maps.update({f"{name}.attentions.{j}.{site}": m for site, m in seen.items()})
             return x
 

@@ -15,8 +15,9 @@ from p2p.masactrl import MasaCtrl
 from p2p.model import Model, load
 from p2p.plug_and_play import PlugAndPlay
 from p2p.run import Result, edit, generate
+from p2p.trace import trace
 from weights.errors import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError", "PlugAndPlay", "Record",
-           "Result", "UsageError", "edit", "generate", "invert", "load", "upscale"]
+           "Result", "UsageError", "edit", "generate", "invert", "load", "trace", "upscale"]

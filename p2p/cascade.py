@@ -9,7 +9,8 @@ from p2p.edit import from_dict
 from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.model import Model
-from p2p.run import Low, Result, edit, generate
+from p2p.run import Result, edit, generate
+from p2p.start import Low
 
 
 def upscale(model: Model, small: Result, *, steps: int | None = None, guidance_scale: float | None = None, eta: float | None = None,

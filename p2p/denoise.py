@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import AttentionEdit, Record
+from models.attention import QK, AttentionEdit, Record
+from models.blocks import Maps
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
 from p2p.model import Conditioning, Model
@@ -20,7 +21,7 @@ class Step(NamedTuple):
     index: int               # 0 .. N-1
     t: int
     x: Tensor                # (B, C, H, W) after the step, float32
-    maps: dict[str, Tensor]  # as recorded, by site: the B conditional rows, then with record.before the targets again
+    maps: Maps               # as recorded, by site: the B conditional rows, then with record.before the targets again
     mask: Tensor | None      # (N, 1, H, W) bool: where targets may differ from the source, with `blend`
     rows: int                # of the network in this step
 
@@ -34,6 +35,7 @@ class Known(NamedTuple):
     offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
     before: Tensor | None = None    # (B, C, H, W): x one level above; the steps are then O-BELM's
     above: float = 0.0              # alphas_cumprod of that level
+    queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k; then row 0 is not run at all
 
 
 @torch.no_grad()
@@ -53,6 +55,9 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     if blend is not None:
         record = record._replace(text=max(record.text, blend.pixels))
+    absent = known is not None and known.queries is not None                      # row 0 is known and not run
+    if absent:
+        x, text, alone = x[1:], text.rows(1), 0
     told = repeat(text)                                                           # R rows, the edited ones last
     if guided:
         told = repeat(Conditioning.cat([null, text])) if isinstance(null, Conditioning) else (
@@ -60,7 +65,10 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     for i, ((t, a_t, a_prev), rows) in enumerate(zip(schedule, told)):
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
-        out, variance, maps = model.predict(x_in, t, rows, plan[i] if plan else None, record)   # lines 6 to 8 in one pass
+        edit = plan[i] if plan else None
+        if absent:
+            edit = edit._replace(cached=known.queries[i])
+        out, variance, maps = model.predict(x_in, t, rows, edit, record)          # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
@@ -73,13 +81,17 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             x, above = belm_step(above[0], x, eps, above[1], a_t, a_prev), (x, a_t)
         if known is not None and known.offsets is not None:
             x = x + known.offsets[i]
-        if known is not None and known.follow:
+        if absent:
+            x = torch.cat([known.path[i + 1][None], x])
+        elif known is not None and known.follow:
             x = torch.cat([known.path[i + 1][None], x[1:]])
         if not x.isfinite().all():
             raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite; "
                                 f"the network runs in {model.dtype}: try float32")
-        maps = {site: m[len(uncond):] for site, m in maps.items()}                # conditional rows
+        maps = {site: m[len(uncond):] if isinstance(m, Tensor) else tuple(qk[len(uncond):] for qk in m)
+                for site, m in maps.items()}                                      # conditional rows
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items()}, blend)
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
         yield Step(i, t, x, maps, mask, len(rows.context))
+        x = x[1:] if absent else x

@@ -211,12 +211,13 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
 
 
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
-         length: int, rows: int, device: torch.device, dtype: torch.dtype) -> list[AttentionEdit]:
-    """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets."""
+         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
+    """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
+    targets alone, and the source is cached."""
     n = len(edits)
     mix, keep = zip(*(tables(source, t, e, m, steps, length) for t, e, m in zip(targets, edits, modes)))
     mix, keep = (torch.stack(x, dim=1).to(device, dtype) for x in (mix, keep))        # (T, N, L, L), (T, N, L)
-    source_row = torch.full((n,), rows - n - 1, device=device)
+    source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
     spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]

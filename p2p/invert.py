@@ -37,6 +37,7 @@ from p2p.schedule import Schedule
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
+TENSORS = ("latents", "null_context", "offsets", "queries")
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,17 @@ class Inversion:
     null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
+    queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, h, N, d), noisiest first, see `trace`
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("latents", "null_context", "offsets")}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
         return said | {"picture": self.picture and to_base64(self.picture)}
 
     def save(self, file: str | Path) -> None:
         """Writes a .safetensors file, its settings in the header."""
-        tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets}
+        tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
+                   **{f"queries.{k}": v for k, v in (self.queries or {}).items()}}
         tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
         save_file(tensors, file, {"inversion": json.dumps(self.settings())})
 
@@ -80,7 +83,8 @@ class Inversion:
                 said = json.loads((f.metadata() or {})["inversion"])
                 tensors = {k: f.get_tensor(k) for k in f.keys()}
             said["picture"] = said["picture"] and from_base64(said["picture"])
-            return Inversion(**said, **tensors)
+            queries = {k.removeprefix("queries."): tensors.pop(k) for k in list(tensors) if k.startswith("queries.")}
+            return Inversion(**said, **tensors, queries=queries or None)
         except FileNotFoundError:
             raise UsageError(f"{file}: no such file") from None
         except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:

@@ -32,6 +32,10 @@ class Conditioning(NamedTuple):
     low: Tensor | None = None        # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
     level: Tensor | None = None      # (B,): the timestep of its noise
 
+    def rows(self, first: int) -> Conditioning:
+        """From that row on."""
+        return Conditioning(*(None if field is None else field[first:] for field in self))
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         return Conditioning(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))

@@ -5,10 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,15 +26,8 @@ from p2p.model import Conditioning, Model
 from p2p.plug_and_play import PlugAndPlay
 from p2p.sampler import proximal_guide
 from p2p.schedule import Schedule
-
-UPSCALING = 4   # of a super-resolution stage, per side
-
-
-class Low(NamedTuple):
-    """What a super-resolution stage enlarges."""
-
-    pictures: Tensor             # (B, 3, h, w) in [-1, 1], one a prompt
-    noise_level: int             # timestep of the noise that is put on them first
+from p2p.start import Low, Start, begin
+from p2p.trace import Queries
 
 
 @dataclass
@@ -92,10 +84,13 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
                              "the text tower reads; shorten the prompt")
         if split[0].ids == t.ids and not e.equalizer and editor is None:
             notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
-    start = _start(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width, low)
+    start = begin(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width, low)
     known = None
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
+        if inversion.queries is not None and editor is None:
+            known = known._replace(queries=Queries(inversion.queries, model))
+    absent = known is not None and known.queries is not None
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
         "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
@@ -108,7 +103,7 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     if editor is not None:
         edit_plan = editor.plan(model.unet, len(prompts), guided, **rows)
     else:
-        edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) + guided, **rows)
+        edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) - absent + guided, absent=absent, **rows)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
@@ -126,7 +121,7 @@ def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float | No
             raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the picture again")
 
 
-def _from_inversion(start: _Start, inversion: Inversion) -> tuple[_Start, Known]:
+def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known]:
     """The steps that the inversion covers, and its latents as the loop wants them, noisiest first."""
     schedule = Schedule(start.schedule.timesteps[inversion.skip:], start.schedule.alphas[inversion.skip:])
     path = inversion.latents.flip(0).to(start.x.device)
@@ -172,73 +167,14 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     notes: list[str] = list(model.notes)
     _tokens(model, prompts, notes)
-    start = _start(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width, low)
+    start = begin(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width, low)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
     null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
     return _run(model, prompts, start, null, settings, notes, progress, record=record)
 
 
-def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
-    """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
-    neither device nor batch changes a picture."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
-
-
-class _Start(NamedTuple):
-    """Where a run begins, checked."""
-
-    x: Tensor                   # (B, C, H, W), float32
-    noise: list[Tensor]         # one a step, if eta > 0
-    schedule: Schedule
-    guidance_scale: float
-    eta: float
-    size: tuple[int, int]       # height, width in pixels
-    low: Tensor | None = None   # (B, 3, height, width): enlarged and noised, for super-resolution
-    level: Tensor | None = None # (B,)
-
-
-def _start(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
-           height: int | None, width: int | None, low: Low | None = None) -> _Start:
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    eta = model.eta if eta is None else eta
-    if bool(model.unet.config.low_channels) != (low is not None):
-        raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
-                         + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
-    if not isinstance(steps, int) or steps < 1:
-        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
-    if not abs(guidance_scale) < float("inf"):
-        raise UsageError(f"guidance_scale must be finite, not {guidance_scale!r}")
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
-    if low is not None:
-        if len(low.pictures) != n or not 0 <= low.noise_level < len(model.alphas_cumprod):
-            raise UsageError(f"{len(low.pictures)} pictures to enlarge and {n} prompts; noise_level {low.noise_level} (from 0 to "
-                             f"{len(model.alphas_cumprod) - 1})")
-        height, width = (UPSCALING * side for side in low.pictures.shape[2:])
-    shape = model.latent_shape(height, width)
-    noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
-    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
-    if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
-        raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
-    start = _Start(x.expand(n, -1, -1, -1), noise[1:], model.schedule(steps), guidance_scale, eta,   # same noise in every row
-                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
-    return start if low is None else start._replace(**_conditioned(model, low, seeds))
-
-
-def _conditioned(model: Model, low: Low, seeds: list[int]) -> dict[str, Tensor]:
-    """The pictures at full size, with the noise of their level (Saharia et al. 2022, section 2.4): another than that of x_T."""
-    pictures = low.pictures.to(model.device, torch.float32)
-    size = [UPSCALING * side for side in pictures.shape[2:]]
-    large = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
-    a = float(model.alphas_cumprod[low.noise_level])
-    noise = draw(large.shape[1:], seeds, 2)[1].to(model.device)
-    level = torch.full((len(large),), low.noise_level, device=model.device)
-    return {"low": a**0.5 * large + (1 - a) ** 0.5 * noise, "level": level}
-
-
-def _run(model: Model, prompts: list[str], start: _Start, null: Conditioning | Sequence[Conditioning] | None,
+def _run(model: Model, prompts: list[str], start: Start, null: Conditioning | Sequence[Conditioning] | None,
          settings: dict[str, Any], notes: list[str], progress: bool, *, record: Record, **how: Any) -> Result:
     began = time.perf_counter()
     text = model.condition(prompts, *start.size)
@@ -279,7 +215,7 @@ def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Toke
     return [model.tokens(p) for p in prompts]
 
 
-def _settings(model: Model, command: str, start: _Start, seed: int | list[int] | None) -> dict[str, Any]:
+def _settings(model: Model, command: str, start: Start, seed: int | list[int] | None) -> dict[str, Any]:
     return {
         "command": command, "model": model.name, "family": model.family, "prediction": model.prediction,
         "sha256": model.sha256, "steps": start.schedule.steps, "guidance_scale": start.guidance_scale, "seed": seed,

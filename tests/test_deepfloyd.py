@@ -325,7 +325,7 @@ def test_low_resolution_picture_is_noised_as_said(stages):
         patch.setattr("p2p.run.denoise", spy)
         for level in (0, 999):
             with pytest.raises(StopIteration):
-                p2p.generate(upscaler, ["a cat", "a dog"], low=p2p.run.Low(low, level), seed=5)
+                p2p.generate(upscaler, ["a cat", "a dog"], low=p2p.start.Low(low, level), seed=5)
             told = seen["text"]
             assert torch.equal(told.low[0], told.low[1]) and told.level.tolist() == [level] * 2 and torch.equal(seen["null"].low, told.low)
             if level == 0:

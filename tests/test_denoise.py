@@ -4,7 +4,7 @@ import torch
 
 import p2p
 from p2p.errors import NumericsError, UsageError
-from p2p.run import draw
+from p2p.start import draw
 
 SETTINGS = dict(steps=6, seed=3)
 PAIR = ("a red cat on grass", "a red dog on grass")

@@ -1,0 +1,100 @@
+"""A source computed once for many edits: its latents, and the queries and keys that edits borrow, step by step."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.attention import QK, Record
+from models.unet import UNet
+from p2p.denoise import denoise
+from p2p.errors import UsageError
+from p2p.invert import FOLLOW, Inversion
+from p2p.model import Model
+from p2p.start import begin
+
+
+class Queries(Sequence):
+    """Stored queries and keys as the loop wants them: for step i a (1, h, N, d) pair by site, on the model's device."""
+
+    def __init__(self, stored: dict[str, Tensor], model: Model):
+        self.stored, self.device = stored, model.device
+        self.sites = [k.removesuffix(".q") for k in stored if k.endswith(".q")]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stored.values())))
+
+    def __getitem__(self, i: int) -> dict[str, QK]:
+        return {site: tuple(self.stored[f"{site}.{part}"][i][None].to(self.device) for part in "qk") for site in self.sites}
+
+
+def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
+    """Bytes that `trace` of a picture will hold; dtype None: the model's."""
+    shape, length = model.latent_shape(height, width), model.length
+    wide = model.unet.config.text_dim or model.unet.config.context_dim
+    with torch.device("meta"):
+        told = dict(context=torch.zeros(1, length, wide))
+        if model.unet.config.vector_dim:
+            told["vector"] = torch.zeros(1, model.unet.config.vector_dim)
+        _, seen = UNet(model.unet.config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
+    one = sum(x.numel() for qk in seen.values() for x in qk) * (dtype or model.dtype).itemsize
+    return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
+
+
+@torch.no_grad()
+def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = None, latents_only: bool = False,
+          progress: bool = False, **sampling: object) -> Inversion:
+    """What edits of this source need of it, so that none computes it again: pass the result to `edit` in its place.
+
+    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or an inversion whose
+    source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a step for each target, one without
+    guidance; latents_only: one more, the source's, and no queries are kept. dtype: of the queries and keys (None: the
+    model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
+    """
+    if isinstance(source, Inversion):
+        if source.method not in FOLLOW:
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
+                             f"use {' or '.join(FOLLOW)}")
+        source.check(model)
+        found = source
+    else:
+        found = _sampled(model, source, progress, **sampling)
+    if latents_only:
+        return replace(found, queries=None)
+    stored = _queries(model, found, dtype or model.dtype, progress)
+    return replace(found, queries=stored, rows=found.rows + len(found.latents) - 1)
+
+
+def _sampled(model: Model, prompt: str, progress: bool, *, steps: int = 50, guidance_scale: float | None = None, seed: int = 0,
+             x_T: Tensor | None = None, height: int | None = None, width: int | None = None) -> Inversion:
+    """The path of a generated picture, as if it had been inverted."""
+    start = begin(model, [seed], 1, x_T, steps, guidance_scale, 0.0, height, width)
+    null = model.null(1, *start.size) if start.guidance_scale != 1 else None
+    text = model.condition([prompt], *start.size)
+    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale)
+    path, rows = [start.x], 0
+    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
+        path.append(step.x)
+        rows += step.rows
+    return Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, seed,
+                     model.family, model.prediction, model.sha256, rows)
+
+
+def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
+    """One row a step on the stored latents: all queries and keys, by site.  -> (T, h, N, d) each, noisiest first, CPU"""
+    schedule = model.schedule(found.steps)
+    pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
+    text, stored = model.condition([found.prompt], *pixels), {}
+    path = found.latents.flip(0)
+    timesteps = tqdm(schedule.timesteps[found.skip:], disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
+    for i, t in enumerate(timesteps):
+        _, _, seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))
+        for site, qk in seen.items():
+            for part, x in zip("qk", qk):
+                held = stored.setdefault(f"{site}.{part}", torch.empty(len(path) - 1, *x.shape[1:], dtype=dtype))
+                held[i] = x[0]
+    return stored
