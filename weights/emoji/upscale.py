@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.unet import EMOJI_UPSCALER, UNet
-from weights.emoji.train import WEIGHT_LIMIT, export, load_state, optimizers, save_state, set_rate, shifted_cosine_alphas_cumprod
+from weights.emoji.train import descend, export, load_state, optimizers, save_state, set_rate, shifted_cosine_alphas_cumprod
 from weights.emoji.world import render, sample
 
 LEVEL, CROP = 250, 64
@@ -80,16 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             noise = torch.randn(x.shape, generator=g)
             noised.append((at.sqrt() * x + (1 - at).sqrt() * noise).contiguous(memory_format=torch.channels_last))
         error = (model(noised[0], t, noised[1], level) - x_0).square().mean((1, 2, 3))
-        loss = (error * (1 / (1 - abar[t])).clamp(max=WEIGHT_LIMIT)).mean()
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - min(a.ema, (step + 1) / (step + 10)))
+        losses.append(descend(model, ema, steppers, error, abar[t], a.ema, step))
         seen += batch
-        losses.append(loss.item())
         if (step + 1) % a.every == 0 or seen >= stop:
             print(json.dumps({"crops": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(rate, 7),
                               "crops_per_s": round((seen - first) / (time.time() - started), 1)}), flush=True)
