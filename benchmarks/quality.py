@@ -177,7 +177,7 @@ class Bench:
             edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: c}, **REWEIGHT[word]) for c in values]
             pictures = shown(p2p.edit(self.model, prompt, edits, steps=self.steps, seed=i))[1:]
             seen = self.eye.read(pictures)
-            amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.area[:, thing], "huge": seen.area[:, thing]}[word]
+            amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.extent[:, thing], "huge": seen.extent[:, thing]}[word]
             rows.append(amount.float())
         t = torch.stack(rows)
         return {"rises": mean_ci((t.diff(dim=1) > 0).all(1).float()),
