@@ -80,8 +80,8 @@ class Recogniser(nn.Module):
         cells = objects.argmax(1)                                                # (B, 32, 32)
         each = F.one_hot(cells, len(OBJECTS) + 1)[..., :-1].permute(0, 3, 1, 2).float()   # (B, K, 32, 32)
         votes = torch.einsum("bkyx,bcyx->bkc", each, F.one_hot(colours.argmax(1), len(COLOURS)).permute(0, 3, 1, 2).float())
-        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((2, 3)), boxes(each), votes.argmax(-1), place.argmax(1), style.argmax(1),
-                       amounts[:, 0], amounts[:, 1], torch.where(cells == len(OBJECTS), -1, cells))
+        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((2, 3)), boxes(each), votes.argmax(-1), place.argmax(1),
+                       style.argmax(1), amounts[:, 0], amounts[:, 1], torch.where(cells == len(OBJECTS), -1, cells))
 
 
 def boxes(masks: Tensor) -> Tensor:
