@@ -102,7 +102,7 @@ class Figures(Bench):
         return dict(cross_replace_steps={"default_": 0.0, word: 1.0}, self_replace_steps=0.0)
 
     def count_5(self, n: int) -> Numbers:
-        source, target = self._pairs(n, 5, other_place, ONE, both=False)
+        source, target = self._pairs(n, 5, other_place, ONE)
         rows = []
         for i in range(n):
             thing = int(source.thing[i, 0])
@@ -128,7 +128,7 @@ class Figures(Bench):
 
     def count_6(self, n: int) -> Numbers:
         """Per share of injected steps: is the new object there, is it where the old one was, did the rest stay?"""
-        source, target = self._pairs(n, 6, other_thing, ONE, both=False)
+        source, target = self._pairs(n, 6, other_thing, ONE)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
@@ -185,7 +185,7 @@ class Figures(Bench):
     # Figures 10 to 12: real pictures, here renders that no network made
     def _renders(self, n: int, seed: int) -> list[tuple[Image.Image, str, str]]:
         """(picture, its caption, the caption with another object)"""
-        source, target = self._pairs(n, seed, other_thing, ONE, both=False)
+        source, target = self._pairs(n, seed, other_thing, ONE)
         return list(zip(to_pil(render(source)[0]), caption(source), caption(target)))
 
     def draw_10(self) -> Image.Image:
@@ -249,7 +249,7 @@ class Figures(Bench):
 
     def count_blend(self, n: int) -> Numbers:
         """Word swaps with and without LocalBlend: the new object, and what is left of the source outside of the mask."""
-        source, target = self._pairs(n, 7, other_thing, ONE, both=False)
+        source, target = self._pairs(n, 7, other_thing, ONE)
         rows = []
         for i in range(n):
             words = list(OBJECTS)
@@ -279,7 +279,7 @@ class Figures(Bench):
 
     def count_scope(self, n: int) -> Numbers:
         """Two objects, the first swapped: how often did the second one change (lost, moved, or of another colour)?"""
-        source, target = self._pairs(8 * n, 8, other_thing, TWO, both=False)
+        source, target = self._pairs(8 * n, 8, other_thing, TWO)
         rows, words = [], list(OBJECTS)
         for i in range(len(source)):
             old, kept, new = int(source.thing[i, 0]), int(source.thing[i, 1]), int(target.thing[i, 0])
