@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.attention import QK, Record
+from models.blocks import Maps
 from models.unet import UNet
 from p2p.denoise import denoise
 from p2p.errors import UsageError
@@ -55,46 +56,53 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
     guidance; latents_only: one more, the source's, and no queries are kept. dtype: of the queries and keys (None: the
     model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
     """
+    dtype = dtype or model.dtype
     if isinstance(source, Inversion):
         if source.method not in FOLLOW:
             raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
                              f"use {' or '.join(FOLLOW)}")
         source.check(model)
-        found = source
+        stored = {} if latents_only else _queries(model, source, dtype, progress)
+        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
-        found = _sampled(model, source, progress, **sampling)
-    if latents_only:
-        return replace(found, queries=None)
-    stored = _queries(model, found, dtype or model.dtype, progress)
-    return replace(found, queries=stored, rows=found.rows + len(found.latents) - 1)
+        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+    return replace(found, queries=stored or None)
 
 
-def _sampled(model: Model, prompt: str, progress: bool, *, steps: int = 50, guidance_scale: float | None = None, seed: int = 0,
-             x_T: Tensor | None = None, height: int | None = None, width: int | None = None) -> Inversion:
-    """The path of a generated picture, as if it had been inverted."""
+def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, *, steps: int = 50,
+             guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, height: int | None = None,
+             width: int | None = None) -> tuple[Inversion, dict[str, Tensor]]:
+    """The path of a generated picture, as if it had been inverted; its queries and keys on the way."""
     start = begin(model, [seed], 1, x_T, steps, guidance_scale, 0.0, height, width)
     null = model.null(1, *start.size) if start.guidance_scale != 1 else None
     text = model.condition([prompt], *start.size)
-    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale)
-    path, rows = [start.x], 0
+    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, record=Record(queries=queries))
+    path, rows, stored = [start.x], 0, {}
     for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
         path.append(step.x)
         rows += step.rows
-    return Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, seed,
-                     model.family, model.prediction, model.sha256, rows)
+        _keep(stored, step.index, steps, step.maps, dtype)
+    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, seed,
+                      model.family, model.prediction, model.sha256, rows)
+    return found, stored
+
+
+def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: Maps, dtype: torch.dtype) -> None:
+    """Puts the queries and keys of step i where they belong; the first step makes the room."""
+    for site, qk in seen.items():
+        for part, x in zip("qk", qk):
+            name = f"{site}.{part}"
+            if name not in stored:
+                stored[name] = torch.empty(steps, *x.shape[1:], dtype=dtype)
+            stored[name][i] = x[0]
 
 
 def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
     """One row a step on the stored latents: all queries and keys, by site.  -> (T, h, N, d) each, noisiest first, CPU"""
-    schedule = model.schedule(found.steps)
     pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
-    text, stored = model.condition([found.prompt], *pixels), {}
-    path = found.latents.flip(0)
-    timesteps = tqdm(schedule.timesteps[found.skip:], disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
-    for i, t in enumerate(timesteps):
-        _, _, seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))
-        for site, qk in seen.items():
-            for part, x in zip("qk", qk):
-                held = stored.setdefault(f"{site}.{part}", torch.empty(len(path) - 1, *x.shape[1:], dtype=dtype))
-                held[i] = x[0]
+    text, stored, path = model.condition([found.prompt], *pixels), {}, found.latents.flip(0)
+    timesteps = model.schedule(found.steps).timesteps[found.skip:]
+    for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")):
+        seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))[2]
+        _keep(stored, i, len(timesteps), seen, dtype)
     return stored
