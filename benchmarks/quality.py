@@ -187,8 +187,9 @@ class Bench:
         """The super-resolution stage on true small pictures: PSNR to the true large ones, against bicubic; is the content kept?"""
         stage, rows = p2p.load("emoji-upscaler"), []
         found: dict[str, dict[str, list[bool]]] = {"small": {}, "large": {}}
+        every = sample(n, 3_000_000, "held out")
         for k in range(0, n, 10):
-            scene = sample(n, 3_000_000, "held out")[slice(k, min(k + 10, n))]
+            scene = every[slice(k, k + 10)]
             (small, _), (truth, _) = render(scene), render(scene, 256)
             seeds = list(range(k, k + len(scene)))
             made = shown(p2p.generate(stage, caption(scene), steps=stage.steps, seed=seeds, low=Low(small, stage.noise_level)))

@@ -43,7 +43,7 @@ class Start(NamedTuple):
 
 
 def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
-           height: int | None, width: int | None, low: Low | None = None) -> Start:
+          height: int | None, width: int | None, low: Low | None = None) -> Start:
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     eta = model.eta if eta is None else eta
     if bool(model.unet.config.low_channels) != (low is not None):
@@ -61,21 +61,22 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
                              f"{len(model.alphas_cumprod) - 1})")
         height, width = (UPSCALING * side for side in low.pictures.shape[2:])
     shape = model.latent_shape(height, width)
-    noise = [z.to(model.device) for z in draw(shape if x_T is None else x_T.shape[1:], seeds, 1 + (steps if eta else 0))]
+    count = 1 + (steps if eta else 0)
+    drawn = draw(shape if x_T is None else x_T.shape[1:], seeds, count + (low is not None))
+    noise = [z.to(model.device) for z in drawn]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
         raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
-    start = Start(x.expand(n, -1, -1, -1), noise[1:], model.schedule(steps), guidance_scale, eta,   # same noise in every row
-                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                           # (Algorithm 1, line 4)
-    return start if low is None else start._replace(**_conditioned(model, low, seeds))
+    start = Start(x.expand(n, -1, -1, -1), noise[1:count], model.schedule(steps), guidance_scale, eta,   # same noise in all
+                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                            # (Algorithm 1, line 4)
+    return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
 
 
-def _conditioned(model: Model, low: Low, seeds: list[int]) -> dict[str, Tensor]:
-    """The pictures at full size, with the noise of their level (Saharia et al. 2022, section 2.4): another than that of x_T."""
+def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:
+    """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither x_T's nor a step's."""
     pictures = low.pictures.to(model.device, torch.float32)
     size = [UPSCALING * side for side in pictures.shape[2:]]
     large = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
     a = float(model.alphas_cumprod[low.noise_level])
-    noise = draw(large.shape[1:], seeds, 2)[1].to(model.device)
     level = torch.full((len(large),), low.noise_level, device=model.device)
     return {"low": a**0.5 * large + (1 - a) ** 0.5 * noise, "level": level}

@@ -92,7 +92,8 @@ def deepfloyd_sources(names: Iterable[str], config: UNetConfig) -> dict[str, Sou
         if not attention:
             out[name] = Source((_replace(name, table),))
             continue
-        j, module, end = rest[0], rest[2:].rpartition(".")[0], rest.rpartition(".")[2]
+        j, _, rest = rest.partition(".")
+        module, _, end = rest.rpartition(".")
         where = table[f"{head}.attentions.{j}"]
         if module in _IF_ATTENTION:
             out[name] = Source((f"{where}.{_IF_ATTENTION[module]}.{end}",))
