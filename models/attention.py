@@ -31,7 +31,8 @@ class AttentionEdit(NamedTuple):
     keep: Tensor             # (E, L): share of the own columns that stays
     self_source: Tensor      # (E,) long: the batch row whose q and k each edited row uses in self-attention
     self_max_tokens: Tensor  # (E,) long: ... at sites of at most this many pixels
-    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1
+    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1; where
+                                        # weights are negative, by those of its sizes, P_src |mix| + P diag(|keep|)
     rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
     cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch, (1, h, N, d) each:
@@ -154,16 +155,19 @@ class _TextAttention(_Attention):
         target = (q[-e:], k[-e:])
         source = tuple(lent[edit.source] for lent in self._lenders(edit, q, k))
         edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
-        if edit.renormalise is not None:   # the row sums of P' are P' times a column of ones: no map needed either
-            sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, edit.mix, edit.keep)
+        sizes = edit.mix.abs(), edit.keep.abs()
+        if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
+            sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, *sizes)
             edited = torch.where(edit.renormalise[:, None, None, None], edited / sums, edited)
         out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)
         probs = None
         if want:
             before = attend_probs(*target)
-            after = edited_probs(before, attend_probs(*source), edit.mix, edit.keep)
+            lent = attend_probs(*source)
+            after = edited_probs(before, lent, edit.mix, edit.keep)
             if edit.renormalise is not None:
-                after = torch.where(edit.renormalise[:, None, None, None], after / after.sum(-1, keepdim=True), after)
+                sums = edited_probs(before, lent, *sizes).sum(-1, keepdim=True)
+                after = torch.where(edit.renormalise[:, None, None, None], after / sums, after)
             absent = attend_probs(*(x[:1] for x in source)) if edit.cached else after[:0]
             probs = torch.cat([attend_probs(q[:-e], k[:-e]), absent, after, before[: e if record.before else 0]])[..., -text:]
         return self._out(out), probs

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, Record, inside
+from models.attention import AttentionEdit, Record, SelfAttention, inside
 from models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -71,12 +71,10 @@ SDXL = UNetConfig(
     depth=(1, 2, 10), heads=(5, 10, 20), context_dim=2048, linear_projection=True, vector_dim=2816,
 )
 EMOJI = UNetConfig(
-    in_channels=3, out_channels=3, channels=(96, 160), layers_per_block=1, down_attention=("cross", "cross"),
-    mid_attention="hybrid", up_attention=("hybrid", "hybrid"), depth=(1, 1), heads=(3, 5), context_dim=128,
-    linear_projection=True, ff_mult=2, patch=4,
+    in_channels=3, out_channels=3, channels=(64, 96, 160), layers_per_block=1, down_attention=(None, "cross", "cross"),
+    mid_attention="hybrid", up_attention=(None, "hybrid", "hybrid"), depth=(1, 1, 1), heads=(1, 3, 5), context_dim=128,
+    linear_projection=True, ff_mult=2, patch=2, temb_dim=384,
 )
-
-
 
 EMOJI_UPSCALER = UNetConfig(
     in_channels=3, out_channels=3, channels=(64, 96), layers_per_block=1, down_attention=(None, None), mid_attention=None,
@@ -182,6 +180,10 @@ class UNet(nn.Module):
                   *((f"up_blocks.{i}", b) for i, b in enumerate(self.up_blocks))]
         return [f"{name}.attentions.{j}" for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))
                 for _ in getattr(a, "transformer_blocks", [a])]
+
+    def pixel_sites(self) -> frozenset[str]:
+        """The self-attention layers: columns of their maps are pixels, not text tokens."""
+        return frozenset(name for name, module in self.named_modules() if isinstance(module, SelfAttention))
 
     def forward(self, x: Tensor, t: int | Tensor, context: Tensor,
                 edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from models.text import Tokens
+from models.text import Tokens, tokenizer
 from p2p.errors import UsageError
 
 
@@ -17,8 +17,10 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     """Token positions of every occurrence of a word or phrase, or with "cat#2" of the second one alone; upper and lower
     case and punctuation do not matter.
 
-    `length`: how many tokens the tower reads. Raises UsageError where the phrase is absent or lies beyond it.
+    `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises UsageError where none is left.
     """
+    if not isinstance(phrase, str):
+        raise UsageError(f"a word or phrase is needed, not {phrase!r}")
     places = _occurrences(prompt, phrase)
     if not places and (m := re.fullmatch(r"(.+)#(\d+)", phrase.strip())):
         every = _occurrences(prompt, m.group(1))
@@ -28,8 +30,8 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
         places = every[nth - 1:nth]
     if not places:
         raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
-    found = [i for place in places for i in place]
-    if max(found) >= length - 1:
+    found = [i for place in places if max(place) < length - 1 for i in place]
+    if not found:
         raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text tower stops reading; '
                          "shorten the prompt")
     return sorted(set(found))
@@ -38,6 +40,8 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
 def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
     """Token positions of each occurrence, left to right; an occurrence starts and ends where tokens' words do."""
     wanted = " ".join(phrase.lower().split())
+    if wanted not in prompt.text:                    # CLIP's tokenizer rewrites typography and entities in the prompt
+        wanted = tokenizer().clean_fn(phrase)
     starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
     out = []
     at = prompt.text.find(wanted) if wanted else -1
@@ -88,8 +92,9 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     """Word-swap matrix M: the target's map of token j takes sum_i P_src[i] M[i, j].  -> (length, length) float64
 
     Word k of one prompt belongs to word k of the other. Where their token counts differ, the source's pieces are
-    shared out equally ("duplicated or averaged", paper section 3.2); padding likewise. Rows sum to 1, so P_src M
-    still holds all of the attention. Raises UsageError for different word counts.
+    shared out equally ("duplicated or averaged", paper section 3.2); padding likewise. What has no partner because a text
+    was cut belongs to the end of the other. Rows sum to 1, so P_src M still holds all of the attention. Raises UsageError for
+    different word counts.
     """
     m = torch.zeros(length, length, dtype=torch.float64)
     m[0, 0] = 1
@@ -108,6 +113,9 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     if pads_a and pads_b:
         rest_a, rest_b = pads_a[common - 1:], pads_b[common - 1:]     # the last pad stands for the surplus
         m[torch.tensor(rest_a)[:, None], torch.tensor(rest_b)] = 1 / len(rest_b)
+    ends = [b - 1, *(m.sum(0) == 0).nonzero().flatten().tolist()]
+    m[a - 1, ends] = 1 / len(ends)
+    m[m.sum(1) == 0, b - 1] = 1
     return m
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from models.text import Tokens
 from p2p.align import word_tokens
 from p2p.errors import UsageError
+from p2p.image import brightness
 
 Words = str | Sequence[str]
 
@@ -30,8 +32,12 @@ class LocalBlend:
     words: (of the source prompt, of the target prompt), each a word, a phrase or a list of them: the mask.
     substruct: the same, for regions to be taken out of the mask again.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
-    start: share of the steps after which blending begins. level: the maps' side is that of the latents over this.
-    mask: a picture or (H, W) tensor, bright where the edit may act: instead of words, or, with words, a limit to them.
+    start: share of the steps after which blending begins. level: the maps' side is that of the latents over this, rounded up.
+    mask: a picture (fitted as `image.fit` fits pictures; transparent is dark) or a (H, W) tensor of 0 to 1, bright where the
+        edit may act: instead of words, or, with words, a limit to them.
+
+    Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the mask's edge, so
+    there the pixels near it are not.
     """
 
     words: tuple[Words, Words] | None = None
@@ -45,17 +51,21 @@ class LocalBlend:
 class Blend(NamedTuple):
     """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
 
-    pixels: int          # of the maps; 0: only masks are given, no map is needed
+    side: tuple[int, int]   # of the maps; (0, 0): only masks are given, no map is needed
     columns: Tensor      # (N, 2, 2, L): words or substruct, in the source or the target; sums of their tokens
     threshold: Tensor    # (N, 2): for words, for substruct
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
 
+    @property
+    def pixels(self) -> int:
+        return self.side[0] * self.side[1]
+
 
 def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     out = torch.zeros(length)
-    for word in [words] if isinstance(words, str) else list(words):
+    for word in [words] if isinstance(words, str) else words:
         out[word_tokens(prompt, word, length)] = 1
     return out
 
@@ -65,11 +75,15 @@ def _fixed(mask: Image.Image | Tensor | None, size: tuple[int, int]) -> Tensor:
     if mask is None:
         return torch.ones(1, *size, dtype=torch.bool)
     if isinstance(mask, Image.Image):
-        mask = mask.convert("L").resize(size[::-1], Image.BOX)
-        return torch.from_numpy(np.array(mask))[None] > 127
-    if mask.ndim != 2:
-        raise UsageError(f"local_blend: a mask tensor has the shape (H, W), not {tuple(mask.shape)}")
-    return F.interpolate(mask[None, None].float(), size=size, mode="area")[0] > 0.5
+        mask = brightness(mask)
+        return torch.from_numpy(np.array(ImageOps.fit(mask, size[::-1], Image.BOX)))[None] > 127
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise UsageError("local_blend: a mask is a picture or a (H, W) tensor, not "
+                         f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
+    mask = mask.float()
+    if not (mask >= 0).all() or not (mask <= 1).all():
+        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min():g} to {mask.max():g}")
+    return F.interpolate(mask[None, None], size=size, mode="area")[0] >= 0.5
 
 
 def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, steps: int, length: int,
@@ -77,50 +91,67 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     """Words to columns, for latents of that size (H, W). None if no target blends. Raises UsageError."""
     if not any(blends):
         return None
+    for b in filter(None, blends):
+        _check(b)
     levels = {b.level for b in blends if b and (b.words is not None or b.substruct is not None)}
     if len(levels) > 1:
         raise UsageError(f"local_blend: one level for all targets is needed, not {sorted(levels)}")
     level = levels.pop() if levels else None
-    if level is None:
-        pixels = 0
-    elif level < 1 or size[0] % level or size[1] % level:
-        raise UsageError(f"local_blend: level {level} does not divide latents of {size[0]} x {size[1]}")
-    else:
-        pixels = size[0] // level * (size[1] // level)
+    side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
     columns, threshold, start, everywhere, fixed = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
-        if b.words is None and b.mask is None:
-            raise UsageError("local_blend: give words or a mask")
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
-        if len(th) != 2 or not all(0 <= float(v) < 1 for v in th):
-            raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
-        if not 0 <= b.start <= 1:
-            raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
-        pairs = [p if p is None or (isinstance(p, (tuple, list)) and len(p) == 2) else False for p in (b.words, b.substruct)]
-        if False in pairs:
-            raise UsageError("local_blend: words and substruct are pairs (of the source prompt, of the target prompt)")
         columns.append(torch.stack([
             torch.zeros(2, length) if pair is None else
-            torch.stack([_columns(source, pair[0], length), _columns(target, pair[1], length)]) for pair in pairs]))
+            torch.stack([_columns(source, pair[0], length), _columns(target, pair[1], length)])
+            for pair in (b.words, b.substruct)]))
         threshold.append(torch.tensor([float(v) for v in th]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         fixed.append(_fixed(b.mask, size))
-    return Blend(pixels, torch.stack(columns).to(device), torch.stack(threshold).to(device),
+    return Blend(side, torch.stack(columns).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device))
 
 
+def _check(b: LocalBlend) -> None:
+    """Raises UsageError."""
+    if not isinstance(b, LocalBlend):
+        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r}")
+    if b.words is None and b.mask is None:
+        raise UsageError("local_blend: give words or a mask")
+    for name, pair in (("words", b.words), ("substruct", b.substruct)):
+        if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
+                isinstance(side, (str, tuple, list)) for side in pair) or not any(pair)):
+            raise UsageError(f"local_blend: {name} {pair!r}: words and substruct are pairs (of the source prompt, of the target "
+                             "prompt), each a word or a list of words")
+    th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
+    if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
+        raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
+    if not isinstance(b.start, Real) or not 0 <= b.start <= 1:
+        raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
+    if not isinstance(b.level, Integral) or b.level < 1:
+        raise UsageError(f"local_blend: level {b.level!r} must be a whole number from 1")
+
+
+def idle(blend: Blend, steps: int) -> list[str | None]:
+    """For every target what keeps its blend from mattering, in words."""
+    return ["local_blend starts after the last step" if start >= steps else
+            "local_blend's mask is dark: nothing may change" if not fixed.any() else None
+            for start, fixed in zip(blend.start.tolist(), blend.fixed)]
+
+
 def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
-    """The words' share of one step's maps, mean over heads and sites.  maps: (1 + N, h, pixels, L)  ->  (N, 2, 2, pixels)"""
+    """Share of the words in one step's maps of text, mean of heads and sites.  (1 + N, h, pixels, L) each  ->  (N, 2, 2, pixels)"""
     if not blend.pixels:
         return torch.zeros(len(blend.columns), 2, 2, 0, device=blend.columns.device)
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
     fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
     chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
     if not chosen:
-        raise UsageError(f"local_blend: no attention to text at {blend.pixels} positions; the model's sites have "
-                         f"{sorted({m.shape[2] for m in maps.values()})}; choose another level")
+        smaller = sorted({m.shape[2] for m in maps.values()})
+        raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
+                         f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
     p = torch.cat([m.float() for m in chosen], dim=1)                                    # (1 + N, sites h, pixels, L)
     source = torch.einsum("hpl,nkl->nkhp", p[0], blend.columns[:, :, 0]).mean(2)
     target = torch.einsum("nhpl,nkl->nkhp", p[1:], blend.columns[:, :, 1]).mean(2)
@@ -131,8 +162,7 @@ def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     """Sums of word maps (N, 2, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
     if not blend.pixels:
         return blend.fixed
-    h = round((blend.pixels * size[0] / size[1]) ** 0.5)
-    m = seen.unflatten(-1, (h, blend.pixels // h))                                       # (N, 2, 2, h, w)
+    m = seen.unflatten(-1, blend.side).clamp(min=0)                                      # (N, 2, 2, h, w): weights may be < 0
     m = torch.stack([F.max_pool2d(m[:, 0], 3, 1, 1), m[:, 1]], dim=1)
     m = F.interpolate(m.flatten(1, 2), size=size).unflatten(1, (2, 2))                   # (N, 2, 2, H, W), nearest
     on = m / m.amax((-2, -1), keepdim=True) > blend.threshold[:, :, None, None, None]   # no words: 0 / 0, never on

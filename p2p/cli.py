@@ -121,7 +121,7 @@ def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend-threshold", type=float, metavar="X", help="share of a map's maximum that counts (0.3)")
     ap.add_argument("--blend-start", type=float, metavar="X", help="share of the steps before blending begins (0.2)")
     ap.add_argument("--blend-level", type=int, metavar="N", help="maps at the latents' side over this (4)")
-    ap.add_argument("--aligner", choices=["exact", "official"], default="exact", help="official: google/prompt-to-prompt's mappers")
+    ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
 
 
 def _sampling(ap: argparse.ArgumentParser) -> None:

@@ -25,6 +25,8 @@ from weights.deepfloyd import load_t5
 from weights.inspect import report as describe
 from weights.load import find
 
+EDIT_OPTIONS = ("mode", "cross", "self_", "weight", "renormalise", "swap", "scope", "blend", "blend_without", "blend_mask",
+                "blend_threshold", "blend_start", "blend_level", "aligner")
 EDITORS = {"masactrl": p2p.MasaCtrl, "plug-and-play": p2p.PlugAndPlay}
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
 
@@ -33,6 +35,9 @@ def edit(args: argparse.Namespace) -> None:
     if args.replay:
         if args.source is not None:
             raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
+        options.refuse(args, "--from, which does as the picture records", "image", "inversion", "method", "skip", "inner_steps",
+                       "inversion_cfg", "editor", "proximal", "steps", "seed", "eta", "height", "width", "cfg", "dtype",
+                       "prediction", *EDIT_OPTIONS)
         return _replay(args)
     if args.inversion is not None and args.source is not None:   # the source prompt is in the file
         args.source, args.targets = None, [args.source, *args.targets]
@@ -55,8 +60,9 @@ def edit(args: argparse.Namespace) -> None:
         options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
         model, sampling = options.load_for_sampling(args)
     editor = args.editor and EDITORS[args.editor]()
-    if editor and (args.cross or args.self_ or args.weight or args.swap or args.scope or args.mode):
-        raise p2p.UsageError("--editor: not with --mode, --cross, --self, --weight, --swap or --scope (Prompt-to-Prompt's)")
+    if editor:
+        options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "weight", "renormalise", "swap",
+                       "scope", "aligner")
     stage = _upscaler(args, model.family)
     result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=options.proximal(args), editor=editor,
                       record=options.record(args), progress=not args.quiet)
@@ -119,7 +125,9 @@ def _replay(args: argparse.Namespace) -> None:
             result = p2p.edit(model, s["source"], edits, steps=s["steps"], seed=s["seed"], eta=s["eta"], height=s["height"],
                               width=s["width"], **how)
         large = _upscale(stage, result, args)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (p2p.UsageError, p2p.CheckpointError):
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
     _write_edit(out, result, args, source, large)
 
@@ -140,6 +148,10 @@ def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, after and before the edit (the paper's figure 4)."""
     out = Output(args.out, args.prompt)
     shared = options.edit_settings(args) if args.targets else {}
+    if not args.targets:
+        options.refuse(args, "a prompt without targets", *EDIT_OPTIONS)
+    if args.max_tokens < 1:
+        raise p2p.UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
     model, sampling = options.load_for_sampling(args)
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
     sampling |= dict(record=record, progress=not args.quiet)
@@ -179,7 +191,7 @@ def maps(args: argparse.Namespace) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     out = Output(args.out, f"sweep {args.source}")
-    over = dict(options.over(item) for item in args.over)
+    over = options.once([options.over(item) for item in args.over], "--over")
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)

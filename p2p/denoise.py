@@ -38,6 +38,13 @@ class Known(NamedTuple):
     queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k; then row 0 is not run at all
 
 
+def too_large(model: Model) -> str:
+    """What may have led out of the finite numbers."""
+    if model.dtype == torch.float32:
+        return "a weight, the guidance or the initial noise is too large"
+    return f"the network runs in {model.dtype}: try float32"
+
+
 @torch.no_grad()
 def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Sequence[Conditioning] | None, schedule: Schedule,
             *, guidance_scale: float = 7.5, guide: Callable[[Tensor, Tensor, float], Tensor] = guide,
@@ -62,6 +69,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     if guided:
         told = repeat(Conditioning.cat([null, text])) if isinstance(null, Conditioning) else (
             Conditioning.cat([n, text]) for n in null)
+    of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     for i, ((t, a_t, a_prev), rows) in enumerate(zip(schedule, told)):
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
@@ -86,12 +94,12 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         elif known is not None and known.follow:
             x = torch.cat([known.path[i + 1][None], x[1:]])
         if not x.isfinite().all():
-            raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite; "
-                                f"the network runs in {model.dtype}: try float32")
+            raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite: "
+                                + too_large(model))
         maps = {site: m[len(uncond):] if isinstance(m, Tensor) else tuple(qk[len(uncond):] for qk in m)
                 for site, m in maps.items()}                                      # conditional rows
         if blend is not None:
-            seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items()}, blend)
+            seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items() if site not in of_pixels}, blend)
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
         yield Step(i, t, x, maps, mask, len(rows.context))
         x = x[1:] if absent else x

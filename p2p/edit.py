@@ -12,9 +12,9 @@ is not None, c: the word weights.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -81,11 +81,34 @@ def from_dict(d: Mapping[str, Any]) -> Edit:
     return Edit(**d)
 
 
+def check(edit: Edit) -> None:
+    """Raises UsageError for fields of the wrong kind; words and windows are checked where the prompts are known."""
+    def words(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(w, str) for w in value)
+
+    def mapping(value: Any) -> bool:
+        return value is None or (isinstance(value, Mapping) and words(tuple(value) or ("",)))
+
+    for name, fits, wanted in (
+            ("prompt", isinstance(edit.prompt, str), "a string"),
+            ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
+            ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())), '{"source word": "target word"}'),
+            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words"),
+            ("self_max_tokens", isinstance(edit.self_max_tokens, Integral) and edit.self_max_tokens >= 0, "a number of pixels"),
+            ("renormalise", isinstance(edit.renormalise, bool), "True or False"),
+            ("local_blend", edit.local_blend is None or isinstance(edit.local_blend, LocalBlend), "a LocalBlend")):
+        if not fits:
+            raise UsageError(f"{name}: {getattr(edit, name)!r} is not {wanted}")
+
+
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
     """The mode of an edit whose `mode` is None: equal prompts are reweighted, equal word counts swapped, others refined."""
     if edit.mode is not None:
         if edit.mode not in ("replace", "refine", "reweight"):
             raise UsageError(f'mode "{edit.mode}" is not known; known: replace, refine, reweight')
+        if edit.mode == "reweight" and source.ids != target.ids:
+            raise UsageError(f'mode "reweight" is for one and the same prompt: "{target.text}" differs from "{source.text}"; other '
+                             "modes take weights too")
         return edit.mode
     if source.ids == target.ids:
         return "reweight"
@@ -94,8 +117,10 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
 
 def window(value: Window, what: str) -> tuple[float, float]:
     """A number or a pair as (start, end), checked to lie in 0..1."""
-    pair = (0.0, value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
     try:
+        if isinstance(pair, str):
+            raise TypeError
         lo, hi = (float(v) for v in pair)
     except (TypeError, ValueError):
         raise UsageError(f"{what}: {value!r} is neither a number nor a pair (start, end)") from None
@@ -128,8 +153,8 @@ def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) 
     """c of every token of the target.  -> (length,) float64"""
     c = torch.ones(length, dtype=torch.float64)
     for word, value in (equalizer or {}).items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f'equalizer: the weight of "{word}" is {value!r}, a finite number is needed')
+        if not isinstance(value, Real) or not abs(value) < 1e30:
+            raise UsageError(f'equalizer: the weight of "{word}" is {value!r}, a finite number (below 1e30) is needed')
         c[align.word_tokens(target, word, length)] = float(value)
     return c
 
@@ -168,6 +193,11 @@ def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, le
     m, a = alignment(source, target, edit, mode, length)
     alpha = cross_alpha(edit.cross_replace_steps, target, steps, length)
     return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
+
+
+def idle(mix: Tensor, keep: Tensor) -> bool:
+    """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every step."""
+    return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))
 
 
 def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:

@@ -42,7 +42,7 @@ def open_picture(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path}: not a picture that can be read ({error})") from None
 
 
@@ -59,10 +59,20 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), size[::-1], Image.LANCZOS)
 
 
+def brightness(mask: Image.Image) -> Image.Image:
+    """A mask of any mode as 8-bit grey, black where it is transparent; 16 bits as 8."""
+    if mask.mode.startswith("I"):
+        return Image.fromarray((np.asarray(mask, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if mask.has_transparency_data:
+        mask = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
+    return mask.convert("L")
+
+
 def to_base64(image: Image.Image | Tensor) -> str:
     """A picture, or a (H, W) mask, as a PNG in base64."""
     if isinstance(image, Tensor):
-        image = Image.fromarray((image > 0.5).cpu().numpy().astype(np.uint8) * 255)
+        image = Image.fromarray((image >= 0.5).cpu().numpy().astype(np.uint8) * 255)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -122,8 +132,8 @@ _HEAT = torch.tensor([[0.0, 0.0, 0.02], [0.25, 0.04, 0.41], [0.58, 0.15, 0.40], 
 
 
 def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None = None) -> Image.Image:
-    """A map (h, w) in colours, black 0, bright `top` (None: its maximum); enlarged smoothly to size (width, height)."""
-    v = values.float().cpu()
+    """A map (h, w) in colours, black 0 and below, bright `top` (None: its maximum); enlarged smoothly to size (width, height)."""
+    v = values.float().cpu().clamp(min=0)
     v = (v / (v.max() if top is None else top)).nan_to_num().clamp(0, 1)
     at = v * (len(_HEAT) - 1)
     low = at.floor().long().clamp(max=len(_HEAT) - 2)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit, from_base64, from_pil, to_base64
 from p2p.model import Conditioning, Model
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
+from p2p.start import check_latents, draw
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
@@ -133,20 +136,28 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     """
     if method not in METHODS:
         raise UsageError(f'inversion method "{method}" is not known; known: {", ".join(METHODS)}')
+    if not isinstance(steps, Integral) or steps < 1:
+        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
+    for name, value in (("guidance_scale", guidance_scale), ("inversion_guidance", inversion_guidance)):
+        if value is not None and (not isinstance(value, Real) or not abs(value) < float("inf")):
+            raise UsageError(f"{name} must be a finite number, not {value!r}")
+    if inner_steps is not None and (not isinstance(inner_steps, Integral) or inner_steps < 1):
+        raise UsageError(f"inner_steps must be a whole number from 1, not {inner_steps!r}")
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt is a string, not {prompt!r}")
     if not 0 <= skip < steps:
         raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
     if not 0 < eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    channels, *size = model.latent_shape(height, width)
+    _, *size = model.latent_shape(height, width)
     if isinstance(picture, Image.Image):
         picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
         x_0, kept = model.encode(from_pil(picture)), picture
     else:
+        check_latents("latents", picture, (1,), model)
         x_0, kept = picture.to(model.device), None
         x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
-        if x_0.ndim != 4 or len(x_0) != 1 or x_0.shape[1] != channels:
-            raise UsageError(f"latents have the shape {tuple(x_0.shape)}; expected (1, {channels}, height, width)")
     whole = model.schedule(steps)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
@@ -168,7 +179,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             rows = solver * (1 if guided == 1 else 2)
     rows *= schedule.steps
     if not latents.isfinite().all():
-        raise NumericsError(f"{method} inversion gave values that are not finite; the network runs in {model.dtype}: try float32")
+        raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
     if method == "null-text":
         with _attention(method, x_0):
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
@@ -223,13 +234,10 @@ def _belm(run: _Run, guidance_scale: float) -> Tensor:
 
 def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
     """x_0 with noise of every level (DDPM Eq. 4), the same noise or a new one at each.  -> (T + 1, C, H, W)"""
-    g = torch.Generator().manual_seed(seed)
-    noise = torch.randn(run.x_0.shape, generator=g).to(run.x_0)
+    noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
     latents = [run.x_0]
-    for _, a_t, _ in list(run.schedule)[::-1]:
-        if independent:
-            noise = torch.randn(run.x_0.shape, generator=g).to(run.x_0)
-        latents.append(a_t**0.5 * run.x_0 + (1 - a_t) ** 0.5 * noise)
+    for i, (_, a_t, _) in enumerate(list(run.schedule)[::-1], 1):
+        latents.append(a_t**0.5 * run.x_0 + (1 - a_t) ** 0.5 * noise[i * independent])
     return torch.cat(latents)
 
 

@@ -28,6 +28,7 @@ class AttentionMaps:
     size: tuple[int, int]            # height, width of the latents
     length: int                      # text columns
     sites: dict[str, Tensor]
+    pixel_sites: frozenset[str] = frozenset()   # those of self-attention
 
     def _row(self, row: int, before: bool) -> int:
         n = len(self.prompts)
@@ -41,12 +42,17 @@ class AttentionMaps:
         return n + row - 1
 
     def _side(self, pixels: int) -> tuple[int, int]:
-        h = round((pixels * self.size[0] / self.size[1]) ** 0.5)
+        """The factors of so many pixels that come nearest to the latents' shape."""
+        ideal = (pixels * self.size[0] / self.size[1]) ** 0.5
+        h = min((h for h in range(1, pixels + 1) if pixels % h == 0), key=lambda h: abs(h - ideal))
         return h, pixels // h
+
+    def _of(self, columns: str) -> dict[str, Tensor]:
+        return {name: m for name, m in self.sites.items() if (name in self.pixel_sites) == (columns == "pixels")}
 
     def sides(self, columns: str = "text") -> list[tuple[int, int]]:
         """(height, width) of the recorded maps, largest first; columns "text" or "pixels"."""
-        found = {m.shape[3] for m in self.sites.values() if (m.shape[4] == self.length) == (columns == "text")}
+        found = {m.shape[3] for m in self._of(columns).values()}
         return [self._side(p) for p in sorted(found, reverse=True)]
 
     def mean(self, row: int = 0, *, before: bool = False, steps: Iterable[int] | None = None, heads: Iterable[int] | None = None,
@@ -54,22 +60,27 @@ class AttentionMaps:
         """Mean map of a row over steps, sites and heads.  -> (h, w, columns) float32
 
         steps: their indices, None for all; heads likewise; sites: a part of the module names that count ("down", "up",
-        "mid"); side: of the maps, None for the largest recorded.
+        "mid"); side: of the maps, None for a quarter of the latents' (16 x 16 in Stable Diffusion at 512 x 512, as in the
+        official code's figures), the largest recorded where that is not there.
         """
         sides = self.sides(columns)
         if not sides:
             raise UsageError(f"no maps of {columns} were recorded")
-        side = side or sides[0]
-        chosen = [m for name, m in self.sites.items() if (m.shape[4] == self.length) == (columns == "text")
-                  and self._side(m.shape[3]) == side and (sites or "") in name]
+        usual = tuple(-(-s // 4) for s in self.size)
+        side = side or (usual if usual in sides else sides[0])
+        chosen = [m for name, m in self._of(columns).items() if self._side(m.shape[3]) == side and (sites or "") in name]
         if not chosen:
             raise UsageError(f"no maps of {columns} of {side[0]} x {side[1]}"
                              f"{f' at sites named {sites}' if sites else ''}; recorded: {sides}")
         row = self._row(row, before)
+        steps, heads = (None if asked is None else list(asked) for asked in (steps, heads))
+        for what, asked, n in (("step", steps, chosen[0].shape[0]), ("head", heads, min(m.shape[2] for m in chosen))):
+            if asked is not None and not all(0 <= i < n for i in asked):
+                raise UsageError(f"{what}s {asked}: maps of {side[0]} x {side[1]} have the {what}s 0 to {n - 1}")
         picked = []
         for m in chosen:
-            m = m[:, row] if steps is None else m[list(steps), row]              # (steps, heads, pixels, columns)
-            picked.append((m if heads is None else m[:, list(heads)]).float().mean((0, 1)))
+            m = m[:, row] if steps is None else m[steps, row]                    # (steps, heads, pixels, columns)
+            picked.append((m if heads is None else m[:, heads]).float().mean((0, 1)))
         return torch.stack(picked).mean(0).unflatten(0, side)
 
     def word(self, word: str, row: int = 0, **which) -> Tensor:
@@ -113,8 +124,9 @@ class Collector:
         self.timesteps.append(t)
         self.steps.append({site: m.to("cpu", torch.float16) for site, m in maps.items()})
 
-    def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int) -> AttentionMaps | None:
+    def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int, pixel_sites: frozenset[str]
+               ) -> AttentionMaps | None:
         if not self.steps or not self.steps[0]:
             return None
         sites = {site: torch.stack([s[site] for s in self.steps]) for site in self.steps[0]}
-        return AttentionMaps(list(prompts), self.timesteps, size, length, sites)
+        return AttentionMaps(list(prompts), self.timesteps, size, length, sites, pixel_sites & sites.keys())

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
+
+LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
 
 
 class Conditioning(NamedTuple):
@@ -85,12 +88,12 @@ class Model:
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
-        sides = (height or self.size[0], width or self.size[1])
+        sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
         halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
         unit = self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
         for name, side in zip(("height", "width"), sides):
-            if side < unit or side % unit:
-                raise UsageError(f"{name} must be a positive multiple of {unit}, not {side}")
+            if not isinstance(side, Integral) or side % unit or not 0 < side <= LARGEST:
+                raise UsageError(f"{name} must be a multiple of {unit} from {unit} to {LARGEST}, not {side!r}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
@@ -99,6 +102,10 @@ class Model:
         return weights.load.sha256(self.file)
 
     def tokens(self, prompt: str) -> Tokens:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the prompt {prompt!r} is not valid text (UTF-8 is expected)") from None
         try:
             return self.text_encoders[0].tokens(prompt)
         except ValueError as error:   # prompts encoded beforehand: another one was asked for
@@ -116,12 +123,13 @@ class Model:
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> context (B, L, C), in the model's precision."""
+        """Prompts (or one) -> context (B, L, C), in the model's precision."""
         return self.condition(prompts).context
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
         """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
@@ -168,6 +176,16 @@ class Model:
         return self.vae.decode((x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)).float()
 
 
+def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
+    """A device that is there; None: a GPU, or else the CPU. Raises UsageError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UsageError(f"{what} {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
          text: str | Path | None = None) -> Model:
@@ -177,10 +195,15 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
     always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
-    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). Raises CheckpointError.
+    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). Raises CheckpointError, and
+    UsageError for arguments of the wrong kind and devices that are not there.
     """
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"a model is named by a string or a path, not {source!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype is one of torch's, such as torch.float16, not {dtype!r}")
+    device = find_device(device)
     package = weights.load.find(source, family, prediction, vae)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     sdxl = package.family == "sdxl"
     c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text)

@@ -11,16 +11,15 @@ import torch
 
 import p2p
 from p2p.image import open_picture
+from p2p.model import find_device
 
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
 
 def load(args: argparse.Namespace) -> p2p.Model:
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        return p2p.load(args.model or "emoji", args.family, args.prediction, args.device, dtype, args.vae, args.text)
-    except RuntimeError as error:   # torch's own word on a device that is not there
-        raise p2p.UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = find_device(args.device, "--device")
+    return p2p.load("emoji" if args.model is None else args.model, args.family, args.prediction, device, dtype, args.vae, args.text)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
@@ -35,7 +34,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, An
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
     """Options that would be ignored are an error."""
-    given = [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) is not None]
+    given = [f"--{n.strip('_').replace('_', '-')}" for n in names if getattr(args, n) not in (None, False)]
     if given:
         raise p2p.UsageError(f"{', '.join(given)}: not with {what}")
 
@@ -49,13 +48,13 @@ def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options of `edit`, `maps` and `sweep` name."""
-    given: dict[str, Any] = dict(mode=args.mode, aligner=args.aligner, renormalise=args.renormalise)
+    given: dict[str, Any] = dict(mode=args.mode, aligner=args.aligner or "exact", renormalise=args.renormalise)
     if args.cross:
         given["cross_replace_steps"] = cross(args.cross)
-    if args.self_:
+    if args.self_ is not None:
         given["self_replace_steps"] = window(args.self_, "--self")
     if args.weight:
-        given["equalizer"] = dict(weight(w) for w in args.weight)
+        given["equalizer"] = once([weight(w) for w in args.weight], "--weight")
     if args.swap:
         given["swap"] = dict(pair(p, "=", "--swap", "OLD=NEW") for p in args.swap)
     if args.scope:
@@ -94,10 +93,19 @@ def window(text: str, what: str) -> float | tuple[float, float]:
 
 def cross(items: list[str]) -> Any:
     named = [item.rpartition("=") for item in items]
-    windows = {word or "default_": window(value, f"--cross {item}") for item, (word, _, value) in zip(items, named)}
+    windows = once([(word or "default_", window(value, f"--cross {item}")) for item, (word, _, value) in zip(items, named)],
+                   "--cross")
     if list(windows) == ["default_"]:
         return windows["default_"]
     return {"default_": 0.8} | windows
+
+
+def once(items: list[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Of two values for one name neither is dropped in silence."""
+    for name, _ in items:
+        if [n for n, _ in items].count(name) > 1:
+            raise p2p.UsageError(f"{option}: given more than once for {'all words' if name == 'default_' else repr(name)}")
+    return dict(items)
 
 
 def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from models.attention import Record
 from models.text import Tokens
+from p2p.blend import idle as blend_idle
 from p2p.blend import prepare
 from p2p.denoise import Known, denoise
-from p2p.edit import Edit, choose_mode, plan, scoped, to_dict
+from p2p.edit import Edit, check, choose_mode, idle, plan, scoped, tables, to_dict
 from p2p.errors import UsageError
 from p2p.image import to_pil
 from p2p.invert import FOLLOW, Inversion
@@ -63,10 +64,7 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
-    listed = [targets] if isinstance(targets, (str, Edit)) else list(targets)
-    if not listed:
-        raise UsageError("no target prompt given")
-    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in listed]
+    edits = _edits(targets, settings)
     notes: list[str] = list(model.notes)
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
@@ -82,8 +80,8 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
         if split[0].ids != t.ids and split[0].ids[:model.length - 1] == t.ids[:model.length - 1]:
             raise UsageError(f'"{e.prompt[:40]}...": what differs from the source lies beyond the {model.length} tokens that '
                              "the text tower reads; shorten the prompt")
-        if split[0].ids == t.ids and not e.equalizer and editor is None:
-            notes.append(f'"{e.prompt}": the same prompt and no weights: this edit changes nothing')
+        if split[0].ids == t.ids and editor is None and idle(*tables(split[0], t, e, m, steps or 50, model.length)):
+            notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes nothing')
     start = begin(model, [seed], len(prompts), x_T, 50 if steps is None else steps, guidance_scale, eta, height, width, low)
     known = None
     if inversion is not None:
@@ -105,9 +103,29 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     else:
         edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) - absent + guided, absent=absent, **rows)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
+    if blend is not None:
+        notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, start.schedule.steps)) if why]
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
     return _run(model, prompts, start, null, said, notes, progress, record=record, plan=edit_plan, blend=blend, known=known, **how)
+
+
+def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:
+    """Targets as edits; `settings` are those of plain prompts. Raises UsageError."""
+    known = [f.name for f in fields(Edit)][1:]
+    if unknown := [name for name in settings if name not in known]:
+        raise UsageError(f"{', '.join(unknown)}: no setting of an edit; known: {', '.join(known)}")
+    listed = [targets] if isinstance(targets, (str, Edit)) else targets
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(t, (str, Edit)) for t in listed):
+        raise UsageError(f"targets: {targets!r} is neither a prompt nor an Edit, nor a list of them")
+    if not listed:
+        raise UsageError("no target prompt given")
+    if settings and all(isinstance(t, Edit) for t in listed):
+        raise UsageError(f"{', '.join(settings)}: belongs to targets given as plain prompts; write it into the Edit")
+    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in listed]
+    for e in edits:
+        check(e)
+    return edits
 
 
 def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float | None, height: int | None, width: int | None,
@@ -162,7 +180,7 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
              width: int | None = None, low: Low | None = None, record: Record = Record(), progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+    seeds = [seed] if not isinstance(seed, (list, tuple)) else list(seed)
     if not prompts or len(seeds) not in (1, len(prompts)):
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     notes: list[str] = list(model.notes)
@@ -188,11 +206,15 @@ def _run(model: Model, prompts: list[str], start: Start, null: Conditioning | Se
     for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
         x, masks, rows = step.x, step.mask, rows + step.rows
         if record.text or record.pixels:
+            if not step.maps:
+                raise UsageError(f"no attention map has at most {max(record.text, record.pixels)} positions in a picture of "
+                                 f"{start.size[0]} x {start.size[1]} pixels; record larger ones, or choose a smaller picture")
             collector.add(step.t, step.maps)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
-    maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length) if collector.timesteps else None
+    maps = collector.result([model.tokens(p) for p in prompts], tuple(x.shape[2:]), model.length,
+                            model.unet.pixel_sites()) if collector.timesteps else None
     return Result(pictures, latents, list(prompts), settings, list(dict.fromkeys(notes)), maps,
                   None if masks is None else masks.cpu(), rows, timings)
 

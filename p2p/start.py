@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,10 @@ class Low(NamedTuple):
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
     """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
     neither device nor batch changes a picture."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    for seed in seeds:
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= seed < 2**64:
+            raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r}")
+    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
 
 
@@ -42,6 +46,17 @@ class Start(NamedTuple):
     level: Tensor | None = None # (B,)
 
 
+def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
+    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes."""
+    channels = model.unet.config.in_channels
+    expected = f"expected ({' or '.join(str(n) for n in dict.fromkeys(rows))}, {channels}, height, width)"
+    if not isinstance(x, Tensor):
+        raise UsageError(f"{name}: {type(x).__name__} given; a tensor is {expected}")
+    if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
+        raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; {expected}")
+    model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
+
+
 def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
           height: int | None, width: int | None, low: Low | None = None) -> Start:
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
@@ -49,11 +64,11 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
     if bool(model.unet.config.low_channels) != (low is not None):
         raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
                          + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, Integral) or steps < 1:
         raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
-    if not abs(guidance_scale) < float("inf"):
-        raise UsageError(f"guidance_scale must be finite, not {guidance_scale!r}")
-    if not 0 <= eta <= 1:
+    if not isinstance(guidance_scale, Real) or not abs(guidance_scale) < float("inf"):
+        raise UsageError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+    if not isinstance(eta, Real) or not 0 <= eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
     if low is not None:
         if len(low.pictures) != n or not 0 <= low.noise_level < len(model.alphas_cumprod):
@@ -61,12 +76,12 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
                              f"{len(model.alphas_cumprod) - 1})")
         height, width = (UPSCALING * side for side in low.pictures.shape[2:])
     shape = model.latent_shape(height, width)
+    if x_T is not None:
+        check_latents("x_T", x_T, (1, n), model)
     count = 1 + (steps if eta else 0)
     drawn = draw(shape if x_T is None else x_T.shape[1:], seeds, count + (low is not None))
     noise = [z.to(model.device) for z in drawn]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
-    if x.ndim != 4 or x.shape[0] not in (1, n) or x.shape[1] != shape[0]:
-        raise UsageError(f"x_T has the shape {tuple(x.shape)}; expected (1 or {n}, {shape[0]}, height, width)")
     start = Start(x.expand(n, -1, -1, -1), noise[1:count], model.schedule(steps), guidance_scale, eta,   # same noise in all
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                            # (Algorithm 1, line 4)
     return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))

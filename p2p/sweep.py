@@ -25,6 +25,8 @@ class Sweep(NamedTuple):
 
 def variant(base: Edit, name: str, value: float) -> Edit:
     """The edit with one setting changed: "cross", "self", or "weight:WORD"."""
+    if name == "cross" and isinstance(base.cross_replace_steps, Mapping):
+        return replace(base, cross_replace_steps={**base.cross_replace_steps, "default_": value})
     if name in NAMES:
         return replace(base, **{NAMES[name]: value})
     word = name.removeprefix("weight:")
@@ -43,6 +45,8 @@ def sweep(model: Model, source: str, target: str | Edit, over: Mapping[str, Sequ
     """
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
+    if not all(float(s).is_integer() for s in over.get("seed", ())):
+        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
     base = target if isinstance(target, Edit) else Edit(target)
     seeds = [int(s) for s in over.get("seed", [seed])]
     variants: list[dict[str, float]] = [{}]

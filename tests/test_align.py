@@ -109,3 +109,21 @@ def test_official_refinement_reads_padding_in_place():
     mapper, a = align.official_refinement(tokens("a castle"), tokens("a big castle"), L)
     assert mapper[:5].tolist() == [0, 1, 0, 2, 3] and a[:5].tolist() == [1, 1, 0, 1, 1]
     assert torch.equal(mapper[5:], torch.arange(5, L)) and a[5:].all()
+
+
+def test_replacement_of_texts_that_are_cut_moves_all_attention():
+    """What has no partner because one text is cut goes to the end of the other: no row of M is empty."""
+    long = " ".join(["a cat next to a house"] * 6)
+    for old, new, length in (("cat", "hippopotamus", 32), ("house", "antidisestablishmentarianism", 32), ("cat", "dog", 20)):
+        for a, b in ((long, long.replace(old, new)), (long.replace(old, new), long)):
+            m = align.replacement(tokens(a), tokens(b), length)
+            assert torch.allclose(m.sum(1), torch.ones(length, dtype=torch.float64)) and (m.sum(0) > 0).all()
+
+
+def test_words_are_cleaned_as_the_tokenizer_cleans_the_prompt():
+    assert align.word_tokens(tokens("a dog’s house"), "dog’s", 77) == align.word_tokens(tokens("a dog's house"), "dog's", 77)
+
+
+def test_an_occurrence_beyond_the_text_tower_does_not_count():
+    prompt = tokens("a cat " + "very " * 30 + "big cat")
+    assert align.word_tokens(prompt, "cat", 32) == [2]

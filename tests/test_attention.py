@@ -87,6 +87,17 @@ def test_renormalised_rows_sum_to_one(kind):
         assert (scale / (out[2] - module.to_out[0].bias)).std() > 1e-3 and not torch.equal(out[2], plain[2])
 
 
+def test_renormalising_negative_weights_divides_by_the_sum_of_sizes():
+    """Row sums of P' may pass through 0; those of P_src |mix| + P diag(|keep|) cannot, and are the same without signs."""
+    module, x, context = module_and_inputs(CrossAttention)
+    mix = torch.diag_embed(rand(2, L))               # a reweighting of both signs
+    edit = an_edit(mix=mix, keep=torch.zeros(2, L, dtype=mix.dtype), renormalise=torch.tensor([True, True]))
+    out, maps = module(x, context, edit, Record(text=N))
+    assert (maps[2:].abs().sum(-1) - 1).abs().max() < 1e-12
+    v = module.to_v(context).unflatten(-1, (HEADS, D)).transpose(1, 2)
+    assert (out - module.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
+
+
 def test_attend_is_probs_times_values():
     q, k, v = rand(E, HEADS, N, D), rand(E, HEADS, L, D, seed=1), rand(E, HEADS, L, D, seed=2)
     assert (attend(q, k, v) - attend_probs(q, k) @ v).abs().max() < 1e-12

@@ -1,10 +1,12 @@
 """Local edits against an oracle written out pixel by pixel, and what a mask promises."""
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import p2p
 from models.attention import Record
+from p2p.blend import _fixed
 from p2p.edit import plan
 from p2p.errors import UsageError
 from p2p.sampler import ddim_step, guide, x0_and_eps
@@ -115,21 +117,39 @@ def test_outside_the_mask_the_picture_is_the_source(emoji):
 
 def test_a_mask_limits_the_words(emoji):
     """Words alone, a mask alone, and both: both is where the two agree."""
-    mask = torch.zeros(64, 64)
-    mask[:, :32] = 1
     words = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2)
+    where = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=STEPS).masks[0, 0]
+    middle = int(where.nonzero()[:, 1].median())     # a mask that ends amid the words' region
+    mask = torch.zeros(64, 64)
+    mask[:, :middle] = 1
     both = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2, mask=Image.fromarray((mask * 255).byte().numpy()))
     r = p2p.edit(emoji, SOURCE, [p2p.Edit(SWAP, local_blend=b) for b in (words, both)], steps=STEPS)
     changed = [(r.latents[k] != r.latents[0]).any(0) for k in (1, 2)]
-    assert changed[0][:, 32:].any() and changed[1][:, :32].any() and not changed[1][:, 32:].any()
+    assert changed[0][:, middle:].any() and changed[1][:, :middle].any() and not changed[1][:, middle:].any()
 
 
 @pytest.mark.parametrize("blend, message", {
     p2p.LocalBlend(): "words or a mask", p2p.LocalBlend(words=("cat", "bird")): 'no word "bird"',
     p2p.LocalBlend(words="cat"): "pairs", p2p.LocalBlend(words=("cat", "dog"), threshold=1.5): "threshold",
-    p2p.LocalBlend(words=("cat", "dog"), start=2): "start", p2p.LocalBlend(words=("cat", "dog"), level=5): "level 5 does not divide",
+    p2p.LocalBlend(words=("cat", "dog"), start=2): "start", p2p.LocalBlend(words=("cat", "dog"), level=5): "no attention to text at 13 x 13",
     p2p.LocalBlend(words=("cat", "dog"), level=2): "choose another level",
 }.items())
 def test_bad_blends_are_named(emoji, blend, message):
     with pytest.raises(UsageError, match=message):
         p2p.edit(emoji, SOURCE, SWAP, local_blend=blend, steps=2)
+
+
+@pytest.mark.parametrize("weight", [-2.0, -0.5, 0.0])
+def test_a_negative_weight_does_not_turn_the_mask_inside_out(emoji, weight):
+    words = p2p.LocalBlend(words=("cat", "cat"), start=0.0)
+    r = p2p.edit(emoji, SOURCE, [p2p.Edit(SOURCE, equalizer={"cat": c}, cross_replace_steps=1.0, local_blend=words)
+                                 for c in (1.0, weight)], steps=STEPS)
+    assert 0 < r.masks[1].float().mean() <= r.masks[0].float().mean() < 1
+
+
+def test_masks_of_any_kind_are_bright_where_they_are_bright():
+    grey = np.full((8, 8), 400, np.uint16)
+    for mask, share in ((Image.fromarray(grey), 0), (Image.new("RGBA", (8, 8), (255, 255, 255, 0)), 0), (Image.new("1", (8, 8), 1), 1)):
+        assert _fixed(mask, (4, 4)).float().mean() == share
+    with pytest.raises(UsageError, match="0 to 1"):
+        _fixed(torch.full((8, 8), 100, dtype=torch.uint8), (4, 4))

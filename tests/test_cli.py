@@ -109,6 +109,12 @@ def test_tokens_shows_pieces_and_partners(capsys):
 
 
 USAGE = {
+    "--steps, --seed: not with --from": ["edit", "--from", "x.png", "--steps", "7", "--seed", "1"],
+    "--weight, --blend: not with a prompt without targets": ["maps", "a cat", "--weight", "cat=2", "--blend", "cat"],
+    "--cross: given more than once for all words": ["edit", "a cat", "a dog", "--cross", "0.2", "--cross", "0.8"],
+    "--over: given more than once for 'cross'": ["sweep", "a cat", "a dog", "--over", "cross=0", "--over", "cross=1"],
+    "whole numbers": ["sweep", "a cat", "a dog", "--over", "seed=1.5"],
+    "heads [99]": ["maps", "a cat", "--head", "99", "--steps", "1"],
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
     'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],
     "'much' is not a number": [*EDIT, "--weight", "red=much"], 'no word "hat"': [*EDIT, "--cross", "hat=0.5"],

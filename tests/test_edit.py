@@ -1,10 +1,14 @@
 """From what the user asks to tensors per step."""
+import numpy as np
 import pytest
 import torch
 
+import p2p
 from models.text import tokens
 from p2p.edit import Edit, choose_mode, cross_alpha, plan, tables, weights, window
 from p2p.errors import UsageError
+
+SOURCE, SWAP = "a cat on grass", "a dog on grass"
 
 L = 77
 
@@ -82,3 +86,38 @@ def test_unknown_choices_are_errors():
         choose_mode(s, Edit("a dog", mode="swap"), t)
     with pytest.raises(UsageError, match="exact, official"):
         tables(s, t, Edit("a dog", aligner="fuzzy"), "replace", 5, L)
+
+
+@pytest.mark.parametrize("call, message", {
+    "settings beside Edits": (lambda m: p2p.edit(m, SOURCE, p2p.Edit(SWAP), cross_replace_steps=0.1), "cross_replace_steps: belongs"),
+    "unknown setting": (lambda m: p2p.edit(m, SOURCE, SWAP, crossreplace=0.1), "crossreplace: no setting"),
+    "reweight of another prompt": (lambda m: p2p.edit(m, SOURCE, "a big cat", mode="reweight"), "one and the same prompt"),
+    "no targets": (lambda m: p2p.edit(m, SOURCE, None), "targets: None"),
+    "equalizer": (lambda m: p2p.edit(m, SOURCE, SWAP, equalizer=[("dog", 2)]), "equalizer: "),
+    "swap": (lambda m: p2p.edit(m, SOURCE, SWAP, swap={"cat": 3}), "swap: "),
+    "scope": (lambda m: p2p.edit(m, SOURCE, SWAP, scope=[]), "scope: "),
+    "window": (lambda m: p2p.edit(m, SOURCE, SWAP, cross_replace_steps="01"), "cross_replace_steps: '01'"),
+    "self_max_tokens": (lambda m: p2p.edit(m, SOURCE, SWAP, self_max_tokens="abc"), "self_max_tokens: "),
+    "blend": (lambda m: p2p.edit(m, SOURCE, SWAP, local_blend=("cat", "dog")), "local_blend: "),
+    "seed": (lambda m: p2p.edit(m, SOURCE, SWAP, seed=10**30), "a seed is"),
+    "height": (lambda m: p2p.generate(m, SOURCE, height=0), "height must be"),
+    "side of x_T": (lambda m: p2p.generate(m, SOURCE, x_T=torch.zeros(1, 3, 62, 64)), "height must be"),
+    "guidance": (lambda m: p2p.generate(m, SOURCE, guidance_scale="a"), "guidance_scale must be"),
+    "device": (lambda m: p2p.load("emoji", device="warp"), "device warp"),
+    "too small maps": (lambda m: p2p.generate(m, SOURCE, steps=1, record=p2p.Record(text=10)), "no attention map has at most 10"),
+}.values())
+def test_what_cannot_be_meant_is_an_error_that_says_so(emoji, call, message):
+    with pytest.raises(UsageError, match=message):
+        call(emoji)
+
+
+@pytest.mark.parametrize("how, said", [(dict(equalizer={"cat": 1.0}), True), (dict(equalizer={"cat": 3.0}, cross_replace_steps=0.0), True),
+                                       (dict(equalizer={"cat": 3.0}), False), (dict(), True)])
+def test_an_edit_that_changes_nothing_is_said(emoji, how, said):
+    r = p2p.edit(emoji, SOURCE, p2p.Edit(SOURCE, **how), steps=2)
+    assert any("changes nothing" in note for note in r.notes) == said
+
+
+def test_numpy_numbers_are_numbers():
+    assert window(np.float32(0.5), "w") == (0.0, 0.5)
+    assert weights({"cat": np.float32(2)}, tokens("a cat"), 8)[2] == 2

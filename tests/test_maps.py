@@ -78,7 +78,8 @@ def test_components_are_pictures_of_the_layout(run):
 
 def test_non_square_maps(sd1):
     r = p2p.generate(sd1, "a cat", steps=1, height=128, width=64, record=p2p.Record(text=1024))
-    assert r.maps.sides()[0] == (16, 8) and r.maps.word("cat").shape == (16, 8)
+    assert r.maps.sides()[0] == (16, 8) and r.maps.word("cat", side=(16, 8)).shape == (16, 8)
+    assert r.maps.word("cat").shape == (4, 2)        # a quarter of the latents' sides, as in the paper's figures
 
 
 @pytest.mark.parametrize("call, message", [
