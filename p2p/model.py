@@ -93,7 +93,7 @@ class Model:
         unit = self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
         for name, side in zip(("height", "width"), sides):
             if not isinstance(side, Integral) or side % unit or not 0 < side <= LARGEST:
-                raise UsageError(f"{name} must be a multiple of {unit} from {unit} to {LARGEST}, not {side!r}")
+                raise UsageError(f"{name} must be a positive multiple of {unit}, not {side!r}, and at most {LARGEST}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property

@@ -91,7 +91,7 @@ def test_renormalising_negative_weights_divides_by_the_sum_of_sizes():
     """Row sums of P' may pass through 0; those of P_src |mix| + P diag(|keep|) cannot, and are the same without signs."""
     module, x, context = module_and_inputs(CrossAttention)
     mix = torch.diag_embed(rand(2, L))               # a reweighting of both signs
-    edit = an_edit(mix=mix, keep=torch.zeros(2, L, dtype=mix.dtype), renormalise=torch.tensor([True, True]))
+    edit = an_edit(mix=mix, keep=torch.zeros(2, L, dtype=mix.dtype))._replace(renormalise=torch.tensor([True, True]))
     out, maps = module(x, context, edit, Record(text=N))
     assert (maps[2:].abs().sum(-1) - 1).abs().max() < 1e-12
     v = module.to_v(context).unflatten(-1, (HEADS, D)).transpose(1, 2)

@@ -101,7 +101,7 @@ def test_unknown_choices_are_errors():
     "blend": (lambda m: p2p.edit(m, SOURCE, SWAP, local_blend=("cat", "dog")), "local_blend: "),
     "seed": (lambda m: p2p.edit(m, SOURCE, SWAP, seed=10**30), "a seed is"),
     "height": (lambda m: p2p.generate(m, SOURCE, height=0), "height must be"),
-    "side of x_T": (lambda m: p2p.generate(m, SOURCE, x_T=torch.zeros(1, 3, 62, 64)), "height must be"),
+    "side of x_T": (lambda m: p2p.generate(m, SOURCE, x_T=torch.zeros(1, 3, 63, 64)), "height must be"),
     "guidance": (lambda m: p2p.generate(m, SOURCE, guidance_scale="a"), "guidance_scale must be"),
     "device": (lambda m: p2p.load("emoji", device="warp"), "device warp"),
     "too small maps": (lambda m: p2p.generate(m, SOURCE, steps=1, record=p2p.Record(text=10)), "no attention map has at most 10"),

@@ -102,14 +102,14 @@ def test_hybrid_unet_runs_on_pixels_and_names_its_maps():
         assert out.shape == x.shape and torch.equal(out, unet(x, 10, context)[0])
     text = {k: m.shape[2:] for k, m in maps.items() if m.shape[-1] == 7}
     assert sorted(text.items()) == sorted({
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2": (256, 7),
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn2": (64, 7),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2": (256, 7),
+        "down_blocks.2.attentions.0.transformer_blocks.0.attn2": (64, 7),
         "mid_block.attentions.0.transformer_blocks.0.attn1": (64, 7),
         "up_blocks.0.attentions.0.transformer_blocks.0.attn1": (64, 7),
         "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (64, 7),
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1": (256, 7),
         "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (256, 7)}.items())
-    assert [k for k in maps if k not in text] == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
+    assert [k for k in maps if k not in text] == ["down_blocks.2.attentions.0.transformer_blocks.0.attn1"]
 
 
 def test_timestep_embedding_is_that_of_diffusers():
