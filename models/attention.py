@@ -155,8 +155,8 @@ class _TextAttention(_Attention):
         target = (q[-e:], k[-e:])
         source = tuple(lent[edit.source] for lent in self._lenders(edit, q, k))
         edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
-        sizes = edit.mix.abs(), edit.keep.abs()
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
+            sizes = edit.mix.abs(), edit.keep.abs()
             sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, *sizes)
             edited = torch.where(edit.renormalise[:, None, None, None], edited / sums, edited)
         out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)

@@ -34,7 +34,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, An
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
     """Options that would be ignored are an error."""
-    given = [f"--{n.strip('_').replace('_', '-')}" for n in names if getattr(args, n) not in (None, False)]
+    given = [f"--{n.strip('_').replace('_', '-')}" for n in names
+             if (value := getattr(args, n)) is not None and value is not False]   # 0 is given
     if given:
         raise p2p.UsageError(f"{', '.join(given)}: not with {what}")
 
