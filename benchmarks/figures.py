@@ -22,6 +22,7 @@ import p2p
 from benchmarks import paired
 from benchmarks.quality import ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
 from p2p.image import grid, heat, save_png, table, to_pil
+from p2p.leakage import NOTICED
 from weights.emoji.recogniser import iou
 from weights.emoji.world import OBJECTS, PLACES, caption, render
 
@@ -110,9 +111,10 @@ class Figures(Bench):
             r = self._row(a, [p2p.Edit(b, **self._only(list(OBJECTS)[thing])), p2p.Edit(b, **PLAIN)], i)
             seen = self.eye.read(shown(r))
             overlap = iou(seen.box[1:, thing], seen.box[:1, thing].expand(2, -1))
-            rows.append(torch.cat([(overlap >= 0.6) & seen.found[1:, thing], overlap, seen.place[1:] == target.place[i]]))
+            kept, new = (overlap >= 0.6) & seen.found[1:, thing], seen.place[1:] == target.place[i]
+            rows.append(torch.cat([kept, overlap, new, kept & new]))
         t = torch.stack(rows)
-        names = "object kept (overlap >= 0.6)", "overlap", "new place"
+        names = "object kept (overlap >= 0.6)", "overlap", "new place", "object kept in the new place"
         return {f"{name}, {how}": mean_ci(t[:, 2 * k + j]) for k, name in enumerate(names)
                 for j, how in enumerate(("its word injected", "plain"))}
 
@@ -128,7 +130,7 @@ class Figures(Bench):
 
     def count_6(self, n: int) -> Numbers:
         """Per share of injected steps: is the new object there, is it where the old one was, did the rest stay?"""
-        source, target = self._pairs(n, 6, other_thing, ONE)
+        source, target = self._pairs(n, 6, other_thing, ONE, both=True)
         rows = []
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
@@ -249,7 +251,7 @@ class Figures(Bench):
 
     def count_blend(self, n: int) -> Numbers:
         """Word swaps with and without LocalBlend: the new object, and what is left of the source outside of the mask."""
-        source, target = self._pairs(n, 7, other_thing, ONE)
+        source, target = self._pairs(n, 7, other_thing, ONE, both=True)
         rows = []
         for i in range(n):
             words = list(OBJECTS)
@@ -260,11 +262,12 @@ class Figures(Bench):
             outside = ~r.masks[1, 0]
             change = ((pictures[1:] - pictures[:1]).abs().amax(1)[:, outside] * 127.5)         # (2, pixels) in 1 / 255
             largest = change.amax(1) if outside.any() else torch.zeros(2)
-            rows.append(torch.cat([seen.found[1:, new].float(), largest, outside.float().mean()[None]]))
+            rows.append(torch.cat([seen.found[1:, new].float(), largest, outside.float().mean()[None], ~outside.any()[None]]))
         t = torch.stack(rows)
         return {"new object, without": mean_ci(t[:, 0]), "new object, blended": mean_ci(t[:, 1]),
-                "largest change outside the mask in 1/255, without": mean_ci(t[:, 2]), "..., blended": mean_ci(t[:, 3]),
-                "..., blended, at most": t[:, 3].max().item(), "share of the picture outside the mask": mean_ci(t[:, 4])}
+                "largest change outside the mask in 1/255, without": mean_ci(t[:, 2]),
+                "..., blended, at most": t[:, 3].max().item(), "share of the picture outside the mask": mean_ci(t[:, 4]),
+                "masks that cover everything": mean_ci(t[:, 5])}
 
     # Scope: one of two objects
     def draw_scope(self) -> Image.Image:
@@ -278,8 +281,9 @@ class Figures(Bench):
         return table(rows, ["source", "edit", "scoped", "mask"], ["", ""])
 
     def count_scope(self, n: int) -> Numbers:
-        """Two objects, the first swapped: how often did the second one change (lost, moved, or of another colour)?"""
-        source, target = self._pairs(8 * n, 8, other_thing, TWO)
+        """Two objects, the first swapped: how often did the second one change (lost, moved, of another colour, or more than
+        one in ten of its pixels visibly), and by how many of its pixels?"""
+        source, target = self._pairs(8 * n, 8, other_thing, TWO, both=True)
         rows, words = [], list(OBJECTS)
         for i in range(len(source)):
             old, kept, new = int(source.thing[i, 0]), int(source.thing[i, 1]), int(target.thing[i, 0])
@@ -287,15 +291,18 @@ class Figures(Bench):
                 continue
             free = p2p.Edit(caption(target[[i]])[0], cross_replace_steps=0.6)
             r = self._row(caption(source[[i]])[0], [free, replace(free, scope=words[old])], i)
-            seen = self.eye.read(shown(r))
+            pictures, seen = shown(r), self.eye.read(shown(r))
             if not (seen.found[0, kept] and seen.found[0, old]):
                 continue   # the source itself does not show both
             moved = iou(seen.box[1:, kept], seen.box[:1, kept].expand(2, -1)) < 0.5
-            changed = ~seen.found[1:, kept] | moved | (seen.colour[1:, kept] != seen.colour[0, kept])
-            rows.append(torch.cat([changed.float(), seen.found[1:, new].float()]))
+            at = torch.nn.functional.interpolate((seen.cells[:1, None] == kept).float(), size=pictures.shape[-2:])[0, 0] > 0
+            pixels = ((pictures[1:] - pictures[:1]).abs().amax(1)[:, at] / 2 > NOTICED).float().mean(1)          # (2,)
+            changed = ~seen.found[1:, kept] | moved | (seen.colour[1:, kept] != seen.colour[0, kept]) | (pixels > 0.1)
+            rows.append(torch.cat([changed.float(), pixels, seen.found[1:, new].float()]))
         t = torch.stack(rows)
-        return {"other object changed, free": mean_ci(t[:, 0]), "other object changed, scoped": mean_ci(t[:, 1]),
-                "new object, free": mean_ci(t[:, 2]), "new object, scoped": mean_ci(t[:, 3]), "pairs": len(t)}
+        names = "other object changed", "share of its pixels changed", "new object"
+        return {"pairs": len(t), **{f"{name}, {how}": mean_ci(t[:, 2 * k + j]) for k, name in enumerate(names)
+                                    for j, how in enumerate(("free", "scoped"))}}
 
 
 def free_and_blended(prompt: str, old: str, new: str) -> list[p2p.Edit]:
@@ -350,6 +357,9 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--draw", action="store_true", help="pictures alone")
     a = ap.parse_args(argv)
     figures = Figures(p2p.load(a.model), a.steps)
+    unknown = [name for name in a.only.split(",") if not hasattr(figures, f"draw_{name}")]
+    if unknown:
+        ap.error(f"no figure {', '.join(unknown)}")
     a.folder.mkdir(parents=True, exist_ok=True)
     for name in a.only.split(","):
         started, file = time.time(), a.folder / f"figure-{name}.png"
