@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models.vae import AutoencoderKL
 from p2p import CheckpointError
 from weights import keys
-from weights.load import fill, find
+from weights.load import BUNDLED, fill, find
 from weights.load import load as build
 
 CPU = torch.device("cpu")
@@ -110,6 +111,79 @@ def test_shards_hold_what_the_index_says(tmp_path):
     for where in ({"a": "1.safetensors"}, {"a": "1.safetensors", "b": "1.safetensors", "c": "1.safetensors"}):
         (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
         refuse(tmp_path / "m.safetensors.index.json", "does not hold what the index says")
+
+
+# ------------------------------------------------------------------------------------------------------- the bundled format
+
+def unet_sizes(**changed):
+    return lambda tensors, meta: meta.update(unet=json.dumps(json.loads(meta["unet"]) | changed))
+
+
+def schedule(change):
+    return lambda tensors, meta: tensors.update(alphas_cumprod=change(tensors["alphas_cumprod"].clone()))
+
+
+EMOJI = {   # what is wrong with a trained file, and what is said about it
+    "no sizes": (lambda t, m: m.pop("unet"), "metadata do not hold"), "not JSON": (lambda t, m: m.update(unet="{"), "metadata do not hold"),
+    "a list": (lambda t, m: m.update(unet="[1]"), "metadata do not hold"), "unknown field": (unet_sizes(colour=3), "metadata do not hold.*colour"),
+    "no heads": (unet_sizes(heads=[0, 0, 0]), "no network has the sizes"), "no channels": (unet_sizes(channels=[]), "no network has the sizes"),
+    "other width": (unet_sizes(channels=[64, 96, 192]), "does not fit"), "other text": (unet_sizes(context_dim=64), "mixes two models"),
+    "prediction": (lambda t, m: m.update(prediction="zz"), "'zz'.*not known; give prediction, one of eps, v, x0"),
+    "no schedule": (lambda t, m: t.pop("alphas_cumprod"), "missing: alphas_cumprod"),
+    "short schedule": (schedule(lambda a: a[:10].contiguous()), r"alphas_cumprod, of shape \[10\], is no noise schedule"),
+    "schedule of NaN": (schedule(lambda a: a.index_fill_(0, torch.tensor(5), float("nan"))), "alphas_cumprod.*no noise schedule"),
+    "schedule of zeros": (schedule(torch.zeros_like), "alphas_cumprod.*no noise schedule"),
+    "no vocabulary": (lambda t, m: t.pop("text.vocab"), "missing: text.vocab"),
+    "scalar vocabulary": (lambda t, m: t.update({"text.vocab": torch.tensor(3)}), "sizes are those of no model"),
+    "addition": (lambda t, m: t.update({"lora.x": torch.zeros(2)}), "unexpected: lora.x"),
+    "extra weight": (lambda t, m: t.update({"unet.x": torch.zeros(2)}), "unexpected: unet.x"),
+}
+
+
+@pytest.mark.parametrize("name", EMOJI)
+def test_damaged_emoji_models(tmp_path, name):
+    damage, said = EMOJI[name]
+    with safe_open(BUNDLED["emoji"], framework="pt") as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+    damage(tensors, meta)
+    save_file(tensors, tmp_path / "m.safetensors", meta)
+    refuse(tmp_path / "m.safetensors", said)
+
+
+def test_an_autoencoder_beside_a_pixel_model_is_refused(sd1_file):
+    with pytest.raises(CheckpointError, match="emoji.*works on pixels and has no autoencoder"):
+        find("emoji", vae=sd1_file)
+
+
+def test_a_missing_autoencoder_is_the_file_that_is_named(sd1_file):
+    with pytest.raises(CheckpointError, match="^none.safetensors: no such file"):
+        find(sd1_file, vae="none.safetensors")
+
+
+SD1 = {   # the same of a Stable Diffusion file
+    "stray block": (lambda t: t.update({keys.UNET + "input_blocks.99.0.op.weight": torch.zeros(2)}), "unexpected: .*input_blocks.99"),
+    "flat embedding": (lambda t: t.update({keys.TEXT_SD1 + "embeddings.token_embedding.weight": torch.zeros(9)}), "sizes are those of no"),
+    "flat convolution": (lambda t: t.update({keys.VAE + "encoder.conv_in.weight": torch.zeros(9)}), "sizes are those of no model"),
+    "schedule of NaN": (lambda t: t.update(alphas_cumprod=torch.full((1000,), float("nan"))), "alphas_cumprod.*no noise schedule"),
+    "short schedule": (lambda t: t.update(alphas_cumprod=torch.linspace(0.9, 0.1, 7)), "alphas_cumprod.*no noise schedule"),
+}
+
+
+@pytest.mark.parametrize("name", SD1)
+def test_damaged_stable_diffusion_files(tmp_path, sd1_tensors, name):
+    tensors = dict(sd1_tensors)
+    SD1[name][0](tensors)
+    save_file(tensors, tmp_path / "m.safetensors")
+    refuse(tmp_path / "m.safetensors", SD1[name][1])
+
+
+def test_a_prediction_that_nobody_knows_is_not_taken_for_another(tmp_path, sd1_tensors):
+    path = tmp_path / "m.safetensors"
+    save_file(sd1_tensors, path, {"modelspec.prediction_type": "zzz"})
+    refuse(path, "said to predict 'zzz' .by the file's metadata.")
+    assert find(path, prediction="v").prediction == "v"
+    path.with_suffix(".yaml").mkdir()   # no side file, whatever it is
+    refuse(path, "said to predict 'zzz'")
 
 
 # ---------------------------------------------------------------------------------------------------------------- pickles

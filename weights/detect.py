@@ -24,6 +24,7 @@ from weights.files import TensorFile
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
+SAID = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}   # diffusers' words for them
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -69,8 +70,9 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered children a prefix has."""
-    return len({k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)})
+    """How many numbered children a prefix has; one may be missing, and a number far beyond the rest is a stray."""
+    found = {k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)}
+    return 1 + max((int(n) for n in found if n.isdigit() and int(n) <= len(found)), default=-1)
 
 
 # -------------------------------------------------------------------------------------------------- single files
@@ -150,18 +152,25 @@ def find_in_file(file: TensorFile) -> Package:
     prediction, why = _prediction(file, found)
     abar = scaled_linear()
     if "alphas_cumprod" in s:
-        own = file["alphas_cumprod"].double()
-        if own.shape == abar.shape and (own - abar).abs().max() > 1e-4:
+        own = _schedule(file)
+        if (own - abar).abs().max() > 1e-4:
             notes.append("the file's own noise schedule differs from Stable Diffusion's and is used")
-            abar = own
-        elif own.shape == abar.shape:
-            abar = own
+        abar = own
     if "ztsnr" in s:
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (marker ztsnr)")
     side = {"sd1": 512, "sdxl": 1024}.get(found, 768 if prediction == "v" else 512)
     return Package(found, file.path, unet, text, Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)), prediction, why,
                    abar, (side, side), 0.13025 if sdxl else 0.18215, notes)
+
+
+def _schedule(file: TensorFile) -> Tensor:
+    """A file's own noise schedule.  -> (1000,) float64"""
+    abar = file["alphas_cumprod"].double()
+    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] <= 1:   # NaN fails it too
+        raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise schedule: 1000 numbers that "
+                              "fall from at most 1 to at least 0 were expected.")
+    return abar
 
 
 def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
@@ -200,13 +209,13 @@ def _averaged(file: TensorFile, notes: list[str]) -> TensorFile:
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
     """What the UNet was trained to predict, and how we know: no tensor says it for certain."""
     sidecar = file.path.with_suffix(".yaml")
-    if sidecar.exists() and (m := re.search(r"parameterization:\s*[\"']?(\w+)", sidecar.read_text(errors="replace"))):
-        return ("v" if m.group(1) == "v" else "eps"), f"{sidecar.name} beside it"
+    if sidecar.is_file() and (m := re.search(r"parameterization:\s*[\"']?(\w+)", sidecar.read_text(errors="replace"))):
+        return SAID.get(m.group(1), m.group(1)), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"
     said = file.metadata.get("modelspec.prediction_type", "").lower()
     if said:
-        return ("v" if said.startswith("v") else "eps"), "the file's metadata"
+        return SAID.get(said, said), "the file's metadata"
     if family == "sd2":
         if file.metadata.get("global_step") == "875000":
             return "eps", "its step count, that of 2.0-base"
@@ -295,13 +304,21 @@ def for_family(config: TextConfig, layers: int, family: str, pooled: int | None)
 
 def _emoji(file: TensorFile) -> Package:
     """Our own file: the modules' own names; the UNet's sizes in the metadata."""
-    sizes = json.loads(file.metadata.get("unet", "{}"))
-    unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
-    text, side = [], 256 if unet.low_channels else 64
-    if "text.vocab" in file.shapes:   # the upscaler reads no text
-        text = [Part(file, "text.", "own", replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
+    try:
+        sizes = json.loads(file.metadata["unet"])
+        unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a UNet ({error!r}); it is damaged, or of "
+                              "another version of this project.") from None
+    large = bool(unet.low_channels)   # the super-resolution stage, which reads no text
+    text = [] if large else [Part(file, "text.", "own", replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
+    stray = sorted(k for k in file.shapes if not k.startswith(("unet.", "alphas_cumprod", *(p.prefix for p in text))))
+    if stray:
+        raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? Use the plain one.")
+    if text:
+        check_widths(file.path, unet.context_dim, text)
     return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, file.metadata.get("prediction", "x0"),
-                   "the file's metadata", file["alphas_cumprod"].double(), (side, side))
+                   "the file's metadata", _schedule(file), (256, 256) if large else (64, 64))
 
 
 def listed(what: str, names: list[str], most: int = 5) -> str:

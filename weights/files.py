@@ -53,6 +53,8 @@ class SafetensorsFile(TensorFile):
         self.metadata = self._file.metadata() or {}
 
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self.shapes:
+            raise KeyError(key)
         return self._file.get_tensor(key)
 
 

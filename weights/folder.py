@@ -11,12 +11,11 @@ from torch import Tensor
 from models.text import CLIP_L, TextConfig
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from weights.detect import Package, Part, check_widths, for_family, scaled_linear, unused_hf, zero_terminal_snr
+from weights.detect import SAID, Package, Part, check_widths, for_family, scaled_linear, unused_hf, zero_terminal_snr
 from weights.errors import CheckpointError
 from weights.files import INDEX, TensorFile, open_file
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 # Fields of unet/config.json that change the math, with the values that are supported (absent: the first one).
 UNET_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -114,13 +113,13 @@ def _scheduler(path: Path, notes: list[str]) -> tuple[Tensor, str, str]:
     s = read_json(where)
     check_fields(where, s, SCHEDULER_FIELDS)
     said = s.get("prediction_type", "epsilon")
-    if said not in PREDICTIONS:
-        raise CheckpointError(f"{where}: prediction_type {said!r}; supported: {', '.join(PREDICTIONS)}.")
+    if said not in SAID:
+        raise CheckpointError(f"{where}: prediction_type {said!r}; supported: {', '.join(SAID)}.")
     abar = scaled_linear(s.get("beta_start", 0.00085), s.get("beta_end", 0.012))
     if s.get("rescale_betas_zero_snr"):
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (scheduler config)")
-    return abar, PREDICTIONS[said], "scheduler_config.json"
+    return abar, SAID[said], "scheduler_config.json"
 
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline, we
 from weights.keys import Source
 
 EMOJI = Path(__file__).with_name("emoji")
+T = TypeVar("T")
 BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-upscaler": EMOJI / "upscaler.safetensors"}
 
 
@@ -50,22 +52,34 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
         path = hub.download(str(source))
-    try:
-        package = _find(path)
-        if vae is not None:
-            package.vae = find_vae(Path(vae))
-            package.notes.append(f"autoencoder from {vae}")
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: 1 missing: {error.args[0]}. It is not complete.") from None
-    except CheckpointError as error:
-        if str(path) in str(error):
-            raise
-        raise CheckpointError(f"{path}: {error}") from None
+    package = _found(path, _find)
     if family and family != package.family:
         raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family {package.family}.")
     if prediction:
         package.prediction, package.why = prediction, "as asked"
+    elif package.prediction not in PREDICTIONS:
+        raise CheckpointError(f"{path}: said to predict {package.prediction!r} (by {package.why}), which is not known; give "
+                              f"prediction, one of {', '.join(PREDICTIONS)}.")
+    if vae is not None and package.vae is None:
+        raise CheckpointError(f"{path}: works on pixels and has no autoencoder that {vae} could replace; leave out vae.")
+    if vae is not None:
+        package.vae = _found(Path(vae), find_vae)
+        package.notes.append(f"autoencoder from {vae}")
     return package
+
+
+def _found(path: Path, find: Callable[[Path], T]) -> T:
+    """What `find` recognises in a file or a folder; whatever it stumbles over names that path."""
+    try:
+        return find(path)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: 1 missing: {error.args[0]}. It is not complete.") from None
+    except (IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its sizes are those of no model known here ({error}). Is it damaged?") from None
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _find(path: Path) -> Package:
@@ -122,7 +136,7 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
 def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """Builds a module without memory, checks it against the file's header, then puts the tensors in one by one."""
     with torch.device("meta"):
-        module = build(part.config)
+        module = _built(part, build)
     state = {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         state[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).to(device)
@@ -130,11 +144,18 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     return module.eval().requires_grad_(False)
 
 
+def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
+    try:
+        return build(part.config)
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{part.file.path}: no network has the sizes that it names ({error}). Is it damaged?") from None
+
+
 def read_tensors(part: Part, build: Callable[..., nn.Module], what: str = "model") -> Iterator[tuple[str, Tensor]]:
     """Own name and tensor, one at a time, after names and shapes of all were checked. Raises CheckpointError."""
     path, shapes = part.file.path, part.file.shapes
     with torch.device("meta"):
-        want = build(part.config).state_dict()
+        want = _built(part, build).state_dict()
     plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys)) for name, s in sources(part, list(want)).items()}
     read = {k for s in plan.values() for k in s.keys}
     ignored = tuple(part.prefix + k for k in part.ignored)
