@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, Record, SelfAttention, inside
+from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, inside
 from models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -184,6 +184,11 @@ class UNet(nn.Module):
     def pixel_sites(self) -> frozenset[str]:
         """The self-attention layers: columns of their maps are pixels, not text tokens."""
         return frozenset(name for name, module in self.named_modules() if isinstance(module, SelfAttention))
+
+    def text_sites(self) -> list[str]:
+        """The layers whose maps have columns for text tokens."""
+        return [f"{name}.attn1" if isinstance(module, AddedAttention) else name for name, module in self.named_modules()
+                if isinstance(module, (CrossAttention, HybridAttention))]
 
     def forward(self, x: Tensor, t: int | Tensor, context: Tensor,
                 edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
@@ -118,7 +120,7 @@ def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend")
     ap.add_argument("--blend-without", action="append", metavar="OLD:NEW", help="... and not where these do")
     ap.add_argument("--blend-mask", type=Path, metavar="PICTURE", help="... and only where this picture is bright")
-    ap.add_argument("--blend-threshold", type=float, metavar="X", help="share of a map's maximum that counts (0.3)")
+    ap.add_argument("--blend-threshold", metavar="X[:Y]", help="share of a map's maximum that counts (0.3); Y: for --blend-without")
     ap.add_argument("--blend-start", type=float, metavar="X", help="share of the steps before blending begins (0.2)")
     ap.add_argument("--blend-level", type=int, metavar="N", help="maps at the latents' side over this (4)")
     ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
@@ -149,7 +151,20 @@ def _model_options(ap: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages go to stderr, what was written to stdout."""
-    argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")   # a prompt may hold more than the terminal can show
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except OSError as error:   # of stdout: every file that is read or written has its own message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # what is still buffered must not fail once more at exit
+        return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, USAGE)   # `p2p tokens ... | head`
+
+
+def _run(argv: list[str]) -> int:
     ap, commands = parsers()
     try:
         if argv and argv[0] in commands:   # prompts may stand before, between and after the options
@@ -172,8 +187,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, NUMERICS)
     except UsageError as error:
         return _fail(error, USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     return 0
 
 

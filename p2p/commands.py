@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
     made = _invert(args, model, picture)
-    print(f"note: {made.method} inversion, {made.rows} rows of the UNet", file=sys.stderr)
+    _say([*model.notes, *model.remarks(args.source), f"{made.method} inversion, {made.rows} rows of the UNet"])
     out.add("inversion.safetensors", made.save)
     out.picture("picture", made.picture)
     out.write(args.quiet)
@@ -98,6 +99,17 @@ def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Invers
                       **{k: said[k] for k in names})
 
 
+def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
+    """The model that made a picture, from where it was then or from where --model says that it is now."""
+    name = s["model"] if args.model is None else args.model
+    try:
+        return p2p.load(name, args.family, s["prediction"], options.device(args), getattr(torch, s["dtype"]), args.vae, args.text)
+    except p2p.CheckpointError as error:
+        if args.model is not None:
+            raise
+        raise p2p.CheckpointError(f"{error} It is the model recorded in {args.replay}: say with --model where it lies.") from None
+
+
 def _replay(args: argparse.Namespace) -> None:
     """Runs the edit again whose settings a picture holds."""
     s = read_settings(args.replay)
@@ -108,8 +120,7 @@ def _replay(args: argparse.Namespace) -> None:
             raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
         edits = [from_dict(t) for t in s["targets"]]
         out = Output(args.out, s["source"])
-        model = p2p.load(args.model or s["model"], args.family, s["prediction"], args.device, getattr(torch, s["dtype"]), args.vae,
-                         args.text)
+        model = _recorded(args, s)
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
@@ -153,6 +164,10 @@ def maps(args: argparse.Namespace) -> None:
     if args.max_tokens < 1:
         raise p2p.UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
     model, sampling = options.load_for_sampling(args)
+    steps = None if args.steps_range is None else _steps(args.steps_range, sampling["steps"])
+    layers = model.unet.text_sites()
+    if args.site and not any(args.site in name for name in layers):
+        raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are {', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
     sampling |= dict(record=record, progress=not args.quiet)
     if args.targets:
@@ -160,8 +175,7 @@ def maps(args: argparse.Namespace) -> None:
     else:
         result = p2p.generate(model, args.prompt, **sampling)
     _say(result.notes)
-    which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side),
-                                 steps=None if args.steps_range is None else _steps(args, result))
+    which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side), steps=steps)
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
     for k in range(1, len(result.images)):
@@ -178,7 +192,7 @@ def maps(args: argparse.Namespace) -> None:
                                            [picture, *(overlay(picture, m) for _, m in each)]],
                                           [f"{name or 'picture'}", *labels], ["map", "overlay"]))
         if args.components and not before:
-            parts = result.maps.components(row, sites=args.site, heads=args.head, steps=which["steps"])
+            parts = result.maps.components(row, sites=args.site, heads=args.head, steps=steps)
             shown = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
             out.picture(f"{stem}components", table([[picture, *shown]], ["picture", *(f"{i + 1}" for i in range(len(shown)))]))
         numbers[name or "picture"] = {w: {"share": float(m.mean()), "max": float(m.max())} for w, m in each}
@@ -192,6 +206,8 @@ def maps(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     out = Output(args.out, f"sweep {args.source}")
     over = options.once([options.over(item) for item in args.over], "--over")
+    if "seed" in over:
+        options.refuse(args, "--over seed=...", "seed")
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
@@ -200,7 +216,7 @@ def sweep(args: argparse.Namespace) -> None:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
         out.picture(f"{seed}source", r.images[0], r.settings)
         for image, v in zip(r.images[1:], done.variants):
-            name = "-".join(f"{n.replace(':', '-').replace(' ', '-')}{x:g}" for n, x in v.items()) or "edit"
+            name = "-".join(f"{re.sub(r'[^a-z0-9#]+', '-', n.lower())}{x:.15g}" for n, x in v.items()) or "edit"
             out.picture(f"{seed}{name}", image, r.settings)
     out.picture("table", done.table)
     out.json("settings.json", [r.settings for r in done.runs])
@@ -223,8 +239,7 @@ def show_tokens(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tower = load_t5(Path(args.model), device, getattr(torch, args.dtype))
+    tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
     out.add("prompts.safetensors", EncodedPrompts.encoded_by(tower, args.prompts).save)
     out.write()
 
@@ -261,7 +276,7 @@ def _upscaler(args: argparse.Namespace, family: str, recorded: dict[str, Any] | 
     name = args.upscaler or (recorded["model"] if recorded else UPSCALERS.get(family))
     if name is None:
         raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
-    stage = p2p.load(name, device=args.device, text=args.text)
+    stage = p2p.load(name, device=options.device(args), text=args.text)
     if recorded and stage.sha256 != recorded["sha256"]:
         raise p2p.CheckpointError(f"{stage.file}: not the stage that enlarged {args.replay}; give that one with --upscaler")
     return stage, {k: recorded[k] for k in ("steps", "guidance_scale", "eta", "noise_level", "edited")} if recorded else given
@@ -304,10 +319,9 @@ def _side(result: Result, side: int) -> tuple[int, int]:
     raise p2p.UsageError(f"--side {side}: maps were recorded at {', '.join(f'{h} x {w}' for h, w in sides)}")
 
 
-def _steps(args: argparse.Namespace, result: Result) -> range:
-    found = options.window(args.steps_range, "--at")
+def _steps(text: str, n: int) -> range:
+    found = options.window(text, "--at")
     first, end = (found, found + 1) if not isinstance(found, tuple) else found
-    n = len(result.maps.timesteps)
     if not 0 <= first < end <= n or first != int(first) or end != int(end):
-        raise p2p.UsageError(f"--at {args.steps_range}: a step, or FIRST:END, of 0 to {n}")
+        raise p2p.UsageError(f"--at {text}: a step, or FIRST:END, of 0 to {n}")
     return range(int(first), int(end))

@@ -111,6 +111,18 @@ class Model:
         except ValueError as error:   # prompts encoded beforehand: another one was asked for
             raise UsageError(str(error)) from None
 
+    def remarks(self, prompt: str) -> list[str]:
+        """What the text tower will not see of a prompt, or does not know."""
+        t, found = self.tokens(prompt), []
+        if len(t.ids) > self.length:
+            cut = t.text[t.spans[self.length - 1][0]:]
+            found.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut off "{cut}"')
+        unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
+        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
+        if words:
+            found.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+        return found
+
     def predict(self, x: Tensor, t: int, told: Conditioning, edit: Any = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The network on all rows of x (B, C, H, W), in its precision.

@@ -16,10 +16,14 @@ from p2p.model import find_device
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
 
+def device(args: argparse.Namespace) -> torch.device:
+    return find_device(args.device, "--device")
+
+
 def load(args: argparse.Namespace) -> p2p.Model:
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    device = find_device(args.device, "--device")
-    return p2p.load("emoji" if args.model is None else args.model, args.family, args.prediction, device, dtype, args.vae, args.text)
+    name = "emoji" if args.model is None else args.model
+    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
@@ -66,9 +70,11 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
             blend[field] = tuple(zip(*(pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
     if args.blend_mask:
         blend["mask"] = open_picture(args.blend_mask)
-    for field in ("threshold", "start", "level"):
+    for field in ("start", "level"):
         if getattr(args, f"blend_{field}") is not None:
             blend[field] = getattr(args, f"blend_{field}")
+    if args.blend_threshold is not None:
+        blend["threshold"] = window(args.blend_threshold, "--blend-threshold")
     if blend:
         if not {"words", "mask"} & set(blend) and not args.scope:
             raise p2p.UsageError("the options of --blend need --blend, --blend-mask or --scope")

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ class Output:
         self.slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48] or "run"
         self.files: dict[str, Callable[[Path], None]] = {}
         self.listed: list[str] = []
+        made = [p for p in (parent, *parent.parents) if not p.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=parent):
                 pass
+            for folder in made:   # a run that fails leaves nothing; one beside it may have put something there
+                with suppress(OSError):
+                    folder.rmdir()
         except OSError as error:
             raise UsageError(f"--out {parent}: cannot be written ({error.strerror})") from None
 
@@ -45,8 +50,10 @@ class Output:
 
     def write(self, quiet: bool = False) -> Path:
         """Writes all of it and prints the paths.  -> the new folder. Raises UsageError."""
-        aside = Path(tempfile.mkdtemp(prefix=".p2p-", dir=self.parent))
+        aside = None
         try:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=".p2p-", dir=self.parent))
             for name, write in self.files.items():
                 write(aside / name)
             aside.chmod(0o755)
@@ -54,7 +61,8 @@ class Output:
         except OSError as error:
             raise UsageError(f"--out {self.parent}: cannot be written ({error.strerror})") from None
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
         if not quiet:
             for name in self.listed:
                 print(folder / name)

@@ -220,20 +220,13 @@ def _run(model: Model, prompts: list[str], start: Start, null: Conditioning | Se
 
 
 def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Tokens]:
-    """Splits the prompts; notes what the text tower will not see or does not know. None for a model that reads no text."""
+    """Splits the prompts, and notes what is remarkable in them. None for a model that reads no text."""
     if not model.text_encoders:
         return []
     for prompt in dict.fromkeys(prompts):
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {prompt!r}")
-        t = model.tokens(prompt)
-        if len(t.ids) > model.length:
-            cut = t.text[t.spans[model.length - 1][0]:]
-            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off "{cut}"')
-        unknown = model.text_encoders[0].unknown(torch.tensor(t.ids, device=model.device)).tolist()
-        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
-        if words:
-            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+        notes += model.remarks(prompt)
     return [model.tokens(p) for p in prompts]
 
 

@@ -45,6 +45,9 @@ def sweep(model: Model, source: str, target: str | Edit, over: Mapping[str, Sequ
     """
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
+    for name, values in over.items():
+        if len(set(values)) < len(values):
+            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
     base = target if isinstance(target, Edit) else Edit(target)

@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import p2p
 from p2p.cli import main, parsers
 from p2p.commands import EDITORS
 from p2p.image import CHUNK, grid, read_settings, save_png
@@ -114,6 +116,11 @@ USAGE = {
     "--cross: given more than once for all words": ["edit", "a cat", "a dog", "--cross", "0.2", "--cross", "0.8"],
     "--over: given more than once for 'cross'": ["sweep", "a cat", "a dog", "--over", "cross=0", "--over", "cross=1"],
     "whole numbers": ["sweep", "a cat", "a dog", "--over", "seed=1.5"],
+    "a sweep over cross names a value twice: 0.5, 0.5": ["sweep", "a cat", "a dog", "--over", "cross=0.5,0.5"],
+    "--seed: not with --over seed": ["sweep", "a cat", "a dog", "--over", "seed=1,2", "--seed", "3"],
+    "--site nowhere: no layer that attends to text": ["maps", "a cat", "--site", "nowhere"],
+    "--at 7: a step": ["maps", "a cat", "--steps", "3", "--at", "7"],
+    "--blend-threshold: 'x' is not": [*EDIT, "--blend", "cat:dog", "--blend-threshold", "0.2:x"],
     "heads [99]": ["maps", "a cat", "--head", "99", "--steps", "1"],
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
     'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],
@@ -150,10 +157,48 @@ def test_other_weights_are_not_taken_for_the_recorded_ones(capsys, tmp_path, sd1
     assert code == 3 and "not the weights" in err
 
 
-def test_unwritable_folder_is_said_before_sampling(capsys, tmp_path):
+def test_unwritable_folder_is_said_before_a_model_is_loaded(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(p2p, "load", None)
     code, _, err = run(capsys, *EDIT, "-o", tmp_path / "file" / "out")
     assert code == 2 and "cannot be written" in err
+
+
+@pytest.mark.parametrize("raised, code, said", [(p2p.NumericsError("not finite"), 4, "p2p: not finite"), (KeyboardInterrupt, 130, "interrupted")])
+def test_a_run_that_stops_says_why_and_leaves_nothing(capsys, tmp_path, monkeypatch, raised, code, said):
+    def stop(*args, **settings):
+        raise raised
+
+    monkeypatch.setattr(p2p, "edit", stop)
+    done, out, err = run(capsys, *EDIT, "-o", tmp_path / "new" / "out")
+    assert done == code and said in err and out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(capsys, tmp_path, monkeypatch):
+    def full(path, *_):
+        if path.name == "grid.png":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"half")
+
+    monkeypatch.setattr("p2p.output.save_png", full)
+    code, out, err = run(capsys, *EDIT, "-o", tmp_path)
+    assert code == 2 and "No space left on device" in err and out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_moved_is_asked_for(capsys, tmp_path, sd1_file):
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(Path(sd1_file).read_bytes())
+    _, out, _ = run(capsys, *EDIT[:-1], 1, "--model", moved, "--height", 64, "--width", 64, "-o", tmp_path)
+    moved.rename(tmp_path / "there.safetensors")
+    code, _, err = run(capsys, "edit", "--from", out.split()[0], "-o", tmp_path)
+    assert code == 3 and "no such file" in err and "say with --model where it lies" in err
+    assert run(capsys, "edit", "--from", out.split()[0], "--model", tmp_path / "there.safetensors", "-o", tmp_path)[0] == 0
+
+
+def test_files_of_a_sweep_are_named_by_their_values(capsys, tmp_path):
+    code, out, _ = run(capsys, "sweep", "a cat/dog", "a cat/dog", "--over", "weight:cat/dog=1.0000001,1.0000002", "--steps", 1, "-o", tmp_path)
+    assert code == 0 and [os.path.basename(p) for p in out.split()][1:3] == ["weight-cat-dog1.0000001.png", "weight-cat-dog1.0000002.png"]
 
 
 def test_foreign_pictures_hold_no_settings(capsys, tmp_path):
@@ -169,6 +214,20 @@ def test_module_and_pipe():
     """`python -m p2p` is the same program; without a terminal there is no progress bar."""
     done = subprocess.run([sys.executable, "-m", "p2p", "tokens", "a cat"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("a cat\n")
+
+
+@pytest.mark.parametrize("command, code", [("| head -n 1", 0), ("> /dev/full", 2)])
+def test_what_cannot_be_printed_is_no_traceback(command, code):
+    shell = f"set -o pipefail; {sys.executable} -m p2p tokens {'word ' * 9000} {command}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert code == 0 or "No space left" in done.stderr
+
+
+def test_letters_that_a_terminal_lacks_are_escaped():
+    done = subprocess.run([sys.executable, "-m", "p2p", "tokens", "a \u732b"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout.startswith("a \\u732b")
 
 
 def test_settings_survive_any_text(tmp_path):
