@@ -65,6 +65,16 @@ def attend_probs(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
+def text_probs(q: Tensor, k: Tensor, text: int) -> Tensor:
+    """The map's last `text` columns; where pixels stand before them, in pieces, for the whole of it may not fit into memory.
+
+    (B, h, N, d), (B, h, K, d) -> (B, h, N, L)
+    """
+    if k.shape[2] == text:
+        return attend_probs(q, k)
+    return torch.cat([attend_probs(piece, k)[..., -text:] for piece in q.split(1024, dim=2)], dim=2)
+
+
 def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
     """P' V with P' = P_src . mix + P . diag(keep) on the last L = keep.shape[-1] columns, fused.
 
@@ -149,7 +159,7 @@ class _TextAttention(_Attention):
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want = q.shape[2] <= record.text
         if edit is None:
-            probs = attend_probs(q, k)[..., -text:] if want else None                    # (B, h, N, L)
+            probs = text_probs(q, k, text) if want else None                             # (B, h, N, L)
             return self._out(attend(q, k, v)), (q, k) if record.queries else probs
         e = len(edit.source)
         target = (q[-e:], k[-e:])
@@ -162,14 +172,12 @@ class _TextAttention(_Attention):
         out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)
         probs = None
         if want:
-            before = attend_probs(*target)
-            lent = attend_probs(*source)
+            before, lent = text_probs(*target, text), text_probs(*source, text)          # (E, h, N, L)
             after = edited_probs(before, lent, edit.mix, edit.keep)
             if edit.renormalise is not None:
-                sums = edited_probs(before, lent, *sizes).sum(-1, keepdim=True)
-                after = torch.where(edit.renormalise[:, None, None, None], after / sums, after)
-            absent = attend_probs(*(x[:1] for x in source)) if edit.cached else after[:0]
-            probs = torch.cat([attend_probs(q[:-e], k[:-e]), absent, after, before[: e if record.before else 0]])[..., -text:]
+                after = torch.where(edit.renormalise[:, None, None, None], after / sums[..., :1], after)
+            absent = lent[:1] if edit.cached else lent[:0]
+            probs = torch.cat([text_probs(q[:-e], k[:-e], text), absent, after, before[: e if record.before else 0]])
         return self._out(out), probs
 
 
