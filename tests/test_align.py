@@ -41,6 +41,14 @@ def test_word_beyond_the_text_tower_is_an_error():
         align.word_tokens(tokens("a " * 80 + "cat"), "cat", L)
 
 
+def test_words_end_where_the_text_tower_stops_reading():
+    """Of 8 tokens the last one is the end's, so the seventh word is beyond; one that is there twice counts once."""
+    prompt = tokens("one two three four five six seven two")
+    assert align.word_tokens(prompt, "six", 8) == [6] and align.word_tokens(prompt, "two", 8) == [2]
+    with pytest.raises(UsageError, match='"seven" stands beyond token 6'):
+        align.word_tokens(prompt, "seven", 8)
+
+
 SWAPS = [("a cat on grass", "a dog on grass"), ("a cat on hill", "a hippopotamus on hill"),
          ("a schnauzer on hill", "a cat on hill"),
          ("a schnauzer and a hippopotamus", "a hippopotamus and a cat"), ("cat", "dog"), ("a " * 90, "b " * 90),

@@ -139,6 +139,23 @@ def test_bad_blends_are_named(emoji, blend, message):
         p2p.edit(emoji, SOURCE, SWAP, local_blend=blend, steps=2)
 
 
+def test_maps_of_pixels_are_not_taken_for_maps_of_text(emoji):
+    """At 4 x 8 positions there are as many pixels as tokens: recording self-attention changes no mask, and no mean."""
+    words, size = p2p.LocalBlend(words=("cat", "dog"), start=0.0, level=8), dict(height=32, width=64)
+    plain = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=STEPS, record=p2p.Record(text=32), **size)
+    both = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=STEPS, record=p2p.Record(text=32, pixels=32), **size)
+    assert plain.maps.sides() == both.maps.sides("pixels") == [(4, 8)] and emoji.length == 32
+    assert torch.equal(plain.masks, both.masks) and torch.equal(plain.maps.mean(1), both.maps.mean(1))
+
+
+@pytest.mark.parametrize("height, width", [(66, 64), (64, 70), (62, 58)])
+def test_blends_at_sizes_that_no_level_divides(emoji, height, width):
+    """The maps are a quarter of the picture's sides, rounded up."""
+    r = p2p.edit(emoji, SOURCE, SWAP, local_blend=p2p.LocalBlend(words=("cat", "dog")), steps=STEPS, height=height, width=width)
+    kept = ~r.masks[0, 0]
+    assert r.masks.shape == (1, 1, height, width) and kept.any() and torch.equal(r.latents[1][:, kept], r.latents[0][:, kept])
+
+
 @pytest.mark.parametrize("weight", [-2.0, -0.5, 0.0])
 def test_a_negative_weight_does_not_turn_the_mask_inside_out(emoji, weight):
     words = p2p.LocalBlend(words=("cat", "cat"), start=0.0)

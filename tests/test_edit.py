@@ -5,6 +5,7 @@ import torch
 
 import p2p
 from models.text import tokens
+from p2p.align import word_tokens
 from p2p.edit import Edit, choose_mode, cross_alpha, plan, tables, weights, window
 from p2p.errors import UsageError
 
@@ -27,6 +28,26 @@ def test_cross_window_rounds_like_the_official_code(steps, lo, hi):
     alpha = cross_alpha((lo, hi), tokens("a cat"), steps, L)
     wanted = [int(lo * (steps + 1)) <= i < int(hi * (steps + 1)) for i in range(steps)]
     assert alpha.shape == (steps, L) and (alpha == torch.tensor(wanted)[:, None]).all()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 50])
+@pytest.mark.parametrize("lo, hi", [(0, 1), (0, 0.4), (0.25, 0.5), (0.3, 0.3), (0.99, 1)])
+def test_self_window_rounds_like_the_official_code(steps, lo, hi):
+    """Unlike the windows of cross-attention: int(share * steps)."""
+    s, t = tokens("a cat"), tokens("a dog")
+    how = dict(steps=steps, length=L, rows=2, device=torch.device("cpu"), dtype=torch.float32)
+    injected = [int(e.self_source[0]) == 0 for e in plan(s, [t], [Edit(t.text, self_replace_steps=(lo, hi))], ["replace"], **how)]
+    assert injected == [int(lo * steps) <= i < int(hi * steps) for i in range(steps)]
+
+
+@pytest.mark.parametrize("old, new", [("cat", "hippopotamus"), ("hippopotamus", "cat"), ("cat", "dog")])
+def test_a_swap_in_a_refinement_hands_all_attention_over(old, new):
+    """However many tokens either has, and no more than there is."""
+    s, t = tokens(f"a {old} on grass"), tokens(f"a big {new} on grass")
+    mix, keep = tables(s, t, Edit(t.text, swap={old: new}, cross_replace_steps=1.0), "refine", 3, L)
+    i, j = word_tokens(s, old, L), word_tokens(t, new, L)
+    assert torch.allclose(mix[:, i][:, :, j].sum(-1), torch.ones(3, len(i), dtype=torch.float64)) and (keep[:, j] == 0).all()
+    assert torch.allclose(mix[:, :, j].sum((1, 2)), torch.full((3,), len(i) + 0.0, dtype=torch.float64))
 
 
 def test_window_by_word():

@@ -10,7 +10,7 @@ from p2p.edit import choose_mode, scoped, subject, tables
 from p2p.errors import UsageError
 from p2p.image import read_settings
 from p2p.leakage import leakage
-from p2p.sweep import sweep
+from p2p.sweep import sweep, variant
 
 SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
 L = 32
@@ -107,7 +107,7 @@ def test_bad_sweeps_are_named(emoji, over, message):
 
 def test_sweep_and_scope_commands(capsys, tmp_path):
     short = ["--steps", "2", "--seed", "1", "-o", str(tmp_path)]
-    assert main(["sweep", SOURCE, TARGET, "--over", "cross=0,1", "--over", "seed=1,2", *short]) == 0
+    assert main(["sweep", SOURCE, TARGET, "--over", "cross=0,1", "--over", "seed=1,2", *short[:2], *short[4:]]) == 0
     out, err = capsys.readouterr()
     assert [line.rpartition("/")[2] for line in out.split()] == [
         "seed1-source.png", "seed1-cross0.png", "seed1-cross1.png", "seed2-source.png", "seed2-cross0.png", "seed2-cross1.png", "table.png"]
@@ -122,3 +122,10 @@ def test_sweep_and_scope_commands(capsys, tmp_path):
     assert [open(p, "rb").read() for p in again] == [open(p, "rb").read() for p in out.split()]
     for bad, message in ((["--blend-start", "0.5"], "need --blend"), (["--swap", "cat"], "OLD=NEW"), (["--scope", "bird"], "bird")):
         assert main(["edit", SOURCE, TARGET, *bad, *short]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_sweep_over_all_words_leaves_the_windows_of_single_words():
+    base = p2p.Edit("a dog", cross_replace_steps={"dog": 0.3}, equalizer={"dog": 2.0})
+    assert variant(base, "cross", 0.5).cross_replace_steps == {"dog": 0.3, "default_": 0.5}
+    assert variant(base, "weight:a", 3.0).equalizer == {"dog": 2.0, "a": 3.0}
+    assert variant(p2p.Edit("a dog"), "cross", 0.5).cross_replace_steps == 0.5
