@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from models.text import Tokens
 from p2p.align import word_tokens
@@ -31,6 +33,9 @@ class LocalBlend:
 
     words: (of the source prompt, of the target prompt), each a word, a phrase or a list of them: the mask.
     substruct: the same, for regions to be taken out of the mask again.
+    rivals: the same, one thing each: a position counts only where the words attract more than any of these. Each map is taken
+        as a share of its maximum, and words that mark no thing of their own (wide maps, or peaks where the words have one) do
+        not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
     start: share of the steps after which blending begins. level: the maps' side is that of the latents over this, rounded up.
     mask: a picture (fitted as `image.fit` fits pictures; transparent is dark) or a (H, W) tensor of 0 to 1, bright where the
@@ -42,6 +47,7 @@ class LocalBlend:
 
     words: tuple[Words, Words] | None = None
     substruct: tuple[Words, Words] | None = None
+    rivals: tuple[Words, Words] | None = None
     threshold: float | tuple[float, float] = 0.3
     start: float = 0.2
     level: int = 4
@@ -52,7 +58,7 @@ class Blend(NamedTuple):
     """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
 
     side: tuple[int, int]   # of the maps; (0, 0): only masks are given, no map is needed
-    columns: Tensor      # (N, 2, 2, L): words or substruct, in the source or the target; sums of their tokens
+    columns: Tensor      # (N, 2 + R, 2, L): words, substruct or a rival, in the source or the target; sums of their tokens
     threshold: Tensor    # (N, 2): for words, for substruct
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
@@ -63,9 +69,13 @@ class Blend(NamedTuple):
         return self.side[0] * self.side[1]
 
 
+def _listed(words: Words) -> Sequence[str]:
+    return [words] if isinstance(words, str) else words
+
+
 def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     out = torch.zeros(length)
-    for word in [words] if isinstance(words, str) else words:
+    for word in _listed(words):
         out[word_tokens(prompt, word, length)] = 1
     return out
 
@@ -102,15 +112,15 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
+        rivals = zip_longest(*(_listed(words) for words in b.rivals or ()), fillvalue=())
         columns.append(torch.stack([
-            torch.zeros(2, length) if pair is None else
-            torch.stack([_columns(source, pair[0], length), _columns(target, pair[1], length)])
-            for pair in (b.words, b.substruct)]))
+            torch.stack([_columns(source, ours, length), _columns(target, theirs, length)])
+            for ours, theirs in (b.words or ((), ()), b.substruct or ((), ()), *rivals)]))
         threshold.append(torch.tensor([float(v) for v in th]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         fixed.append(_fixed(b.mask, size))
-    return Blend(side, torch.stack(columns).to(device), torch.stack(threshold).to(device),
+    return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device))
 
 
@@ -120,11 +130,13 @@ def _check(b: LocalBlend) -> None:
         raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r}")
     if b.words is None and b.mask is None:
         raise UsageError("local_blend: give words or a mask")
-    for name, pair in (("words", b.words), ("substruct", b.substruct)):
+    if b.words is None and b.rivals is not None:
+        raise UsageError("local_blend: rivals compete with words; give words")
+    for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
                 isinstance(side, (str, tuple, list)) for side in pair) or not any(pair)):
-            raise UsageError(f"local_blend: {name} {pair!r}: words and substruct are pairs (of the source prompt, of the target "
-                             "prompt), each a word or a list of words")
+            raise UsageError(f"local_blend: {name} {pair!r}: words, substruct and rivals are pairs (of the source prompt, of the "
+                             "target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
         raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
@@ -142,9 +154,12 @@ def idle(blend: Blend, steps: int) -> list[str | None]:
 
 
 def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
-    """Share of the words in one step's maps of text, mean of heads and sites.  (1 + N, h, pixels, L) each  ->  (N, 2, 2, pixels)"""
+    """Share of the words in one step's maps of text, mean of heads and sites.
+
+    (1 + N, h, pixels, L) each  ->  (N, 2 + R, 2, pixels), as `Blend.columns`
+    """
     if not blend.pixels:
-        return torch.zeros(len(blend.columns), 2, 2, 0, device=blend.columns.device)
+        return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
     fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
     chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
@@ -159,16 +174,28 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
 
 
 def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
-    """Sums of word maps (N, 2, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
+    """Sums of word maps (N, 2 + R, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
     if not blend.pixels:
         return blend.fixed
-    m = seen.unflatten(-1, blend.side).clamp(min=0)                                      # (N, 2, 2, h, w): weights may be < 0
-    m = torch.stack([F.max_pool2d(m[:, 0], 3, 1, 1), m[:, 1]], dim=1)
-    m = F.interpolate(m.flatten(1, 2), size=size).unflatten(1, (2, 2))                   # (N, 2, 2, H, W), nearest
-    on = m / m.amax((-2, -1), keepdim=True) > blend.threshold[:, :, None, None, None]   # no words: 0 / 0, never on
-    on = on.any(dim=2)                                                                   # in the source's map or the target's
+    m = seen.unflatten(-1, blend.side).clamp(min=0)                               # (N, 2 + R, 2, h, w): weights may be < 0
+    pooled = F.max_pool2d(m.flatten(1, 2), 3, 1, 1).unflatten(1, m.shape[1:3])
+    m = torch.cat([pooled[:, :1], m[:, 1:2], pooled[:, 2:]], dim=1)
+    m = F.interpolate(m.flatten(1, 2), size=size).unflatten(1, m.shape[1:3])             # nearest
+    m = (m / m.amax((-2, -1), keepdim=True)).nan_to_num()                                # no words: 0 / 0, never on
+    on = m[:, :2] > blend.threshold[:, :, None, None, None]
+    wins = m[:, 0] > _strongest(m[:, 0], m[:, 2:])
+    on = torch.stack([on[:, 0] & wins, on[:, 1]], dim=1).any(dim=2)                      # in the source's map or the target's
     inside = (on[:, :1] | blend.everywhere[:, None, None, None]) & ~on[:, 1:]
     return inside & blend.fixed
+
+
+def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
+    """words (N, 2, H, W), rivals (N, R, 2, H, W): shares of their maxima  ->  the strongest rival that marks a thing of its own"""
+    if not rivals.shape[1]:
+        return torch.zeros_like(words)
+    compact = (rivals > 0.5).float().mean((-2, -1)) < 0.3
+    apart = (words[:, None] * (rivals == 1)).amax((-2, -1)) < 0.5
+    return (rivals * (compact & apart)[..., None, None]).amax(1)
 
 
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:

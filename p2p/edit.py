@@ -42,8 +42,8 @@ class Edit:
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
     swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
     local_blend: where the target may differ from the source; None: everywhere.
-    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the attention of all others is injected
-        throughout, and the picture changes only where these words and what replaces or joins them attend.
+    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where these words and
+        what replaces or joins them attend, and no other thing of the prompts attracts more.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -228,16 +228,16 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) 
 
 
 def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
-    """An edit with its scope written out as windows by word and a LocalBlend."""
+    """An edit with its scope written out as a LocalBlend: its words, and all others as their rivals."""
     if edit.scope is None:
         return edit
-    old, new = subject(source, target, edit, mode, length)
-    given = edit.cross_replace_steps
-    by_word = dict(given) if isinstance(given, Mapping) else {"default_": given}
-    inside = by_word.pop("default_", (0.0, 1.0))
     blend = edit.local_blend or LocalBlend()
-    return replace(edit, scope=None, cross_replace_steps=dict.fromkeys(new, inside) | by_word,
-                   local_blend=replace(blend, words=(old, new)) if blend.words is None else blend)
+    if blend.words is None:
+        own = subject(source, target, edit, mode, length)
+        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words and max(columns) < length - 1]
+                       for prompt, words in zip((source, target), own))
+        blend = replace(blend, words=own, rivals=rivals)
+    return replace(edit, scope=None, local_blend=blend)
 
 
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,

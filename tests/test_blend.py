@@ -25,29 +25,36 @@ def columns(model, prompt, words):
 def oracle_mask(maps, model, prompts, blend, size):
     """One target's mask from `maps`: a list over steps of {site: (2, heads, pixels, L)}; loops, no tricks."""
     side = size // blend.level
-    total = torch.zeros(2, 2, side, side, dtype=torch.float64)                    # words or substruct; source or target
-    for step in maps:
-        fitting = {site: m.double() for site, m in step.items() if m.shape[2] == side**2}
-        kept = [m for site, m in fitting.items() if "mid_block" not in site] or list(fitting.values())
-        for k, pair in enumerate((blend.words, blend.substruct)):
-            for row in range(2):
-                if pair is not None:
-                    for c in columns(model, prompts[row], pair[row]):
-                        every = torch.cat([m[row, :, :, c] for m in kept])        # (sites heads, pixels)
-                        total[k, row] += every.mean(0).view(side, side)
+    near = [range(max(i - 1, 0), min(i + 2, side)) for i in range(side)]
+
+    def share(words, row, pooled=True):
+        """Their attention in the source (row 0) or the target, over its maximum: side lists of side numbers."""
+        total = torch.zeros(side**2, dtype=torch.float64)
+        for step in maps:
+            fitting = {site: m.double() for site, m in step.items() if m.shape[2] == side**2}
+            kept = [m for site, m in fitting.items() if "mid_block" not in site] or list(fitting.values())
+            for c in columns(model, prompts[row], words):
+                total += torch.cat([m[row, :, :, c] for m in kept]).mean(0)       # of all sites and heads
+        field = (total / total.max()).view(side, side).tolist()
+        return [[max(field[y][x] for y in near[i] for x in near[j]) for j in range(side)] for i in range(side)] if pooled else field
+
+    def competes(rival, own):
+        flat = [(r, o) for rs, os in zip(rival, own) for r, o in zip(rs, os)]
+        wide = sum(r > 0.5 for r, _ in flat) >= 0.3 * len(flat)
+        return not wide and max(o for r, o in flat if r == max(flat)[0]) < 0.5
+
     limits = blend.threshold if isinstance(blend.threshold, tuple) else (blend.threshold,) * 2
-    total, inside = total.tolist(), torch.zeros(size, size, dtype=torch.bool)
-    for i in range(side):
-        for j in range(side):
-            on = [False, False]
-            for k, pair in enumerate((blend.words, blend.substruct)):
-                for field in total[k] if pair is not None else []:
-                    around = 1 if k == 0 else 0                                   # 3 x 3 pooling, of the words alone
-                    value = max(v for line in field[max(i - around, 0):i + around + 1]
-                                for v in line[max(j - around, 0):j + around + 1])
-                    on[k] |= value / max(map(max, field)) > limits[k]             # the maximum survives pooling
-            inside[i * blend.level:(i + 1) * blend.level, j * blend.level:(j + 1) * blend.level] = on[0] and not on[1]
-    return inside
+    on = torch.zeros(2, side, side, dtype=torch.bool)                             # words, substruct
+    for row in range(2):
+        own = share(blend.words[row], row)
+        rivals = [share([word], row) for word in (blend.rivals or ((), ()))[row]]
+        rivals = [r for r in rivals if competes(r, own)]
+        minus = share(blend.substruct[row], row, pooled=False) if blend.substruct else [[0] * side] * side
+        for i in range(side):
+            for j in range(side):
+                on[0, i, j] |= own[i][j] > max([limits[0], *(r[i][j] for r in rivals)])
+                on[1, i, j] |= minus[i][j] > limits[1]
+    return (on[0] & ~on[1]).repeat_interleave(blend.level, 0).repeat_interleave(blend.level, 1)
 
 
 def oracle(model, prompts, edits, blends, steps):
@@ -80,13 +87,14 @@ CASES = {
     "words": p2p.LocalBlend(words=(["cat"], ["dog"])),
     "several words": p2p.LocalBlend(words=(["cat", "tree"], ["dog", "tree"]), threshold=0.5),
     "other words taken out": p2p.LocalBlend(words=(["red", "cat"], ["red", "dog"]), substruct=(["tree"], ["tree"]), threshold=(0.2, 0.6)),
+    "rivals": p2p.LocalBlend(words=(["cat"], ["dog"]), rivals=(["red", "tree", "grass"], ["tree", "on"]), threshold=0.1),
     "from the start": p2p.LocalBlend(words=(["cat"], ["dog"]), start=0.0, threshold=0.1),
     "late": p2p.LocalBlend(words=(["cat"], ["dog"]), start=0.7),
     "coarser maps": p2p.LocalBlend(words=(["cat"], ["dog"]), level=8),
 }
 
 
-@pytest.mark.parametrize("family, name", [*(("emoji", name) for name in CASES), ("sd1", "other words taken out"), ("sd1", "late")])
+@pytest.mark.parametrize("family, name", [*(("emoji", name) for name in CASES), ("sd1", "other words taken out"), ("sd1", "rivals"), ("sd1", "late")])
 def test_blend_equals_its_definition(request, family, name):
     """Whole runs, windows open and closed on the way, hybrid attention (emoji) and cross-attention (sd1)."""
     model, blend = request.getfixturevalue(family), CASES[name]
@@ -130,7 +138,7 @@ def test_a_mask_limits_the_words(emoji):
 
 @pytest.mark.parametrize("blend, message", {
     p2p.LocalBlend(): "words or a mask", p2p.LocalBlend(words=("cat", "bird")): 'no word "bird"',
-    p2p.LocalBlend(words="cat"): "pairs", p2p.LocalBlend(words=("cat", "dog"), threshold=1.5): "threshold",
+    p2p.LocalBlend(words="cat"): "pairs", p2p.LocalBlend(mask=torch.ones(8, 8), rivals=("tree", "tree")): "give words", p2p.LocalBlend(words=("cat", "dog"), threshold=1.5): "threshold",
     p2p.LocalBlend(words=("cat", "dog"), start=2): "start", p2p.LocalBlend(words=("cat", "dog"), level=5): "no attention to text at 13 x 13",
     p2p.LocalBlend(words=("cat", "dog"), level=2): "choose another level",
 }.items())

@@ -33,10 +33,12 @@ def test_what_an_edit_is_about(emoji, source, target, settings, wanted):
     assert subject(s, t, edit, choose_mode(s, edit, t), L) == wanted
 
 
-def test_a_scope_is_windows_by_word_and_a_local_blend(emoji):
+def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(emoji):
     s, t = emoji.tokens(SOURCE), emoji.tokens(TARGET)
-    e = scoped(s, t, p2p.Edit(TARGET, scope="cat#2", cross_replace_steps=0.5), "replace", L)
-    assert e.cross_replace_steps == {"dog": 0.5} and e.local_blend == p2p.LocalBlend(words=(["cat#2"], ["dog"])) and e.scope is None
+    e = scoped(s, t, p2p.Edit(TARGET, scope="cat#2", cross_replace_steps=0.5, local_blend=p2p.LocalBlend(threshold=0.2)), "replace", L)
+    assert e.scope is None and e.cross_replace_steps == 0.5
+    assert e.local_blend == p2p.LocalBlend(words=(["cat#2"], ["dog"]), threshold=0.2, rivals=(
+        ["a#1", "cat#1", "next", "to", "a#2", "red", "on", "grass"], ["a#1", "cat", "next", "to", "a#2", "red", "on", "grass"]))
     own = p2p.LocalBlend(words=("red", "red"), threshold=0.5)
     assert scoped(s, t, p2p.Edit(TARGET, scope="cat#2", local_blend=own), "replace", L).local_blend == own
 
