@@ -2,8 +2,9 @@
 
     python -m benchmarks.paired [FOLDER] [--n 50] [--steps 50] [--methods direct,ddim,...] [--kinds swap,colour,...]
 
-Every method runs in a process of its own (its peak memory is then its own); one that fails is a row that says why. Writes
-paired.json and paired.md: a row a method, its figures over all kinds of edits, and one table for each kind.
+Every method runs in a process of its own (its peak memory is then its own); one that fails is a row that says why. Writes a
+file a method, so that a run that was stopped goes on where it was and several may share a folder; then, of all that are
+there, paired.json and paired.md: a row a method, its figures over all kinds of edits, and one table for each kind.
 """
 from __future__ import annotations
 
@@ -173,23 +174,39 @@ def main(argv: list[str] | None = None) -> None:
     if a.one:
         print(json.dumps(measure(a.one, a.kinds.split(","), a.n, a.steps, p2p.load(a.model))))
         return
+    asked, methods = a.kinds.split(","), a.methods.split(";")
+    for what, names, known in (("method", methods, METHODS), ("kind", asked, KINDS)):
+        if unknown := [name for name in names if name not in known]:
+            ap.error(f"no {what} {', '.join(unknown)}; known: {', '.join(known)}")
     a.folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict] = {}
-    for method in a.methods.split(";"):
-        done = subprocess.run([sys.executable, "-m", "benchmarks.paired", "--one", method, "--n", str(a.n), "--steps", str(a.steps),
-                               "--kinds", a.kinds, "--model", a.model], capture_output=True, text=True)
-        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        results[method] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed}
+    run = {"n": a.n, "steps": a.steps, "kinds": asked, "model": a.model}
+    for method in methods:
+        if "kinds" not in _done(a.folder, run).get(method, {}):
+            command = [sys.executable, "-m", "benchmarks.paired", "--one", method, "--n", str(a.n), "--steps", str(a.steps),
+                       "--kinds", a.kinds, "--model", a.model]
+            done = subprocess.run(command, capture_output=True, text=True)
+            failed = {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+            result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
+            _file(a.folder, method).write_text(json.dumps({"run": run, **result}, indent=1) + "\n")
+        results = _done(a.folder, run)
         print(table({method: results[method]}, None).splitlines()[-1], flush=True)
-        said = {"n": a.n, "steps": a.steps, "figures": FIGURES, "methods": results}
-        (a.folder / "paired.json").write_text(json.dumps(said, indent=1) + "\n")
     legend = "; ".join(f"{k}: {v}" for k, v in FIGURES.items())
-    parts = [f"Means over {a.n} pictures of each kind, {a.steps} steps. {legend}.", "## All kinds",
-             table(results, None)]
-    for kind in a.kinds.split(","):
+    parts = [f"Means over {a.n} pictures of each kind, {a.steps} steps. {legend}.", "## All kinds", table(results, None)]
+    for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
+    (a.folder / "paired.json").write_text(json.dumps({**run, "figures": FIGURES, "methods": results}, indent=1) + "\n")
     (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
     print(a.folder / "paired.md")
+
+
+def _file(folder: Path, method: str) -> Path:
+    return folder / f"{method.lower().replace(', ', '-')}.json"
+
+
+def _done(folder: Path, run: dict) -> dict[str, dict]:
+    """What runs of these settings have left in the folder; failures are tried again."""
+    found = {m: json.loads(_file(folder, m).read_text()) for m in METHODS if _file(folder, m).exists()}
+    return {m: {k: v for k, v in r.items() if k != "run"} for m, r in found.items() if r["run"] == run}
 
 
 if __name__ == "__main__":
