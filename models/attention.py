@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.linear import Linear
+
 QK = tuple[Tensor, Tensor]   # queries and keys
 
 
@@ -101,10 +103,10 @@ class _Attention(nn.Module):
     def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool, bias: bool = False):
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.to_q = nn.Linear(dim, heads * head_dim, bias)
-        self.to_k = nn.Linear(kv_dim, heads * head_dim, bias)
-        self.to_v = nn.Linear(kv_dim, heads * head_dim, bias)
-        self.to_out = nn.Sequential(nn.Linear(heads * head_dim, dim))
+        self.to_q = Linear(dim, heads * head_dim, bias)
+        self.to_k = Linear(kv_dim, heads * head_dim, bias)
+        self.to_v = Linear(kv_dim, heads * head_dim, bias)
+        self.to_out = nn.Sequential(Linear(heads * head_dim, dim))
 
     def _split(self, x: Tensor) -> Tensor:
         x = rearrange(x, "b n (h d) -> b h n d", h=self.heads)
@@ -202,8 +204,8 @@ class HybridAttention(_TextAttention):
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False, bias: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast, bias)
-        self.add_k_proj = nn.Linear(context_dim, heads * head_dim, bias)
-        self.add_v_proj = nn.Linear(context_dim, heads * head_dim, bias)
+        self.add_k_proj = Linear(context_dim, heads * head_dim, bias)
+        self.add_v_proj = Linear(context_dim, heads * head_dim, bias)
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:

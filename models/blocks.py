@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
+from models.linear import Linear
 
 Maps = dict[str, Tensor | QK]
 
@@ -26,7 +27,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 class TimestepMLP(nn.Module):
     def __init__(self, dim: int, out: int, act: str = "silu"):
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
+        self.linear_1, self.linear_2 = Linear(dim, out), Linear(out, out)
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class TextPooling(nn.Module):
             super().__init__()
             self.heads = heads
             self.positional_embedding = nn.Parameter(torch.zeros(1, dim))
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
             first = x.mean(dim=1, keepdim=True) + self.positional_embedding      # (B, 1, C)
@@ -53,7 +54,7 @@ class TextPooling(nn.Module):
     def __init__(self, dim: int, out: int, heads: int):
         super().__init__()
         self.norm1, self.pool = nn.LayerNorm(dim), self._Pool(dim, heads)
-        self.proj, self.norm2 = nn.Linear(dim, out), nn.LayerNorm(out)
+        self.proj, self.norm2 = Linear(dim, out), nn.LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm2(self.proj(self.pool(self.norm1(x))))
@@ -78,7 +79,7 @@ class ResnetBlock(nn.Module):
                  style: ResidualStyle = ResidualStyle(), resample: str | None = None):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, dim, eps), nn.Conv2d(dim, out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_dim, out * (1 + style.scale_shift)) if temb_dim else None
+        self.time_emb_proj = Linear(temb_dim, out * (1 + style.scale_shift)) if temb_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(groups, out, eps), nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else None
         self.style, self.act = style, ACTIVATIONS[style.act]
@@ -127,7 +128,7 @@ class FeedForward(nn.Module):
     class _GEGLU(nn.Module):
         def __init__(self, dim: int, hidden: int):
             super().__init__()
-            self.proj = nn.Linear(dim, 2 * hidden)
+            self.proj = Linear(dim, 2 * hidden)
 
         def forward(self, x: Tensor) -> Tensor:
             x, gate = self.proj(x).chunk(2, dim=-1)
@@ -135,7 +136,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
-        self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim))
+        self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), Linear(dim * mult, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -172,7 +173,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, kind: str, linear: bool,
                  ff_mult: int = 4, upcast: bool = False):
         super().__init__()
-        proj = (lambda: nn.Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
+        proj = (lambda: Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
         self.norm = nn.GroupNorm(32, dim, 1e-6)
         self.proj_in = proj()
         self.transformer_blocks = nn.ModuleList(

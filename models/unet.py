@@ -22,6 +22,7 @@ from models.blocks import (
     Upsample,
     timestep_embedding,
 )
+from models.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class UNet(nn.Module):
         if c.pool_heads:
             self.add_embedding = TextPooling(c.text_dim or c.context_dim, temb, c.pool_heads)
         if c.text_dim:
-            self.encoder_hid_proj = nn.Linear(c.text_dim, c.context_dim)
+            self.encoder_hid_proj = Linear(c.text_dim, c.context_dim)
         if c.low_channels:
             self.class_embedding = TimestepMLP(ch[0], temb, c.act)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.attention import attend
 from models.blocks import Downsample, ResnetBlock, Upsample
+from models.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class PixelAttention(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, dim, 1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.to_out = nn.Sequential(Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, HW, C)

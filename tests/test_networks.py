@@ -10,6 +10,7 @@ from oracles import diffusers, transformers
 
 from models.attention import Record
 from models.blocks import timestep_embedding
+from models.linear import Linear
 from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
@@ -33,6 +34,20 @@ def randn(*shape, seed=0):
 
 def close(got, want):
     assert got.shape == want.shape and (got - want).abs().max() <= 1e-6 * want.abs().max()   # the timestep's sinusoids are float32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (1, 24), (0, 24)])
+def test_linear_is_the_plain_one(shape, bias):
+    layer = Linear(24, 40, bias)
+    for x in (torch.randn(shape), torch.randn(24, *shape[:-1]).movedim(0, -1), torch.randn(shape).double()):
+        layer = layer.to(x.dtype)
+        with torch.no_grad():
+            got = layer(x)
+        want = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        assert got.shape == want.shape and got.dtype == x.dtype
+        torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=1e-6)
+        assert layer(x).requires_grad
 
 
 def test_sd1_unet_at_full_size():
