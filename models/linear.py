@@ -9,10 +9,10 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 class Linear(nn.Linear):
     """nn.Linear. On CPUs, in float32 and where no gradient is asked for, oneDNN multiplies instead of the BLAS behind ATen: the
-    same sums, up to twice as fast where that is MKL and the processor AMD's (`torch.compile` makes the same choice)."""
+    same sums, up to twice as fast where that is MKL and the processor AMD's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Each condition is constant in a run; a subclass of Tensor or a mode that traces sees one plain operator.
-        if ONEDNN and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()   # the operator has no derivative and is not compiled
+        if ONEDNN and x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not plain:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,8 @@ class Known(NamedTuple):
     offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
     before: Tensor | None = None    # (B, C, H, W): x one level above; the steps are then O-BELM's
     above: float = 0.0              # alphas_cumprod of that level
-    queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k; then row 0 is not run at all
+    until: int | None = None        # row 0 is run for so many steps; in the others nothing reads it
+    queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k, for steps in which it is not run
 
 
 def too_large(model: Model) -> str:
@@ -43,6 +43,14 @@ def too_large(model: Model) -> str:
     if model.dtype == torch.float32:
         return "a weight, the guidance or the initial noise is too large"
     return f"the network runs in {model.dtype}: try float32"
+
+
+def _check(finite: list[Tensor], schedule: Schedule, model: Model) -> None:
+    """Names the first of the steps so far that was not finite."""
+    for i, fine in enumerate(torch.stack(finite).tolist()):
+        if not fine:
+            raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {schedule.timesteps[i]}) gave values that are not "
+                                f"finite: {too_large(model)}")
 
 
 @torch.no_grad()
@@ -60,23 +68,25 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     """
     guided = guidance_scale != 1.0
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
+    leaves = known.until if known is not None else None                           # the step from which row 0 is not run
     if blend is not None:
         record = record._replace(text=max(record.text, blend.pixels))
-    absent = known is not None and known.queries is not None                      # row 0 is known and not run
-    if absent:
-        x, text, alone = x[1:], text.rows(1), 0
-    told = repeat(text)                                                           # R rows, the edited ones last
-    if guided:
-        told = repeat(Conditioning.cat([null, text])) if isinstance(null, Conditioning) else (
-            Conditioning.cat([n, text]) for n in null)
     of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
-    for i, ((t, a_t, a_prev), rows) in enumerate(zip(schedule, told)):
+    times, finite = torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back
+    for i, (t, a_t, a_prev) in enumerate(schedule):
+        absent = leaves is not None and i >= leaves
+        if i == leaves:
+            x, text, alone = x[1:], text.rows(1), 0
+        if i in (0, leaves) or not isinstance(null, Conditioning):
+            rows = text                                                           # R rows, the edited ones last
+            if guided:
+                rows = Conditioning.cat([null if isinstance(null, Conditioning) else null[i], text])
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
         edit = plan[i] if plan else None
-        if absent:
+        if absent and edit is not None:
             edit = edit._replace(cached=known.queries[i])
-        out, variance, maps = model.predict(x_in, t, rows, edit, record)          # lines 6 to 8 in one pass
+        out, variance, maps = model.predict(x_in, times[i], rows, edit, record)         # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
@@ -93,9 +103,9 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             x = torch.cat([known.path[i + 1][None], x])
         elif known is not None and known.follow:
             x = torch.cat([known.path[i + 1][None], x[1:]])
-        if not x.isfinite().all():
-            raise NumericsError(f"sampling step {i + 1} of {schedule.steps} (t = {t}) gave values that are not finite: "
-                                + too_large(model))
+        finite.append(x.isfinite().all())
+        if x.is_cpu or i + 1 == schedule.steps:                                   # a GPU would have to be waited for
+            _check(finite, schedule, model)
         maps = {site: m[len(uncond):] if isinstance(m, Tensor) else tuple(qk[len(uncond):] for qk in m)
                 for site, m in maps.items()}                                      # conditional rows
         if blend is not None:

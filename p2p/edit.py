@@ -240,6 +240,18 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     return replace(edit, scope=None, local_blend=blend)
 
 
+def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int) -> list[bool]:
+    """For each step, whether any target borrows anything of the source."""
+    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, steps, length) for t, e in zip(targets, edits)]).any(2).any(0)
+    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps).any(1).tolist())]
+
+
+def _self_injected(edits: Sequence[Edit], steps: int) -> Tensor:
+    """(steps, N) bool"""
+    spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
+    return torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)])
+
+
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
          length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
     """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
@@ -250,8 +262,7 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
-    spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
-    inside = torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)], device=device)
+    inside = _self_injected(edits, steps).to(device)
     renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
     return [AttentionEdit(source_row, mix[i], keep[i], torch.where(inside[i], source_row, own), limit, renormalise)
             for i in range(steps)]

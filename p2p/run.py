@@ -17,7 +17,7 @@ from models.text import Tokens
 from p2p.blend import idle as blend_idle
 from p2p.blend import prepare
 from p2p.denoise import Known, denoise
-from p2p.edit import Edit, check, choose_mode, idle, plan, scoped, tables, to_dict
+from p2p.edit import Edit, check, choose_mode, idle, plan, readers, scoped, tables, to_dict
 from p2p.errors import UsageError
 from p2p.image import to_pil
 from p2p.invert import FOLLOW, Inversion
@@ -87,8 +87,8 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
         if inversion.queries is not None and editor is None:
-            known = known._replace(queries=Queries(inversion.queries, model))
-    absent = known is not None and known.queries is not None
+            known = known._replace(queries=Queries(inversion.queries, model), until=0)
+    absent = known is not None and known.until == 0
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
         "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
@@ -105,6 +105,11 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
     if blend is not None:
         notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, start.schedule.steps)) if why]
+    if known is not None and known.follow and blend is None and record == Record():   # a known source is run while it is read
+        reads = readers(split[1:], edits, common["steps"], model.length) if editor is None else [bool(step) for step in edit_plan]
+        last = max((i + 1 for i, read in enumerate(reads) if read), default=0)
+        known = known._replace(until=0 if absent else last)
+        edit_plan = [*edit_plan[:last], *[None] * (common["steps"] - last)]
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
     return _run(model, prompts, start, null, said, notes, progress, record=record, plan=edit_plan, blend=blend, known=known, **how)

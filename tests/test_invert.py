@@ -141,11 +141,24 @@ def test_outside_of_a_blend_the_picture_itself_comes_back(emoji, picture):
 
 
 def test_rows_are_those_that_matter(emoji, picture):
-    """Direct inversion: one row a step to invert, three an edit (200 over 50 steps); a guided source costs one more."""
+    """Direct inversion: one row a step to invert; in an edit three where the target reads the source, else two; a source that
+    is sampled anew costs a fourth, to the end."""
     inv = p2p.invert(emoji, picture, SOURCE, method="direct", steps=10)
-    assert inv.rows == 10 and p2p.edit(emoji, inv, TARGET).rows == 30
-    ddim = replace(inv, method="ddim")
-    assert p2p.edit(emoji, ddim, TARGET).rows == 40 and p2p.edit(emoji, inv, [TARGET] * 2).rows == 50
+    assert inv.rows == 10 and p2p.edit(emoji, inv, TARGET).rows == 8 * 3 + 2 * 2
+    assert p2p.edit(emoji, inv, [TARGET] * 2).rows == 8 * 5 + 2 * 4
+    assert p2p.edit(emoji, inv, TARGET, record=p2p.Record(text=256)).rows == 30
+    assert p2p.edit(emoji, inv, TARGET, cross_replace_steps=0.0, self_replace_steps=0.0).rows == 20
+    assert p2p.edit(emoji, replace(inv, method="ddim"), TARGET).rows == 40
+
+
+def test_a_source_that_nothing_reads_is_left_out(emoji, picture):
+    """The pictures are those of a run that computes it to the end."""
+    inv = p2p.invert(emoji, picture, SOURCE, method="direct", steps=6)
+    for settings in (dict(cross_replace_steps=0.5, self_replace_steps=0.3), dict(cross_replace_steps=0.0, self_replace_steps=0.0),
+                     dict(editor=p2p.PlugAndPlay(0.5, 0.3))):
+        short = p2p.edit(emoji, inv, [TARGET, "a bird on grass"], **settings)
+        whole = p2p.edit(emoji, inv, [TARGET, "a bird on grass"], **settings, record=p2p.Record(text=256))
+        assert short.rows < whole.rows and (short.latents - whole.latents).abs().max() < 1e-3
 
 
 def test_saved_and_loaded_it_is_the_same(emoji, picture, tmp_path):
