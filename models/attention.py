@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.linear import Linear
 
 QK = tuple[Tensor, Tensor]   # queries and keys
+KV = tuple[Tensor, Tensor]   # keys and values of the text, (B, L, h d) each: what an attention layer reads of it in all steps
 
 
 class AttentionEdit(NamedTuple):
@@ -189,11 +190,14 @@ class CrossAttention(_TextAttention):
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, context_dim, heads, head_dim, upcast)
 
-    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+    def text(self, context: Tensor) -> KV:
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
         q = self._split(self.to_q(x))                                                    # (B, h, N, d)
-        k, v = self._split(self.to_k(context)), self._split(self.to_v(context))          # (B, h, L, d)
-        return self._attend(q, k, v, context.shape[1], edit, record)
+        k, v = map(self._split, self.text(context) if isinstance(context, Tensor) else context)   # (B, h, L, d)
+        return self._attend(q, k, v, k.shape[2], edit, record)
 
 
 class HybridAttention(_TextAttention):
@@ -207,12 +211,15 @@ class HybridAttention(_TextAttention):
         self.add_k_proj = Linear(context_dim, heads * head_dim, bias)
         self.add_v_proj = Linear(context_dim, heads * head_dim, bias)
 
-    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
+    def text(self, context: Tensor) -> KV:
+        return self.add_k_proj(context), self.add_v_proj(context)
+
+    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+        text = self.text(context) if isinstance(context, Tensor) else context            # (B, L, h d) each
         q = self.to_q(x)                                                                 # (B, N, h d)
         k, v = (q[:, :0] if f is None else f(x) for f in (self.to_k, self.to_v))
         q, k, v = self._borrow(edit, q, k, v)
         q = self._split(q)                                                               # (B, h, N, d)
-        k = self._split(torch.cat([k, self.add_k_proj(context)], dim=1))                 # (B, h, N+L, d)
-        v = self._split(torch.cat([v, self.add_v_proj(context)], dim=1))
-        return self._attend(q, k, v, context.shape[1], edit, record)
+        k, v = (self._split(torch.cat(parts, dim=1)) for parts in zip((k, v), text))     # (B, h, N+L, d)
+        return self._attend(q, k, v, text[0].shape[1], edit, record)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
+from models.attention import KV, QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
 from models.linear import Linear
 
 Maps = dict[str, Tensor | QK]
@@ -157,7 +157,10 @@ class TransformerBlock(nn.Module):
             self.norm2 = self.attn2 = None
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult)
 
-    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:
+    def text(self, context: Tensor) -> KV:
+        return (self.attn1 if self.attn2 is None else self.attn2).text(context)
+
+    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:
         h, first = self.attn1(self.norm1(x), context, inside(edit, "attn1"), record)              # (B, N, C)
         x, second = x + h, None
         if self.attn2 is not None:
@@ -180,7 +183,11 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(dim, context_dim, heads, kind, ff_mult, upcast) for _ in range(depth))
         self.proj_out = proj()
 
-    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:
+    def text(self, context: Tensor) -> list[KV]:
+        return [block.text(context) for block in self.transformer_blocks]
+
+    def forward(self, x: Tensor, context: Tensor | list[KV], edit: AttentionEdit | None,
+                record: Record) -> tuple[Tensor, Maps]:
         shape, linear = x.shape, isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)                                                         # (B, C, H, W)
         h = h if linear else self.proj_in(h)
@@ -188,7 +195,8 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(h) if linear else h
         maps: Maps = {}
         for i, block in enumerate(self.transformer_blocks):
-            h, seen = block(h, context, inside(edit, f"transformer_blocks.{i}"), record)
+            here = context if isinstance(context, Tensor) else context[i]
+            h, seen = block(h, here, inside(edit, f"transformer_blocks.{i}"), record)
             maps |= {f"transformer_blocks.{i}.{name}": m for name, m in seen.items()}
         h = self.proj_out(h) if linear else h
         h = h.transpose(1, 2).unflatten(2, shape[2:])                            # (B, C, H, W)
@@ -208,10 +216,13 @@ class AddedAttention(HybridAttention):
         self.group_norm = nn.GroupNorm(32, dim)
         self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
 
-    def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Maps]:
+    def text(self, context: Tensor) -> KV:
         if self.norm_cross is not None:
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
+        return super().text(context)
+
+    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
+                record: Record = Record()) -> tuple[Tensor, Maps]:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
         h, probs = super().forward(h, context, inside(edit, "attn1"), record)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:]), {} if probs is None else {"attn1": probs}

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, inside
+from models.attention import KV, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, inside
 from models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -94,6 +95,13 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
     )
 
 
+class Text(NamedTuple):
+    """What a UNet makes of the text alone, the same at every step; see `UNet.read`."""
+
+    layers: dict[str, KV | list[KV]]   # keys and values by attention layer, of each transformer block in it
+    pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
+
+
 class _Level(nn.Module):
     """Residual and attention layers of one level; the two lists are what public checkpoints name."""
 
@@ -103,8 +111,8 @@ class _Level(nn.Module):
         if attentions:
             self.attentions = nn.ModuleList(attentions)
 
-    def attention(self, j: int, x: Tensor, context: Tensor, edit: AttentionEdit | None, record: Record):
-        return self.attentions[j](x, context, edit, record) if hasattr(self, "attentions") else (x, {})
+    def attention(self, j: int, x: Tensor, text: KV | list[KV] | None, edit: AttentionEdit | None, record: Record):
+        return self.attentions[j](x, text, edit, record) if hasattr(self, "attentions") else (x, {})
 
 
 class UNet(nn.Module):
@@ -175,12 +183,15 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
         self.conv_out = nn.Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
 
-    def sites(self) -> list[str]:
-        """The attention layers in the order in which they run, a name for each transformer block in them."""
+    def _attentions(self) -> dict[str, nn.Module]:
+        """The attention layers in the order in which they run."""
         blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(self.down_blocks)), ("mid_block", self.mid_block),
                   *((f"up_blocks.{i}", b) for i, b in enumerate(self.up_blocks))]
-        return [f"{name}.attentions.{j}" for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))
-                for _ in getattr(a, "transformer_blocks", [a])]
+        return {f"{name}.attentions.{j}": a for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))}
+
+    def sites(self) -> list[str]:
+        """The attention layers in the order in which they run, a name for each transformer block in them."""
+        return [name for name, a in self._attentions().items() for _ in getattr(a, "transformer_blocks", [a])]
 
     def pixel_sites(self) -> frozenset[str]:
         """The self-attention layers: columns of their maps are pixels, not text tokens."""
@@ -191,11 +202,19 @@ class UNet(nn.Module):
         return [f"{name}.attn1" if isinstance(module, AddedAttention) else name for name, module in self.named_modules()
                 if isinstance(module, (CrossAttention, HybridAttention))]
 
-    def forward(self, x: Tensor, t: int | Tensor, context: Tensor,
+    def read(self, context: Tensor) -> Text:
+        """All that depends on the text alone.  (B, L, D) -> Text, which `forward` takes in place of the context"""
+        pooled = self.add_embedding(context) if self.config.pool_heads else None
+        if self.config.text_dim:
+            context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
+        return Text({name: a.text(context) for name, a in self._attentions().items()}, pooled)
+
+    def forward(self, x: Tensor, t: int | Tensor, context: Tensor | Text,
                 edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,
                 record: Record = Record(), vector: Tensor | None = None, low: Tensor | None = None,
                 level: Tensor | None = None) -> tuple[Tensor, Maps]:
-        """x (B, C, H, W), t int or (B,), context (B, L, D)  ->  prediction (B, C', H, W), maps by module name.
+        """x (B, C, H, W), t int or (B,), context (B, L, D) or what `read` made of it  ->  prediction (B, C', H, W), maps by
+        module name.
 
         `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
         ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose features each row
@@ -205,21 +224,23 @@ class UNet(nn.Module):
         c = self.config
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         temb = self.time_embedding(timestep_embedding(t, c.channels[0]).to(x.dtype))  # (B, 4 C_0)
-        if c.vector_dim or c.pool_heads:
-            temb = temb + self.add_embedding(vector if c.vector_dim else context)
+        text = self.read(context) if isinstance(context, Tensor) else context
+        if c.vector_dim:
+            temb = temb + self.add_embedding(vector)
+        if text.pooled is not None:
+            temb = temb + text.pooled
         if c.low_channels:
             temb = temb + self.class_embedding(timestep_embedding(level, c.channels[0]).to(x.dtype))
             x = torch.cat([x, low], dim=1)
         if c.time_act:
             temb = ACTIVATIONS[c.time_act](temb)
-        if c.text_dim:
-            context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
         maps: Maps = {}
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            here = edit.get(f"{name}.attentions.{j}") if isinstance(edit, Mapping) else edit
-            x, seen = block.attention(j, x, context, inside(here, f"{name}.attentions.{j}"), record)
-            maps.update({f"{name}.attentions.{j}.{site}": m for site, m in seen.items()})
+            site = f"{name}.attentions.{j}"
+            here = edit.get(site) if isinstance(edit, Mapping) else edit
+            x, seen = block.attention(j, x, text.layers.get(site), inside(here, site), record)
+            maps.update({f"{site}.{inner}": m for inner, m in seen.items()})
             return x
 
         def residual(block: _Level, name: str, j: int, x: Tensor) -> Tensor:

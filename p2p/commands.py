@@ -103,7 +103,8 @@ def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
     """The model that made a picture, from where it was then or from where --model says that it is now."""
     name = s["model"] if args.model is None else args.model
     try:
-        return p2p.load(name, args.family, s["prediction"], options.device(args), getattr(torch, s["dtype"]), args.vae, args.text)
+        return p2p.load(name, args.family, s["prediction"], options.device(args), getattr(torch, s["dtype"]), args.vae, args.text,
+                        args.compile)
     except p2p.CheckpointError as error:
         if args.model is not None:
             raise

@@ -82,6 +82,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             rows = text                                                           # R rows, the edited ones last
             if guided:
                 rows = Conditioning.cat([null if isinstance(null, Conditioning) else null[i], text])
+            rows = model.read(rows)
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
         edit = plan[i] if plan else None
         if absent and edit is not None:
@@ -111,5 +112,5 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items() if site not in of_pixels}, blend)
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
-        yield Step(i, t, x, maps, mask, len(rows.context))
+        yield Step(i, t, x, maps, mask, len(x_in))
         x = x[1:] if absent else x

@@ -17,7 +17,7 @@ from models.attention import Record
 from models.blocks import timestep_embedding
 from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
-from models.unet import UNet
+from models.unet import Text, UNet
 from models.vae import AutoencoderKL
 from p2p.errors import UsageError
 from p2p.image import from_pil
@@ -30,7 +30,7 @@ LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of 
 class Conditioning(NamedTuple):
     """What the UNet is told besides x_t and t, for B rows."""
 
-    context: Tensor                  # (B, L, C): the text, token by token
+    context: Tensor | Text           # (B, L, C): the text, token by token; or what the UNet made of it, see `Model.read`
     vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
     low: Tensor | None = None        # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
     level: Tensor | None = None      # (B,): the timestep of its noise
@@ -123,6 +123,10 @@ class Model:
             found.append(f'"{prompt}": this model has never seen {", ".join(words)}')
         return found
 
+    def read(self, told: Conditioning) -> Conditioning:
+        """The same, its text read once for all the steps that are told it."""
+        return told._replace(context=self.unet.read(told.context))
+
     def predict(self, x: Tensor, t: int, told: Conditioning, edit: Any = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The network on all rows of x (B, C, H, W), in its precision.
@@ -200,15 +204,16 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
-         text: str | Path | None = None) -> Model:
+         text: str | Path | None = None, compile: bool = False) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
     file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
     family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
     always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
-    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). Raises CheckpointError, and
-    UsageError for arguments of the wrong kind and devices that are not there.
+    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
+    torch.compile, one graph for all edits of a batch's shape; the first step takes a minute or more. Raises CheckpointError,
+    and UsageError for arguments of the wrong kind and devices that are not there.
     """
     if not isinstance(source, (str, Path)):
         raise UsageError(f"a model is named by a string or a path, not {source!r}")
@@ -219,6 +224,8 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     sdxl = package.family == "sdxl"
     c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text)
+    if compile:
+        c.unet.compile()
     notes = list(package.notes)
     if "guess" in package.why:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
