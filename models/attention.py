@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.linear import Linear
+from models.layers import Linear
 
 QK = tuple[Tensor, Tensor]   # queries and keys
 KV = tuple[Tensor, Tensor]   # keys and values of the text, (B, L, h d) each: what an attention layer reads of it in all steps
@@ -126,8 +126,8 @@ class _Attention(nn.Module):
             return q, k
         return tuple(torch.cat([x, own.to(x)]) for x, own in zip((q, k), edit.cached[""]))
 
-    def _out(self, x: Tensor) -> Tensor:
-        return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(self.to_out[0].weight.dtype))
+    def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
 
 
 class SelfAttention(_Attention):
@@ -148,22 +148,22 @@ class SelfAttention(_Attention):
             rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
             used = tuple(lent[rows] for lent in self._lenders(edit, q, k))
         if record.queries:
-            return self._out(attend(*used, v)), (q, k)
+            return self._out(attend(*used, v), x.dtype), (q, k)
         probs = attend_probs(*used) if x.shape[1] <= record.pixels else None             # (B, h, N, N)
         if probs is not None and edit is not None and record.before:
             probs = torch.cat([probs, attend_probs(q, k)[-len(own):]])
-        return self._out(attend(*used, v)), probs                                        # (B, N, C)
+        return self._out(attend(*used, v), x.dtype), probs                                  # (B, N, C)
 
 
 class _TextAttention(_Attention):
     """What cross- and hybrid attention share: the edit of the text columns, which stand last."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, dtype: torch.dtype, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want = q.shape[2] <= record.text
         if edit is None:
             probs = text_probs(q, k, text) if want else None                             # (B, h, N, L)
-            return self._out(attend(q, k, v)), (q, k) if record.queries else probs
+            return self._out(attend(q, k, v), dtype), (q, k) if record.queries else probs
         e = len(edit.source)
         target = (q[-e:], k[-e:])
         source = tuple(lent[edit.source] for lent in self._lenders(edit, q, k))
@@ -181,7 +181,7 @@ class _TextAttention(_Attention):
                 after = torch.where(edit.renormalise[:, None, None, None], after / sums[..., :1], after)
             absent = lent[:1] if edit.cached else lent[:0]
             probs = torch.cat([text_probs(q[:-e], k[:-e], text), absent, after, before[: e if record.before else 0]])
-        return self._out(out), probs
+        return self._out(out, dtype), probs
 
 
 class CrossAttention(_TextAttention):
@@ -197,7 +197,7 @@ class CrossAttention(_TextAttention):
                 record: Record = Record()) -> tuple[Tensor, Tensor | None]:
         q = self._split(self.to_q(x))                                                    # (B, h, N, d)
         k, v = map(self._split, self.text(context) if isinstance(context, Tensor) else context)   # (B, h, L, d)
-        return self._attend(q, k, v, k.shape[2], edit, record)
+        return self._attend(q, k, v, k.shape[2], x.dtype, edit, record)
 
 
 class HybridAttention(_TextAttention):
@@ -222,4 +222,4 @@ class HybridAttention(_TextAttention):
         q, k, v = self._borrow(edit, q, k, v)
         q = self._split(q)                                                               # (B, h, N, d)
         k, v = (self._split(torch.cat(parts, dim=1)) for parts in zip((k, v), text))     # (B, h, N+L, d)
-        return self._attend(q, k, v, text[0].shape[1], edit, record)
+        return self._attend(q, k, v, text[0].shape[1], x.dtype, edit, record)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import KV, QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
-from models.linear import Linear
+from models.layers import Conv2d, Linear
 
 Maps = dict[str, Tensor | QK]
 
@@ -78,10 +78,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, dim: int, out: int, temb_dim: int | None, groups: int = 32, eps: float = 1e-5,
                  style: ResidualStyle = ResidualStyle(), resample: str | None = None):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, dim, eps), nn.Conv2d(dim, out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, dim, eps), Conv2d(dim, out, 3, padding=1)
         self.time_emb_proj = Linear(temb_dim, out * (1 + style.scale_shift)) if temb_dim else None
-        self.norm2, self.conv2 = nn.GroupNorm(groups, out, eps), nn.Conv2d(out, out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(dim, out, 1) if dim != out else None
+        self.norm2, self.conv2 = nn.GroupNorm(groups, out, eps), Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = Conv2d(dim, out, 1) if dim != out else None
         self.style, self.act = style, ACTIVATIONS[style.act]
         self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
 
@@ -103,7 +103,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, dim: int, padding: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=padding)
+        self.conv = Conv2d(dim, dim, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         if self.conv.padding == (0, 0):
@@ -114,7 +114,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         """`size`: (H, W) of the skip that follows, where it is not exactly twice as large."""
@@ -123,7 +123,12 @@ class Upsample(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU. The odd nesting keeps the tensor names of public checkpoints (ff.net.0.proj, ff.net.2)."""
+    """GEGLU. The odd nesting keeps the tensor names of public checkpoints (ff.net.0.proj, ff.net.2).
+
+    Few rows at a time where the hidden layer is large: it would be most of a step's memory.
+    """
+
+    LARGE = 2**24   # elements
 
     class _GEGLU(nn.Module):
         def __init__(self, dim: int, hidden: int):
@@ -139,7 +144,8 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), Linear(dim * mult, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        rows = max(1, self.LARGE // (x.shape[1] * self.net[0].proj.out_features))
+        return self.net(x) if rows >= len(x) else torch.cat([self.net(part) for part in x.split(rows)])
 
 
 class TransformerBlock(nn.Module):
@@ -176,7 +182,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int, depth: int, kind: str, linear: bool,
                  ff_mult: int = 4, upcast: bool = False):
         super().__init__()
-        proj = (lambda: Linear(dim, dim)) if linear else (lambda: nn.Conv2d(dim, dim, 1))
+        proj = (lambda: Linear(dim, dim)) if linear else (lambda: Conv2d(dim, dim, 1))
         self.norm = nn.GroupNorm(32, dim, 1e-6)
         self.proj_in = proj()
         self.transformer_blocks = nn.ModuleList(

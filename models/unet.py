@@ -23,7 +23,7 @@ from models.blocks import (
     Upsample,
     timestep_embedding,
 )
-from models.linear import Linear
+from models.layers import Conv2d, Linear
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class UNet(nn.Module):
                 return ResnetBlock(dim, dim, temb, style=style, resample=way)
             return {"down": Downsample, "up": Upsample}[way](dim)
 
-        self.conv_in = nn.Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
+        self.conv_in = Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
         self.time_embedding = TimestepMLP(ch[0], temb, c.act)
         if c.vector_dim:
             self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
@@ -181,7 +181,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
 
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
-        self.conv_out = nn.Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
+        self.conv_out = Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
 
     def _attentions(self) -> dict[str, nn.Module]:
         """The attention layers in the order in which they run."""

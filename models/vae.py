@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.attention import attend
 from models.blocks import Downsample, ResnetBlock, Upsample
-from models.linear import Linear
+from models.layers import Conv2d, Linear
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
         ch = c.channels
-        self.conv_in = nn.Conv2d(c.in_channels, ch[0], 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, ch[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, out in enumerate(ch):
             block = _Blocks([ch[max(i - 1, 0)]] + [out] * c.layers_per_block)
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(block)
         self.mid_block = _Mid(ch[-1])
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
-        self.conv_out = nn.Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)                                                      # (B, C_0, H, W)
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
         ch = c.channels[::-1]
-        self.conv_in = nn.Conv2d(c.latent_channels, ch[0], 3, padding=1)
+        self.conv_in = Conv2d(c.latent_channels, ch[0], 3, padding=1)
         self.mid_block = _Mid(ch[0])
         self.up_blocks = nn.ModuleList()
         for i, out in enumerate(ch):
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
                 block.upsamplers = nn.ModuleList([Upsample(out)])
             self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
-        self.conv_out = nn.Conv2d(ch[-1], c.in_channels, 3, padding=1)
+        self.conv_out = Conv2d(ch[-1], c.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -115,7 +115,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config, z = config, config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+        self.quant_conv, self.post_quant_conv = Conv2d(2 * z, 2 * z, 1), Conv2d(z, z, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, z, H/8, W/8)"""

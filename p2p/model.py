@@ -74,7 +74,8 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
+        """That the network computes in; its weights may be stored in half of it."""
+        return self.unet.conv_norm_out.weight.dtype
 
     @property
     def length(self) -> int:
@@ -181,7 +182,8 @@ class Model:
         x = from_pil(image) if isinstance(image, Image.Image) else image
         if self.vae is None:
             return x.to(self.device).float()
-        return self.vae.encode(x.to(self.device, self.vae.quant_conv.weight.dtype))[0].float() * self.latent_scale
+        x = x.to(self.device, self.vae.quant_conv.weight.dtype)                  # one at a time: memory for one
+        return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -189,7 +191,8 @@ class Model:
         x = latents.to(self.device)
         if self.vae is None:
             return x.float()
-        return self.vae.decode((x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)).float()
+        x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
+        return torch.cat([self.vae.decode(one).float() for one in x.split(1)])
 
 
 def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
@@ -204,7 +207,7 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
-         text: str | Path | None = None, compile: bool = False) -> Model:
+         text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
     file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
@@ -212,18 +215,22 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
     always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
     (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
-    torch.compile, one graph for all edits of a batch's shape; the first step takes a minute or more. Raises CheckpointError,
-    and UsageError for arguments of the wrong kind and devices that are not there.
+    torch.compile, one graph for all edits of a batch's shape; the first step takes a minute or more. held: a shorter dtype
+    (torch.float16) in which the UNet's large weights wait: each layer widens its own as it computes, which halves the memory.
+    Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """
     if not isinstance(source, (str, Path)):
         raise UsageError(f"a model is named by a string or a path, not {source!r}")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise UsageError(f"dtype is one of torch's, such as torch.float16, not {dtype!r}")
+    for given, value in (("dtype", dtype), ("held", held)):
+        if value is not None and not isinstance(value, torch.dtype):
+            raise UsageError(f"{given} is one of torch's, such as torch.float16, not {value!r}")
     device = find_device(device)
     package = weights.load.find(source, family, prediction, vae)
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     sdxl = package.family == "sdxl"
-    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text)
+    if held is not None and (dtype is None or not held.itemsize < dtype.itemsize):
+        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype or 'the one of the file'}")
+    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text, held)
     if compile:
         c.unet.compile()
     notes = list(package.notes)

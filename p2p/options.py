@@ -23,7 +23,8 @@ def device(args: argparse.Namespace) -> torch.device:
 def load(args: argparse.Namespace) -> p2p.Model:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     name = "emoji" if args.model is None else args.model
-    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text, args.compile)
+    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text, args.compile,
+                    torch.float16 if args.half_weights else None)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:

@@ -9,8 +9,8 @@ import torch
 from oracles import diffusers, transformers
 
 from models.attention import Record
-from models.blocks import timestep_embedding
-from models.linear import Linear
+from models.blocks import FeedForward, timestep_embedding
+from models.layers import Linear
 from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
@@ -48,6 +48,13 @@ def test_linear_is_the_plain_one(shape, bias):
         assert got.shape == want.shape and got.dtype == x.dtype
         torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=1e-6)
         assert layer(x).requires_grad
+
+
+def test_feed_forward_in_pieces_is_the_whole(monkeypatch):
+    ff, x = randomised(FeedForward(16)), randn(5, 12, 16)
+    whole = ff(x)
+    monkeypatch.setattr(FeedForward, "LARGE", 2 * 12 * 8 * 16)                     # two rows of x at a time
+    close(ff(x), whole)
 
 
 def test_sd1_unet_at_full_size():

@@ -37,6 +37,17 @@ def test_no_parameter_stays_on_the_meta_device(sd1, emoji):
             assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
 
 
+def test_weights_wait_in_half_precision(sd1_file, sd1):
+    """The file holds halves, so widening them layer by layer gives the very same pictures."""
+    held = p2p.load(sd1_file, device="cpu", dtype=torch.float32, held=torch.float16)
+    sizes = [sum(p.numel() * p.element_size() for p in m.unet.parameters()) for m in (sd1, held)]
+    assert held.dtype == torch.float32 and sizes[1] < 0.52 * sizes[0]
+    runs = [p2p.edit(m, "a cat", "a dog", steps=2, height=64, width=64).latents for m in (sd1, held)]
+    assert torch.equal(*runs)
+    with pytest.raises(p2p.UsageError, match="shorter"):
+        p2p.load(sd1_file, device="cpu", dtype=torch.float16, held=torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_precision_is_as_asked(sd1_file, dtype):
     model = p2p.load(sd1_file, dtype=dtype, device="cpu")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.layers import Conv2d, Linear
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
@@ -110,12 +111,14 @@ def find_vae(path: Path) -> Part:
 
 
 def load(package: Package, device: torch.device, dtype: torch.dtype | None = None,
-         vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None) -> Checkpoint:
-    """Builds the modules of a package; dtype None: as stored. text_from: see `deepfloyd.load_text`."""
-    unet = fill("UNet", package.unet, UNet, device, dtype)
+         vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None,
+         held: torch.dtype | None = None) -> Checkpoint:
+    """Builds the modules of a package; dtype None: as stored. text_from: see `deepfloyd.load_text`. held, of the UNet: see `fill`.
+    """
+    unet = fill("UNet", package.unet, UNet, device, dtype, held)
     text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
-        text = [deepfloyd.load_text(package, text_from, device, unet.conv_in.weight.dtype)]
+        text = [deepfloyd.load_text(package, text_from, device, unet.conv_norm_out.weight.dtype)]
     elif text_from is not None:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text tower, not {text_from}.")
     vae = fill("autoencoder", package.vae, AutoencoderKL, device, vae_dtype or dtype) if package.vae else None
@@ -133,13 +136,19 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
     }[part.naming]()
 
 
-def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """Builds a module without memory, checks it against the file's header, then puts the tensors in one by one."""
+def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype | None,
+         held: torch.dtype | None = None) -> nn.Module:
+    """Builds a module without memory, checks it against the file's header, then puts the tensors in one by one.
+
+    dtype: None as in the file. held: another, for what linear layers and convolutions hold; they widen it as they compute.
+    """
     with torch.device("meta"):
         module = _built(part, build)
+    large = {f"{name}.{p}" for name, m in module.named_modules() if isinstance(m, (Linear, Conv2d)) for p in ("weight", "bias")}
     state = {}
     for name, tensor in read_tensors(part, lambda _: module, what):
-        state[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).to(device)
+        wanted = held if held and name in large else dtype
+        state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 

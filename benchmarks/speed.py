@@ -1,0 +1,182 @@
+"""What an edit costs: against the same network without an edit, against diffusers, and against the official way of editing.
+
+    python -m benchmarks.speed [FILE.json] [--sizes nano-32,nano-64,mid,full] [--repeats 5] [--threads 2] [--device cpu]
+
+All sides run in one process on the same weights, in turn, after their results were compared; figures are ratios of medians.
+On a GPU the networks run in bfloat16, and a compiled one joins them.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import p2p
+from benchmarks.peers import KINDS, SIZES, as_edit, diffusers_on, formula, inputs, official, ours
+
+SOURCE = "a cat on grass"
+SWAP = p2p.Edit("a dog on grass")
+WINDOWS = [p2p.Edit("a dog on grass", cross_replace_steps=(0.1, 0.9), self_replace_steps=(0.2, 0.3)),
+           p2p.Edit("a big red cat on grass", cross_replace_steps={"default_": 0.5, "cat": (0.2, 1.0)}),
+           p2p.Edit(SOURCE, equalizer={"cat": 2.0}, self_replace_steps=0.0)]
+COLD = """
+import p2p
+p2p.edit(p2p.load("emoji", device="cpu"), "a cat on grass", "a dog on grass", steps=1)
+"""
+Row = tuple[str, float, float | None]   # what, measured, goal (at most)
+
+
+def in_turn(sides: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, after one call that is not counted; every round runs each once."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(repeats + 1):
+        for name, call in sides.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+@torch.no_grad()
+def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
+    """One step of a source and a target, with guidance: four rows."""
+    size, gpu = SIZES[name], device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    net = ours(size.width, device, dtype)
+    theirs = diffusers_on(net)
+    x, t, context = inputs(size, device, dtype)
+    text = net.read(context)
+    sides = {"plain": lambda: net(x, t, text)[0], "diffusers": lambda: theirs(x, t, context).sample}
+    same = {"diffusers": (sides["plain"](), sides["diffusers"]())}
+    for kind in KINDS:
+        f = formula(kind, device, dtype)
+        edit, way = as_edit(kind, f, size.side), official(theirs, kind, f)
+        sides[kind] = lambda edit=edit: net(x, t, text, edit=edit)[0]
+        sides[f"official {kind}"] = lambda way=way: way(x, t, context)
+        same[kind] = sides[kind](), sides[f"official {kind}"]()
+    for what, (a, b) in same.items():
+        off = ((a - b).abs().max() / b.std()).item()
+        if not off < (0.3 if gpu else 1e-3):
+            raise SystemExit(f"{name}, {what}: the results differ by {off:.1e} of their standard deviation")
+    if gpu:
+        compiled = torch.compile(net)
+        sides["compiled"] = lambda: compiled(x, t, text, edit=as_edit("swap", formula("swap", device, dtype), size.side))[0]
+    m = in_turn(sides, repeats, device)
+    print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
+    edit, official_way = max(m[k] for k in KINDS), max(m[f"official {k}"] for k in KINDS)
+    rows = [(f"{name}: slowest kind of edit / plain step", edit / m["plain"], 1.03),
+            (f"{name}: edit / diffusers' plain step", edit / m["diffusers"], 0.95 if name == "mid" else None),
+            (f"{name}: edit / official way, of the slowest kinds", edit / official_way,
+             None if name == "nano-32" or name == "mid" else 0.40 if gpu else 0.52)]
+    return rows + ([(f"{name}: compiled edit / diffusers' plain step", m["compiled"] / m["diffusers"], 0.75)] if gpu else [])
+
+
+def loops(repeats: int, device: torch.device) -> list[Row]:
+    """Whole edits by the bundled model, 20 steps, and a source that was traced."""
+    model = p2p.load("emoji", device=device)
+    common = dict(steps=20, seed=1)
+    blend = p2p.Edit(SWAP.prompt, local_blend=p2p.LocalBlend(words=("cat", "dog")))
+    traced, latents = (p2p.trace(model, SOURCE, latents_only=only, **common) for only in (False, True))
+    m = in_turn({
+        "edit": lambda: p2p.edit(model, SOURCE, SWAP, **common), "blend": lambda: p2p.edit(model, SOURCE, blend, **common),
+        "recorded": lambda: p2p.edit(model, SOURCE, SWAP, record=p2p.Record(text=16 * 16), **common),
+        "traced": lambda: p2p.edit(model, traced, SWAP), "latents": lambda: p2p.edit(model, latents, SWAP),
+    }, repeats, device)
+    print("loops: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
+    return [("LocalBlend / none", m["blend"] / m["edit"], 1.02), ("16 x 16 maps recorded / not", m["recorded"] / m["edit"], 1.05),
+            ("second edit / first, queries and keys cached", m["traced"] / m["edit"], 0.55),
+            ("second edit / first, latents alone", m["latents"] / m["edit"], 0.78)]
+
+
+def counted(device: torch.device) -> list[Row]:
+    """Rows of the network over 50 steps, and what torch.compile and a GPU would stumble over in three edits."""
+    model = p2p.load("emoji", device=device)
+    inverted = p2p.invert(model, torch.zeros(1, 3, 64, 64), SOURCE, method="direct", steps=50)
+    first = inverted.rows + p2p.edit(model, inverted, SWAP).rows
+    traced = p2p.trace(model, inverted)
+    again = p2p.edit(model, traced, SWAP).rows
+    return [("direct inversion and edit / published 650 rows", first / 650, 0.31),
+            ("the same, a further edit", again / 650, 0.16), *graphs(device)]
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what takes a number out of a tensor, or a size from its values: each would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def graphs(device: torch.device) -> list[Row]:
+    from torch._dynamo.utils import counters
+
+    model = p2p.load("emoji", device=device)
+    plain = lambda: [p2p.edit(model, SOURCE, e, steps=50, seed=1) for e in WINDOWS]  # noqa: E731
+    with _Reads() as reads:
+        plain()
+    torch._dynamo.reset()
+    counters.clear()
+    model.unet.compile(backend="eager")
+    plain()
+    breaks = sum(counters["graph_break"].values())
+    return [("graphs beyond the first, over 3 edits of 50 steps with other windows", counters["stats"]["unique_graphs"] - 1, 0),
+            ("graph breaks", breaks, 0), ("values read back by the host", sum(reads.seen.values()), 0)]
+
+
+def cold(repeats: int) -> list[Row]:
+    """A new process: import, load, first step."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", COLD], check=True)
+        seconds.append(time.perf_counter() - began)
+    return [("cold process to the first step of an edit, s", statistics.median(seconds), 6.0)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
+    ap.add_argument("file", nargs="?", type=Path)
+    ap.add_argument("--sizes", default=",".join(SIZES), help="of steps; empty: none")
+    ap.add_argument("--repeats", type=int, default=5)
+    ap.add_argument("--threads", type=int, default=torch.get_num_threads())
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--only", default="steps,loops,counted,cold")
+    a = ap.parse_args(argv)
+    torch.set_num_threads(a.threads)
+    device, only = torch.device(a.device), a.only.split(",")
+    rows: list[Row] = []
+    for name in filter(None, a.sizes.split(",") if "steps" in only else ()):
+        rows += steps(name, max(1, a.repeats // 2) if name == "full" else a.repeats, device)
+    rows += (loops(a.repeats, device) if "loops" in only else []) + (counted(device) if "counted" in only else [])
+    rows += cold(a.repeats) if "cold" in only else []
+    print("\n| measure | measured | goal |\n|---|---|---|")
+    for what, value, goal in rows:
+        print(f"| {what} | {value:.3g} | {'' if goal is None else f'{goal:g}'} |")
+    if a.file:
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} CPU threads"
+        a.file.write_text(json.dumps({"where": where, "torch": torch.__version__, "repeats": a.repeats,
+                                      "rows": [dict(zip(("measure", "measured", "goal"), r)) for r in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
