@@ -134,6 +134,8 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, as stored elsewhere")
     ap.add_argument("--half-weights", action="store_true",
                     help="hold the UNet's weights in float16 and compute in --dtype: half the memory, a little slower")
+    ap.add_argument("--offload", action="store_true", help="text towers and autoencoder wait on the CPU while they are idle")
+    ap.add_argument("--tile", type=int, metavar="LATENTS", help="decode pictures in squares of this side (64), for large ones")
     ap.add_argument("--compile", action="store_true", help="torch.compile the UNet: worth it for many edits on a GPU")
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")

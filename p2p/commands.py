@@ -104,7 +104,7 @@ def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
     name = s["model"] if args.model is None else args.model
     try:
         return p2p.load(name, args.family, s["prediction"], options.device(args), getattr(torch, s["dtype"]), args.vae, args.text,
-                        args.compile, torch.float16 if args.half_weights else None)
+                        **options.memory(args))
     except p2p.CheckpointError as error:
         if args.model is not None:
             raise

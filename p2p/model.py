@@ -1,16 +1,17 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import weights.load
 from models.attention import Record
@@ -66,11 +67,27 @@ class Model:
     final_alpha: float | None = None
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
+    offload: bool = False                # text towers and autoencoder wait on the CPU and come to the device for their work
+    tile: int | None = None              # the autoencoder decodes squares of so many latents a side, see `decode`
     notes: tuple[str, ...] = ()          # what was found out while loading, and how
 
     @property
     def device(self) -> torch.device:
         return self.unet.conv_in.weight.device
+
+    @contextmanager
+    def _at_work(self, *parts: nn.Module) -> Iterator[None]:
+        """Parts that wait on the CPU, on the device for as long as they are used."""
+        if not self.offload:
+            yield
+            return
+        try:
+            for part in parts:
+                part.to(self.device)
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,7 +135,8 @@ class Model:
         if len(t.ids) > self.length:
             cut = t.text[t.spans[self.length - 1][0]:]
             found.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut off "{cut}"')
-        unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
+        with self._at_work(self.text_encoders[0]):
+            unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
         words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
         if words:
             found.append(f'"{prompt}": this model has never seen {", ".join(words)}')
@@ -149,7 +167,8 @@ class Model:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
-        encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
+        with self._at_work(*self.text_encoders):
+            encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
         if self.unet.config.vector_dim is None:
             return Conditioning(context)
@@ -183,16 +202,48 @@ class Model:
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.quant_conv.weight.dtype)                  # one at a time: memory for one
-        return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
+        with self._at_work(self.vae):
+            return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents as the sampler sees them -> pictures (B, 3, H, W), about [-1, 1], float32."""
+        """Latents as the sampler sees them -> pictures (B, 3, H, W), about [-1, 1], float32.
+
+        With `tile`, in squares that overlap by a quarter and are blended there: bounded memory at any size, at the price
+        of group norms that see one square each.
+        """
         x = latents.to(self.device)
         if self.vae is None:
             return x.float()
         x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
-        return torch.cat([self.vae.decode(one).float() for one in x.split(1)])
+        decode = self.vae.decode if self.tile is None else partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
+        with self._at_work(self.vae):
+            return torch.cat([decode(one).float() for one in x.split(1)])
+
+
+def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: int) -> Tensor:
+    """f, which enlarges `scale` times, on overlapping squares of x (B, C, H, W); where they overlap, the mean weighs each by the
+    distance from its edge.  -> (B, C', scale H, scale W)"""
+    def starts(n: int) -> list[int]:
+        return [*range(0, max(1, n - tile), tile - tile // 4), max(0, n - tile)]
+
+    def ramp(n: int) -> Tensor:
+        i = torch.arange(n, device=x.device) + 0.5
+        return torch.minimum(i, n - i)
+
+    total = weights_ = None
+    for top in dict.fromkeys(starts(x.shape[2])):
+        for left in dict.fromkeys(starts(x.shape[3])):
+            part = f(x[:, :, top:top + tile, left:left + tile]).float()
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], scale * x.shape[2], scale * x.shape[3])
+                weights_ = torch.zeros_like(total[:1, :1])
+            h, w = part.shape[2:]
+            weight = ramp(h)[:, None] * ramp(w)
+            at = (..., slice(scale * top, scale * top + h), slice(scale * left, scale * left + w))
+            total[at] += part * weight
+            weights_[at] += weight
+    return total / weights_
 
 
 def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
@@ -207,7 +258,8 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
-         text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None) -> Model:
+         text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
+         offload: bool = False, tile: int | None = None) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
     file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
@@ -217,6 +269,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
     torch.compile, one graph for all edits of a batch's shape; the first step takes a minute or more. held: a shorter dtype
     (torch.float16) in which the UNet's large weights wait: each layer widens its own as it computes, which halves the memory.
+    offload: text towers and autoencoder wait on the CPU. tile: side in latents (64) of the squares in which pictures are decoded.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """
     if not isinstance(source, (str, Path)):
@@ -230,7 +283,12 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     sdxl = package.family == "sdxl"
     if held is not None and (dtype is None or not held.itemsize < dtype.itemsize):
         raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype or 'the one of the file'}")
+    if tile is not None and (not isinstance(tile, Integral) or tile < 8):
+        raise UsageError(f"tile is a whole number of latents from 8, not {tile!r}")
     c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text, held)
+    if offload:
+        for part in filter(None, [*c.text, c.vae]):
+            part.to("cpu")
     if compile:
         c.unet.compile()
     notes = list(package.notes)
@@ -244,4 +302,5 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     if package.family == "emoji" and c.unet.config.low_channels:
         own |= dict(guidance_scale=1.0, steps=20, noise_level=50)
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
-                 package.size, latent_scale=package.latent_scale, zero_negative=sdxl, notes=tuple(notes), **own)
+                 package.size, latent_scale=package.latent_scale, zero_negative=sdxl, offload=offload, tile=tile,
+                 notes=tuple(notes), **own)

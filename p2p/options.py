@@ -23,8 +23,12 @@ def device(args: argparse.Namespace) -> torch.device:
 def load(args: argparse.Namespace) -> p2p.Model:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     name = "emoji" if args.model is None else args.model
-    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text, args.compile,
-                    torch.float16 if args.half_weights else None)
+    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text, **memory(args))
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """How the model runs: arguments of `p2p.load` that change no picture beyond rounding (--tile: beyond its seams)."""
+    return dict(compile=args.compile, held=torch.float16 if args.half_weights else None, offload=args.offload, tile=args.tile)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Loading: what fits is loaded as stored; what does not says what was found and what to do."""
 import json
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import p2p
 from p2p import CheckpointError
+from p2p.model import tiled
 
 
 def saved(tensors, path, **metadata):
@@ -46,6 +48,27 @@ def test_weights_wait_in_half_precision(sd1_file, sd1):
     assert torch.equal(*runs)
     with pytest.raises(p2p.UsageError, match="shorter"):
         p2p.load(sd1_file, device="cpu", dtype=torch.float16, held=torch.float16)
+
+
+def test_idle_parts_wait_on_the_cpu(sd1_file, sd1, monkeypatch):
+    """Each comes to the device, works, and goes back; the pictures are the same."""
+    model, moves, to = p2p.load(sd1_file, device="cpu", dtype=torch.float32, offload=True), [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moves.append((type(self).__name__, str(where))) or to(self, where))
+    r = p2p.generate(model, "a cat", steps=1, height=64, width=64)
+    assert moves[:2] == [("TextEncoder", str(model.device)), ("TextEncoder", "cpu")]
+    assert moves[-2:] == [("AutoencoderKL", str(model.device)), ("AutoencoderKL", "cpu")]
+    assert torch.equal(r.latents, p2p.generate(sd1, "a cat", steps=1, height=64, width=64).latents)
+
+
+def test_pictures_are_decoded_in_tiles(sd1_file, sd1):
+    z = torch.randn(1, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    small, large = (p2p.load(sd1_file, device="cpu", dtype=torch.float32, tile=tile) for tile in (8, 64))
+    torch.testing.assert_close(large.decode(z), sd1.decode(z))
+    assert small.decode(z).shape == sd1.decode(z).shape
+    enlarge = partial(torch.nn.functional.interpolate, scale_factor=8.0)
+    torch.testing.assert_close(tiled(enlarge, z, tile=8, scale=8), enlarge(z))       # nothing but the autoencoder makes a seam
+    with pytest.raises(p2p.UsageError, match="tile"):
+        p2p.load(sd1_file, tile=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
