@@ -63,6 +63,7 @@ class Blend(NamedTuple):
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
+    of: Tensor           # (N,) long: the row of each target's source; the S sources come before the N targets
 
     @property
     def pixels(self) -> int:
@@ -121,7 +122,8 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         everywhere.append(b.words is None)
         fixed.append(_fixed(b.mask, size))
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
-                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device))
+                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device),
+                 torch.zeros(len(targets), dtype=torch.long, device=device))
 
 
 def _check(b: LocalBlend) -> None:
@@ -156,7 +158,7 @@ def idle(blend: Blend, steps: int) -> list[str | None]:
 def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
     """Share of the words in one step's maps of text, mean of heads and sites.
 
-    (1 + N, h, pixels, L) each  ->  (N, 2 + R, 2, pixels), as `Blend.columns`
+    (S + N, h, pixels, L) each  ->  (N, 2 + R, 2, pixels), as `Blend.columns`
     """
     if not blend.pixels:
         return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
@@ -167,9 +169,9 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
         smaller = sorted({m.shape[2] for m in maps.values()})
         raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
                          f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
-    p = torch.cat([m.float() for m in chosen], dim=1)                                    # (1 + N, sites h, pixels, L)
-    source = torch.einsum("hpl,nkl->nkhp", p[0], blend.columns[:, :, 0]).mean(2)
-    target = torch.einsum("nhpl,nkl->nkhp", p[1:], blend.columns[:, :, 1]).mean(2)
+    p = torch.cat([m.float() for m in chosen], dim=1)                                    # (S + N, sites h, pixels, L)
+    source = torch.einsum("nhpl,nkl->nkhp", p[blend.of], blend.columns[:, :, 0]).mean(2)
+    target = torch.einsum("nhpl,nkl->nkhp", p[-len(blend.of):], blend.columns[:, :, 1]).mean(2)
     return torch.stack([source, target], dim=2)
 
 
@@ -199,10 +201,10 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
 
 
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (1 + N, C, H, W) after a step, source first: targets keep the source outside of their masks, once they started.
+    """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their masks, once they started.
 
-    source (1, C, H, W): what to keep, if not row 0.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    source (1, C, H, W): what to keep, if not that row.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
-    inside = masks(seen, blend, x.shape[2:]) | ~started
-    return torch.cat([x[:1], torch.where(inside, x[1:], x[:1] if source is None else source)]), inside
+    inside, n = masks(seen, blend, x.shape[2:]) | ~started, len(blend.of)
+    return torch.cat([x[:-n], torch.where(inside, x[-n:], x[blend.of] if source is None else source)]), inside

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -64,6 +65,27 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
+    ready = prepared(model, source, targets, settings, steps, guidance_scale, seed, x_T, eta, height, width, proximal, editor, low,
+                     record)
+    return run(model, ready, record, progress)
+
+
+class Ready(NamedTuple):
+    """A run, checked and laid out: all that is left is to sample."""
+
+    prompts: list[str]                       # one a row, of an edit the source first
+    start: Start
+    null: Conditioning | list[Conditioning] | None
+    settings: dict[str, Any]
+    notes: list[str]
+    how: Mapping[str, Any] = MappingProxyType({})   # what `denoise` is told besides: plan, blend, known, guide
+
+
+def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any],
+             steps: int | None, guidance_scale: float | None, seed: int, x_T: Tensor | None, eta: float | None, height: int | None,
+             width: int | None, proximal: tuple[str, float] | None, editor: MasaCtrl | PlugAndPlay | None, low: Low | None,
+             record: Record) -> Ready:
+    """The arguments of `edit`, checked. Raises UsageError."""
     edits = _edits(targets, settings)
     notes: list[str] = list(model.notes)
     inversion = source if isinstance(source, Inversion) else None
@@ -112,7 +134,7 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
         edit_plan = [*edit_plan[:last], *[None] * (common["steps"] - last)]
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
-    return _run(model, prompts, start, null, said, notes, progress, record=record, plan=edit_plan, blend=blend, known=known, **how)
+    return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:
@@ -194,11 +216,12 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
     null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
-    return _run(model, prompts, start, null, settings, notes, progress, record=record)
+    return run(model, Ready(prompts, start, null, settings, notes), record, progress)
 
 
-def _run(model: Model, prompts: list[str], start: Start, null: Conditioning | Sequence[Conditioning] | None,
-         settings: dict[str, Any], notes: list[str], progress: bool, *, record: Record, **how: Any) -> Result:
+def run(model: Model, ready: Ready, record: Record, progress: bool) -> Result:
+    """Samples, and collects what was asked for."""
+    prompts, start, null, settings, notes, how = ready
     began = time.perf_counter()
     text = model.condition(prompts, *start.size)
     if start.low is not None:
