@@ -2,9 +2,9 @@
 
     python -m benchmarks.paired [FOLDER] [--n 50] [--steps 50] [--methods direct,ddim,...] [--kinds swap,colour,...]
 
-Every method runs in a process of its own (its peak memory is then its own); one that fails is a row that says why. Writes a
-file a method, so that a run that was stopped goes on where it was and several may share a folder; then, of all that are
-there, paired.json and paired.md: a row a method, its figures over all kinds of edits, and one table for each kind.
+Every method and kind of edit runs in a process of its own (its peak memory is then its own); one that fails is a row that says
+why. Writes a file a method after each kind, so that a run that was stopped goes on where it was and several may share a
+folder; then, of all that are there, paired.json and paired.md: a row a method, its figures over all kinds, a table for each.
 """
 from __future__ import annotations
 
@@ -179,22 +179,31 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := [name for name in names if name not in known]:
             ap.error(f"no {what} {', '.join(unknown)}; known: {', '.join(known)}")
     a.folder.mkdir(parents=True, exist_ok=True)
-    run = {"n": a.n, "steps": a.steps, "kinds": asked, "model": a.model}
+    run = {"n": a.n, "steps": a.steps, "model": a.model}
     for method in methods:
-        if "kinds" not in _done(a.folder, run).get(method, {}):
+        for kind in asked:
+            before = _done(a.folder, run).get(method, {})
+            if kind in before.get("kinds", {}):
+                continue
             command = [sys.executable, "-m", "benchmarks.paired", "--one", method, "--n", str(a.n), "--steps", str(a.steps),
-                       "--kinds", a.kinds, "--model", a.model]
+                       "--kinds", kind, "--model", a.model]
             done = subprocess.run(command, capture_output=True, text=True)
-            failed = {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-            result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
-            _file(a.folder, method).write_text(json.dumps({"run": run, **result}, indent=1) + "\n")
+            result = {"run": run, "kinds": before.get("kinds", {}), "peak MB": before.get("peak MB", 0)}
+            if done.returncode == 0:
+                new = json.loads(done.stdout.splitlines()[-1])
+                result |= {"kinds": result["kinds"] | new["kinds"], "peak MB": max(result["peak MB"], new["peak MB"])}
+            else:
+                result["failed"] = f"{kind}: " + (done.stderr.strip().splitlines() or ["no output"])[-1]
+            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n")
+            if "failed" in result:
+                break
         results = _done(a.folder, run)
         print(table({method: results[method]}, None).splitlines()[-1], flush=True)
     legend = "; ".join(f"{k}: {v}" for k, v in FIGURES.items())
     parts = [f"Means over {a.n} pictures of each kind, {a.steps} steps. {legend}.", "## All kinds", table(results, None)]
     for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
-    (a.folder / "paired.json").write_text(json.dumps({**run, "figures": FIGURES, "methods": results}, indent=1) + "\n")
+    (a.folder / "paired.json").write_text(json.dumps({**run, "kinds": asked, "figures": FIGURES, "methods": results}, indent=1) + "\n")
     (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
     print(a.folder / "paired.md")
 

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 usage, 3 model file, 4 numerics."""
+"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics."""
 from __future__ import annotations
 
 import argparse
@@ -73,6 +73,20 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _edit(s)
     _sampling(s)
 
+    b = commands.add_parser("batch", help="run a list of edits; stopped and started again, it goes on where it was",
+                            description='Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
+                            '...} with any setting of an edit; "image": FILE for a real picture. Example: '
+                            "p2p batch jobs.jsonl --out DIR")
+    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file")
+    b.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
+                   help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
+    b.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+    b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
+    b.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
+    _model(b)
+    b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
+    b.add_argument("-q", "--quiet", action="store_true")
+
     t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -127,6 +141,19 @@ def _edit(ap: argparse.ArgumentParser) -> None:
 
 
 def _sampling(ap: argparse.ArgumentParser) -> None:
+    _model(ap)
+    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
+    ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
+    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
+    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own")
+    ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
+    ap.add_argument("--width", type=int, default=None)
+    ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
+    ap.add_argument("-q", "--quiet", action="store_true")
+
+
+def _model(ap: argparse.ArgumentParser) -> None:
+    """Which model, and how it runs."""
     ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), a Stable Diffusion file or folder, or '
                     "org/name on the Hub")
     _model_options(ap)
@@ -137,15 +164,7 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--offload", action="store_true", help="text towers and autoencoder wait on the CPU while they are idle")
     ap.add_argument("--tile", type=int, metavar="LATENTS", help="decode pictures in squares of this side (64), for large ones")
     ap.add_argument("--compile", action="store_true", help="torch.compile the UNet: worth it for many edits on a GPU")
-    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
-    ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
-    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own")
-    ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
-    ap.add_argument("--width", type=int, default=None)
     ap.add_argument("--device", default=None)
-    ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
-    ap.add_argument("-q", "--quiet", action="store_true")
 
 
 def _model_options(ap: argparse.ArgumentParser) -> None:
@@ -184,15 +203,15 @@ def _run(argv: list[str]) -> int:
     from weights.errors import CheckpointError
 
     try:
-        {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-         "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}[args.command](args)
+        do = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
+              "batch": run.batch, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
+        return do[args.command](args) or 0
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:
         return _fail(error, NUMERICS)
     except UsageError as error:
         return _fail(error, USAGE)
-    return 0
 
 
 def _fail(message: object, code: int) -> int:

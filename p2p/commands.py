@@ -14,6 +14,8 @@ import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
 from p2p import align, options
+from p2p.batch import Batch
+from p2p.batch import run as run_batch
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
 from p2p.leakage import leakage
@@ -222,6 +224,20 @@ def sweep(args: argparse.Namespace) -> None:
     out.picture("table", done.table)
     out.json("settings.json", [r.settings for r in done.runs])
     out.write(args.quiet)
+
+
+def batch(args: argparse.Namespace) -> int:
+    for name in ("workers", "together"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {value}")
+    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed, args.quiet)
+    counts = run_batch(what, args.engine, args.workers)
+    if not args.quiet:
+        print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
+        if counts["failed"]:
+            print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
+    print(args.out / "results.jsonl")
+    return 1 if counts["failed"] or counts["open"] else 0
 
 
 def show_tokens(args: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def from_dict(d: Mapping[str, Any]) -> Edit:
     d = {k: plain(v) for k, v in d.items()}
     if d.get("local_blend") is not None:
         blend = d["local_blend"]
-        d["local_blend"] = LocalBlend(**blend | {"mask": blend["mask"] and from_base64(blend["mask"])})
+        d["local_blend"] = LocalBlend(**blend | {"mask": blend.get("mask") and from_base64(blend["mask"])})
     return Edit(**d)
 
 

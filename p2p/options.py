@@ -21,9 +21,13 @@ def device(args: argparse.Namespace) -> torch.device:
 
 
 def load(args: argparse.Namespace) -> p2p.Model:
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    name = "emoji" if args.model is None else args.model
-    return p2p.load(name, args.family, args.prediction, device(args), dtype, args.vae, args.text, **memory(args))
+    return p2p.load(**loading(args), device=device(args))
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `p2p.load`, without the device."""
+    return dict(source="emoji" if args.model is None else args.model, family=args.family, prediction=args.prediction,
+                dtype=getattr(torch, args.dtype) if args.dtype else None, vae=args.vae, text=args.text, **memory(args))
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""A list of jobs ends in the same files however often it was killed, in whatever engine, and says what failed."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from p2p import jobs
+from p2p.cli import main
+
+WORDS = ["cat", "dog", "house", "car", "boat", "tree", "cake", "lemon"]
+
+
+def listed(file, n, **extra):
+    """n different jobs, every third with two targets."""
+    rows = [{"source": f"a {WORDS[i % 8]} on grass", "targets": [f"a {WORDS[(i + k) % 8]} on grass" for k in range(1, 2 + (i % 3 == 0))],
+             "seed": i, "steps": 2} | extra for i in range(n)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+def found(out):
+    """Every file of every result, pictures as pixels."""
+    return {str(p.relative_to(out)): np.asarray(Image.open(p)).tobytes() if p.suffix == ".png" else p.read_text()
+            for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+ENGINES = {
+    "local": ["-m", "p2p", "batch"], "two processes": ["-m", "p2p", "batch", "--workers", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p2p", "batch", "--engine", "torchrun"],
+    "ray": ["-m", "p2p", "batch", "--engine", "ray"],
+}
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.skipif(e == "ray" and not find_spec("ray"), reason="needs ray"))
+                                    for e in ENGINES])
+def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine):
+    n, rng = 60, random.Random(engine)
+    file, env = listed(tmp_path / "jobs.jsonl", n), os.environ | {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--out"]
+    assert subprocess.run([*command, str(whole)], env=env, capture_output=True).returncode == 0
+    done = lambda: len(list(out.glob("[!.]*/job.json")))  # noqa: E731
+    for _ in range(3):
+        limit = done() + rng.randint(1, 12)
+        run = subprocess.Popen([*command, str(out)], env=env, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+        while done() < limit and run.poll() is None:
+            time.sleep(0.005)
+        assert run.poll() is None, "it ended before it was killed"
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        for folder in out.glob("[!.]*/job.json"):        # what is there is whole
+            assert all(Image.open(p).size == (64, 64) for p in folder.parent.glob("*.png"))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("[!.]*/job.json")}
+    assert subprocess.run([*command, str(out)], env=env, capture_output=True).returncode == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and found(out) == found(whole)   # none done twice
+    assert [json.loads(line)["line"] for line in (out / "results.jsonl").read_text().splitlines()] == list(range(1, n + 1))
+
+
+def test_pictures_do_not_depend_on_the_batch(tmp_path, capsys):
+    file = listed(tmp_path / "jobs.jsonl", 5)
+    for together in (1, 3):
+        assert main(["batch", str(file), "--out", str(tmp_path / str(together)), "--together", str(together), "-q"]) == 0
+    one, three = found(tmp_path / "1"), found(tmp_path / "3")
+    assert one.keys() == three.keys()
+    for name in (k for k in one if k.endswith(".png")):
+        difference = np.frombuffer(one[name], np.uint8).astype(int) - np.frombuffer(three[name], np.uint8)
+        assert np.abs(difference).max() <= 1
+
+
+def test_failures_are_rows_and_retried_alone(tmp_path, capsys):
+    file = listed(tmp_path / "jobs.jsonl", 3)
+    bad = {"source": "a cat on grass", "targets": "a dog on grass", "steps": 2}
+    picture = {**bad, "image": "photo.png", "method": "ddim"}
+    with file.open("a") as f:
+        f.write(json.dumps(bad | {"weight": {"bird": 2}}) + "\n" + json.dumps(picture) + "\n")
+    command = ["batch", str(file), "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert 'line 4 failed: no word "bird"' in said and "photo.png: no such file" in said and "3 done, 2 failed, 0 open" in said
+    assert main(command) == 1 and "5 jobs, 0 to do" in capsys.readouterr().err          # failures are not tried again
+    assert main([*command, "--retry-failed"]) == 1 and "5 jobs, 2 to do" in capsys.readouterr().err
+    Image.new("RGB", (80, 70), "green").save(tmp_path / "photo.png")                      # a picture that is there is another job
+    assert main(command) == 1 and "4 done, 1 failed" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [r["state"] for r in rows] == ["done", "done", "done", "failed", "done"] and "bird" in rows[3]["error"]
+
+
+def test_a_list_that_cannot_be_meant_is_refused_whole(tmp_path, capsys):
+    file = tmp_path / "jobs.jsonl"
+    file.write_text('{"source": "a cat", "targets": ["a dog"]}\n{"source": "a cat"}\n{"source": "a cat", "targets": "b", "stepz": 3}\nnot\n')
+    assert main(["batch", str(file), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "line 2: a job needs source" in said and "line 3: stepz" in said and "line 4" in said and not (tmp_path / "out").exists()
+
+
+def test_identity_is_what_is_asked_for(emoji, tmp_path):
+    """Defaults written out, other names for settings and the place in the list do not matter; every value does."""
+    def identity(**said):
+        return jobs.parse({"source": "a cat", "targets": ["a dog"]} | said, 1, tmp_path, emoji).id
+
+    assert identity() == identity(steps=50, seed=0, guidance_scale=3.0) == identity(cfg=3.0, targets="a dog")
+    others = [identity(seed=1), identity(cfg=2.0), identity(cross=0.5), identity(targets=["a bird"]), identity(source="a car"),
+              identity(targets=["a dog", "a dog"])]
+    (tmp_path / "a.png").write_bytes(b"one")
+    others.append(identity(image="a.png"))
+    (tmp_path / "a.png").write_bytes(b"two")
+    others.append(identity(image="a.png"))
+    assert len({identity(), *others}) == 1 + len(others)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, capsys, monkeypatch):
+    file, out = listed(tmp_path / "jobs.jsonl", 6), tmp_path / "out"
+    real, count = jobs.save_png, []
+
+    def full(path, *rest):
+        count.append(path)
+        if len(count) == 5:
+            raise OSError(28, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(jobs, "save_png", full)
+    assert main(["batch", str(file), "--out", str(out), "--together", "1"]) == 2
+    assert "No space left" in capsys.readouterr().err and not list(out.glob(".part-*"))
+    monkeypatch.setattr(jobs, "save_png", real)
+    assert main(["batch", str(file), "--out", str(out), "--together", "1"]) == 0 and "6 done" in capsys.readouterr().err
