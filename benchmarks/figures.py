@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import p2p
 from benchmarks import paired
-from benchmarks.quality import ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
+from benchmarks.quality import GUIDANCE, ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
 from p2p.image import grid, heat, save_png, table, to_pil
 from p2p.leakage import NOTICED
 from weights.emoji.recogniser import iou
@@ -175,9 +175,9 @@ class Figures(Bench):
     def draw_9(self) -> Image.Image:
         values, rows, labels = (-2, -1, 0, 1, 2), [], []
         for word, prompt, seed in (("snowy", "a house on snowy grass", 3), ("foggy", "a castle on foggy grass", 2),
-                                   ("huge", "a huge lemon on grass", 4)):
+                                   ("huge", "a huge lemon on grass", 4), ("tiny", "a tiny mushroom on grass", 1)):
             edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: float(c)}, **REWEIGHT[word]) for c in values]
-            rows.append(self._row(prompt, edits, seed).images[1:])
+            rows.append(self._row(prompt, edits, seed, guidance_scale=GUIDANCE.get(word)).images[1:])
             labels.append(prompt)
         return table(rows, [f"{c:+d}" if c else "0" for c in values], labels)
 

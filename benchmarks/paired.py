@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     parts = [f"Means over {a.n} pictures of each kind, {a.steps} steps. {legend}.", "## All kinds", table(results, None)]
     for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
-    (a.folder / "paired.json").write_text(json.dumps({**run, "kinds": asked, "figures": FIGURES, "methods": results}, indent=1) + "\n")
+    whole = {**run, "kinds": asked, "figures": FIGURES, "methods": results}
+    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n")
     (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
     print(a.folder / "paired.md")
 

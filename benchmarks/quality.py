@@ -180,7 +180,7 @@ class Bench:
             thing = i % len(things)
             prompt = f"a {word} {things[thing]} on grass" if word in ("tiny", "huge") else f"a {things[thing]} on {word} grass"
             edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: c}, **REWEIGHT[word]) for c in values]
-            pictures = shown(p2p.edit(self.model, prompt, edits, steps=self.steps, seed=i))[1:]
+            pictures = shown(p2p.edit(self.model, prompt, edits, steps=self.steps, seed=i, guidance_scale=GUIDANCE.get(word)))[1:]
             seen = self.eye.read(pictures)
             amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.extent[:, thing], "huge": seen.extent[:, thing]}[word]
             rows.append(amount.float())
@@ -210,10 +210,13 @@ class Bench:
 
 
 # A source is snowy itself: injected for long, its maps times nought already leave nothing, and less cannot be told from nothing.
+# A size moves all that the object covers: the other words' maps must be free to follow, only the word itself is injected.
 REWEIGHT = {
     "snowy": dict(cross_replace_steps=0.4, self_replace_steps=0.2), "foggy": dict(cross_replace_steps=0.6, self_replace_steps=0.4),
-    "tiny": dict(cross_replace_steps=1.0, self_replace_steps=0.0), "huge": dict(cross_replace_steps=0.7, self_replace_steps=0.4),
+    "tiny": dict(cross_replace_steps={"default_": 0.0, "tiny": 1.0}, self_replace_steps=0.0, renormalise=True),
+    "huge": dict(cross_replace_steps={"default_": 0.2, "huge": 1.0}, self_replace_steps=0.2),
 }
+GUIDANCE = {"tiny": 5.0}   # where it is not the model's own
 
 
 def main(argv: list[str] | None = None) -> None:
