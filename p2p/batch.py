@@ -109,7 +109,10 @@ def work(model: Model, todo: Iterable[Group], store: Store, retry_failed: bool =
 
 
 def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict[str, int]:
-    """All jobs of the list that are not done; -> how many are done, failed and open. Raises UsageError, CheckpointError."""
+    """All jobs of the list that are not done; -> how many are done, failed and open (under torchrun: of this rank's share).
+
+    Raises UsageError, CheckpointError.
+    """
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r} is not known; known: {', '.join(ENGINES)}")
     rank, world = 0, 1
@@ -121,7 +124,8 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if gpus and engine == "torchrun" else batch.device
     model = load(**batch.loading, device=device)
     jobs, store = read(batch.jobs, model), Store(batch.out)
-    todo = [g for g in groups(jobs, batch.together) if any(_open(store, job, batch.retry_failed) for job in g)][rank::world]
+    share = groups(jobs, batch.together)[rank::world]
+    todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]
     many = workers or (max(1, gpus) if engine == "local" else 1)
     if engine == "ray":
         from p2p.cluster import on_ray
@@ -132,7 +136,7 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
     else:
         finished = work(model, todo, store, batch.retry_failed)
     _follow(finished, [job for g in todo for job in g if _open(store, job, batch.retry_failed)], len(jobs), batch.quiet)
-    return store.index(jobs)
+    return store.index(jobs, {job.id for group in share for job in group})
 
 
 def _open(store: Store, job: Job, retry_failed: bool) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,10 +139,9 @@ class Store:
 
     def finish(self, job: Job, result: Result) -> None:
         """Writes all files aside, then moves them into place at once. Raises UsageError where the disk does not take them."""
-        aside = self.root / f".part-{job.id}"
+        aside = self.root / f".part-{job.id}-{secrets.token_hex(4)}"   # a worker that outlived its run may be at the same job
         names = ["source", "edit"] if len(result.images) == 2 else ["source", *(f"edit-{i}" for i in range(1, len(result.images)))]
         try:
-            shutil.rmtree(aside, ignore_errors=True)   # of a run that was killed
             aside.mkdir()
             for name, image in zip(names, result.images):
                 save_png(aside / f"{name}.png", image, result.settings)
@@ -159,13 +159,16 @@ class Store:
         said = job.settings() | {"id": job.id, "line": job.line, "error": error}
         write(self.failures / f"{job.id}.json", json.dumps(said, indent=1))
 
-    def index(self, jobs: Sequence[Job]) -> dict[str, int]:
-        """Writes results.jsonl; how many are done, failed and open."""
+    def index(self, jobs: Sequence[Job], mine: Collection[str]) -> dict[str, int]:
+        """Writes results.jsonl, and clears away what killed runs left; how many of mine (identities) are done, failed and open."""
+        for part in self.root.glob(".part-*"):
+            if (self.root / part.name.split("-")[1] / "job.json").exists():
+                shutil.rmtree(part, ignore_errors=True)
         lines, counts = [], {"done": 0, "failed": 0, "open": 0}
         for job in jobs:
             error = self.failed(job)
             state = "done" if self.done(job) else "failed" if error else "open"
-            counts[state] += 1
+            counts[state] += job.id in mine
             why = {"error": error} if state == "failed" else {}
             lines.append(json.dumps({"line": job.line, "id": job.id, "state": state} | why))
         write(self.root / "results.jsonl", "\n".join(lines))

@@ -43,7 +43,7 @@ ENGINES = {
                                     for e in ENGINES])
 def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine):
     n, rng = 60, random.Random(engine)
-    file, env = listed(tmp_path / "jobs.jsonl", n), os.environ | {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+    file, env = listed(tmp_path / "jobs.jsonl", n), os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--out"]
     assert subprocess.run([*command, str(whole)], env=env, capture_output=True).returncode == 0
