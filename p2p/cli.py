@@ -87,6 +87,26 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
     b.add_argument("-q", "--quiet", action="store_true")
 
+    v = commands.add_parser("eval", help="run a benchmark of edits of real pictures, and print its table",
+                            description="Example: p2p eval pie --data PIE-Bench --out DIR --methods direct,ddim --lpips FILE")
+    v.add_argument("benchmark", choices=["pie"])
+    v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
+    v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
+    v.add_argument("--methods", default="direct", help="inversions, separated by commas (direct)")
+    v.add_argument("--editors", default="p2p", help="p2p, masactrl, plug-and-play, separated by commas (p2p)")
+    v.add_argument("--cross", type=float, default=0.4, help="share of steps with the source's cross-attention (0.4, as published)")
+    v.add_argument("--self", dest="self_", type=float, default=0.6, help="the same for self-attention (0.6, as published)")
+    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word: not as published")
+    v.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's weights of squeezenet1_1")
+    v.add_argument("--clip", type=Path, metavar="FILE", help="open_clip's weights of OpenAI's ViT-L/14")
+    v.add_argument("--dino", type=Path, metavar="FILE", help="timm's weights of vit_base_patch8_224.dino: structure")
+    v.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
+    v.add_argument("--steps", type=int, help="default: 50")
+    v.add_argument("--cfg", type=float, help="default: the model's own")
+    v.add_argument("--seed", type=int, default=0)
+    _model(v)
+    v.add_argument("-q", "--quiet", action="store_true")
+
     t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -204,7 +224,8 @@ def _run(argv: list[str]) -> int:
 
     try:
         do = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-              "batch": run.batch, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
+              "batch": run.batch, "eval": run.evaluate, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
+              "convert": run.convert}
         return do[args.command](args) or 0
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)

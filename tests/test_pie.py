@@ -1,0 +1,135 @@
+"""PIE-Bench: its masks and prompts, its figures as the authors compute them and over the kept pixels, and the command."""
+import json
+import math
+
+import open_clip
+import pytest
+import timm
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchvision.models import squeezenet1_1
+
+from benchmarks.pie_shaped import make
+from p2p import UsageError, metrics, pie
+from p2p.cli import main
+
+NONE = metrics.Judges()
+
+
+@pytest.fixture
+def pictures():
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(1, 3, 24, 32, generator=g)
+    return a, (a + 0.2 * torch.randn(a.shape, generator=g)).clamp(0, 1)
+
+
+def test_masks_are_runs_of_pixels_and_their_border_counts():
+    runs = [0, 3, 14, 2, 34, 100]                                                    # the last one is longer than the picture
+    plain = pie.mask(runs, 6, 6, border=False)
+    assert plain.flatten().nonzero()[:, 0].tolist() == [0, 1, 2, 14, 15, 34, 35]
+    assert pie.runs(plain) == [0, 3, 14, 2, 34, 2] and torch.equal(pie.mask(pie.runs(plain), 6, 6, border=False), plain)
+    official = pie.mask(runs, 6, 6)
+    assert official.sum() == 20 + 2 and official[0].all() and official[:, -1].all() and not official[3, 1:-1].any()
+    assert pie.runs(torch.zeros(4, 4, dtype=torch.bool)) == [] and pie.runs(torch.ones(4, 4, dtype=torch.bool)) == [0, 16]
+
+
+def test_official_figures_are_those_of_the_whole_blackened_frame(pictures):
+    a, b = pictures
+    edited = torch.zeros(24, 32, dtype=torch.bool)
+    edited[4:12, 6:20] = True
+    m = metrics.measure(a, b, edited, "", NONE, official=True)
+    x, y = a * ~edited, b * ~edited
+    assert m["PSNR"] == pytest.approx(peak_signal_noise_ratio(y, x, data_range=1.0).item(), abs=1e-4)
+    assert m["SSIM"] == pytest.approx(structural_similarity_index_measure(y, x, data_range=1.0).item(), abs=1e-6)
+    assert m["MSE"] == pytest.approx((x - y).square().mean().item(), rel=1e-5)
+    assert m["LPIPS"] is m["structure"] is m["CLIP whole"] is m["CLIP edited"] is None
+
+
+def test_corrected_figures_do_not_depend_on_the_size_of_the_mask(pictures):
+    """The same error in every kept pixel: officially halving the kept area halves MSE, corrected it stays."""
+    a = torch.full((1, 3, 16, 16), 0.5)
+    b, half, none = a + 0.1, torch.zeros(16, 16, dtype=torch.bool), torch.zeros(16, 16, dtype=torch.bool)
+    half[:8] = True
+    official, corrected = ([metrics.measure(a, b, m, "", NONE, o)["MSE"] for m in (none, half)] for o in (True, False))
+    assert official == pytest.approx([0.01, 0.005]) and corrected == pytest.approx([0.01, 0.01])
+    b[..., :8, :] = 0                                                                # what was edited does not matter
+    assert metrics.measure(a, b, half, "", NONE, False)["MSE"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_masks_of_everything_and_of_nothing(pictures, official):
+    a, b = pictures
+    judges = metrics.Judges(clip=lambda picture, text: picture.mean().item())
+    everything, nothing = torch.ones(24, 32, dtype=torch.bool), torch.zeros(24, 32, dtype=torch.bool)
+    m = metrics.measure(a, b, everything, "", judges, official)
+    assert all(math.isnan(m[c]) for c in ("PSNR", "MSE", "SSIM")) and m["CLIP edited"] == m["CLIP whole"]
+    m = metrics.measure(a, b, nothing, "", judges, official)
+    assert m["MSE"] == pytest.approx((a - b).square().mean().item(), rel=1e-5) and math.isnan(m["CLIP edited"])
+
+
+def test_intervals_leave_out_what_is_no_number():
+    mean, half, n = metrics.interval([1.0, 3.0, float("nan"), None, float("inf")])
+    assert (mean, n) == (2.0, 2) and half == pytest.approx(1.96 * 2**0.5 / 2**0.5)
+    assert metrics.interval([None, float("nan")]) is None
+
+
+def test_lpips_reads_the_networks_file(pictures, tmp_path):
+    torch.manual_seed(0)
+    net = squeezenet1_1()
+    torch.save(net.state_dict(), tmp_path / "squeezenet.pth")
+    f = metrics.lpips(tmp_path / "squeezenet.pth")
+    big = [torch.nn.functional.interpolate(x, scale_factor=4.0) for x in pictures]
+    near, far = f(big[0], big[0] + 0.01, False), f(*big, False)
+    assert f(*big, True).shape == (96, 128) and f(big[0], big[0], True).abs().max() < 1e-6 and far > near > 0
+    assert far == pytest.approx(f(*big, True).mean().item(), rel=0.2)
+    torch.save({k: v for k, v in net.state_dict().items() if "features.3" not in k}, tmp_path / "part.pth")
+    with pytest.raises(UsageError, match="features.3"):
+        metrics.lpips(tmp_path / "part.pth")
+    (tmp_path / "not.pth").write_text("no weights")
+    with pytest.raises(UsageError, match="cannot be read"):
+        metrics.lpips(tmp_path / "not.pth")
+
+
+def test_structure_is_the_distance_of_dinos_keys(pictures, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.pth")
+    f = metrics.structure(tmp_path / "vit.pth", "vit_tiny_patch16_224")
+    assert f(pictures[0], pictures[0]) == 0 < f(*pictures) and f(*pictures) == pytest.approx(f(*pictures[::-1]))
+
+
+def test_clip_is_a_hundred_times_the_cosine(pictures, tmp_path):
+    torch.manual_seed(0)
+    net = open_clip.create_model("ViT-S-32-alt", pretrained=None)
+    torch.save(net.state_dict(), tmp_path / "clip.pt")
+    score = metrics.clip(tmp_path / "clip.pt", "ViT-S-32-alt")
+    assert -100 <= score(pictures[0], "a cat") <= 100 and score(pictures[0], "a cat") != score(pictures[0], "a dog")
+    with pytest.raises(UsageError, match="--clip"):
+        metrics.clip(tmp_path / "nofile.pt", "ViT-S-32-alt")
+
+
+def test_the_command_runs_methods_over_a_folder(tmp_path, capsys):
+    make(tmp_path / "pie", 4)
+    mapping = json.loads((tmp_path / "pie" / "mapping_file.json").read_text())
+    first = next(iter(mapping.values()))
+    first["original_prompt"] = first["original_prompt"].replace("a ", "a [", 1) + "]"   # as the benchmark marks its words
+    (tmp_path / "pie" / "annotation_images" / list(mapping.values())[-1]["image_path"]).unlink()
+    (tmp_path / "pie" / "mapping_file.json").write_text(json.dumps(mapping))
+    command = ["eval", "pie", "--data", str(tmp_path / "pie"), "--out", str(tmp_path / "out"), "--methods", "direct,noise",
+               "--editors", "p2p,masactrl", "--steps", "2", "-q"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.count("| direct |") == out.count("| noise, masactrl |") == 2 and "Absent, for want of weights: structure" in out
+    assert "| 3 | 1 |" in out and "no such file" in err
+    report = json.loads((tmp_path / "out" / "pie.json").read_text())
+    assert len(report["direct"]["official"]["PSNR"]) == 3 and "LPIPS" not in report["direct"]["official"]
+    again = (tmp_path / "out" / "pie.md").read_text()
+    assert main(command) == 0 and (tmp_path / "out" / "pie.md").read_text() == again
+
+
+@pytest.mark.parametrize("content, said", [(None, "no such file"), ("{}", "names no picture"), ('{"1": {"mask": []}}', "mapping"),
+                                           ("[1]", "mapping"), ("nonsense", "mapping")])
+def test_other_folders_are_refused(tmp_path, capsys, content, said):
+    if content is not None:
+        (tmp_path / "mapping_file.json").write_text(content)
+    assert main(["eval", "pie", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
