@@ -25,7 +25,6 @@ from p2p.model import Model, load
 from p2p.plug_and_play import PlugAndPlay
 from p2p.run import Result, edit
 from p2p.together import edit_together
-from weights.errors import CheckpointError
 
 ENGINES = ("local", "torchrun", "ray")
 EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
@@ -164,5 +163,5 @@ def loaded(batch: Batch, device: str | None) -> Model:
     """The model in a worker; its absence there is said by whoever started the worker."""
     try:
         return load(**batch.loading, device=device)
-    except (CheckpointError, UsageError) as error:
+    except Exception as error:
         raise RuntimeError(f"no model on {device or 'this worker'}: {error}") from None

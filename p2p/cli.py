@@ -107,6 +107,27 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _model(v)
     v.add_argument("-q", "--quiet", action="store_true")
 
+    d = commands.add_parser("dataset", help="make training pairs for an editor that follows instructions",
+                            description='Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
+                            "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE")
+    d.add_argument("prompts", type=Path, metavar="PROMPTS", help="a .jsonl file")
+    d.add_argument("--recipe", choices=["ip2p"], required=True, help="ip2p: InstructPix2Pix's samples and filters")
+    d.add_argument("-o", "--out", type=Path, required=True, help="the folder of the pairs; started again, it goes on")
+    d.add_argument("--clip", type=Path, metavar="FILE",
+                   help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is read by its recogniser")
+    d.add_argument("--samples", type=int, default=100, help="of a prompt, at most (100)")
+    d.add_argument("--keep", type=int, default=4, help="of these (4)")
+    d.add_argument("--steps", type=int, default=100, help="(100)")
+    d.add_argument("--together", type=int, default=4, metavar="N", help="samples in one batch of the network (4)")
+    d.add_argument("--seed", type=int, default=0)
+    d.add_argument("--min-image", type=float, metavar="X", help="filter: least similarity of the pictures (0.7; by the recogniser, "
+                   "for which another object is a third of a picture, 0.5)")
+    d.add_argument("--min-direction", type=float, default=0.2, metavar="X", help="... of their difference and the captions' (0.2)")
+    d.add_argument("--min-text", type=float, default=0.2, metavar="X", help="... of each picture and its caption (0.2)")
+    d.add_argument("--format", choices=["folders", "webdataset", "parquet"], default="folders", help="written beside the folders")
+    _model(d)
+    d.add_argument("-q", "--quiet", action="store_true")
+
     t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
                             description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
     t.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -218,13 +239,15 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:   # argparse has said what was wrong
         return int(stop.code or 0)
     # Not above: torch takes seconds to import, and nobody needs it to be told how to use the program.
+    from p2p import bulk
     from p2p import commands as run
     from p2p.errors import NumericsError, UsageError
     from weights.errors import CheckpointError
 
     try:
         do = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-              "batch": run.batch, "eval": run.evaluate, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
+              "batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset,
+              "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
               "convert": run.convert}
         return do[args.command](args) or 0
     except CheckpointError as error:

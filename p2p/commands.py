@@ -13,12 +13,9 @@ from PIL import Image
 import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
-from p2p import align, metrics, options, pie
-from p2p.batch import Batch
-from p2p.batch import run as run_batch
+from p2p import align, options
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
-from p2p.invert import METHODS
 from p2p.leakage import leakage
 from p2p.output import Output
 from p2p.report import report
@@ -225,44 +222,6 @@ def sweep(args: argparse.Namespace) -> None:
     out.picture("table", done.table)
     out.json("settings.json", [r.settings for r in done.runs])
     out.write(args.quiet)
-
-
-def batch(args: argparse.Namespace) -> int:
-    for name in ("workers", "together"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {value}")
-    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed, args.quiet)
-    counts = run_batch(what, args.engine, args.workers)
-    if not args.quiet:
-        print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
-        if counts["failed"]:
-            print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
-    print(args.out / "results.jsonl")
-    return 1 if counts["failed"] or counts["open"] else 0
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    methods, editors = args.methods.split(","), args.editors.split(",")
-    for what, names, known in (("--methods", methods, METHODS), ("--editors", editors, ("p2p", *EDITORS))):
-        if unknown := [name for name in names if name not in known]:
-            raise p2p.UsageError(f"{what} {', '.join(unknown)}: known are {', '.join(known)}")
-    if args.limit is not None and args.limit < 1:
-        raise p2p.UsageError(f"--limit must be a whole number from 1, not {args.limit}")
-    items = pie.read(args.data, args.limit)
-    metrics.torchmetrics()
-    judges = metrics.Judges(args.lpips and metrics.lpips(args.lpips), args.clip and metrics.clip(args.clip),
-                            args.dino and metrics.structure(args.dino))
-    sampling = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed}
-    windows = {"cross_replace_steps": args.cross, "self_replace_steps": args.self_}
-    ways = {m if e == "p2p" else f"{m}, {e}": {"method": m, **sampling, **(windows if e == "p2p" else {"editor": e})}
-            for m in methods for e in editors}
-    report = pie.evaluate(options.load(args), items, ways, args.out, judges, blend=not args.no_blend, progress=not args.quiet)
-    for convention in ("official", "corrected"):
-        print(f"{convention}\n{pie.table(report, convention)}\n")
-    for name, rows in report.items():
-        for key, why in list(rows["failed"].items())[:5]:
-            print(f"{name}, {key} failed: {why}", file=sys.stderr)
-    print(args.out / "pie.json")
 
 
 def show_tokens(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,19 @@ def torchmetrics():
     return found
 
 
+class Embedder(NamedTuple):
+    """A space that pictures and texts share."""
+
+    pictures: Callable[[Tensor], Tensor]          # (B, 3, H, W) in 0..1 -> (B, D)
+    texts: Callable[[Sequence[str]], Tensor]      # B texts -> (B, D)
+
+
 @dataclass(frozen=True)
 class Judges:
     """What is read from weights; None where they were not given: the column is then absent."""
 
     lpips: Metric | None = None
-    clip: Callable[[Tensor, str], float] | None = None        # picture (1, 3, H, W) in 0..1, text -> 100 cosine
+    clip: Embedder | None = None
     structure: Callable[[Tensor, Tensor], float] | None = None
 
 
@@ -51,8 +59,9 @@ def measure(picture: Tensor, made: Tensor, edited: Tensor, text: str, judges: Ju
             out[name] = _kept(f, picture, made, kept, official)
     out["PSNR"] = -10 * torch.tensor(out["MSE"]).log10().item()          # of equal pictures: infinite, as torchmetrics says
     if judges.clip is not None:
-        out["CLIP whole"] = judges.clip(made, text)
-        out["CLIP edited"] = judges.clip(made * edited, text) if edited.any() else float("nan")
+        seen, said = judges.clip.pictures(torch.cat([made, made * edited])), judges.clip.texts([text])
+        whole, part = (100 * F.cosine_similarity(seen, said)).tolist()
+        out["CLIP whole"], out["CLIP edited"] = whole, part if edited.any() else float("nan")
     return out
 
 
@@ -125,8 +134,8 @@ def lpips(squeezenet: Path) -> Metric:
     return distance
 
 
-def clip(file: Path, model: str = "ViT-L-14-quickgelu") -> Callable[[Tensor, str], float]:
-    """CLIP's cosine of a picture and a text, times 100; the file: open_clip's weights of that model (OpenAI's ViT-L/14)."""
+def clip(file: Path, model: str = "ViT-L-14-quickgelu") -> Embedder:
+    """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14)."""
     import open_clip
     try:
         net, _, _ = open_clip.create_model_and_transforms(model, pretrained=str(file))
@@ -136,12 +145,11 @@ def clip(file: Path, model: str = "ViT-L-14-quickgelu") -> Callable[[Tensor, str
     side = net.visual.image_size[0] if isinstance(net.visual.image_size, tuple) else net.visual.image_size
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
 
-    def score(picture: Tensor, text: str) -> float:
-        x = F.interpolate(picture, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        a, b = net.encode_image((x - mean) / std, normalize=True), net.encode_text(tokenizer([text]), normalize=True)
-        return 100 * (a * b).sum().item()
+    def pictures(x: Tensor) -> Tensor:
+        x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return net.encode_image((x - mean) / std)
 
-    return score
+    return Embedder(pictures, lambda texts: net.encode_text(tokenizer(list(texts))))
 
 
 def structure(file: Path, model: str = "vit_base_patch8_224.dino") -> Callable[[Tensor, Tensor], float]:

@@ -59,7 +59,7 @@ def test_corrected_figures_do_not_depend_on_the_size_of_the_mask(pictures):
 @pytest.mark.parametrize("official", [True, False])
 def test_masks_of_everything_and_of_nothing(pictures, official):
     a, b = pictures
-    judges = metrics.Judges(clip=lambda picture, text: picture.mean().item())
+    judges = metrics.Judges(clip=metrics.Embedder(lambda x: x.mean((2, 3)), lambda texts: torch.ones(len(texts), 3)))
     everything, nothing = torch.ones(24, 32, dtype=torch.bool), torch.zeros(24, 32, dtype=torch.bool)
     m = metrics.measure(a, b, everything, "", judges, official)
     assert all(math.isnan(m[c]) for c in ("PSNR", "MSE", "SSIM")) and m["CLIP edited"] == m["CLIP whole"]
@@ -101,8 +101,12 @@ def test_clip_is_a_hundred_times_the_cosine(pictures, tmp_path):
     torch.manual_seed(0)
     net = open_clip.create_model("ViT-S-32-alt", pretrained=None)
     torch.save(net.state_dict(), tmp_path / "clip.pt")
-    score = metrics.clip(tmp_path / "clip.pt", "ViT-S-32-alt")
-    assert -100 <= score(pictures[0], "a cat") <= 100 and score(pictures[0], "a cat") != score(pictures[0], "a dog")
+    clip, edited = metrics.clip(tmp_path / "clip.pt", "ViT-S-32-alt"), torch.zeros(24, 32, dtype=torch.bool)
+    edited[:10] = True
+    cat, dog = (metrics.measure(*pictures, edited, text, metrics.Judges(clip=clip), True) for text in ("a cat", "a dog"))
+    a, b = clip.pictures(pictures[1]), clip.texts(["a cat"])
+    assert cat["CLIP whole"] == pytest.approx(100 * ((a / a.norm()) @ (b / b.norm()).T).item(), abs=1e-3)
+    assert len({cat["CLIP whole"], cat["CLIP edited"], dog["CLIP whole"]}) == 3
     with pytest.raises(UsageError, match="--clip"):
         metrics.clip(tmp_path / "nofile.pt", "ViT-S-32-alt")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +103,29 @@ def load(file: Path = FILE) -> Recogniser:
     model = Recogniser()
     model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed(eye: Recogniser, pictures: Tensor) -> Tensor:
+    """What pictures (B, 3, 64, 64) in [-1, 1] show, as a vector beside those of captions: objects, their colours (which captions
+    need not name: with half their weight), place, style.  -> (B, D)"""
+    seen = eye.read(pictures)
+    colours = (F.one_hot(seen.colour, len(COLOURS)) * seen.found[..., None]).amax(1)
+    place, style = F.one_hot(seen.place, len(PLACES)), F.one_hot(seen.style, len(STYLES))
+    return torch.cat([seen.found.float(), 0.5 * colours, place, style], dim=1)
+
+
+def embed_captions(captions: Sequence[str]) -> Tensor:
+    """The same of what captions name.  -> (B, D)"""
+    places = [phrase.split()[-1].replace("{}", "") for phrase, _ in PLACES.values()]
+    rows = []
+    for text in captions:
+        words = text.split()
+        style = [float(name in words) for name in STYLES]
+        style[0] = float(not any(style[1:]))
+        rows.append([*(float(w in words) for w in OBJECTS), *(0.5 * (w in words) for w in COLOURS),
+                     *(float(w in words) for w in places), *style])
+    return torch.tensor(rows)
 
 
 # --------------------------------------------------------------------------------------------- training and judging

@@ -1,0 +1,114 @@
+"""InstructPix2Pix's recipe: samples drawn by the prompt alone, the paper's filters, its folder, and nothing lost on the way."""
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from p2p import dataset
+from p2p.cli import main
+
+PROMPTS = [("a cat on grass", "make it a dog", "a dog on grass"), ("a red car", "make it blue", "a blue car"),
+           ("a house on grass", "keep it", "a house on grass")]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(dict(zip(("caption", "edit", "output"), p))) + "\n" for p in PROMPTS))
+    return file
+
+
+def command(prompts, out, *more):
+    return ["dataset", "--recipe", "ip2p", str(prompts), "--out", str(out), "--steps", "6", "--samples", "8", "--keep", "2", *more]
+
+
+def tree(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != "recipe.json"}
+
+
+def test_pairs_are_kept_as_the_original_lays_them_out(prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(prompts, out, "--format", "webdataset")) == 0
+    said = capsys.readouterr().err
+    seeds = json.loads((out / "seeds.json").read_text())
+    assert [name for name, _ in seeds] == ["0000000", "0000001"]      # two of the same prompt have no direction in common
+    for name, found in seeds:
+        rows = [json.loads(line) for line in (out / name / "metadata.jsonl").read_text().splitlines()]
+        assert sorted(str(r["seed"]) for r in rows) == sorted(found) and len(found) == 2
+        assert [r["sim_dir"] for r in rows] == sorted((r["sim_dir"] for r in rows), reverse=True)
+        for r in rows:
+            assert r["sim_image"] >= 0.5 and r["sim_dir"] >= 0.2 and r["sim_0"] >= 0.2 and r["sim_1"] >= 0.2
+            assert 0.1 <= r["p2p_threshold"] <= 0.9 and 3 <= r["cfg_scale"] <= 6
+            assert all(Image.open(out / name / f"{r['seed']}_{k}.jpg").size == (64, 64) for k in (0, 1))
+        assert json.loads((out / name / "prompt.json").read_text())["edit"] == PROMPTS[int(name)][1]
+    assert json.loads((out / "0000002" / "counts.json").read_text())["kept"] == 0 and "kept 4" in said
+    with tarfile.open(out / "shard-000000.tar") as tar:
+        names = tar.getnames()
+        assert len(names) == 12 and json.load(tar.extractfile(names[2]))["output"] == PROMPTS[0][2]
+        assert Image.open(io.BytesIO(tar.extractfile(names[1]).read())).size == (64, 64)
+
+
+def test_a_stopped_run_goes_on_to_the_same_files(prompts, tmp_path, capsys, emoji):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(command(prompts, whole, "-q")) == 0
+    real = dataset._put
+
+    def stopped(folder, *rest):
+        if folder.name == "0000001":
+            raise OSError(28, "No space left on device")
+        real(folder, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "_put", stopped)
+        assert main(command(prompts, out, "-q")) == 2 and "No space left" in capsys.readouterr().err
+    first = (out / "0000000" / "metadata.jsonl").stat().st_mtime_ns
+    assert main(command(prompts, out, "-q")) == 0 and tree(out) == tree(whole)
+    assert (out / "0000000" / "metadata.jsonl").stat().st_mtime_ns == first
+
+
+def test_a_sample_depends_on_its_prompt_alone(emoji):
+    pair, recipe = dataset.Pair(0, *PROMPTS[0]), dataset.Recipe()
+    drawn = [dataset.draw(pair, j, recipe, emoji) for j in range(200)]
+    assert drawn[3] == dataset.draw(pair._replace(index=7), 3, recipe, emoji) != drawn[4]
+    assert len({d["seed"] for d in drawn}) == 200
+    for name, low, high in (("p2p_threshold", 0.1, 0.9), ("cfg_scale", 3.0, 6.0)):
+        values = torch.tensor([d[name] for d in drawn])
+        assert low <= values.min() < low + 0.05 * (high - low) and high >= values.max() > high - 0.05 * (high - low)
+
+
+def test_filters_are_cosines():
+    before, after = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    found = dataset.similarities(before, after, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert {k: v.tolist() for k, v in found.items()} == {
+        "sim_0": [1, 1], "sim_1": [1, 0], "sim_image": [0, 1], "sim_dir": [pytest.approx(1), 0]}
+    recipe = dataset.Recipe()
+    assert dropped_by(recipe, found, 0) == "sim_image" and dropped_by(recipe, found, 1) == "sim_dir"
+    good = dict(sim_0=0.3, sim_1=0.3, sim_image=0.8, sim_dir=0.3)
+    assert dataset.dropped(good, recipe) is None and dataset.dropped(good | {"sim_1": float("nan")}, recipe) == "sim_1"
+
+
+def dropped_by(recipe, found, i):
+    return dataset.dropped({k: v[i].item() for k, v in found.items()}, recipe)
+
+
+def test_parquet_holds_the_same_pairs(prompts, tmp_path, capsys):
+    pq = pytest.importorskip("pyarrow.parquet")
+    assert main(command(prompts, tmp_path / "out", "--format", "parquet", "-q")) == 0
+    rows = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert len(rows) == 4 and rows[0]["edit_prompt"] == PROMPTS[0][1]
+    assert Image.open(io.BytesIO(rows[3]["edited_image"])).size == (64, 64)
+
+
+@pytest.mark.parametrize("line, said", [("{}", "'edit'"), ('{"caption": 1, "edit": "b", "output": "c"}', "texts"), ("no", "line 1")])
+def test_other_lists_are_refused(tmp_path, capsys, line, said):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    assert main(command(tmp_path / "p.jsonl", tmp_path / "out")) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_models_need_clip(prompts, tmp_path, capsys, sd1_file):
+    assert main(command(prompts, tmp_path / "out", "--model", str(sd1_file), "--family", "sd1")) == 2
+    assert "--clip" in capsys.readouterr().err
