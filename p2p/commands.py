@@ -14,6 +14,7 @@ import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
 from p2p import align, options
+from p2p.batch import EDITORS
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
 from p2p.leakage import leakage
@@ -28,7 +29,6 @@ from weights.load import find
 
 EDIT_OPTIONS = ("mode", "cross", "self_", "weight", "renormalise", "swap", "scope", "blend", "blend_without", "blend_mask",
                 "blend_threshold", "blend_start", "blend_level", "aligner")
-EDITORS = {"masactrl": p2p.MasaCtrl, "plug-and-play": p2p.PlugAndPlay}
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
 
 
