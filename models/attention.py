@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.layers import Linear
 
-QK = tuple[Tensor, Tensor]   # queries and keys
+QK = tuple[Tensor, Tensor]   # queries and keys, (B, N, h d) and (B, K, h d): the heads are split last, rows are chosen before
 KV = tuple[Tensor, Tensor]   # keys and values of the text, (B, L, h d) each: what an attention layer reads of it in all steps
 
 
@@ -38,8 +38,8 @@ class AttentionEdit(NamedTuple):
                                         # weights are negative, by those of its sizes, P_src |mix| + P diag(|keep|)
     rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
-    cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch, (1, h, N, d) each:
-                                        # it counts as the row that follows the last
+    cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch (one row each): it
+                                        # counts as the row that follows the last
 
 
 def inside(edit: AttentionEdit | None, name: str) -> AttentionEdit | None:
@@ -109,9 +109,10 @@ class _Attention(nn.Module):
         self.to_v = Linear(kv_dim, heads * head_dim, bias)
         self.to_out = nn.Sequential(Linear(heads * head_dim, dim))
 
-    def _split(self, x: Tensor) -> Tensor:
-        x = rearrange(x, "b n (h d) -> b h n d", h=self.heads)
-        return x.float() if self.upcast else x
+    def _split(self, *parts: Tensor) -> list[Tensor]:
+        """(B, N, h d) -> (B, h, N, d) each"""
+        split = [rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in parts]
+        return [x.float() for x in split] if self.upcast else split
 
     def _borrow(self, edit: AttentionEdit | None, *parts: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of the pixels from the rows that the edit names for each."""
@@ -138,8 +139,7 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
-        q, k, v = (self._split(f(x)) for f in (self.to_q, self.to_k, self.to_v))         # (B, h, N, d)
-        q, k, v = self._borrow(edit, q, k, v)
+        q, k, v = self._borrow(edit, self.to_q(x), self.to_k(x), self.to_v(x))           # (B, N, h d)
         used = q, k
         if edit is not None:
             rows = torch.arange(len(x), device=x.device)                                 # (B,)
@@ -147,26 +147,29 @@ class SelfAttention(_Attention):
             small = x.shape[1] <= edit.self_max_tokens                                   # (E,)
             rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
             used = tuple(lent[rows] for lent in self._lenders(edit, q, k))
+        out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
-            return self._out(attend(*used, v), x.dtype), (q, k)
-        probs = attend_probs(*used) if x.shape[1] <= record.pixels else None             # (B, h, N, N)
+            return out, (q, k)
+        probs = attend_probs(*self._split(*used)) if x.shape[1] <= record.pixels else None   # (B, h, N, N)
         if probs is not None and edit is not None and record.before:
-            probs = torch.cat([probs, attend_probs(q, k)[-len(own):]])
-        return self._out(attend(*used, v), x.dtype), probs                                  # (B, N, C)
+            probs = torch.cat([probs, attend_probs(*self._split(q[-len(own):], k[-len(own):]))])
+        return out, probs
 
 
 class _TextAttention(_Attention):
     """What cross- and hybrid attention share: the edit of the text columns, which stand last."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, dtype: torch.dtype, edit: AttentionEdit | None,
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
-        want = q.shape[2] <= record.text
+        want, dtype, queries = q.shape[1] <= record.text, q.dtype, (q, k) if record.queries else None
+        lenders = () if edit is None else self._lenders(edit, q, k)
+        q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
         if edit is None:
             probs = text_probs(q, k, text) if want else None                             # (B, h, N, L)
-            return self._out(attend(q, k, v), dtype), (q, k) if record.queries else probs
+            return self._out(attend(q, k, v), dtype), queries or probs
         e = len(edit.source)
         target = (q[-e:], k[-e:])
-        source = tuple(lent[edit.source] for lent in self._lenders(edit, q, k))
+        source = self._split(*(lent[edit.source] for lent in lenders))
         edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
             sizes = edit.mix.abs(), edit.keep.abs()
@@ -194,10 +197,9 @@ class CrossAttention(_TextAttention):
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
-        q = self._split(self.to_q(x))                                                    # (B, h, N, d)
-        k, v = map(self._split, self.text(context) if isinstance(context, Tensor) else context)   # (B, h, L, d)
-        return self._attend(q, k, v, k.shape[2], x.dtype, edit, record)
+                record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
+        k, v = self.text(context) if isinstance(context, Tensor) else context            # (B, L, h d)
+        return self._attend(self.to_q(x), k, v, k.shape[1], edit, record)
 
 
 class HybridAttention(_TextAttention):
@@ -215,11 +217,10 @@ class HybridAttention(_TextAttention):
         return self.add_k_proj(context), self.add_v_proj(context)
 
     def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Tensor | None]:
+                record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
         text = self.text(context) if isinstance(context, Tensor) else context            # (B, L, h d) each
         q = self.to_q(x)                                                                 # (B, N, h d)
         k, v = (q[:, :0] if f is None else f(x) for f in (self.to_k, self.to_v))
         q, k, v = self._borrow(edit, q, k, v)
-        q = self._split(q)                                                               # (B, h, N, d)
-        k, v = (self._split(torch.cat(parts, dim=1)) for parts in zip((k, v), text))     # (B, h, N+L, d)
-        return self._attend(q, k, v, text[0].shape[1], x.dtype, edit, record)
+        k, v = (torch.cat(parts, dim=1) for parts in zip((k, v), text))                  # (B, N+L, h d)
+        return self._attend(q, k, v, text[0].shape[1], edit, record)

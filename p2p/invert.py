@@ -64,7 +64,7 @@ class Inversion:
     null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
-    queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, h, N, d), noisiest first, see `trace`
+    queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""

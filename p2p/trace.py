@@ -20,7 +20,7 @@ from p2p.start import begin
 
 
 class Queries(Sequence):
-    """Stored queries and keys as the loop wants them: for step i a (1, h, N, d) pair by site, on the model's device."""
+    """Stored queries and keys as the loop wants them: for step i a (1, N, h d) pair by site, on the model's device."""
 
     def __init__(self, stored: dict[str, Tensor], model: Model):
         self.stored, self.device = stored, model.device
@@ -98,7 +98,7 @@ def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: Maps, dtype: torc
 
 
 def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
-    """One row a step on the stored latents: all queries and keys, by site.  -> (T, h, N, d) each, noisiest first, CPU"""
+    """One row a step on the stored latents: all queries and keys, by site.  -> (T, N, h d) each, noisiest first, CPU"""
     pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
     text, stored, path = model.condition([found.prompt], *pixels), {}, found.latents.flip(0)
     timesteps = model.schedule(found.steps).timesteps[found.skip:]
