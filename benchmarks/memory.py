@@ -28,7 +28,7 @@ def peak(side: str, name: str, device: torch.device) -> int:
     net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype)
     x, t, context = inputs(size, device, dtype)
     f = formula("swap", device, dtype)
-    edit = as_edit("swap", f, size.side) if side.startswith("edit") else None
+    edit = as_edit("swap", f) if side.startswith("edit") else None
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     if side in ("diffusers", "official"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionEdit
-from models.layers import Conv2d, Linear
+from models.layers import wide
 from models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
 from models.unet import SD1, UNet
 
@@ -34,12 +34,10 @@ def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype
     """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen."""
     with torch.device("meta"):
         net = UNet(replace(SD1, channels=tuple(width * m for m in (1, 2, 4, 4))))
-    layers = {name for name, m in net.named_modules() if isinstance(m, (Linear, Conv2d))}
-    g, state = torch.Generator().manual_seed(0), {}
+    large, g, state = wide(net), torch.Generator().manual_seed(0), {}
     for name, p in net.state_dict().items():
         t = torch.randn(p.shape, generator=g) * (0.7 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
-        large = name.rpartition(".")[0] in layers
-        state[name] = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and large else dtype)
+        state[name] = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and name in large else dtype)
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
@@ -86,7 +84,7 @@ def formula(kind: str, device: torch.device, dtype: torch.dtype) -> Formula:
     return Formula(eye.to(device), ones.to(device), scale.to(device))
 
 
-def as_edit(kind: str, f: Formula, side: int) -> AttentionEdit:
+def as_edit(kind: str, f: Formula) -> AttentionEdit:
     """The same edit as the modules here take it; self-attention of the source at all sites of at most 32 x 32 pixels."""
     mix = torch.eye(TOKENS, device=f.alphas.device, dtype=f.alphas.dtype)[:, f.mapper] if kind == "refine" else f.mapper
     mix, keep = mix * (f.alphas * f.scale), 1 - f.alphas

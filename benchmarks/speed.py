@@ -64,7 +64,7 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
     same = {"diffusers": (sides["plain"](), sides["diffusers"]())}
     for kind in KINDS:
         f = formula(kind, device, dtype)
-        edit, way = as_edit(kind, f, size.side), official(theirs, kind, f)
+        edit, way = as_edit(kind, f), official(theirs, kind, f)
         sides[kind] = lambda edit=edit: net(x, t, text, edit=edit)[0]
         sides[f"official {kind}"] = lambda way=way: way(x, t, context)
         same[kind] = sides[kind](), sides[f"official {kind}"]()
@@ -73,8 +73,8 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         if not off < (0.3 if gpu else 1e-3):
             raise SystemExit(f"{name}, {what}: the results differ by {off:.1e} of their standard deviation")
     if gpu:
-        compiled = torch.compile(net)
-        sides["compiled"] = lambda: compiled(x, t, text, edit=as_edit("swap", formula("swap", device, dtype), size.side))[0]
+        compiled, swap = torch.compile(net), as_edit("swap", formula("swap", device, dtype))
+        sides["compiled"] = lambda: compiled(x, t, text, edit=swap)[0]
     m = in_turn(sides, repeats, device)
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     edit, official_way = max(m[k] for k in KINDS), max(m[f"official {k}"] for k in KINDS)

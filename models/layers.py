@@ -26,6 +26,11 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(x, *_as(x, self))
 
 
+def wide(module: nn.Module) -> set[str]:
+    """Names of the tensors that these layers hold, and widen."""
+    return {f"{name}.{p}" for name, m in module.named_modules() if isinstance(m, (Linear, Conv2d)) for p in ("weight", "bias")}
+
+
 def _as(x: Tensor, layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """Weight and bias for this input."""
     weight, bias = layer.weight, layer.bias

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from models.attention import Record
 from p2p.errors import NumericsError, UsageError
 from p2p.image import open_picture
 from p2p.invert import invert
 from p2p.jobs import Job, Store, arguments, groups, read
-from p2p.masactrl import MasaCtrl
 from p2p.model import Model, load
-from p2p.plug_and_play import PlugAndPlay
-from p2p.run import Result, edit
-from p2p.together import edit_together
+from p2p.run import Ready, Result, find_editor, prepared
+from p2p.run import run as sample
+from p2p.together import run_together
 
 ENGINES = ("local", "torchrun", "ray")
-EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
 Group = list[Job]
 
 
@@ -44,49 +43,37 @@ class Batch:
     quiet: bool = False
 
 
+FAILURES = (UsageError, NumericsError, torch.OutOfMemoryError)   # of a job; anything else ends the run
+
+
 def compute(model: Model, group: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
     """Each job's result, or why it has none. Jobs of one group share a batch, but for those that cannot be prepared."""
-    fit, failures = [], []
+    ready = []
     for job in group:
         try:
-            fit.append((job, _ready(model, job)))
-        except UsageError as error:
-            failures.append((job, error))
-    yield from failures
-    if len(fit) > 1:
+            ready.append((job, _ready(model, job)))
+        except FAILURES as error:
+            yield job, error
+    if len(ready) > 1:
         try:
-            yield from zip([job for job, _ in fit], edit_together(model, [arguments(job) for job, _ in fit]))
+            yield from zip([job for job, _ in ready], run_together(model, [r for _, r in ready]))
             return
-        except (NumericsError, UsageError, torch.OutOfMemoryError):
+        except FAILURES:
             pass   # one of them is to blame: each alone
-    for job, run in fit:
+    for job, each in ready:
         try:
-            yield job, run()
-        except (NumericsError, UsageError, torch.OutOfMemoryError) as error:
+            yield job, sample(model, each, Record(), False)
+        except FAILURES as error:
             yield job, error
 
 
-def _ready(model: Model, job: Job) -> Callable[[], Result]:
-    """The run of one job alone; what can be checked before it is. Raises UsageError."""
-    how: dict[str, Any] = {}
-    if "proximal" in job.others:
-        how["proximal"] = tuple(job.others["proximal"])
-    if "editor" in job.others:
-        said = job.others["editor"]
-        said = {"name": said} if isinstance(said, str) else dict(said)
-        name = said.pop("name", None)
-        if name not in EDITORS:
-            raise UsageError(f"editor {name!r} is not known; known: {', '.join(EDITORS)}")
-        how["editor"] = EDITORS[name](**said)
+def _ready(model: Model, job: Job) -> Ready:
+    """All that comes before the sampling of one job: a picture is inverted here."""
+    how = dict(proximal=job.others.get("proximal"), editor=find_editor(job.others.get("editor")))
     if job.image is None:
-        return lambda: edit(model, **arguments(job), **how)
-    picture, s = open_picture(job.image), job.sampling
-
-    def run() -> Result:
-        inverted = invert(model, picture, job.source, **job.inverting, **s)
-        return edit(model, inverted, list(job.targets), guidance_scale=s["guidance_scale"], **how)
-
-    return run
+        return prepared(model, **arguments(job), **how)
+    inverted = invert(model, open_picture(job.image), job.source, **job.inverting, **job.sampling)
+    return prepared(model, inverted, list(job.targets), guidance_scale=job.sampling["guidance_scale"], **how)
 
 
 def work(model: Model, todo: Iterable[Group], store: Store, retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:

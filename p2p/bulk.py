@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 import p2p
 from p2p import dataset, metrics, options, pie
-from p2p.batch import EDITORS, Batch
+from p2p.batch import Batch
 from p2p.batch import run as run_batch
 from p2p.invert import METHODS
+from p2p.run import EDITORS
 from weights.emoji import recogniser
 
 
@@ -45,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> None:
     ways = {m if e == "p2p" else f"{m}, {e}": {"method": m, **sampling, **(windows if e == "p2p" else {"editor": e})}
             for m in methods for e in editors}
     report = pie.evaluate(options.load(args), items, ways, args.out, judges, blend=not args.no_blend, progress=not args.quiet)
-    for convention in ("official", "corrected"):
+    for convention in metrics.CONVENTIONS:
         print(f"{convention}\n{pie.table(report, convention)}\n")
     for name, rows in report.items():
         for key, why in list(rows["failed"].items())[:5]:
@@ -69,15 +70,14 @@ def make_dataset(args: argparse.Namespace) -> None:
     least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
     recipe = dataset.Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction, text=args.min_text,
                             together=args.together, seed=args.seed)
-    todo = [p for p in pairs if not (args.out / f"{p.index:07}").exists()]
-    bar = tqdm(dataset.make(model, todo, args.out, embedder, recipe), total=len(todo), unit="prompt", disable=args.quiet)
+    todo = len(dataset.remaining(pairs, args.out))
+    bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt", disable=args.quiet)
     for pair, counts in bar:
         if why := next((name for name in counts if name.startswith("failed")), None):
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)
     total = dataset.finish(args.out)
     if not args.quiet:
         print(", ".join(f"{name} {n}" for name, n in total.items()), file=sys.stderr)
-    files = {"folders": list, "webdataset": dataset.webdataset, "parquet": dataset.parquet}[args.format](*(
-        [args.out] if args.format != "folders" else []))
-    for file in [args.out / "seeds.json", *files]:
+    export = {"webdataset": dataset.webdataset, "parquet": dataset.parquet}.get(args.format)
+    for file in [args.out / "seeds.json", *(export(args.out) if export else [])]:
         print(file)

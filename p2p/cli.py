@@ -239,16 +239,16 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:   # argparse has said what was wrong
         return int(stop.code or 0)
     # Not above: torch takes seconds to import, and nobody needs it to be told how to use the program.
-    from p2p import bulk
     from p2p import commands as run
     from p2p.errors import NumericsError, UsageError
     from weights.errors import CheckpointError
 
     try:
         do = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-              "batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset,
-              "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
-              "convert": run.convert}
+              "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
+        if args.command not in do:
+            from p2p import bulk
+            do = {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}
         return do[args.command](args) or 0
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)

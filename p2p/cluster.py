@@ -1,4 +1,4 @@
-"""Engines that run groups of jobs in other processes. They hand out the positions of groups; the store keeps the results."""
+"""Engines that run groups of jobs in other processes. They hand out groups; the store keeps the results."""
 from __future__ import annotations
 
 import queue
@@ -19,7 +19,7 @@ def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -
     """One process a GPU, or so many on the CPU; each takes the next group when it is free."""
     context = torch.multiprocessing.get_context("spawn")
     waiting, finished = context.Queue(), context.Queue()
-    for group in todo:
+    for group in [*todo, *[None] * workers]:   # None: nothing is left
         waiting.put(group)
     threads = max(1, torch.get_num_threads() // workers)
     devices = [f"cuda:{i % gpus}" if gpus else batch.device for i in range(workers)]
@@ -51,11 +51,7 @@ def _worker(batch: Batch, waiting: Any, finished: Any, device: str | None, threa
     why = None
     try:
         model, store = loaded(batch, device), Store(batch.out)
-        while True:
-            try:
-                group = waiting.get(timeout=0.2)
-            except queue.Empty:
-                break
+        for group in iter(waiting.get, None):
             for each in work(model, [group], store, batch.retry_failed):
                 finished.put(("job", each))
     except (RuntimeError, UsageError) as error:
@@ -68,7 +64,7 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
     try:
         import ray
     except ImportError:
-        raise UsageError('--engine ray needs Ray: pip install "p2p[ray]"') from None
+        raise UsageError('--engine ray needs Ray: pip install "prompt-to-prompt[ray]"') from None
 
     class Actor:
         def __init__(self):

@@ -14,13 +14,12 @@ import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
 from p2p import align, options
-from p2p.batch import EDITORS
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
 from p2p.leakage import leakage
-from p2p.output import Output
+from p2p.output import Output, names
 from p2p.report import report
-from p2p.run import Result
+from p2p.run import Result, find_editor
 from p2p.sweep import sweep as run_sweep
 from weights.convert import convert as run_convert
 from weights.deepfloyd import load_t5
@@ -60,7 +59,7 @@ def edit(args: argparse.Namespace) -> None:
     else:
         options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
         model, sampling = options.load_for_sampling(args)
-    editor = args.editor and EDITORS[args.editor]()
+    editor = find_editor(args.editor)
     if editor:
         options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "weight", "renormalise", "swap",
                        "scope", "aligner")
@@ -125,9 +124,7 @@ def _replay(args: argparse.Namespace) -> None:
         if model.sha256 != s["sha256"]:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
-        editor = s["editor"] and dict(s["editor"])
-        editor = editor and {c.__name__: c for c in EDITORS.values()}[editor.pop("name")](**editor)
-        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=editor,
+        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=find_editor(s["editor"]),
                    record=options.record(args), progress=not args.quiet)
         stage, source = _upscaler(args, model.family, s.get("upscale")), None
         if s["inversion"] is not None:
@@ -179,8 +176,7 @@ def maps(args: argparse.Namespace) -> None:
     which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side), steps=steps)
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
-    for k in range(1, len(result.images)):
-        name = "edit" if len(result.images) == 2 else f"edit-{k}"
+    for k, name in enumerate(names(len(result.images))[1:], 1):
         rows += [(name, k, False), (f"{name}-before", k, True)]
     for name, row, before in rows:
         picture = result.images[row]
@@ -294,7 +290,7 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
     shown = large or result
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
-    for name, image in zip(["source", *(["edit"] if n == 2 else [f"edit-{i}" for i in range(1, n)])], shown.images):
+    for name, image in zip(names(n), shown.images):
         out.picture(name, image, shown.settings)
     out.picture("grid", grid(shown.images, shown.prompts), shown.settings)
     if large is not None:

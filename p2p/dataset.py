@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
 import shutil
 import tarfile
 from collections import Counter
@@ -27,9 +25,9 @@ from torch import Tensor
 
 from p2p.errors import NumericsError, UsageError
 from p2p.image import from_pil
-from p2p.jobs import write
 from p2p.metrics import Embedder
 from p2p.model import Model
+from p2p.output import appearing, write
 from p2p.together import edit_together
 
 Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
@@ -101,6 +99,15 @@ def dropped(found: dict[str, float], recipe: Recipe) -> str | None:
     return next((name for name, value in least.items() if not found[name] >= value), None)
 
 
+def _folder(pair: Pair, out: Path) -> Path:
+    return out / f"{pair.index:07}"
+
+
+def remaining(pairs: Sequence[Pair], out: Path) -> list[Pair]:
+    """Those that have no folder yet."""
+    return [pair for pair in pairs if not _folder(pair, out).exists()]
+
+
 @torch.no_grad()
 def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
     """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once.
@@ -110,12 +117,10 @@ def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, rec
     try:
         out.mkdir(parents=True, exist_ok=True)
         write(out / "recipe.json", json.dumps(asdict(recipe) | {"model": model.name, "sha256": model.sha256}))
-        for pair in pairs:
-            folder = out / f"{pair.index:07}"
-            if not folder.exists():
-                kept, counts = _samples(model, pair, embedder, recipe)
-                _put(folder, pair, kept, counts)
-                yield pair, counts
+        for pair in remaining(pairs, out):
+            kept, counts = _samples(model, pair, embedder, recipe)
+            _put(_folder(pair, out), pair, kept, counts)
+            yield pair, counts
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start again to go on") from None
 
@@ -148,19 +153,14 @@ def _samples(model: Model, pair: Pair, embedder: Embedder, recipe: Recipe) -> tu
 
 
 def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -> None:
-    aside = folder.with_name(f".part-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        aside.mkdir()
-        said = {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
+    said = {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
+    with appearing(folder) as aside:
         (aside / "prompt.json").write_text(json.dumps(said))
         (aside / "counts.json").write_text(json.dumps(counts))
         for found, images in kept:
             for k, image in enumerate(images):
                 image.save(aside / f"{found['seed']}_{k}.jpg", quality=100)
         (aside / "metadata.jsonl").write_text("".join(json.dumps(found) + "\n" for found, _ in kept))
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def finish(out: Path) -> Counter[str]:
@@ -210,7 +210,7 @@ def parquet(out: Path) -> list[Path]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[ray]", or pyarrow alone') from None
+        raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
     rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"], **known}
             for _, known, before, after in samples(out)]
     pq.write_table(pa.Table.from_pylist(rows), out / "pairs.parquet")

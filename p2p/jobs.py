@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +19,11 @@ from p2p.errors import UsageError
 from p2p.image import save_png
 from p2p.invert import METHODS
 from p2p.model import Model
+from p2p.output import appearing, names, write
 from p2p.run import Result
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
-SAMPLING = {"steps": 50, "guidance_scale": None, "seed": 0, "eta": None, "height": None, "width": None}   # and what None is for
+SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {"method": "direct", "skip": 0, "inversion_guidance": 1.0, "inner_steps": None}
 OTHERS = ("proximal", "editor")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
@@ -99,10 +98,9 @@ def parse(said: Any, line: int, folder: Path, model: Model) -> Job:
     inverting = {k: said.get(k, v) for k, v in INVERTING.items()} if image is not None else {}
     if inverting and inverting["method"] not in METHODS:
         raise UsageError(f"method {inverting['method']!r} is not known; known: {', '.join(METHODS)}")
-    sampling = {k: v if said.get(k) is None else said[k] for k, v in SAMPLING.items()}
-    size = {"height": model.size[0], "width": model.size[1], "guidance_scale": model.guidance_scale,
-            "eta": model.eta if image is None else 1.0}
-    sampling = {k: size[k] if v is None else v for k, v in sampling.items()}
+    usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0, "eta": model.eta if image is None else 1.0,
+             "height": model.size[0], "width": model.size[1]}
+    sampling = {k: usual[k] if said.get(k) is None else said[k] for k in SAMPLING}
     others = {k: said[k] for k in OTHERS if said.get(k) is not None}
     job = Job("", line, source, tuple(edits), sampling, None if image is None else folder / image, inverting, others)
     return job._replace(id=_identity(job, model))
@@ -139,18 +137,14 @@ class Store:
 
     def finish(self, job: Job, result: Result) -> None:
         """Writes all files aside, then moves them into place at once. Raises UsageError where the disk does not take them."""
-        aside = self.root / f".part-{job.id}-{secrets.token_hex(4)}"   # a worker that outlived its run may be at the same job
-        names = ["source", "edit"] if len(result.images) == 2 else ["source", *(f"edit-{i}" for i in range(1, len(result.images)))]
+        said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows}
         try:
-            aside.mkdir()
-            for name, image in zip(names, result.images):
-                save_png(aside / f"{name}.png", image, result.settings)
-            (aside / "job.json").write_text(json.dumps(job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows},
-                                                       indent=1) + "\n")
-            os.rename(aside, self.root / job.id)
+            with appearing(self.root / job.id) as aside:
+                for name, image in zip(names(len(result.images)), result.images):
+                    save_png(aside / f"{name}.png", image, result.settings)
+                (aside / "job.json").write_text(json.dumps(said, indent=1) + "\n")
             (self.failures / f"{job.id}.json").unlink(missing_ok=True)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             if not self.done(job):
                 raise UsageError(f"--out {self.root}: cannot be written ({error.strerror}); what is done is kept, start again "
                                  "to go on") from None
@@ -173,16 +167,6 @@ class Store:
             lines.append(json.dumps({"line": job.line, "id": job.id, "state": state} | why))
         write(self.root / "results.jsonl", "\n".join(lines))
         return counts
-
-
-def write(file: Path, text: str) -> None:
-    """In one step: readers see the old file or the new one. Raises UsageError."""
-    aside = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        aside.write_text(text + "\n")
-        os.replace(aside, file)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be written ({error.strerror})") from None
 
 
 def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
@@ -213,4 +197,4 @@ def _shape(job: Job) -> tuple | None:
 
 def arguments(job: Job) -> Mapping[str, Any]:
     """Of `edit`, for a job without a picture."""
-    return {"source": job.source, "targets": [replace(e) for e in job.targets], **job.sampling}
+    return {"source": job.source, "targets": list(job.targets), **job.sampling}

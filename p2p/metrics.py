@@ -6,7 +6,7 @@ Figures are plain: the published table multiplies structure and LPIPS by 10^3, M
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from p2p.errors import UsageError
 
+CONVENTIONS = ("official", "corrected")
 COLUMNS = ("structure", "PSNR", "LPIPS", "MSE", "SSIM", "CLIP whole", "CLIP edited")
 # Two pictures (1, 3, H, W) in 0..1 -> one number, as the metric averages itself; or, if asked, where it lies, (H, W)
 Metric = Callable[[Tensor, Tensor, bool], Tensor]
@@ -46,23 +47,29 @@ class Judges:
     structure: Callable[[Tensor, Tensor], float] | None = None
 
 
-def measure(picture: Tensor, made: Tensor, edited: Tensor, text: str, judges: Judges, official: bool) -> dict[str, float | None]:
-    """One item: pictures (1, 3, H, W) in 0..1, the source and its edit; edited (H, W) bool; text: the edited prompt.
+def measure(picture: Tensor, made: Tensor, masks: Mapping[str, Tensor], text: str,
+            judges: Judges) -> dict[str, dict[str, float | None]]:
+    """One item: pictures (1, 3, H, W) in 0..1, the source and its edit; what was edited (H, W) bool, by convention; text: the
+    edited prompt.  -> columns by convention
 
     Columns of missing weights are None, figures that do not exist (no pixel was kept, none was edited) NaN.
     """
-    kept = (~edited).float()
-    out: dict[str, float | None] = dict.fromkeys(COLUMNS)
-    out["structure"] = judges.structure and judges.structure(picture, made)
-    for name, f in (("MSE", _mse), ("SSIM", _ssim), ("LPIPS", judges.lpips)):
-        if f is not None:
-            out[name] = _kept(f, picture, made, kept, official)
-    out["PSNR"] = -10 * torch.tensor(out["MSE"]).log10().item()          # of equal pictures: infinite, as torchmetrics says
+    structure = judges.structure and judges.structure(picture, made)
+    clip: list[float] = []                                               # of the whole, and of what each mask leaves
     if judges.clip is not None:
-        seen, said = judges.clip.pictures(torch.cat([made, made * edited])), judges.clip.texts([text])
-        whole, part = (100 * F.cosine_similarity(seen, said)).tolist()
-        out["CLIP whole"], out["CLIP edited"] = whole, part if edited.any() else float("nan")
-    return out
+        seen = judges.clip.pictures(torch.cat([made, *(made * edited for edited in masks.values())]))
+        clip = (100 * F.cosine_similarity(seen, judges.clip.texts([text]))).tolist()
+    found = {}
+    for i, (convention, edited) in enumerate(masks.items(), 1):
+        out: dict[str, float | None] = dict.fromkeys(COLUMNS) | {"structure": structure}
+        for name, f in (("MSE", _mse), ("SSIM", _ssim), ("LPIPS", judges.lpips)):
+            if f is not None:
+                out[name] = _kept(f, picture, made, (~edited).float(), convention == "official")
+        out["PSNR"] = -10 * torch.tensor(out["MSE"]).log10().item()      # of equal pictures: infinite, as torchmetrics says
+        if clip:
+            out["CLIP whole"], out["CLIP edited"] = clip[0], clip[i] if edited.any() else float("nan")
+        found[convention] = out
+    return found
 
 
 def _kept(f: Metric, picture: Tensor, made: Tensor, kept: Tensor, official: bool) -> float:

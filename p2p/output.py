@@ -4,10 +4,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,34 @@ from PIL import Image
 
 from p2p.errors import UsageError
 from p2p.image import save_png
+
+
+def names(pictures: int) -> list[str]:
+    """Of the pictures of an edit, the source first."""
+    return ["source", "edit"] if pictures == 2 else ["source", *(f"edit-{k}" for k in range(1, pictures))]
+
+
+def write(file: Path, text: str) -> None:
+    """In one step: readers see the old file or the new one. Raises UsageError."""
+    aside = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        aside.write_text(text + "\n")
+        os.replace(aside, file)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder to be filled aside, which is there in one step at the end; of its own name, for a worker that outlived its run
+    may be at the same one. A killed run leaves it as .part-NAME-..."""
+    aside = folder.with_name(f".part-{folder.name}-{secrets.token_hex(4)}")
+    aside.mkdir()
+    try:
+        yield aside
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Output:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from p2p.batch import work
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
-from p2p.jobs import Job, Store, parse, write
-from p2p.metrics import COLUMNS, Judges, interval, measure
+from p2p.jobs import Job, Store, parse
+from p2p.metrics import COLUMNS, CONVENTIONS, Judges, interval, measure
 from p2p.model import Model
+from p2p.output import write
 
 SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP whole": 1.0, "CLIP edited": 1.0}
 
@@ -30,7 +31,6 @@ class Item(NamedTuple):
     target: str
     blended: tuple[str, str] | None   # words of both in which the edit is to act
     runs: list[int]          # of edited pixels: start, length, ...; rows of the picture joined
-    kind: str
 
 
 def read(data: Path, limit: int | None = None) -> list[Item]:
@@ -43,7 +43,7 @@ def read(data: Path, limit: int | None = None) -> list[Item]:
             words = (said.get("blended_word") or "").split()
             items.append(Item(key, data / "annotation_images" / said["image_path"], _plain(said["original_prompt"]),
                               _plain(said["editing_prompt"]), (words[0], words[1]) if len(words) == 2 else None,
-                              [int(v) for v in said["mask"]], str(said.get("editing_type_id", ""))))
+                              [int(v) for v in said["mask"]]))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; PIE-Bench's folder holds it beside annotation_images/") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,7 +111,7 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Mapping[str
                         rows[convention].setdefault(column, []).append(value)
         report[name] = rows
     write(out / "pie.json", json.dumps(_numbers(report), indent=1))
-    write(out / "pie.md", "\n\n".join(f"## {c}\n\n{table(report, c)}" for c in ("official", "corrected")))
+    write(out / "pie.md", "\n\n".join(f"## {c}\n\n{table(report, c)}" for c in CONVENTIONS))
     return report
 
 
@@ -129,14 +129,11 @@ def _measured(item: Item, made: Path, judges: Judges) -> dict[str, dict[str, flo
     width, height = picture.size
     size = result.size[::-1]
     pair = [torch.from_numpy(np.array(fit(p, size))).permute(2, 0, 1)[None] / 255 for p in (picture, result)]
-    out = {}
-    for convention in ("official", "corrected"):
-        edited = mask(item.runs, height, width, border=convention == "official")
-        if edited.shape != size:   # pictures of another size are fitted, and the mask with them
-            bright = fit(Image.fromarray(edited.numpy()).convert("RGB"), size)
-            edited = torch.from_numpy(np.array(bright)[..., 0]) > 127
-        out[convention] = measure(*pair, edited, item.target, judges, convention == "official")
-    return out
+    masks = {c: mask(item.runs, height, width, border=c == "official") for c in CONVENTIONS}
+    if (height, width) != size:   # pictures of another size are fitted, and the masks with them
+        bright = {c: fit(Image.fromarray(m.numpy()).convert("RGB"), size) for c, m in masks.items()}
+        masks = {c: torch.from_numpy(np.array(b)[..., 0]) > 127 for c, b in bright.items()}
+    return measure(*pair, masks, item.target, judges)
 
 
 def table(report: Mapping[str, Any], convention: str) -> str:

@@ -31,6 +31,8 @@ from p2p.schedule import Schedule
 from p2p.start import Low, Start, begin
 from p2p.trace import Queries
 
+EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
+
 
 @dataclass
 class Result:
@@ -65,8 +67,8 @@ def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[s
     record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
-    ready = prepared(model, source, targets, settings, steps, guidance_scale, seed, x_T, eta, height, width, proximal, editor, low,
-                     record)
+    ready = prepared(model, source, targets, steps=steps, guidance_scale=guidance_scale, seed=seed, x_T=x_T, eta=eta, height=height,
+                     width=width, proximal=proximal, editor=editor, low=low, record=record, **settings)
     return run(model, ready, record, progress)
 
 
@@ -81,10 +83,11 @@ class Ready(NamedTuple):
     how: Mapping[str, Any] = MappingProxyType({})   # what `denoise` is told besides: plan, blend, known, guide
 
 
-def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any],
-             steps: int | None, guidance_scale: float | None, seed: int, x_T: Tensor | None, eta: float | None, height: int | None,
-             width: int | None, proximal: tuple[str, float] | None, editor: MasaCtrl | PlugAndPlay | None, low: Low | None,
-             record: Record) -> Ready:
+def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
+             guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
+             height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
+             editor: MasaCtrl | PlugAndPlay | None = None, low: Low | None = None, record: Record = Record(),
+             **settings: Any) -> Ready:
     """The arguments of `edit`, checked. Raises UsageError."""
     edits = _edits(targets, settings)
     notes: list[str] = list(model.notes)
@@ -135,6 +138,18 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
     return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))
+
+
+def find_editor(said: str | Mapping[str, Any] | None) -> MasaCtrl | PlugAndPlay | None:
+    """An editor by the command line's name, or as settings record it: its class's name and its fields. Raises UsageError."""
+    if said is None:
+        return None
+    fields_ = {"name": said} if isinstance(said, str) else dict(said)
+    name = fields_.pop("name", None)
+    try:
+        return (EDITORS | {kind.__name__: kind for kind in EDITORS.values()})[name](**fields_)
+    except (KeyError, TypeError):
+        raise UsageError(f"editor {said!r} is not known, or has no such fields; known: {', '.join(EDITORS)}") from None
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:

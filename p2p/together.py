@@ -6,7 +6,6 @@ from itertools import accumulate, chain
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.attention import AttentionEdit, Record
@@ -22,24 +21,21 @@ def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: 
     width and the fields of `Edit` (for real pictures, editors and proximal guidance use `edit`). Steps, sizes, eta and the
     level of blends must be the same in all. The pictures are those of `edit`, up to rounding. Raises UsageError.
     """
-    ready = [_prepared(model, **job) for job in jobs]
+    return run_together(model, [prepared(model, **job) for job in jobs], progress=progress)
+
+
+def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False) -> list[Result]:
+    """The same of edits that are prepared."""
+    if any(r.settings["inversion"] or r.settings["editor"] or r.settings["proximal"] or r.start.low is not None for r in ready):
+        raise UsageError("edits run together start from prompts, without editor or proximal guidance: use edit")
     what = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
              "guidance_scale 1, or not": r.start.guidance_scale == 1,
              "sides of a blend's maps": r.how["blend"].side if r.how["blend"] else None} for r in ready]
-    for name in what[0]:
+    for name in what[0] if what else ():
         found = {w[name] for w in what} - {None}
         if len(found) > 1:
             raise UsageError(f"edits run together need the same {name}, not {' and '.join(map(str, sorted(found)))}")
     return ready and _parted(ready, run(model, _joined(model, ready), Record(), progress))
-
-
-def _prepared(model: Model, source: str, targets: Any, steps: int | None = None, guidance_scale: float | None = None,
-              seed: int = 0, x_T: Tensor | None = None, eta: float | None = None, height: int | None = None,
-              width: int | None = None, **settings: Any) -> Ready:
-    if not isinstance(source, str):
-        raise UsageError(f"{type(source).__name__}: edits run together start from prompts")
-    return prepared(model, source, targets, settings, steps, guidance_scale, seed, x_T, eta, height, width, proximal=None,
-                    editor=None, low=None, record=Record())
 
 
 def _joined(model: Model, ready: Sequence[Ready]) -> Ready:

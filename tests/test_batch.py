@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -39,8 +38,7 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.skipif(e == "ray" and not find_spec("ray"), reason="needs ray"))
-                                    for e in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine):
     n, rng = 60, random.Random(engine)
     file, env = listed(tmp_path / "jobs.jsonl", n), os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}

@@ -11,9 +11,9 @@ from PIL import Image
 
 import p2p
 from p2p.cli import main, parsers
-from p2p.commands import EDITORS
 from p2p.image import CHUNK, grid, read_settings, save_png
 from p2p.invert import METHODS
+from p2p.run import EDITORS
 from weights.detect import FAMILIES, PREDICTIONS
 
 EDIT = ["edit", "a red cat on grass", "a red dog on grass", "--steps", "3"]

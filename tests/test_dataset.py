@@ -3,6 +3,7 @@ import io
 import json
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -95,7 +96,6 @@ def dropped_by(recipe, found, i):
 
 
 def test_parquet_holds_the_same_pairs(prompts, tmp_path, capsys):
-    pq = pytest.importorskip("pyarrow.parquet")
     assert main(command(prompts, tmp_path / "out", "--format", "parquet", "-q")) == 0
     rows = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     assert len(rows) == 4 and rows[0]["edit_prompt"] == PROMPTS[0][1]

@@ -16,6 +16,11 @@ from p2p.cli import main
 NONE = metrics.Judges()
 
 
+def measured(picture, made, edited, text, judges, official):
+    convention = metrics.CONVENTIONS[not official]
+    return metrics.measure(picture, made, {convention: edited}, text, judges)[convention]
+
+
 @pytest.fixture
 def pictures():
     g = torch.Generator().manual_seed(0)
@@ -37,7 +42,7 @@ def test_official_figures_are_those_of_the_whole_blackened_frame(pictures):
     a, b = pictures
     edited = torch.zeros(24, 32, dtype=torch.bool)
     edited[4:12, 6:20] = True
-    m = metrics.measure(a, b, edited, "", NONE, official=True)
+    m = measured(a, b, edited, "", NONE, official=True)
     x, y = a * ~edited, b * ~edited
     assert m["PSNR"] == pytest.approx(peak_signal_noise_ratio(y, x, data_range=1.0).item(), abs=1e-4)
     assert m["SSIM"] == pytest.approx(structural_similarity_index_measure(y, x, data_range=1.0).item(), abs=1e-6)
@@ -50,10 +55,10 @@ def test_corrected_figures_do_not_depend_on_the_size_of_the_mask(pictures):
     a = torch.full((1, 3, 16, 16), 0.5)
     b, half, none = a + 0.1, torch.zeros(16, 16, dtype=torch.bool), torch.zeros(16, 16, dtype=torch.bool)
     half[:8] = True
-    official, corrected = ([metrics.measure(a, b, m, "", NONE, o)["MSE"] for m in (none, half)] for o in (True, False))
+    official, corrected = ([measured(a, b, m, "", NONE, o)["MSE"] for m in (none, half)] for o in (True, False))
     assert official == pytest.approx([0.01, 0.005]) and corrected == pytest.approx([0.01, 0.01])
     b[..., :8, :] = 0                                                                # what was edited does not matter
-    assert metrics.measure(a, b, half, "", NONE, False)["MSE"] == pytest.approx(0.01)
+    assert measured(a, b, half, "", NONE, False)["MSE"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("official", [True, False])
@@ -61,9 +66,9 @@ def test_masks_of_everything_and_of_nothing(pictures, official):
     a, b = pictures
     judges = metrics.Judges(clip=metrics.Embedder(lambda x: x.mean((2, 3)), lambda texts: torch.ones(len(texts), 3)))
     everything, nothing = torch.ones(24, 32, dtype=torch.bool), torch.zeros(24, 32, dtype=torch.bool)
-    m = metrics.measure(a, b, everything, "", judges, official)
+    m = measured(a, b, everything, "", judges, official)
     assert all(math.isnan(m[c]) for c in ("PSNR", "MSE", "SSIM")) and m["CLIP edited"] == m["CLIP whole"]
-    m = metrics.measure(a, b, nothing, "", judges, official)
+    m = measured(a, b, nothing, "", judges, official)
     assert m["MSE"] == pytest.approx((a - b).square().mean().item(), rel=1e-5) and math.isnan(m["CLIP edited"])
 
 
@@ -103,7 +108,7 @@ def test_clip_is_a_hundred_times_the_cosine(pictures, tmp_path):
     torch.save(net.state_dict(), tmp_path / "clip.pt")
     clip, edited = metrics.clip(tmp_path / "clip.pt", "ViT-S-32-alt"), torch.zeros(24, 32, dtype=torch.bool)
     edited[:10] = True
-    cat, dog = (metrics.measure(*pictures, edited, text, metrics.Judges(clip=clip), True) for text in ("a cat", "a dog"))
+    cat, dog = (measured(*pictures, edited, text, metrics.Judges(clip=clip), True) for text in ("a cat", "a dog"))
     a, b = clip.pictures(pictures[1]), clip.texts(["a cat"])
     assert cat["CLIP whole"] == pytest.approx(100 * ((a / a.norm()) @ (b / b.norm()).T).item(), abs=1e-3)
     assert len({cat["CLIP whole"], cat["CLIP edited"], dog["CLIP whole"]}) == 3

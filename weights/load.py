@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.layers import Conv2d, Linear
+from models.layers import wide
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
@@ -144,8 +144,7 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     """
     with torch.device("meta"):
         module = _built(part, build)
-    large = {f"{name}.{p}" for name, m in module.named_modules() if isinstance(m, (Linear, Conv2d)) for p in ("weight", "bias")}
-    state = {}
+    large, state = wide(module), {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         wanted = held if held and name in large else dtype
         state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
