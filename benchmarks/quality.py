@@ -177,12 +177,12 @@ class Bench:
         things = list(OBJECTS)
         rows = []
         for i in range(n):
-            thing = i % len(things)
-            prompt = f"a {word} {things[thing]} on grass" if word in ("tiny", "huge") else f"a {things[thing]} on {word} grass"
+            thing = things[i % len(things)]
+            prompt = f"a {word} {thing} on grass" if word in ("tiny", "huge") else f"a {thing} on {word} grass"
             edits = [p2p.Edit(prompt, mode="reweight", equalizer={word: c}, **REWEIGHT[word]) for c in values]
             pictures = shown(p2p.edit(self.model, prompt, edits, steps=self.steps, seed=i, guidance_scale=GUIDANCE.get(word)))[1:]
             seen = self.eye.read(pictures)
-            amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.extent[:, thing], "huge": seen.extent[:, thing]}[word]
+            amount = {"snowy": seen.snow, "foggy": seen.fog, "tiny": -seen.extent, "huge": seen.extent}[word]
             rows.append(amount.float())
         t = torch.stack(rows)
         return {"rises": mean_ci((t.diff(dim=1) > 0).all(1).float()),

@@ -1,6 +1,7 @@
 """The emoji world: scenes, captions, pictures and the recogniser that reads them."""
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import p2p
@@ -90,7 +91,7 @@ def test_an_edited_scene_keeps_its_placement():
 def test_size_is_free():
     scene = sample(4, 7, mix=SINGLE)
     small, large = render(scene, 64)[0], render(scene, 256)[0]
-    down = torch.nn.functional.interpolate(large, size=64, mode="area")
+    down = F.interpolate(large, size=64, mode="area")
     assert large.shape == (4, 3, 256, 256) and (down - small).abs().mean() < 0.03
 
 
@@ -105,6 +106,14 @@ def test_recogniser_reads_held_out_renders():
     """The yardstick: at least 97 % of objects, colours, places and styles (the card has the figures for 2,000)."""
     seen = recogniser.judge(recogniser.load(), n=500)
     assert all(share >= 0.97 for share in seen.values()), seen
+
+
+def test_extent_is_the_true_size():
+    """What the size faders are measured by: cells of objects, a few in a hundred off the renderer's own masks."""
+    pictures, masks = render(sample(100, 5, "held out"))
+    true = F.interpolate(recogniser.solid(masks), size=recogniser.SIDE, mode="area").amax(1).sum((1, 2))
+    off = (recogniser.load().read(pictures).extent / true - 1).abs()
+    assert off.mean() < 0.04 and off.max() < 0.2
 
 
 def test_schedule_of_the_bundled_model(emoji):

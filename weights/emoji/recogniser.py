@@ -27,7 +27,8 @@ class Reading(NamedTuple):
     """What was seen in B pictures; K objects of the world."""
 
     area: Tensor      # (B, K) cells of the 32 x 32 map that show each object
-    extent: Tensor    # (B, K) their expected number: the probabilities' sum, finer than whole cells
+    extent: Tensor    # (B,) expected number of cells that show an object at all: finer than whole cells, and not less where one
+                      # that an edit has deformed is taken for another
     box: Tensor       # (B, K, 4) left, top, right, bottom in 0..1; zero where the object is not there
     colour: Tensor    # (B, K) index into COLOURS, by the vote of the object's cells
     place: Tensor     # (B,)
@@ -81,7 +82,7 @@ class Recogniser(nn.Module):
         cells = objects.argmax(1)                                                # (B, 32, 32)
         each = F.one_hot(cells, len(OBJECTS) + 1)[..., :-1].permute(0, 3, 1, 2).float()   # (B, K, 32, 32)
         votes = torch.einsum("bkyx,bcyx->bkc", each, F.one_hot(colours.argmax(1), len(COLOURS)).permute(0, 3, 1, 2).float())
-        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((2, 3)), boxes(each), votes.argmax(-1), place.argmax(1),
+        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((1, 2, 3)), boxes(each), votes.argmax(-1), place.argmax(1),
                        style.argmax(1), amounts[:, 0], amounts[:, 1], torch.where(cells == len(OBJECTS), -1, cells))
 
 
