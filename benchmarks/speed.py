@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import p2p
 from benchmarks.peers import KINDS, SIZES, as_edit, diffusers_on, formula, inputs, official, ours
+from p2p.batch import Batch, run
 
 SOURCE = "a cat on grass"
 SWAP = p2p.Edit("a dog on grass")
@@ -113,6 +115,36 @@ def counted(device: torch.device) -> list[Row]:
             ("the same, a further edit", again / 650, 0.16), *graphs(device)]
 
 
+def lists(repeats: int, device: torch.device) -> list[Row]:
+    """A list of 16 edits against a script that makes the same ones in a loop, both from loading to the last file; eight targets
+    of one source against eight edits."""
+    swaps = ("cat", "dog"), ("car", "boat"), ("house", "castle"), ("tree", "flower")
+    places = "on grass", "on the beach", "in the snow", "at night"
+    prompts = [(f"a {a} {place}", f"a {b} {place}") for a, b in swaps for place in places]
+    targets = [f"a {thing} on grass" for thing in ("dog", "bear", "bird", "car", "boat", "house", "castle", "tree")]
+    model = p2p.load("emoji", device=device)
+    with tempfile.TemporaryDirectory() as made:
+        jobs = Path(made) / "jobs.jsonl"
+        asked = [{"source": a, "targets": [b], "steps": 20, "seed": i} for i, (a, b) in enumerate(prompts)]
+        jobs.write_text("\n".join(map(json.dumps, asked)))
+
+        def listed() -> None:
+            run(Batch(jobs, Path(tempfile.mkdtemp(dir=made)), {"source": "emoji"}, str(device), quiet=True))
+
+        def looped() -> None:
+            out, own = Path(tempfile.mkdtemp(dir=made)), p2p.load("emoji", device=device)
+            for i, (a, b) in enumerate(prompts):
+                for k, image in enumerate(p2p.edit(own, a, b, steps=20, seed=i).images):
+                    image.save(out / f"{i}-{k}.png")
+
+        m = in_turn({"list": listed, "loop": looped,
+                     "eight": lambda: p2p.edit(model, SOURCE, targets, steps=20, seed=1),
+                     "singles": lambda: [p2p.edit(model, SOURCE, t, steps=20, seed=1) for t in targets]}, repeats, device)
+    print("lists: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
+    return [("a list of 16 edits / a loop over them (0.9 of its pictures a second)", m["list"] / m["loop"], 1 / 0.9),
+            ("eight targets at once / eight edits", m["eight"] / m["singles"], 0.62)]
+
+
 class _Reads(TorchDispatchMode):
     """Counts what takes a number out of a tensor, or a size from its values: each would make the host wait for a GPU."""
 
@@ -160,14 +192,16 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--repeats", type=int, default=5)
     ap.add_argument("--threads", type=int, default=torch.get_num_threads())
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--only", default="steps,loops,counted,cold")
+    ap.add_argument("--only", default="steps,loops,lists,counted,cold")
     a = ap.parse_args(argv)
     torch.set_num_threads(a.threads)
     device, only = torch.device(a.device), a.only.split(",")
     rows: list[Row] = []
     for name in filter(None, a.sizes.split(",") if "steps" in only else ()):
         rows += steps(name, max(1, a.repeats // 2) if name == "full" else a.repeats, device)
-    rows += (loops(a.repeats, device) if "loops" in only else []) + (counted(device) if "counted" in only else [])
+    rows += loops(a.repeats, device) if "loops" in only else []
+    rows += lists(a.repeats, device) if "lists" in only else []
+    rows += counted(device) if "counted" in only else []
     rows += cold(a.repeats) if "cold" in only else []
     print("\n| measure | measured | goal |\n|---|---|---|")
     for what, value, goal in rows:

@@ -15,8 +15,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -97,6 +97,13 @@ class Mixed(TorchFunctionMode):
         with torch.autocast("cpu", enabled=False):
             args = [a.float() if isinstance(a, Tensor) else a for a in args]
             return func(*args, **(kwargs or {})).bfloat16()
+
+
+@contextmanager
+def mixed(device: str, on: bool) -> Iterator[None]:
+    """Products in bfloat16, if on."""
+    with torch.autocast(device, torch.bfloat16, on), Mixed() if on else nullcontext():
+        yield
 
 
 class Model(nn.Module):
@@ -236,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         ids, t = ids.to(a.device), t.to(a.device)
         at = abar[t].view(-1, 1, 1, 1)
         x_t = at.sqrt() * x_0 + (1 - at).sqrt() * noise                                  # DDPM Eq. 4
-        with torch.autocast(x_0.device.type, torch.bfloat16, a.bf16), Mixed() if a.bf16 else nullcontext():
+        with mixed(x_0.device.type, a.bf16):
             predicted = model(x_t.contiguous(memory_format=torch.channels_last), t, ids)
         error = (predicted.float() - x_0).square().mean((1, 2, 3))
         losses.append(descend(model, ema, steppers, error, at.flatten(), a.ema, step))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.unet import EMOJI_UPSCALER, UNet
-from weights.emoji.train import descend, export, load_state, optimizers, save_state, set_rate, shifted_cosine_alphas_cumprod
+from weights.emoji.train import descend, export, load_state, mixed, optimizers, save_state, set_rate, shifted_cosine_alphas_cumprod
 from weights.emoji.world import render, sample
 
 LEVEL, CROP = 250, 64
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--each", type=int, default=8)
     ap.add_argument("--lr", type=float, default=1e-3)
     ap.add_argument("--ema", type=float, default=0.999)
+    ap.add_argument("--bf16", action="store_true", help="products in bfloat16, faster where the CPU has it")
     ap.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     a = ap.parse_args(argv)
 
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
         for x, at in ((x_0, abar[t].view(-1, 1, 1, 1)), (low, abar[level].view(-1, 1, 1, 1))):
             noise = torch.randn(x.shape, generator=g)
             noised.append((at.sqrt() * x + (1 - at).sqrt() * noise).contiguous(memory_format=torch.channels_last))
-        error = (model(noised[0], t, noised[1], level) - x_0).square().mean((1, 2, 3))
+        with mixed("cpu", a.bf16):
+            predicted = model(noised[0], t, noised[1], level)
+        error = (predicted.float() - x_0).square().mean((1, 2, 3))
         losses.append(descend(model, ema, steppers, error, abar[t], a.ema, step))
         seen += batch
         if (step + 1) % a.every == 0 or seen >= stop:
