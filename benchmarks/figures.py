@@ -22,6 +22,7 @@ import p2p
 from benchmarks import paired
 from benchmarks.quality import GUIDANCE, ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
 from p2p.image import grid, heat, save_png, table, to_pil
+from p2p.invert import DEFAULT
 from p2p.leakage import NOTICED
 from weights.emoji.recogniser import iou
 from weights.emoji.world import OBJECTS, PLACES, caption, render
@@ -193,15 +194,15 @@ class Figures(Bench):
     def draw_10(self) -> Image.Image:
         rows = []
         for picture, a, b in self._renders(3, 10):
-            inverted = p2p.invert(self.model, picture, a, method="direct", steps=self.steps)
+            inverted = p2p.invert(self.model, picture, a, steps=self.steps)
             edits = [p2p.Edit(b, cross_replace_steps=0.6), p2p.Edit(f"a watercolor of {a}")]
             captions = [a, f"{a}, inverted", *(e.prompt for e in edits)]
             rows.append(grid([picture, *p2p.edit(self.model, inverted, edits).images], captions, 160))
         return stacked(rows)
 
     def count_10(self, n: int) -> Numbers:
-        """The swaps of `benchmarks.paired` by this method."""
-        return paired.measure("direct", ["swap"], n, self.steps, self.model)["kinds"]["swap"]
+        """The swaps of `benchmarks.paired` by the default method."""
+        return paired.measure(DEFAULT, ["swap"], n, self.steps, self.model)["kinds"]["swap"]
 
     GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
 

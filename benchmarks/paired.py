@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, dict, dict]] = {
     "noise": ("noise", dict(skip=0.4), {}), "ddim": ("ddim", {}, {}), "fixed-point": ("fixed-point", {}, {}),
     "belm": ("belm", {}, {}), "negative-prompt": ("negative-prompt", {}, {}),
     "negative-prompt, proximal": ("negative-prompt", {}, dict(proximal=("l0", 0.7))), "null-text": ("null-text", {}, {}),
-    "direct": ("direct", {}, {}), "edit-friendly": ("edit-friendly", dict(skip=0.24), {}),
+    "direct": ("direct", {}, {}), "edit-friendly": ("edit-friendly", {}, {}),
     "direct, MasaCtrl": ("direct", {}, dict(editor=p2p.MasaCtrl())),
     "direct, Plug-and-Play": ("direct", {}, dict(editor=p2p.PlugAndPlay())),
 }

@@ -92,7 +92,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     v.add_argument("benchmark", choices=["pie"])
     v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
     v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
-    v.add_argument("--methods", default="direct", help="inversions, separated by commas (direct)")
+    v.add_argument("--methods", default="edit-friendly", help="inversions, separated by commas (edit-friendly)")
     v.add_argument("--editors", default="p2p", help="p2p, masactrl, plug-and-play, separated by commas (p2p)")
     v.add_argument("--cross", type=float, default=0.4, help="share of steps with the source's cross-attention (0.4, as published)")
     v.add_argument("--self", dest="self_", type=float, default=0.6, help="the same for self-attention (0.6, as published)")
@@ -155,8 +155,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct",
-                                         "edit-friendly"], help="how a picture is inverted (direct)")
-    ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise, edit-friendly)")
+                                         "edit-friendly"], help="how a picture is inverted (edit-friendly)")
+    ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise: 0; edit-friendly: 0.24 of them)")
     ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
 

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 from p2p.edit import Edit, check, from_dict, to_dict
 from p2p.errors import UsageError
 from p2p.image import save_png
-from p2p.invert import METHODS
+from p2p.invert import DEFAULT, METHODS
 from p2p.model import Model
 from p2p.output import appearing, names, write
 from p2p.run import Result
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
-INVERTING = {"method": "direct", "skip": 0, "inversion_guidance": 1.0, "inner_steps": None}
+INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": 1.0, "inner_steps": None}
 OTHERS = ("proximal", "editor")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}

@@ -130,6 +130,14 @@ def test_every_inversion_starts_every_edit(emoji, picture, method):
         assert r.latents.isfinite().all() and (r.latents[1] - r.latents[0]).abs().max() > 1e-3, name
 
 
+def test_the_default_leaves_out_a_quarter_of_the_steps(emoji, picture):
+    """Edit-friendly inversion as in its PIE-Bench runs, 12 of 50; each other step takes one row."""
+    inv = p2p.invert(emoji, picture, SOURCE, steps=10)
+    assert (inv.method, inv.skip, inv.rows) == ("edit-friendly", 2, 8)
+    assert p2p.invert(emoji, picture, SOURCE, steps=10, skip=0).rows == 10
+    assert p2p.invert(emoji, picture, SOURCE, steps=10, method="direct").skip == 0
+
+
 def test_outside_of_a_blend_the_picture_itself_comes_back(emoji, picture):
     """Not its reconstruction: the stored latents (paper, section 4 and figure 12)."""
     mask = torch.zeros(64, 64)
