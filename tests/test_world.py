@@ -147,7 +147,7 @@ def test_training_of_the_upscaler_resumes(tmp_path):
 
 
 def test_crops_pair_the_true_pixels_with_the_enlarged_ones():
-    large, low = crops(2, 3, torch.Generator().manual_seed(0))
+    large, low = crops(2, 3, 64, torch.Generator().manual_seed(0))
     assert large.shape == low.shape == (6, 3, 64, 64) and (large - low).abs().mean() < 0.1 < (large - low.flip(0)).abs().mean()
 
 
