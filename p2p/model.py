@@ -62,6 +62,7 @@ class Model:
     eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
     steps: int = 50                      # likewise, in super-resolution
     noise_level: int = 250               # likewise: timestep of the noise on what a super-resolution stage enlarges
+    align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
     offset: int = 1                      # this and the next: see `ddim_schedule`
     final_alpha: float | None = None
@@ -300,7 +301,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
                    offset=package.offset, final_alpha=1.0),
     }.get(package.family, {})
     if package.family == "emoji" and c.unet.config.low_channels:
-        own |= dict(guidance_scale=1.0, steps=20, noise_level=50)
+        own |= dict(guidance_scale=1.0, steps=20, noise_level=50, align_corners=False)
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
                  package.size, latent_scale=package.latent_scale, zero_negative=sdxl, offload=offload, tile=tile,
                  notes=tuple(notes), **own)

@@ -91,7 +91,7 @@ def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:
     """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither x_T's nor a step's."""
     pictures = low.pictures.to(model.device, torch.float32)
     size = [UPSCALING * side for side in pictures.shape[2:]]
-    large = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
+    large = F.interpolate(pictures, size, mode="bilinear", align_corners=model.align_corners)
     a = float(model.alphas_cumprod[low.noise_level])
     level = torch.full((len(large),), low.noise_level, device=model.device)
     return {"low": a**0.5 * large + (1 - a) ** 0.5 * noise, "level": level}

@@ -8,8 +8,8 @@ import p2p
 from weights.emoji import recogniser
 from weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
 from weights.emoji.train import main as train
-from weights.emoji.upscale import crops
 from weights.emoji.upscale import main as train_upscaler
+from weights.emoji.upscale import pairs
 from weights.emoji.world import (
     ATLAS,
     COLOURS,
@@ -135,20 +135,22 @@ def test_training_resumes_where_it_stopped(tmp_path, capsys):
 
 
 def test_training_of_the_upscaler_resumes(tmp_path):
-    """Two crops a step: two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
-    for folder, stops in (("once", [4]), ("twice", [2, 4])):
+    """Two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
+    for folder, stops in (("once", [2]), ("twice", [1, 2])):
         for stop in stops:
-            train_upscaler([str(tmp_path / folder), "--crops", "4", "--stop", str(stop), "--scenes", "1", "--each", "2"])
+            train_upscaler([str(tmp_path / folder), "--pictures", "2", "--stop", str(stop), "--batch", "1"])
     once, twice = (torch.load(tmp_path / f / "state.pt", weights_only=True) for f in ("once", "twice"))
-    assert once["pictures"] == twice["pictures"] == 4
+    assert once["pictures"] == twice["pictures"] == 2
     assert all(torch.equal(v, twice["ema"][k]) for k, v in once["ema"].items())
     stage = p2p.load(tmp_path / "twice" / "upscaler.safetensors", device="cpu")
     assert stage.unet.config.low_channels == 3 and stage.text_encoders == [] and stage.size == (256, 256)
 
 
-def test_crops_pair_the_true_pixels_with_the_enlarged_ones():
-    large, low = crops(2, 3, 64, torch.Generator().manual_seed(0))
-    assert large.shape == low.shape == (6, 3, 64, 64) and (large - low).abs().mean() < 0.1 < (large - low.flip(0)).abs().mean()
+def test_the_enlarged_picture_lies_where_the_true_one_does():
+    large, low = pairs(2, torch.Generator().manual_seed(0))
+    assert large.shape == low.shape == (2, 3, 256, 256)
+    off = {d: (large - low.roll(d, -1)).abs().mean() for d in (-2, -1, 0, 1, 2)}
+    assert min(off, key=off.get) == 0 and off[0] < 0.03, off
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix():
