@@ -305,6 +305,15 @@ class Figures(Bench):
         return {"pairs": len(t), **{f"{name}, {how}": mean_ci(t[:, 2 * k + j]) for k, name in enumerate(names)
                                     for j, how in enumerate(("free", "scoped"))}}
 
+    # The super-resolution stage after an edit
+    def draw_upscale(self) -> Image.Image:
+        r = self._row("a cat on grass", [p2p.Edit("a dog on grass"), p2p.Edit("a cat in the snow")], 2)
+        large = p2p.upscale(p2p.load("emoji-upscaler"), r)
+        return table([r.images, large.images], r.prompts, ["64 x 64", "256 x 256"], 256)
+
+    def count_upscale(self, n: int) -> Numbers:
+        return self.upscale(n)
+
 
 def free_and_blended(prompt: str, old: str, new: str) -> list[p2p.Edit]:
     """A word swap, and the same where these two words attend alone."""

@@ -9,7 +9,8 @@ Every method ends in an `Inversion`: the latents of the picture at each noise le
     negative-prompt  ddim; the source prompt in place of the empty one (Miyake et al. 2023)
     null-text        ddim; the empty prompt's embedding optimised step by step (Mokady et al. 2022)
     direct           ddim; the source is put back on its latents after every step (Ju et al. 2023, PnP Inversion)
-    edit-friendly    independent noise at every level; what the network misses is added to all rows (Huberman et al. 2023)
+    edit-friendly    independent noise at every level; what the network misses is added to all rows, and the source is put
+                     back on its latents as in direct (Huberman et al. 2023)
 """
 from __future__ import annotations
 
@@ -181,7 +182,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             guided = inversion_guidance if method in ("ddim", "fixed-point") else 1.0
             latents = _ddim(run, guided, solver)
             rows = solver * (1 if guided == 1 else 2)
-    rows *= schedule.steps
+    rows *= schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
     if method == "null-text":
@@ -246,13 +247,16 @@ def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
 
 
 def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> Tensor:
-    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its scale.  -> (T, C, H, W)"""
+    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its scale.  -> (T, C, H, W)
+
+    The last one is 0, as in the official code: there it would be no noise, but the picture's detail, a ghost in every edit.
+    """
     out = []
-    for i, (t, a_t, a_prev) in enumerate(run.schedule):
+    for i, (t, a_t, a_prev) in enumerate(list(run.schedule)[:-1]):
         x, wanted = latents[-1 - i][None], latents[-2 - i][None]
         x_0, eps = x0_and_eps(x, run.predict(x, t, guidance_scale), a_t, run.model.prediction, run.model.clip)
         out.append(wanted - ddim_step(x_0, eps, a_t, a_prev, eta, torch.zeros_like(x)))
-    return torch.cat(out)
+    return torch.cat([*out, torch.zeros_like(run.x_0)])
 
 
 def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:

@@ -84,7 +84,7 @@ def test_a_picture_is_edited_at_once_or_from_its_inversion(capsys, tmp_path, pho
     """The same pixels on both ways, and from the settings inside the result; the rows of the network are said."""
     common, out = ["--cross", "0.5", "-o", tmp_path / "out"], tmp_path / "out"
     code, first, err = run(capsys, "edit", "--image", photo, *EDIT[1:], *common)
-    assert code == 0 and "edit-friendly inversion, 3 rows of the UNet; the edit, 8" in err
+    assert code == 0 and "edit-friendly inversion, 2 rows of the UNet; the edit, 8" in err
     assert [os.path.basename(p) for p in first.split()] == ["input.png", "source.png", "edit.png", "grid.png"]
     assert np.abs(pixels(first.split()[0]).astype(int) - pixels(first.split()[1])).max() <= 1
     code, made, _ = run(capsys, "invert", photo, EDIT[1], "--steps", 3, "-o", out)
