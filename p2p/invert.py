@@ -41,7 +41,7 @@ from p2p.start import check_latents, draw
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
-DEFAULT = "edit-friendly"                      # the best of `benchmarks.paired`, and the cheapest
+DEFAULT = "edit-friendly"                      # of `benchmarks.paired`: nearest to the true edits, with the fewest rows but noise's
 SKIPPED = {"edit-friendly": 0.24}              # share of the steps left out, unless told: 12 of 50, as in its PIE-Bench runs
 TENSORS = ("latents", "null_context", "offsets", "queries")
 
