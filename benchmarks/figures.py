@@ -307,7 +307,8 @@ class Figures(Bench):
 
     # The super-resolution stage after an edit
     def draw_upscale(self) -> Image.Image:
-        r = self._row("a cat on grass", [p2p.Edit("a dog on grass"), p2p.Edit("a cat in the snow")], 2)
+        targets = "a castle on grass", "a blue house on grass", "a house at night"
+        r = self._row("a house on grass", [p2p.Edit(t) for t in targets], 1)
         large = p2p.upscale(p2p.load("emoji-upscaler"), r)
         return table([r.images, large.images], r.prompts, ["64 x 64", "256 x 256"], 256)
 
@@ -359,7 +360,7 @@ def curves(x: Sequence[float], lines: dict[str, Sequence[float]], label: str, si
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.splitlines()[0])
     ap.add_argument("folder", nargs="?", type=Path, default=Path("figures"))
-    ap.add_argument("--only", default="overview,2,4,5,6,7,8,9,10,11,12,blend,scope")
+    ap.add_argument("--only", default="overview,2,4,5,6,7,8,9,10,11,12,blend,scope,upscale")
     ap.add_argument("--model", default="emoji")
     ap.add_argument("--steps", type=int, default=50)
     ap.add_argument("--n", type=int, default=200, help="word swaps")

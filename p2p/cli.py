@@ -27,9 +27,9 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     e.add_argument("--upscale", action="store_true", help="end in pictures four times larger, by the super-resolution stage "
                    "that ships with the model")
     e.add_argument("--upscaler", metavar="MODEL", help="... or by this one")
-    e.add_argument("--upscale-steps", type=int, metavar="N", help="of that stage (50)")
+    e.add_argument("--upscale-steps", type=int, metavar="N", help="of that stage (50; bundled: 10)")
     e.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
-    e.add_argument("--upscale-level", type=int, metavar="T", help="timestep of the noise put on the small pictures (250)")
+    e.add_argument("--upscale-level", type=int, metavar="T", help="timestep of the noise on the small pictures (250; bundled: 0)")
     e.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
     e.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
     e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")

@@ -301,7 +301,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
                    offset=package.offset, final_alpha=1.0),
     }.get(package.family, {})
     if package.family == "emoji" and c.unet.config.low_channels:
-        own |= dict(guidance_scale=1.0, steps=20, noise_level=50, align_corners=False)
+        own |= dict(guidance_scale=1.0, steps=10, noise_level=0, align_corners=False)
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
                  package.size, latent_scale=package.latent_scale, zero_negative=sdxl, offload=offload, tile=tile,
                  notes=tuple(notes), **own)

@@ -72,6 +72,14 @@ def test_several_targets_and_generate(capsys, tmp_path):
     assert code == 2 and "generate" in err
 
 
+def test_an_edit_ends_in_large_pictures_and_can_be_made_again(capsys, tmp_path):
+    code, out, _ = run(capsys, *EDIT, "--seed", 5, "--upscale", "--upscale-steps", 2, "-o", tmp_path)
+    large = out.split()[:2]
+    assert code == 0 and [Image.open(f).size for f in large] == [(256, 256)] * 2
+    code, again, _ = run(capsys, "edit", "--from", large[1], "-o", tmp_path)
+    assert code == 0 and all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(large, again.split()))
+
+
 @pytest.fixture
 def photo(tmp_path):
     """A picture of another size and mode."""
