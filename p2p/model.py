@@ -252,7 +252,7 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:   # torch's, the third one for "meta"
+    except (RuntimeError, AssertionError, TypeError) as error:   # what torch raises for one that it lacks
         raise UsageError(f"{what} {name}: {str(error).splitlines()[0]}") from None
     return device
 
