@@ -56,6 +56,20 @@ class Record(NamedTuple):
     pixels: int = 0        # self-attention, after the edit
     before: bool = False   # append the edited rows' maps as they were before the edit
     queries: bool = False  # instead of maps: q and k of every site
+    exactly: int = 0       # text columns of sites with exactly so many pixels, besides
+    rows: int = 0          # of the last so many rows of the batch alone (0: of all), the edited ones among them
+
+    def wants(self, pixels: int) -> bool:
+        """Are columns of text wanted of a site with so many pixels?"""
+        return pixels <= self.text or pixels == self.exactly
+
+
+def with_last(x: Tensor, new: Tensor) -> Tensor:
+    """x with `new` in place of its last rows: written into x itself, unless a gradient may need it as it was."""
+    if x.requires_grad:
+        return torch.cat([x[:-len(new)], new])
+    x[-len(new):] = new
+    return x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,18 +93,19 @@ def text_probs(q: Tensor, k: Tensor, text: int) -> Tensor:
 
 
 def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
-    """P' V with P' = P_src . mix + P . diag(keep) on the last L = keep.shape[-1] columns, fused.
+    """P' V with P' = P_src . mix + P . diag(keep) on the last L = keep.shape[-1] columns of the last E rows, fused.
 
-    The columns before them (the pixels, in hybrid attention) always are the row's own. `q_src`, `k_src` are given
-    explicitly: they may be other rows of the batch or come from a cache.
-    q, q_src (E, h, N, d); k, k_src, v (E, h, K, d) with K >= L; mix (E, L, L); keep (E, L)  ->  (E, h, N, d)
+    The columns before them (the pixels, in hybrid attention) and the rows before them always are the row's own. `q_src`,
+    `k_src` are given explicitly: they may be other rows of the batch or come from a cache.
+    q (B, h, N, d); k, v (B, h, K, d); q_src (E, h, N, d); k_src (E, h, K, d), K >= L; mix (E, L, L); keep (E, L)  ->  (B, h, N, d)
     """
-    n = v.shape[-2] - keep.shape[-1]
-    pixels, text = v[..., :n, :], v[..., n:, :]
+    e, n = len(keep), v.shape[-2] - keep.shape[-1]
+    pixels, text = v[-e:, :, :n], v[-e:, :, n:]
     mix, keep = mix[:, None].to(v.dtype), keep[:, None, :, None].to(v.dtype)
     borrowed = torch.cat([torch.zeros_like(pixels), mix @ text], dim=-2)
-    own = torch.cat([pixels, keep * text], dim=-2)
-    return attend(q_src, k_src, borrowed) + attend(q, k, own)
+    own = torch.cat([v[:-e], torch.cat([pixels, keep * text], dim=-2)])
+    out = attend(q, k, own)
+    return with_last(out, out[-e:] + attend(q_src, k_src, borrowed))
 
 
 def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
@@ -121,11 +136,12 @@ class _Attention(nn.Module):
         first = torch.arange(len(parts[0]) - edit.rows.shape[1], device=edit.rows.device)
         return tuple(x[torch.cat([first, rows])] for x, rows in zip(parts, edit.rows))
 
-    def _lenders(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of all rows that an edit may name."""
+    def _lent(self, edit: AttentionEdit, rows: Tensor, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys of the rows (E,) that an edit names."""
         if not edit.cached:
-            return q, k
-        return tuple(torch.cat([x, own.to(x)]) for x, own in zip((q, k), edit.cached[""]))
+            return q[rows], k[rows]
+        absent, present = (rows == len(q))[:, None, None], rows.clamp(max=len(q) - 1)
+        return tuple(torch.where(absent, own.to(x), x[present]) for x, own in zip((q, k), edit.cached[""]))
 
     def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
@@ -140,17 +156,16 @@ class SelfAttention(_Attention):
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
         q, k, v = self._borrow(edit, self.to_q(x), self.to_k(x), self.to_v(x))           # (B, N, h d)
-        used = q, k
+        used, r = (q, k), -record.rows
         if edit is not None:
-            rows = torch.arange(len(x), device=x.device)                                 # (B,)
-            own = rows[-len(edit.source):]                                               # (E,)
-            small = x.shape[1] <= edit.self_max_tokens                                   # (E,)
-            rows = torch.cat([rows[: -len(own)], torch.where(small, edit.self_source, own)])
-            used = tuple(lent[rows] for lent in self._lenders(edit, q, k))
+            own = torch.arange(len(x) - len(edit.source), len(x), device=x.device)       # (E,)
+            rows = torch.where(x.shape[1] <= edit.self_max_tokens, edit.self_source, own)
+            kept = record.queries or record.before
+            used = tuple(with_last(m.clone() if kept else m, lent) for m, lent in zip(used, self._lent(edit, rows, q, k)))
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
-            return out, (q, k)
-        probs = attend_probs(*self._split(*used)) if x.shape[1] <= record.pixels else None   # (B, h, N, N)
+            return out, (q[r:], k[r:])
+        probs = attend_probs(*self._split(*(m[r:] for m in used))) if x.shape[1] <= record.pixels else None   # (B, h, N, N)
         if probs is not None and edit is not None and record.before:
             probs = torch.cat([probs, attend_probs(*self._split(q[-len(own):], k[-len(own):]))])
         return out, probs
@@ -161,30 +176,27 @@ class _TextAttention(_Attention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
-        want, dtype, queries = q.shape[1] <= record.text, q.dtype, (q, k) if record.queries else None
-        lenders = () if edit is None else self._lenders(edit, q, k)
+        want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
+        queries = (q[r:], k[r:]) if record.queries else None
+        source = None if edit is None else self._split(*self._lent(edit, edit.source, q, k))
         q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
+        before = text_probs(q[r:], k[r:], text) if want else None                        # (B, h, N, L)
         if edit is None:
-            probs = text_probs(q, k, text) if want else None                             # (B, h, N, L)
-            return self._out(attend(q, k, v), dtype), queries or probs
+            return self._out(attend(q, k, v), dtype), queries or before
         e = len(edit.source)
-        target = (q[-e:], k[-e:])
-        source = self._split(*(lent[edit.source] for lent in lenders))
-        edited = edited_attend(*target, v[-e:], *source, edit.mix, edit.keep)            # (E, h, N, d)
+        out = edited_attend(q, k, v, *source, edit.mix, edit.keep)                       # (B, h, N, d)
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
-            sizes = edit.mix.abs(), edit.keep.abs()
-            sums = edited_attend(*target, torch.ones_like(v[-e:]), *source, *sizes)
-            edited = torch.where(edit.renormalise[:, None, None, None], edited / sums, edited)
-        out = torch.cat([attend(q[:-e], k[:-e], v[:-e]), edited])                        # (B, h, N, d)
-        probs = None
-        if want:
-            before, lent = text_probs(*target, text), text_probs(*source, text)          # (E, h, N, L)
-            after = edited_probs(before, lent, edit.mix, edit.keep)
-            if edit.renormalise is not None:
-                after = torch.where(edit.renormalise[:, None, None, None], after / sums[..., :1], after)
-            absent = lent[:1] if edit.cached else lent[:0]
-            probs = torch.cat([text_probs(q[:-e], k[:-e], text), absent, after, before[: e if record.before else 0]])
-        return self._out(out, dtype), probs
+            some, sizes = edit.renormalise[:, None, None, None], (edit.mix.abs(), edit.keep.abs())
+            sums = edited_attend(q[-e:], k[-e:], torch.ones_like(v[-e:]), *source, *sizes)
+            out = with_last(out, torch.where(some, out[-e:] / sums, out[-e:]))
+        if not want:
+            return self._out(out, dtype), queries
+        lent = text_probs(*source, text)                                                 # (E, h, N, L)
+        after = edited_probs(before[-e:], lent, edit.mix, edit.keep)
+        if edit.renormalise is not None:
+            after = torch.where(some, after / sums[..., :1], after)
+        absent = lent[: 1 if edit.cached else 0]
+        return self._out(out, dtype), torch.cat([before[:-e], absent, after, before[-e:][: e if record.before else 0]])
 
 
 class CrossAttention(_TextAttention):

@@ -69,8 +69,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     guided = guidance_scale != 1.0
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     leaves = known.until if known is not None else None                           # the step from which row 0 is not run
-    if blend is not None:
-        record = record._replace(text=max(record.text, blend.pixels))
+    record = record._replace(exactly=blend.pixels if blend is not None else 0)
     of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     times, finite = torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back
@@ -87,7 +86,8 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         edit = plan[i] if plan else None
         if absent and edit is not None:
             edit = edit._replace(cached=known.queries[i])
-        out, variance, maps = model.predict(x_in, times[i], rows, edit, record)         # lines 6 to 8 in one pass
+        of_prompts = record._replace(rows=len(x))
+        out, variance, maps = model.predict(x_in, times[i], rows, edit, of_prompts)     # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
@@ -107,8 +107,6 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         finite.append(x.isfinite().all())
         if x.is_cpu or i + 1 == schedule.steps:                                   # a GPU would have to be waited for
             _check(finite, schedule, model)
-        maps = {site: m[len(uncond):] if isinstance(m, Tensor) else tuple(qk[len(uncond):] for qk in m)
-                for site, m in maps.items()}                                      # conditional rows
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items() if site not in of_pixels}, blend)
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
