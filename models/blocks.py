@@ -15,9 +15,9 @@ Maps = dict[str, Tensor | QK]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first (DDPM appendix B, as in Stable Diffusion).  (B,) -> (B, dim) float32"""
+    """Sinusoids of the timestep, cosines first (DDPM appendix B, as in Stable Diffusion).  (...) -> (..., dim) float32"""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
-    angles = t[:, None].float() * freqs
+    angles = t[..., None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -70,7 +70,7 @@ class ResidualStyle(NamedTuple):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, activation, conv, twice, the timestep between; `temb_dim` None in the autoencoder.
+    """Norm, activation, conv, twice, what `time` makes of the timestep between; `temb_dim` None in the autoencoder.
 
     resample: "down" (2 x 2 means) or "up" (nearest) between the first activation and the first conv.
     """
@@ -85,15 +85,20 @@ class ResnetBlock(nn.Module):
         self.style, self.act = style, ACTIVATIONS[style.act]
         self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
-        """temb (B, temb_dim); `size` is what resampling up comes to, as in `Upsample`."""
+    def time(self, temb: Tensor) -> Tensor:
+        """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and shift (..., 2 out)"""
+        return self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))
+
+    def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
+        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`."""
         h = self.conv1(self.resample(self.act(self.norm1(x))))                   # (B, out, H, W)
-        scale = shift = None
-        if temb is not None:
-            shift = self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))[:, :, None, None]
-            if self.style.scale_shift:
-                scale, shift = shift.chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift if scale is not None else self.norm2(h if shift is None else h + shift)
+        if time is None:
+            h = self.norm2(h)
+        elif self.style.scale_shift:
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time[:, :, None, None])
         h = self.conv2(self.act(h))
         x = self.resample(x)
         h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -105,7 +110,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(dim, dim, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))   # the autoencoder pads right and below only
         return self.conv(x)                                                      # (B, C, H/2, W/2)
@@ -116,7 +121,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor, temb: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         """`size`: (H, W) of the skip that follows, where it is not exactly twice as large."""
         x = F.interpolate(x, size=size, mode="nearest") if size else F.interpolate(x, scale_factor=2.0, mode="nearest")
         return self.conv(x)

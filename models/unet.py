@@ -102,6 +102,9 @@ class Text(NamedTuple):
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
 
 
+Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
+
+
 class _Level(nn.Module):
     """Residual and attention layers of one level; the two lists are what public checkpoints name."""
 
@@ -182,6 +185,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
         self.conv_out = Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
+        self._timed = [name for name, m in self.named_modules() if isinstance(m, ResnetBlock)]
 
     def _attentions(self) -> dict[str, nn.Module]:
         """The attention layers in the order in which they run."""
@@ -209,12 +213,32 @@ class UNet(nn.Module):
             context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
         return Text({name: a.text(context) for name, a in self._attentions().items()}, pooled)
 
-    def forward(self, x: Tensor, t: int | Tensor, context: Tensor | Text,
+    def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None, level: Tensor | None) -> Time:
+        """(..., 1 or B) -> (..., 1 or B, out) each"""
+        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
+        if self.config.vector_dim:
+            temb = temb + self.add_embedding(vector)
+        if pooled is not None:
+            temb = temb + pooled
+        if self.config.low_channels:
+            temb = temb + self.class_embedding(timestep_embedding(level, self.config.channels[0]).to(dtype))
+        if self.config.time_act:
+            temb = ACTIVATIONS[self.config.time_act](temb)
+        return {name: self.get_submodule(name).time(temb) for name in self._timed}
+
+    def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None, level: Tensor | None = None
+              ) -> list[Time]:
+        """All that depends on the timesteps (T,) and not on x, for rows that are told the rest: one entry a step, which
+        `forward` takes in place of t."""
+        together = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
+        return [{name: of[i] for name, of in together.items()} for i in range(len(t))]
+
+    def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text,
                 edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,
                 record: Record = Record(), vector: Tensor | None = None, low: Tensor | None = None,
                 level: Tensor | None = None) -> tuple[Tensor, Maps]:
-        """x (B, C, H, W), t int or (B,), context (B, L, D) or what `read` made of it  ->  prediction (B, C', H, W), maps by
-        module name.
+        """x (B, C, H, W), t int or (B,) or what `times` made of it, context (B, L, D) or what `read` made of it
+        ->  prediction (B, C', H, W), maps by module name.
 
         `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
         ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose features each row
@@ -222,18 +246,11 @@ class UNet(nn.Module):
         (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the timestep of its noise.
         """
         c = self.config
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        temb = self.time_embedding(timestep_embedding(t, c.channels[0]).to(x.dtype))  # (B, 4 C_0)
         text = self.read(context) if isinstance(context, Tensor) else context
-        if c.vector_dim:
-            temb = temb + self.add_embedding(vector)
-        if text.pooled is not None:
-            temb = temb + text.pooled
+        time = t if isinstance(t, dict) else self._time(
+            torch.as_tensor(t, device=x.device).reshape(-1), x.dtype, text.pooled, vector, level)
         if c.low_channels:
-            temb = temb + self.class_embedding(timestep_embedding(level, c.channels[0]).to(x.dtype))
             x = torch.cat([x, low], dim=1)
-        if c.time_act:
-            temb = ACTIVATIONS[c.time_act](temb)
         maps: Maps = {}
 
         def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
@@ -244,7 +261,7 @@ class UNet(nn.Module):
             return x
 
         def residual(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            x = block.resnets[j](x, temb)
+            x = block.resnets[j](x, time[f"{name}.resnets.{j}"])
             rows = edit.get(f"{name}.resnets.{j}") if isinstance(edit, Mapping) else None
             return x if rows is None else x[rows]
 
@@ -255,7 +272,7 @@ class UNet(nn.Module):
                 x = layer(block, f"down_blocks.{i}", j, residual(block, f"down_blocks.{i}", j, x))
                 skips.append(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x, temb)                               # (B, C_i, H/2, W/2)
+                x = block.downsamplers[0](x, time.get(f"down_blocks.{i}.downsamplers.0"))   # (B, C_i, H/2, W/2)
                 skips.append(x)
 
         x = layer(self.mid_block, "mid_block", 0, residual(self.mid_block, "mid_block", 0, x))
@@ -266,7 +283,7 @@ class UNet(nn.Module):
                 x = residual(block, f"up_blocks.{i}", j, torch.cat([x, skips.pop()], dim=1))
                 x = layer(block, f"up_blocks.{i}", j, x)
             if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, temb, skips[-1].shape[2:])            # (B, C_i, 2H, 2W)
+                x = block.upsamplers[0](x, time.get(f"up_blocks.{i}.upsamplers.0"), skips[-1].shape[2:])   # (B, C_i, 2H, 2W)
 
         x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))                         # (B, p^2 C', H/p, W/p)
         return F.pixel_shuffle(x, c.patch), maps

@@ -67,6 +67,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     the rows. Raises NumericsError where a step is not finite.
     """
     guided = guidance_scale != 1.0
+    constant = null is None or isinstance(null, Conditioning)                     # over the steps
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     leaves = known.until if known is not None else None                           # the step from which row 0 is not run
     record = record._replace(exactly=blend.pixels if blend is not None else 0)
@@ -77,17 +78,18 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         absent = leaves is not None and i >= leaves
         if i == leaves:
             x, text, alone = x[1:], text.rows(1), 0
-        if i in (0, leaves) or not isinstance(null, Conditioning):
+        if i in (0, leaves) or not constant:
             rows = text                                                           # R rows, the edited ones last
             if guided:
-                rows = Conditioning.cat([null if isinstance(null, Conditioning) else null[i], text])
+                rows = Conditioning.cat([null if constant else null[i], text])
             rows = model.read(rows)
+            at = model.times(times, rows) if constant else times
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
         edit = plan[i] if plan else None
         if absent and edit is not None:
             edit = edit._replace(cached=known.queries[i])
         of_prompts = record._replace(rows=len(x))
-        out, variance, maps = model.predict(x_in, times[i], rows, edit, of_prompts)     # lines 6 to 8 in one pass
+        out, variance, maps = model.predict(x_in, at[i], rows, edit, of_prompts)     # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])

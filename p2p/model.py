@@ -18,7 +18,7 @@ from models.attention import Record
 from models.blocks import timestep_embedding
 from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
-from models.unet import Text, UNet
+from models.unet import Text, Time, UNet
 from models.vae import AutoencoderKL
 from p2p.errors import UsageError
 from p2p.image import from_pil
@@ -147,7 +147,11 @@ class Model:
         """The same, its text read once for all the steps that are told it."""
         return told._replace(context=self.unet.read(told.context))
 
-    def predict(self, x: Tensor, t: int, told: Conditioning, edit: Any = None,
+    def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
+        """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes one in place of t."""
+        return self.unet.times(timesteps, told.context, self.dtype, told.vector, told.level)
+
+    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The network on all rows of x (B, C, H, W), in its precision.
 
