@@ -15,20 +15,37 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as(x, self)
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()   # the operator has no derivative and is not compiled
-        if ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not plain:
+        if _by_onednn(x, weight):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
 
 
 class Conv2d(nn.Conv2d):
+    """nn.Conv2d. Under the same conditions, a large 3 x 3 kernel on few positions is a matrix product of the unfolded input:
+    oneDNN's convolution rearranges the whole kernel at every call, which there takes longer than the sums."""
+
+    LARGE = 2**22   # elements of a kernel
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *_as(x, self))
+        weight, bias = _as(x, self)
+        few = x.ndim == 4 and 2 * len(x) * x.shape[2] * x.shape[3] <= self.out_channels
+        same = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups) == ((3, 3), *[(1, 1)] * 3, 1)
+        if few and same and weight.numel() >= self.LARGE and _by_onednn(x, weight):
+            columns = F.unfold(x, 3, padding=1).transpose(1, 2).contiguous()     # (B, H W, 9 C)
+            out = torch.ops.mkldnn._linear_pointwise(columns, weight.flatten(1), bias, "none", [], "")
+            return out.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()    # (B, out, H, W)
+        return self._conv_forward(x, weight, bias)
 
 
 def wide(module: nn.Module) -> set[str]:
     """Names of the tensors that these layers hold, and widen."""
     return {f"{name}.{p}" for name, m in module.named_modules() if isinstance(m, (Linear, Conv2d)) for p in ("weight", "bias")}
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """May oneDNN's own operator be called? It has no derivative, and is not compiled."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not plain
 
 
 def _as(x: Tensor, layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import diffusers, transformers
 
 from models.attention import Record
 from models.blocks import FeedForward, timestep_embedding
-from models.layers import Linear
+from models.layers import ONEDNN, Conv2d, Linear
 from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
@@ -48,6 +49,25 @@ def test_linear_is_the_plain_one(shape, bias):
         assert got.shape == want.shape and got.dtype == x.dtype
         torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=1e-6)
         assert layer(x).requires_grad
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape, pads, stride", [((2, 6, 4, 4), 1, 1), ((1, 6, 5, 3), 1, 1), ((3, 6, 9, 9), 1, 1), ((1, 6, 4, 4), 1, 2),
+                                                 ((1, 6, 4, 4), 0, 1)])
+def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, bias, monkeypatch):
+    monkeypatch.setattr(Conv2d, "LARGE", 0)                                        # as if every kernel were large
+    layer, unfolded = Conv2d(6, 64, 3, stride, pads, bias=bias), []
+    monkeypatch.setattr(F, "unfold", lambda *a, unfold=F.unfold, **k: unfolded.append(1) or unfold(*a, **k))
+    for x in (torch.randn(shape), torch.randn(shape).contiguous(memory_format=torch.channels_last), torch.randn(shape).double()):
+        layer = layer.to(x.dtype)
+        with torch.no_grad():
+            got = layer(x)
+        want = F.conv2d(x, layer.weight, layer.bias, stride, pads).detach()
+        assert got.is_contiguous() or got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert layer(x).requires_grad
+    few = shape[0] * shape[2] * shape[3] <= 32 and (pads, stride) == (1, 1)
+    assert len(unfolded) == (2 if few and ONEDNN else 0)                           # of float32
 
 
 def test_feed_forward_in_pieces_is_the_whole(monkeypatch):
