@@ -57,7 +57,7 @@ class Record(NamedTuple):
     before: bool = False   # append the edited rows' maps as they were before the edit
     queries: bool = False  # instead of maps: q and k of every site
     exactly: int = 0       # text columns of sites with exactly so many pixels, besides
-    rows: int = 0          # of the last so many rows of the batch alone (0: of all), the edited ones among them
+    rows: int = 0          # of the last so many rows of the batch alone (0: of all)
 
     def wants(self, pixels: int) -> bool:
         """Are columns of text wanted of a site with so many pixels?"""
@@ -167,7 +167,8 @@ class SelfAttention(_Attention):
             return out, (q[r:], k[r:])
         probs = attend_probs(*self._split(*(m[r:] for m in used))) if x.shape[1] <= record.pixels else None   # (B, h, N, N)
         if probs is not None and edit is not None and record.before:
-            probs = torch.cat([probs, attend_probs(*self._split(q[-len(own):], k[-len(own):]))])
+            e = len(own[r:])
+            probs = torch.cat([probs, attend_probs(*self._split(q[-e:], k[-e:]))])
         return out, probs
 
 
@@ -191,10 +192,11 @@ class _TextAttention(_Attention):
             out = with_last(out, torch.where(some, out[-e:] / sums, out[-e:]))
         if not want:
             return self._out(out, dtype), queries
-        lent = text_probs(*source, text)                                                 # (E, h, N, L)
-        after = edited_probs(before[-e:], lent, edit.mix, edit.keep)
+        lent = text_probs(*(m[r:] for m in source), text)                                # (E, h, N, L)
+        e = len(lent)
+        after = edited_probs(before[-e:], lent, edit.mix[r:], edit.keep[r:])
         if edit.renormalise is not None:
-            after = torch.where(some, after / sums[..., :1], after)
+            after = torch.where(some[r:], after / sums[r:][..., :1], after)
         absent = lent[: 1 if edit.cached else 0]
         return self._out(out, dtype), torch.cat([before[:-e], absent, after, before[-e:][: e if record.before else 0]])
 
