@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from models.layers import Linear
 
 QK = tuple[Tensor, Tensor]   # queries and keys, (B, N, h d) and (B, K, h d): the heads are split last, rows are chosen before
-KV = tuple[Tensor, Tensor]   # keys and values of the text, (B, L, h d) each: what an attention layer reads of it in all steps
 
 
 class AttentionEdit(NamedTuple):
@@ -40,6 +39,11 @@ class AttentionEdit(NamedTuple):
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
     cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch (one row each): it
                                         # counts as the row that follows the last
+
+
+def same_tables(a: object, b: object) -> bool:
+    """Do two edits share mix and keep? The same tensors, that is: no number is compared."""
+    return isinstance(a, AttentionEdit) and isinstance(b, AttentionEdit) and a.mix is b.mix and a.keep is b.keep
 
 
 def inside(edit: AttentionEdit | None, name: str) -> AttentionEdit | None:
@@ -62,6 +66,18 @@ class Record(NamedTuple):
     def wants(self, pixels: int) -> bool:
         """Are columns of text wanted of a site with so many pixels?"""
         return pixels <= self.text or pixels == self.exactly
+
+
+class TextKV(NamedTuple):
+    """Keys and values of the text, which an attention layer reads in all steps."""
+
+    k: Tensor                   # (B, L, h d)
+    v: Tensor                   # (B, L, h d); once mixed, keep V in the edited rows
+    mixed: Tensor | None = None   # (E, L, h d): mix V of the edited rows
+
+    def under(self, edit: AttentionEdit | None) -> TextKV:
+        """As P' V reads them: the same for all steps whose edits have these tables."""
+        return self if edit is None or self.mixed is not None else TextKV(self.k, *mixed_values(self.v, edit.mix, edit.keep))
 
 
 def with_last(x: Tensor, new: Tensor) -> Tensor:
@@ -92,6 +108,15 @@ def text_probs(q: Tensor, k: Tensor, text: int) -> Tensor:
     return torch.cat([attend_probs(piece, k)[..., -text:] for piece in q.split(1024, dim=2)], dim=2)
 
 
+def mixed_values(v: Tensor, mix: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What P' V multiplies the row's own map by, and its source's: V with keep V in its last E rows, and mix V of these.
+
+    v (B, ..., L, d), mix (E, ..., L, L), keep (E, ..., L)  ->  (B, ..., L, d), (E, ..., L, d)
+    """
+    last = v[-len(keep):]
+    return torch.cat([v[:-len(keep)], keep[..., None].to(v.dtype) * last]), mix.to(v.dtype) @ last
+
+
 def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
     """P' V with P' = P_src . mix + P . diag(keep) on the last L = keep.shape[-1] columns of the last E rows, fused.
 
@@ -99,13 +124,16 @@ def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor,
     `k_src` are given explicitly: they may be other rows of the batch or come from a cache.
     q (B, h, N, d); k, v (B, h, K, d); q_src (E, h, N, d); k_src (E, h, K, d), K >= L; mix (E, L, L); keep (E, L)  ->  (B, h, N, d)
     """
-    e, n = len(keep), v.shape[-2] - keep.shape[-1]
-    pixels, text = v[-e:, :, :n], v[-e:, :, n:]
-    mix, keep = mix[:, None].to(v.dtype), keep[:, None, :, None].to(v.dtype)
-    borrowed = torch.cat([torch.zeros_like(pixels), mix @ text], dim=-2)
-    own = torch.cat([v[:-e], torch.cat([pixels, keep * text], dim=-2)])
-    out = attend(q, k, own)
-    return with_last(out, out[-e:] + attend(q_src, k_src, borrowed))
+    pixels, text = v.split([v.shape[2] - keep.shape[1], keep.shape[1]], dim=2)
+    own, mixed = mixed_values(text, mix[:, None], keep[:, None])
+    return attend_twice(q, k, torch.cat([pixels, own], dim=2), q_src, k_src, mixed)
+
+
+def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor) -> Tensor:
+    """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns."""
+    mixed = F.pad(mixed, (0, 0, k_src.shape[2] - mixed.shape[2], 0))
+    out = attend(q, k, v)
+    return with_last(out, out[-len(mixed):] + attend(q_src, k_src, mixed))
 
 
 def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
@@ -175,24 +203,27 @@ class SelfAttention(_Attention):
 class _TextAttention(_Attention):
     """What cross- and hybrid attention share: the edit of the text columns, which stand last."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: int, edit: AttentionEdit | None,
+    def _read(self, context: Tensor | TextKV, edit: AttentionEdit | None) -> TextKV:
+        return (self.text(context) if isinstance(context, Tensor) else context).under(edit)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: TextKV, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
         queries = (q[r:], k[r:]) if record.queries else None
         source = None if edit is None else self._split(*self._lent(edit, edit.source, q, k))
         q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
-        before = text_probs(q[r:], k[r:], text) if want else None                        # (B, h, N, L)
+        before = text_probs(q[r:], k[r:], text.k.shape[1]) if want else None                        # (B, h, N, L)
         if edit is None:
             return self._out(attend(q, k, v), dtype), queries or before
         e = len(edit.source)
-        out = edited_attend(q, k, v, *source, edit.mix, edit.keep)                       # (B, h, N, d)
+        out = attend_twice(q, k, v, *source, *self._split(text.mixed))                   # (B, h, N, d)
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
             some, sizes = edit.renormalise[:, None, None, None], (edit.mix.abs(), edit.keep.abs())
             sums = edited_attend(q[-e:], k[-e:], torch.ones_like(v[-e:]), *source, *sizes)
             out = with_last(out, torch.where(some, out[-e:] / sums, out[-e:]))
         if not want:
             return self._out(out, dtype), queries
-        lent = text_probs(*(m[r:] for m in source), text)                                # (E, h, N, L)
+        lent = text_probs(*(m[r:] for m in source), text.k.shape[1])                        # (E, h, N, L)
         e = len(lent)
         after = edited_probs(before[-e:], lent, edit.mix[r:], edit.keep[r:])
         if edit.renormalise is not None:
@@ -207,13 +238,13 @@ class CrossAttention(_TextAttention):
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, context_dim, heads, head_dim, upcast)
 
-    def text(self, context: Tensor) -> KV:
-        return self.to_k(context), self.to_v(context)
+    def text(self, context: Tensor) -> TextKV:
+        return TextKV(self.to_k(context), self.to_v(context))
 
-    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
+    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
-        k, v = self.text(context) if isinstance(context, Tensor) else context            # (B, L, h d)
-        return self._attend(self.to_q(x), k, v, k.shape[1], edit, record)
+        text = self._read(context, edit)                                                 # (B, L, h d) each
+        return self._attend(self.to_q(x), text.k, text.v, text, edit, record)
 
 
 class HybridAttention(_TextAttention):
@@ -227,14 +258,14 @@ class HybridAttention(_TextAttention):
         self.add_k_proj = Linear(context_dim, heads * head_dim, bias)
         self.add_v_proj = Linear(context_dim, heads * head_dim, bias)
 
-    def text(self, context: Tensor) -> KV:
-        return self.add_k_proj(context), self.add_v_proj(context)
+    def text(self, context: Tensor) -> TextKV:
+        return TextKV(self.add_k_proj(context), self.add_v_proj(context))
 
-    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
+    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
-        text = self.text(context) if isinstance(context, Tensor) else context            # (B, L, h d) each
+        text = self._read(context, edit)                                                 # (B, L, h d) each
         q = self.to_q(x)                                                                 # (B, N, h d)
         k, v = (q[:, :0] if f is None else f(x) for f in (self.to_k, self.to_v))
         q, k, v = self._borrow(edit, q, k, v)
-        k, v = (torch.cat(parts, dim=1) for parts in zip((k, v), text))                  # (B, N+L, h d)
-        return self._attend(q, k, v, text[0].shape[1], edit, record)
+        k, v = torch.cat([k, text.k], dim=1), torch.cat([v, text.v], dim=1)              # (B, N+L, h d)
+        return self._attend(q, k, v, text, edit, record)

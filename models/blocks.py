@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KV, QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, attend, inside
+from models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, attend, inside
 from models.layers import Conv2d, Linear
 
 Maps = dict[str, Tensor | QK]
@@ -168,10 +168,11 @@ class TransformerBlock(nn.Module):
             self.norm2 = self.attn2 = None
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult)
 
-    def text(self, context: Tensor) -> KV:
+    def text(self, context: Tensor) -> TextKV:
         return (self.attn1 if self.attn2 is None else self.attn2).text(context)
 
-    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None, record: Record) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None,
+                record: Record) -> tuple[Tensor, Maps]:
         h, first = self.attn1(self.norm1(x), context, inside(edit, "attn1"), record)              # (B, N, C)
         x, second = x + h, None
         if self.attn2 is not None:
@@ -194,10 +195,10 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(dim, context_dim, heads, kind, ff_mult, upcast) for _ in range(depth))
         self.proj_out = proj()
 
-    def text(self, context: Tensor) -> list[KV]:
+    def text(self, context: Tensor) -> list[TextKV]:
         return [block.text(context) for block in self.transformer_blocks]
 
-    def forward(self, x: Tensor, context: Tensor | list[KV], edit: AttentionEdit | None,
+    def forward(self, x: Tensor, context: Tensor | list[TextKV], edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Maps]:
         shape, linear = x.shape, isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)                                                         # (B, C, H, W)
@@ -227,12 +228,12 @@ class AddedAttention(HybridAttention):
         self.group_norm = nn.GroupNorm(32, dim)
         self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
 
-    def text(self, context: Tensor) -> KV:
+    def text(self, context: Tensor) -> TextKV:
         if self.norm_cross is not None:
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
         return super().text(context)
 
-    def forward(self, x: Tensor, context: Tensor | KV, edit: AttentionEdit | None = None,
+    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Maps]:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
         h, probs = super().forward(h, context, inside(edit, "attn1"), record)

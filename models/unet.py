@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KV, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, inside
+from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, inside
 from models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -98,8 +98,13 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
 class Text(NamedTuple):
     """What a UNet makes of the text alone, the same at every step; see `UNet.read`."""
 
-    layers: dict[str, KV | list[KV]]   # keys and values by attention layer, of each transformer block in it
+    layers: dict[str, TextKV | list[TextKV]]   # keys and values by attention layer, of each transformer block in it
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
+
+    def under(self, edit: AttentionEdit) -> Text:
+        """With the values that an edit mixes, the same for all steps whose edits have these tables."""
+        return self._replace(layers={name: [kv.under(edit) for kv in read] if isinstance(read, list) else read.under(edit)
+                                     for name, read in self.layers.items()})
 
 
 Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
@@ -114,7 +119,7 @@ class _Level(nn.Module):
         if attentions:
             self.attentions = nn.ModuleList(attentions)
 
-    def attention(self, j: int, x: Tensor, text: KV | list[KV] | None, edit: AttentionEdit | None, record: Record):
+    def attention(self, j: int, x: Tensor, text: TextKV | list[TextKV] | None, edit: AttentionEdit | None, record: Record):
         return self.attentions[j](x, text, edit, record) if hasattr(self, "attentions") else (x, {})
 
 

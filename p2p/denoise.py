@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import QK, AttentionEdit, Record
+from models.attention import QK, AttentionEdit, Record, same_tables
 from models.blocks import Maps
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
@@ -73,23 +73,25 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     record = record._replace(exactly=blend.pixels if blend is not None else 0)
     of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
-    times, finite = torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back
+    edit, times, finite = None, torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back
     for i, (t, a_t, a_prev) in enumerate(schedule):
         absent = leaves is not None and i >= leaves
         if i == leaves:
             x, text, alone = x[1:], text.rows(1), 0
-        if i in (0, leaves) or not constant:
+        edit, before, anew = plan[i] if plan else None, edit, i in (0, leaves) or not constant
+        if anew:
             rows = text                                                           # R rows, the edited ones last
             if guided:
                 rows = Conditioning.cat([null if constant else null[i], text])
             rows = model.read(rows)
             at = model.times(times, rows) if constant else times
         x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
-        edit = plan[i] if plan else None
+        if anew or not same_tables(edit, before):
+            told = model.under(rows, edit)
         if absent and edit is not None:
             edit = edit._replace(cached=known.queries[i])
         of_prompts = record._replace(rows=len(x))
-        out, variance, maps = model.predict(x_in, at[i], rows, edit, of_prompts)     # lines 6 to 8 in one pass
+        out, variance, maps = model.predict(x_in, at[i], told, edit, of_prompts)     # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
             out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])

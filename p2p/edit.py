@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -255,14 +256,17 @@ def _self_injected(edits: Sequence[Edit], steps: int) -> Tensor:
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
          length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
     """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
-    targets alone, and the source is cached."""
+    targets alone, and the source is cached. Steps with equal tables share them: the same tensors."""
     n = len(edits)
     mix, keep = zip(*(tables(source, t, e, m, steps, length) for t, e, m in zip(targets, edits, modes)))
-    mix, keep = (torch.stack(x, dim=1).to(device, dtype) for x in (mix, keep))        # (T, N, L, L), (T, N, L)
+    mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
+    other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
+    first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
+    mix, keep = (x.to(device, dtype).unbind() for x in (mix, keep))
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
     inside = _self_injected(edits, steps).to(device)
     renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
-    return [AttentionEdit(source_row, mix[i], keep[i], torch.where(inside[i], source_row, own), limit, renormalise)
-            for i in range(steps)]
+    return [AttentionEdit(source_row, mix[j], keep[j], torch.where(inside[i], source_row, own), limit, renormalise)
+            for i, j in enumerate(first)]

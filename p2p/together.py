@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from models.attention import AttentionEdit, Record
+from models.attention import AttentionEdit, Record, same_tables
 from p2p.blend import Blend
 from p2p.errors import UsageError
 from p2p.model import Model
@@ -65,15 +65,18 @@ def _plans(plans: Sequence[Sequence[AttentionEdit]], rows: int) -> list[Attentio
     device = plans[0][0].source.device
     source = torch.cat([torch.full((n,), first + j, device=device) for j, n in enumerate(sizes)])
     own = torch.arange(rows - len(source), rows, device=device)
-    out = []
+    out, last = [], ()
     for step in zip(*plans):
+        if not last or not all(map(same_tables, step, last)):
+            mix, keep = torch.cat([e.mix for e in step]), torch.cat([e.keep for e in step])
+        last = step
         injected = torch.cat([e.self_source == e.source for e in step])
         renormalise = None
         if any(e.renormalise is not None for e in step):
             renormalise = torch.cat([torch.zeros_like(e.source, dtype=torch.bool) if e.renormalise is None else e.renormalise
                                      for e in step])
-        out.append(AttentionEdit(source, torch.cat([e.mix for e in step]), torch.cat([e.keep for e in step]),
-                                 torch.where(injected, source, own), torch.cat([e.self_max_tokens for e in step]), renormalise))
+        out.append(AttentionEdit(source, mix, keep, torch.where(injected, source, own),
+                                 torch.cat([e.self_max_tokens for e in step]), renormalise))
     return out
 
 
