@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,17 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.memory import resident
 from models.text import CLIP_L, TextEncoder  # before diffusers: it defines operators that a CPU build of torch lacks
 from models.unet import SD1, UNet
 from models.vae import SD, AutoencoderKL
 from weights import keys
 
 X_SEED, T, LATENT = 5, 500, 64
-
-
-def peak() -> int:
-    """Bytes, of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make(folder: Path) -> None:
@@ -58,11 +53,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def ours(folder: Path) -> None:
     import p2p
 
-    before = peak()
+    before = resident()
     model = p2p.load(folder / "sd1.safetensors", device="cpu", dtype=torch.float32)
     parts = [model.unet, *model.text_encoders, model.vae]
     size = sum(t.numel() * t.element_size() for p in parts for t in p.state_dict().values())
-    after = peak()
+    after = resident()
     x, context = inputs()
     with torch.no_grad():
         out = model.unet(x, T, context)[0]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.memory [FILE.json] [--size full] [--device cpu]
 
-Source and target with guidance, four rows; every side in a process of its own, weights and interpreter counted in.
+Source and target with guidance, four rows; every side in a process of its own, weights counted in, on a CPU
+without what the interpreter and its imports hold.
 """
 from __future__ import annotations
 
@@ -20,18 +21,27 @@ from benchmarks.peers import SIZES, as_edit, diffusers_on, formula, inputs, offi
 SIDES = ("plain", "edit", "edit, weights in half", "diffusers", "official")
 
 
+def resident() -> int:
+    """Bytes, the most so far in this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @torch.no_grad()
 def peak(side: str, name: str, device: torch.device) -> int:
     """Bytes, after two steps in this process."""
     size, gpu = SIZES[name], device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype)
+    peer = side in ("diffusers", "official")
+    if peer:
+        import diffusers  # noqa: F401
+    before = 0 if gpu else resident()
+    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype, last=not peer)
     x, t, context = inputs(size, device, dtype)
     f = formula("swap", device, dtype)
     edit = as_edit("swap", f) if side.startswith("edit") else None
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    if side in ("diffusers", "official"):
+    if peer:
         theirs = diffusers_on(net)
         step = official(theirs, "swap", f) if side == "official" else lambda *given: theirs(*given).sample
     else:
@@ -39,7 +49,7 @@ def peak(side: str, name: str, device: torch.device) -> int:
         step = lambda x, t, _: net(x, t, text, edit=edit)[0]  # noqa: E731
     for _ in range(2):
         step(x, t, context)
-    return torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if gpu else resident() - before
 
 
 def main(argv: list[str] | None = None) -> None:

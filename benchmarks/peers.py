@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionEdit
-from models.layers import wide
+from models.layers import channels_last, wide
 from models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
 from models.unet import SD1, UNet
 
@@ -30,26 +30,28 @@ class Size(NamedTuple):
 SIZES = {"nano-32": Size(96, 32), "nano-64": Size(96, 64), "mid": Size(320, 32), "full": Size(320, 64)}
 
 
-def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None) -> UNet:
-    """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen."""
+def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None, last: bool = True) -> UNet:
+    """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen. last: kernels laid out
+    as they are when loaded, not as diffusers has them."""
     with torch.device("meta"):
         net = UNet(replace(SD1, channels=tuple(width * m for m in (1, 2, 4, 4))))
     large, g, state = wide(net), torch.Generator().manual_seed(0), {}
     for name, p in net.state_dict().items():
         t = torch.randn(p.shape, generator=g) * (0.7 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
-        state[name] = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and name in large else dtype)
+        t = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and name in large else dtype)
+        state[name] = channels_last(t) if last else t
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
 
 def diffusers_on(net: UNet):
-    """diffusers' UNet with the very same parameters."""
+    """diffusers' UNet with the very same parameters, laid out as it loads them."""
     import diffusers
 
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                                 block_out_channels=net.config.channels)
-    theirs.load_state_dict(net.state_dict(), strict=True, assign=True)
+    theirs.load_state_dict({name: p.contiguous() for name, p in net.state_dict().items()}, strict=True, assign=True)
     return theirs.eval().requires_grad_(False)
 
 

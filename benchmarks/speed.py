@@ -19,11 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import p2p
-from benchmarks.peers import KINDS, SIZES, as_edit, diffusers_on, formula, inputs, official, ours
+from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
+from models.attention import AttentionEdit, Record
+from models.blocks import Maps
+from models.unet import Time, UNet
 from p2p.batch import Batch, run
+from p2p.blend import Blend, local_blend, word_maps
 
 SOURCE = "a cat on grass"
 SWAP = p2p.Edit("a dog on grass")
@@ -34,6 +39,9 @@ COLD = """
 import p2p
 p2p.edit(p2p.load("emoji", device="cpu"), "a cat on grass", "a dog on grass", steps=1)
 """
+AROUND = {"blend": ("LocalBlend / none", 1.02), "recorded": ("16 x 16 maps recorded / not", 1.05),
+          "traced": ("second edit / first, queries and keys cached", 0.55),
+          "latents": ("second edit / first, latents alone", 0.78)}
 Row = tuple[str, float, float | None]   # what, measured, goal (at most)
 
 
@@ -55,19 +63,21 @@ def in_turn(sides: dict[str, Callable[[], object]], repeats: int, device: torch.
 
 @torch.no_grad()
 def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
-    """One step of a source and a target, with guidance: four rows."""
+    """One step of a source and a target, with guidance: four rows; figures of an edit are the mean of its kinds."""
     size, gpu = SIZES[name], device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     net = ours(size.width, device, dtype)
     theirs = diffusers_on(net)
     x, t, context = inputs(size, device, dtype)
     text = net.read(context)
-    sides = {"plain": lambda: net(x, t, text)[0], "diffusers": lambda: theirs(x, t, context).sample}
+    at = net.times(t.reshape(1), text, dtype)[0]
+    sides = {"plain": lambda: net(x, at, text)[0], "diffusers": lambda: theirs(x, t, context).sample}
     same = {"diffusers": (sides["plain"](), sides["diffusers"]())}
     for kind in KINDS:
         f = formula(kind, device, dtype)
         edit, way = as_edit(kind, f), official(theirs, kind, f)
-        sides[kind] = lambda edit=edit: net(x, t, text, edit=edit)[0]
+        mixed = text.under(edit)
+        sides[kind] = lambda edit=edit, mixed=mixed: net(x, at, mixed, edit=edit)[0]
         sides[f"official {kind}"] = lambda way=way: way(x, t, context)
         same[kind] = sides[kind](), sides[f"official {kind}"]()
     for what, (a, b) in same.items():
@@ -75,16 +85,40 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         if not off < (0.3 if gpu else 1e-3):
             raise SystemExit(f"{name}, {what}: the results differ by {off:.1e} of their standard deviation")
     if gpu:
-        compiled, swap = torch.compile(net), as_edit("swap", formula("swap", device, dtype))
-        sides["compiled"] = lambda: compiled(x, t, text, edit=swap)[0]
+        compiled = torch.compile(net)
+        sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
+    if name.startswith("nano"):
+        sides |= around(net, x, at, context, as_edit("swap", formula("swap", device, dtype)))
     m = in_turn(sides, repeats, device)
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
-    edit, official_way = max(m[k] for k in KINDS), max(m[f"official {k}"] for k in KINDS)
-    rows = [(f"{name}: slowest kind of edit / plain step", edit / m["plain"], 1.03),
-            (f"{name}: edit / diffusers' plain step", edit / m["diffusers"], 0.95 if name == "mid" else None),
-            (f"{name}: edit / official way, of the slowest kinds", edit / official_way,
-             None if name == "nano-32" or name == "mid" else 0.40 if gpu else 0.52)]
+    one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))   # our kinds: the same operations
+    rows = [(f"{name}: edit / plain step", one / m["plain"], 1.03),
+            (f"{name}: edit / diffusers' plain step", one / m["diffusers"], 0.95 if name == "mid" else None),
+            (f"{name}: edit / official way", one / way, None if name == "nano-32" or name == "mid" else 0.40 if gpu else 0.52)]
+    rows += [(f"{name}: {what}", m[side] / one, goal) for side, (what, goal) in AROUND.items() if side in m]
     return rows + ([(f"{name}: compiled edit / diffusers' plain step", m["compiled"] / m["diffusers"], 0.75)] if gpu else [])
+
+
+def around(net: UNet, x: Tensor, at: Time, context: Tensor, edit: AttentionEdit) -> dict[str, Callable[[], object]]:
+    """The same step of an edit with more asked of it, and with more known of its source: see AROUND."""
+    def step(rows: list[int], edit: AttentionEdit, record: Record = Record()) -> Callable[[], tuple[Tensor, Maps]]:
+        given, read = x[rows], net.read(context[rows]).under(edit)
+        return lambda: net(given, at, read, edit=edit, record=record)
+
+    def source_at(row: int) -> AttentionEdit:
+        return edit._replace(source=torch.full_like(edit.source, row), self_source=torch.full_like(edit.source, row))
+
+    columns = torch.zeros(1, 2, 2, TOKENS, device=x.device)
+    columns[:, 0, :, 2] = 1                                                          # a word of each prompt
+    blend = Blend((16, 16), columns, torch.full((1, 2), 0.3, device=x.device), torch.zeros(1, device=x.device),
+                  torch.zeros(1, dtype=torch.bool, device=x.device), torch.ones_like(x[:1, :1], dtype=torch.bool),
+                  torch.zeros(1, dtype=torch.long, device=x.device))
+    everyone = [0, 1, 2, 3]
+    reading = step(everyone, edit, Record(exactly=blend.pixels, rows=2))
+    traced = source_at(2)._replace(cached=net(x[2:3], at, context[2:3], record=Record(queries=True))[1])
+    return {"recorded": step(everyone, edit, Record(text=16 * 16, rows=2)),
+            "blend": lambda: local_blend(x[2:], word_maps(reading()[1], blend), blend, 0),
+            "traced": step([1, 3], traced), "latents": step([1, 2, 3], source_at(1))}
 
 
 def loops(repeats: int, device: torch.device) -> list[Row]:
@@ -99,9 +133,7 @@ def loops(repeats: int, device: torch.device) -> list[Row]:
         "traced": lambda: p2p.edit(model, traced, SWAP), "latents": lambda: p2p.edit(model, latents, SWAP),
     }, repeats, device)
     print("loops: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
-    return [("LocalBlend / none", m["blend"] / m["edit"], 1.02), ("16 x 16 maps recorded / not", m["recorded"] / m["edit"], 1.05),
-            ("second edit / first, queries and keys cached", m["traced"] / m["edit"], 0.55),
-            ("second edit / first, latents alone", m["latents"] / m["edit"], 0.78)]
+    return [(f"bundled model, 20 steps: {what}", m[side] / m["edit"], goal) for side, (what, goal) in AROUND.items()]
 
 
 def counted(device: torch.device) -> list[Row]:

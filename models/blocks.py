@@ -142,7 +142,8 @@ class FeedForward(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             x, gate = self.proj(x).chunk(2, dim=-1)
-            return x * F.gelu(gate)
+            gate = F.gelu(gate)
+            return x * gate if gate.requires_grad else gate.mul_(x)
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()

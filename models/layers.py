@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d. Under the same conditions, a large 3 x 3 kernel on few positions is a matrix product of the unfolded input:
+    """nn.Conv2d. Under the same conditions, a large 3 x 3 kernel on few positions is one matrix product with their neighbourhoods:
     oneDNN's convolution rearranges the whole kernel at every call, which there takes longer than the sums."""
 
     LARGE = 2**22   # elements of a kernel
@@ -30,11 +30,26 @@ class Conv2d(nn.Conv2d):
         weight, bias = _as(x, self)
         few = x.ndim == 4 and 2 * len(x) * x.shape[2] * x.shape[3] <= self.out_channels
         same = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups) == ((3, 3), *[(1, 1)] * 3, 1)
-        if few and same and weight.numel() >= self.LARGE and _by_onednn(x, weight):
-            columns = F.unfold(x, 3, padding=1).transpose(1, 2).contiguous()     # (B, H W, 9 C)
-            out = torch.ops.mkldnn._linear_pointwise(columns, weight.flatten(1), bias, "none", [], "")
-            return out.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()    # (B, out, H, W)
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        if few and same and last and weight.numel() >= self.LARGE and _by_onednn(x, weight):
+            kernel = weight.permute(0, 2, 3, 1).flatten(1)                       # (out, 9 C)
+            out = torch.ops.mkldnn._linear_pointwise(_neighbourhoods(x), kernel, bias, "none", [], "")
+            return out.transpose(1, 2).unflatten(2, x.shape[2:])                 # (B, out, H, W)
         return self._conv_forward(x, weight, bias)
+
+
+def channels_last(kernel: Tensor) -> Tensor:
+    """A tensor as networks on a CPU hold it: kernels of convolutions with their channels last. The activations follow, and neither
+    is rearranged at every call (on GPUs that has not been measured)."""
+    return kernel.contiguous(memory_format=torch.channels_last) if kernel.ndim == 4 and kernel.is_cpu else kernel
+
+
+def _neighbourhoods(x: Tensor) -> Tensor:
+    """The 3 x 3 positions around each one, channels last.  (B, C, H, W) -> (B, H W, 9 C)"""
+    b, c, h, w = x.shape
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()            # (B, H + 2, W + 2, C)
+    row, line, place, channel = x.stride()
+    return x.as_strided((b, h, w, 3, 3 * c), (row, line, place, line, channel)).reshape(b, h * w, 9 * c)
 
 
 def wide(module: nn.Module) -> set[str]:

@@ -291,4 +291,4 @@ class UNet(nn.Module):
                 x = block.upsamplers[0](x, time.get(f"up_blocks.{i}.upsamplers.0"), skips[-1].shape[2:])   # (B, C_i, 2H, 2W)
 
         x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))                         # (B, p^2 C', H/p, W/p)
-        return F.pixel_shuffle(x, c.patch), maps
+        return F.pixel_shuffle(x, c.patch).contiguous(), maps

@@ -119,9 +119,9 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, z, H/8, W/8)"""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x)).contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, z, H/8, W/8) -> (B, 3, H, W), about [-1, 1]"""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z)).contiguous()

@@ -38,17 +38,31 @@ ENGINES = {
 }
 
 
+N = 60
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+
+def batch(engine, file):
+    return [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--out"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What N jobs end in, by one process that is not disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = listed(folder / "jobs.jsonl", N, guidance_scale=1)
+    assert subprocess.run([*batch("local", file), str(folder / "out")], env=ENV, capture_output=True).returncode == 0
+    return found(folder / "out")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine):
-    n, rng = 60, random.Random(engine)
-    file, env = listed(tmp_path / "jobs.jsonl", n), os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--out"]
-    assert subprocess.run([*command, str(whole)], env=env, capture_output=True).returncode == 0
+def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine, whole):
+    rng, out = random.Random(engine), tmp_path / "out"
+    command = batch(engine, listed(tmp_path / "jobs.jsonl", N, guidance_scale=1))
     done = lambda: len(list(out.glob("[!.]*/job.json")))  # noqa: E731
     for _ in range(3):
         limit = done() + rng.randint(1, 12)
-        run = subprocess.Popen([*command, str(out)], env=env, start_new_session=True, stdout=subprocess.DEVNULL,
+        run = subprocess.Popen([*command, str(out)], env=ENV, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
         while done() < limit and run.poll() is None:
             time.sleep(0.005)
@@ -58,9 +72,9 @@ def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine):
         for folder in out.glob("[!.]*/job.json"):        # what is there is whole
             assert all(Image.open(p).size == (64, 64) for p in folder.parent.glob("*.png"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("[!.]*/job.json")}
-    assert subprocess.run([*command, str(out)], env=env, capture_output=True).returncode == 0
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and found(out) == found(whole)   # none done twice
-    assert [json.loads(line)["line"] for line in (out / "results.jsonl").read_text().splitlines()] == list(range(1, n + 1))
+    assert subprocess.run([*command, str(out)], env=ENV, capture_output=True).returncode == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and found(out) == whole   # none done twice
+    assert [json.loads(line)["line"] for line in (out / "results.jsonl").read_text().splitlines()] == list(range(1, N + 1))
 
 
 def test_pictures_do_not_depend_on_the_batch(tmp_path, capsys):

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import p2p
+from models import attention
 from p2p.errors import NumericsError, UsageError
 from p2p.start import draw
 
@@ -32,6 +33,13 @@ def test_edit_differs_from_source_and_from_plain_regeneration(emoji, edited):
 def test_no_window_is_no_edit(emoji):
     r = p2p.edit(emoji, *PAIR, cross_replace_steps=0.0, self_replace_steps=0.0, **SETTINGS)
     close(r.latents[1:], p2p.generate(emoji, PAIR[1], **SETTINGS).latents)
+
+
+def test_values_are_mixed_once_for_all_steps_with_the_same_tables(emoji, monkeypatch):
+    mixed = []
+    monkeypatch.setattr(attention, "mixed_values", lambda *a, of=attention.mixed_values: mixed.append(1) or of(*a))
+    p2p.edit(emoji, *PAIR, cross_replace_steps=0.5, **SETTINGS)
+    assert len(mixed) == 2 * len(emoji.unet.text_sites())                              # within the window, and after it
 
 
 @pytest.mark.parametrize("mode", ["replace", "refine", "reweight"])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracles import diffusers, transformers
 
+from models import layers
 from models.attention import Record
 from models.blocks import FeedForward, timestep_embedding
 from models.layers import ONEDNN, Conv2d, Linear
@@ -56,10 +57,12 @@ def test_linear_is_the_plain_one(shape, bias):
                                                  ((1, 6, 4, 4), 0, 1)])
 def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, bias, monkeypatch):
     monkeypatch.setattr(Conv2d, "LARGE", 0)                                        # as if every kernel were large
-    layer, unfolded = Conv2d(6, 64, 3, stride, pads, bias=bias), []
-    monkeypatch.setattr(F, "unfold", lambda *a, unfold=F.unfold, **k: unfolded.append(1) or unfold(*a, **k))
-    for x in (torch.randn(shape), torch.randn(shape).contiguous(memory_format=torch.channels_last), torch.randn(shape).double()):
-        layer = layer.to(x.dtype)
+    layer, products = Conv2d(6, 64, 3, stride, pads, bias=bias), []
+    monkeypatch.setattr(layers, "_neighbourhoods", lambda x, of=layers._neighbourhoods: products.append(1) or of(x))
+    first, last = torch.contiguous_format, torch.channels_last
+    for x, kernel in ((torch.randn(shape), first), (torch.randn(shape), last), (torch.randn(shape).contiguous(memory_format=last), last),
+                      (torch.randn(shape).double(), last)):
+        layer = layer.to(x.dtype, memory_format=kernel)
         with torch.no_grad():
             got = layer(x)
         want = F.conv2d(x, layer.weight, layer.bias, stride, pads).detach()
@@ -67,7 +70,7 @@ def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, b
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert layer(x).requires_grad
     few = shape[0] * shape[2] * shape[3] <= 32 and (pads, stride) == (1, 1)
-    assert len(unfolded) == (2 if few and ONEDNN else 0)                           # of float32
+    assert len(products) == (2 if few and ONEDNN else 0)                           # of float32, channels last
 
 
 def test_feed_forward_in_pieces_is_the_whole(monkeypatch):

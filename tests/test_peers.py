@@ -4,6 +4,8 @@ import torch
 
 from benchmarks import peers
 
+SIZE = peers.Size(32, 36)   # 1,296 positions on the first level: above 32 x 32, whose self-attention is not injected
+
 
 @pytest.fixture(scope="module")
 def nets():
@@ -11,21 +13,20 @@ def nets():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     net = peers.ours(32, torch.device("cpu"), torch.float64)
-    yield net, peers.diffusers_on(net)
+    theirs, given = peers.diffusers_on(net), peers.inputs(SIZE, torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        plain, again = net(*given)[0], theirs(*given).sample
+    assert (plain - again).abs().max() < 1e-6 * plain.std()
+    yield net, theirs, given, plain
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_the_official_way_gives_our_edit(nets, kind):
-    net, theirs = nets
-    size = peers.Size(32, 40)   # 1,600 positions on the first level: above 32 x 32, whose self-attention is not injected
-    x, t, context = peers.inputs(size, torch.device("cpu"), torch.float64)
+    net, theirs, (x, t, context), plain = nets
     f = peers.formula(kind, torch.device("cpu"), torch.float64)
     with torch.no_grad():
-        plain = net(x, t, context)[0]
         edited = net(x, t, net.read(context), edit=peers.as_edit(kind, f))[0]
         official = peers.official(theirs, kind, f)(x, t, context)
-        again = theirs(x, t, context).sample
-    assert (plain - again).abs().max() < 1e-6 * plain.std()
     assert (edited - official).abs().max() < 1e-6 * plain.std() and (edited - plain)[3].abs().max() > 0.01 * plain.std()
     assert torch.equal(edited[:3], plain[:3])

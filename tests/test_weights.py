@@ -1,6 +1,7 @@
 """Loading: what fits is loaded as stored; what does not says what was found and what to do."""
 import json
 import struct
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 import p2p
 from p2p import CheckpointError
 from p2p.model import tiled
+from weights import files
+from weights.files import open_file
 
 
 def saved(tensors, path, **metadata):
@@ -37,6 +40,34 @@ def test_no_parameter_stays_on_the_meta_device(sd1, emoji):
         parts = [model.unet, *model.text_encoders] + ([model.vae] if model.vae else [])
         for tensor in (t for p in parts for t in p.state_dict().values()):
             assert tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
+
+
+def test_on_a_cpu_kernels_lie_with_their_channels_last(sd1):
+    """So do the activations; what comes out is contiguous, and the same."""
+    x, context, picture = torch.randn(2, 4, 8, 8), sd1.text(["a cat", "a dog"]), torch.rand(2, 3, 64, 64)
+    for module, call in ((sd1.unet, lambda m: m(x, 500, context)[0]), (sd1.vae, lambda m: m.decode(x)),
+                         (sd1.vae, lambda m: m.encode(picture)[0])):
+        kernels = [p for p in module.parameters() if p.ndim == 4]
+        assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+        got, want = call(module), call(deepcopy(module).to(memory_format=torch.contiguous_format))
+        assert got.is_contiguous() or got[:1].is_contiguous()                          # the mean is half of the channels
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_what_was_read_of_a_file_is_let_go(suffix, sd1_tensors, tmp_path, monkeypatch):
+    """Its pages would count as memory beside the copies; a file that is read again gives the same tensors."""
+    path = tmp_path / f"m{suffix}"
+    torch.save(dict(sd1_tensors), path) if suffix == ".ckpt" else saved(sd1_tensors, path)
+    file = open_file(path)
+    opened, module, name = [], *((torch, "load") if suffix == ".ckpt" else (files, "safe_open"))
+    of = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: opened.append(1) or of(*a, **k))
+    monkeypatch.setattr(files.TensorFile, "RESIDENT", 10_000)
+    for key, tensor in sd1_tensors.items():
+        assert torch.equal(file[key], tensor)
+    size = sum(t.nbytes for t in sd1_tensors.values())
+    assert 1 < len(opened) <= size / 10_000
 
 
 def test_weights_wait_in_half_precision(sd1_file, sd1):

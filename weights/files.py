@@ -9,6 +9,7 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -23,7 +24,12 @@ _FP8 = ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
 
 
 class TensorFile:
-    """Names, shapes and types of the tensors of one or more files, and the tensors one at a time."""
+    """Names, shapes and types of the tensors of one or more files, and copies of the tensors, one at a time.
+
+    Files are mapped; what was read of a mapping counts as the process's memory until it is closed, so it is now and then.
+    """
+
+    RESIDENT = 2**27   # bytes to read before that
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -39,7 +45,7 @@ class TensorFile:
 
 class SafetensorsFile(TensorFile):
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._read = path, 0
         try:
             self._file = safe_open(path, framework="pt")
             slices = {k: self._file.get_slice(k) for k in self._file.keys()}
@@ -55,7 +61,11 @@ class SafetensorsFile(TensorFile):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise KeyError(key)
-        return self._file.get_tensor(key)
+        if self._read > self.RESIDENT:
+            self._file, self._read = safe_open(self.path, framework="pt"), 0
+        tensor = self._file.get_tensor(key).clone()
+        self._read += tensor.nbytes
+        return tensor
 
 
 class ShardedFile(TensorFile):
@@ -88,25 +98,33 @@ class ShardedFile(TensorFile):
 
 
 class PickledFile(TensorFile):
-    """A PyTorch pickle, read with `weights_only=True` and a short list of harmless names; mapped, not copied."""
+    """A PyTorch pickle, read with `weights_only=True` and a short list of harmless names."""
 
     def __init__(self, path: Path):
-        self.path = path
-        state = _unpickle(path)
-        self.metadata = {}
+        self.path, self.metadata = path, {}
+        self._open()
+        self.shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
+        self.dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in self._tensors.items()}
+        self._mapped = is_zipfile(path)
+
+    def _open(self) -> None:
+        self._tensors, self._read = {}, 0
+        state = _unpickle(self.path)
         for _ in range(3):
             if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
                 if isinstance(state.get("global_step"), int):
                     self.metadata["global_step"] = str(state["global_step"])
                 state = state["state_dict"]
         if not isinstance(state, dict):
-            raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors.")
+            raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not a dictionary of tensors.")
         self._tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        self.shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
-        self.dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in self._tensors.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key]
+        if self._mapped and self._read > self.RESIDENT:
+            self._open()
+        tensor = self._tensors[key].clone()
+        self._read += tensor.nbytes
+        return tensor
 
 
 def open_file(path: Path) -> TensorFile:
