@@ -51,7 +51,7 @@ def test_on_a_cpu_kernels_lie_with_their_channels_last(sd1):
         assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
         got, want = call(module), call(deepcopy(module).to(memory_format=torch.contiguous_format))
         assert got.is_contiguous() or got[:1].is_contiguous()                          # the mean is half of the channels
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -63,11 +63,11 @@ def test_what_was_read_of_a_file_is_let_go(suffix, sd1_tensors, tmp_path, monkey
     opened, module, name = [], *((torch, "load") if suffix == ".ckpt" else (files, "safe_open"))
     of = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *a, **k: opened.append(1) or of(*a, **k))
-    monkeypatch.setattr(files.TensorFile, "RESIDENT", 10_000)
+    monkeypatch.setattr(files.TensorFile, "RESIDENT", 2**20)
     for key, tensor in sd1_tensors.items():
         assert torch.equal(file[key], tensor)
     size = sum(t.nbytes for t in sd1_tensors.values())
-    assert 1 < len(opened) <= size / 10_000
+    assert 1 < len(opened) <= size / 2**20
 
 
 def test_weights_wait_in_half_precision(sd1_file, sd1):
