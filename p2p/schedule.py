@@ -34,6 +34,7 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
         raise UsageError(f"steps must be from 1 to {total}, not {steps}")
     stride = total // steps
     timesteps = [min(i * stride + offset, total - 1) for i in reversed(range(steps))]
-    alphas = [float(alphas_cumprod[t]) for t in timesteps]
+    table = alphas_cumprod.tolist()
+    alphas = [table[t] for t in timesteps]
     # each step ends where t - stride lies: the next timestep, and at the end whatever final_alpha says
-    return Schedule(tuple(timesteps), (*alphas, float(alphas_cumprod[0]) if final_alpha is None else final_alpha))
+    return Schedule(tuple(timesteps), (*alphas, table[0] if final_alpha is None else final_alpha))
