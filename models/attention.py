@@ -95,7 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend_probs(q: Tensor, k: Tensor) -> Tensor:
     """The map itself (paper Eq. 1).  (B, h, N, d), (B, h, L, d) -> (B, h, N, L), rows sum to 1"""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
 def text_probs(q: Tensor, k: Tensor, text: int) -> Tensor:
