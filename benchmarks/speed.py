@@ -88,7 +88,7 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         compiled = torch.compile(net)
         sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
     if name.startswith("nano"):
-        sides |= around(net, x, at, context, as_edit("swap", formula("swap", device, dtype)))
+        sides |= around(net, x, at, context, edit)
     m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))   # our kinds: the same operations

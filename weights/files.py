@@ -24,12 +24,7 @@ _FP8 = ("F8_E4M3", "F8_E5M2", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
 
 
 class TensorFile:
-    """Names, shapes and types of the tensors of one or more files, and copies of the tensors, one at a time.
-
-    Files are mapped; what was read of a mapping counts as the process's memory until it is closed, so it is now and then.
-    """
-
-    RESIDENT = 2**27   # bytes to read before that
+    """Names, shapes and types of the tensors of one or more files, and the tensors one at a time."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -43,29 +38,53 @@ class TensorFile:
         return any(d in _FP8 for d in self.dtypes.values())
 
 
-class SafetensorsFile(TensorFile):
+class _MappedFile(TensorFile):
+    """Hands out copies. What was read of a mapping counts as the process's memory until it is closed, so it is now and then."""
+
+    RESIDENT = 2**27   # bytes to read before that
+    _read, _mapped = 0, True
+
+    def _open(self) -> None:
+        """Maps the file, perhaps again. Raises CheckpointError."""
+        raise NotImplementedError
+
+    def _tensor(self, key: str) -> Tensor:
+        """As it lies in the mapping."""
+        raise KeyError(key)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if not self._mapped:
+            return self._tensor(key)
+        if self._read > self.RESIDENT:
+            self._open()
+            self._read = 0
+        tensor = self._tensor(key).clone()
+        self._read += tensor.nbytes
+        return tensor
+
+
+class SafetensorsFile(_MappedFile):
     def __init__(self, path: Path):
-        self.path, self._read = path, 0
-        try:
-            self._file = safe_open(path, framework="pt")
-            slices = {k: self._file.get_slice(k) for k in self._file.keys()}
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged or cut short ({error}); {path.stat().st_size:,} bytes were found. "
-                                  "Download or copy it again.") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+        self.path = path
+        self._open()
+        slices = {k: self._file.get_slice(k) for k in self._file.keys()}
         self.shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
         self.dtypes = {k: s.get_dtype() for k, s in slices.items()}
         self.metadata = self._file.metadata() or {}
 
-    def __getitem__(self, key: str) -> Tensor:
+    def _open(self) -> None:
+        try:
+            self._file = safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: damaged or cut short ({error}); {self.path.stat().st_size:,} bytes were found. "
+                                  "Download or copy it again.") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error}).") from None
+
+    def _tensor(self, key: str) -> Tensor:
         if key not in self.shapes:
             raise KeyError(key)
-        if self._read > self.RESIDENT:
-            self._file, self._read = safe_open(self.path, framework="pt"), 0
-        tensor = self._file.get_tensor(key).clone()
-        self._read += tensor.nbytes
-        return tensor
+        return self._file.get_tensor(key)
 
 
 class ShardedFile(TensorFile):
@@ -97,18 +116,18 @@ class ShardedFile(TensorFile):
         return self._shards[self._where[key]][key]
 
 
-class PickledFile(TensorFile):
+class PickledFile(_MappedFile):
     """A PyTorch pickle, read with `weights_only=True` and a short list of harmless names."""
 
     def __init__(self, path: Path):
         self.path, self.metadata = path, {}
+        self._mapped = is_zipfile(path)   # the oldest format is not: it is all in memory
         self._open()
         self.shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
         self.dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in self._tensors.items()}
-        self._mapped = is_zipfile(path)
 
     def _open(self) -> None:
-        self._tensors, self._read = {}, 0
+        self._tensors = {}   # closes the mapping
         state = _unpickle(self.path)
         for _ in range(3):
             if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -119,12 +138,8 @@ class PickledFile(TensorFile):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not a dictionary of tensors.")
         self._tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
-    def __getitem__(self, key: str) -> Tensor:
-        if self._mapped and self._read > self.RESIDENT:
-            self._open()
-        tensor = self._tensors[key].clone()
-        self._read += tensor.nbytes
-        return tensor
+    def _tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
 
 
 def open_file(path: Path) -> TensorFile:
