@@ -26,6 +26,7 @@ import p2p
 from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
 from models.attention import AttentionEdit, Record
 from models.blocks import Maps
+from models.layers import arranged
 from models.unet import Time, UNet
 from p2p.batch import Batch, run
 from p2p.blend import Blend, local_blend, word_maps
@@ -89,7 +90,8 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
     if name.startswith("nano"):
         sides |= around(net, x, at, context, edit)
-    m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
+    with arranged(net):
+        m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))   # our kinds: the same operations
     rows = [(f"{name}: edit / plain step", one / m["plain"], 1.03),

@@ -2,21 +2,28 @@
 they are widened to that of the input, a layer at a time."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in (
+    "_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight"))
 
 
 class Linear(nn.Linear):
     """nn.Linear. On CPUs, in float32 and where no gradient is asked for, oneDNN multiplies instead of the BLAS behind ATen: the
     same sums, up to twice as fast where that is MKL and the processor AMD's."""
 
+    arranged: list[Tensor] | None = None   # see `arranged`
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as(x, self)
         if _by_onednn(x, weight):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            kernel = _kept(self, weight, lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(1, x.shape[:-1].numel())))
+            return torch.ops.mkldnn._linear_pointwise(x, kernel, bias, "none", [], "")
         return F.linear(x, weight, bias)
 
 
@@ -25,17 +32,44 @@ class Conv2d(nn.Conv2d):
     oneDNN's convolution rearranges the whole kernel at every call, which there takes longer than the sums."""
 
     LARGE = 2**22   # elements of a kernel
+    arranged: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as(x, self)
-        few = x.ndim == 4 and 2 * len(x) * x.shape[2] * x.shape[3] <= self.out_channels
+        if x.ndim != 4 or self.padding_mode != "zeros" or not _by_onednn(x, weight):
+            return self._conv_forward(x, weight, bias)
+        if self.arranged is not None:
+            how = self.padding, self.stride, self.dilation, self.groups
+            kernel = _kept(self, weight, lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape))
+            x = x.contiguous(memory_format=torch.channels_last)
+            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *how, "none", [], "")
+        few = 2 * len(x) * x.shape[2] * x.shape[3] <= self.out_channels
         same = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups) == ((3, 3), *[(1, 1)] * 3, 1)
         last = weight.is_contiguous(memory_format=torch.channels_last)
-        if few and same and last and weight.numel() >= self.LARGE and _by_onednn(x, weight):
+        if few and same and last and weight.numel() >= self.LARGE:
             kernel = weight.permute(0, 2, 3, 1).flatten(1)                       # (out, 9 C)
             out = torch.ops.mkldnn._linear_pointwise(_neighbourhoods(x), kernel, bias, "none", [], "")
             return out.transpose(1, 2).unflatten(2, x.shape[2:])                 # (B, out, H, W)
         return self._conv_forward(x, weight, bias)
+
+
+ARRANGED = 2**29   # bytes of kernels
+
+
+@contextmanager
+def arranged(net: nn.Module) -> Iterator[None]:
+    """Meanwhile each layer's kernel is rearranged for oneDNN at its first call alone, not at every one. For the steps of a run,
+    over which no weight changes; a network of more than ARRANGED bytes, of which this holds a copy, is left as it is."""
+    layers = [m for m in net.modules() if isinstance(m, (Linear, Conv2d)) and m.weight.is_cpu and m.weight.dtype == torch.float32]
+    if not ONEDNN or sum(4 * m.weight.numel() for m in layers) > ARRANGED:
+        layers = []
+    for m in layers:
+        m.arranged = []
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.arranged = None
 
 
 def channels_last(kernel: Tensor) -> Tensor:
@@ -61,6 +95,16 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """May oneDNN's own operator be called? It has no derivative, and is not compiled."""
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not plain
+
+
+def _kept(layer: Linear | Conv2d, weight: Tensor, arrange: Callable[[], Tensor]) -> Tensor:
+    """A layer's kernel as oneDNN wants it, if that is to be kept; else as it is."""
+    kept = layer.arranged
+    if kept is None:
+        return weight
+    if not kept:
+        kept.append(arrange())
+    return kept[0]
 
 
 def _as(x: Tensor, layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:

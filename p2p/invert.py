@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from models.layers import arranged
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit, from_base64, from_pil, to_base64
@@ -169,7 +170,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     run = _Run(model, x_0, model.condition([prompt], *pixels), model.null(1, *pixels), schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
-    with torch.no_grad(), _attention(method, x_0):
+    with torch.no_grad(), arranged(model.unet), _attention(method, x_0):
         if method == "noise":
             latents, rows = _noised(run, seed, independent=False), 0
         elif method == "edit-friendly":

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.attention import Record
+from models.layers import arranged
 from models.text import Tokens
 from p2p.blend import idle as blend_idle
 from p2p.blend import prepare
@@ -246,13 +247,15 @@ def run(model: Model, ready: Ready, record: Record, progress: bool) -> Result:
     loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, eta=start.eta,
                    noise=start.noise or None, record=record, **how)
     x, masks, rows, collector = start.x, None, 0, Collector()
-    for step in tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
-        x, masks, rows = step.x, step.mask, rows + step.rows
-        if record.text or record.pixels:
-            if not step.maps:
-                raise UsageError(f"no attention map has at most {max(record.text, record.pixels)} positions in a picture of "
-                                 f"{start.size[0]} x {start.size[1]} pixels; record larger ones, or choose a smaller picture")
-            collector.add(step.t, step.maps)
+    bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
+    with arranged(model.unet):
+        for step in bar:
+            x, masks, rows = step.x, step.mask, rows + step.rows
+            if record.text or record.pixels:
+                if not step.maps:
+                    raise UsageError(f"no attention map has at most {max(record.text, record.pixels)} positions in a picture of "
+                                     f"{start.size[0]} x {start.size[1]} pixels; record larger ones, or choose a smaller picture")
+                collector.add(step.t, step.maps)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}

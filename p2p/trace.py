@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from models.attention import QK, Record
 from models.blocks import Maps
+from models.layers import arranged
 from models.unet import UNet
 from p2p.denoise import denoise
 from p2p.errors import UsageError
@@ -62,10 +63,12 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
             raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
                              f"use {' or '.join(FOLLOW)}")
         source.check(model)
-        stored = {} if latents_only else _queries(model, source, dtype, progress)
+        with arranged(model.unet):
+            stored = {} if latents_only else _queries(model, source, dtype, progress)
         found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
-        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+        with arranged(model.unet):
+            found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
     return replace(found, queries=stored or None)
 
 

@@ -12,7 +12,7 @@ from oracles import diffusers, transformers
 from models import layers
 from models.attention import Record
 from models.blocks import FeedForward, timestep_embedding
-from models.layers import ONEDNN, Conv2d, Linear
+from models.layers import ONEDNN, Conv2d, Linear, arranged
 from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
@@ -71,6 +71,48 @@ def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, b
         assert layer(x).requires_grad
     few = shape[0] * shape[2] * shape[3] <= 32 and (pads, stride) == (1, 1)
     assert len(products) == (2 if few and ONEDNN else 0)                           # of float32, channels last
+
+
+@pytest.mark.parametrize("kept", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_kernels_arranged_once_change_nothing_but_the_time(kept, monkeypatch):
+    """Whatever the batch, for as long as it is asked for; then weights may change again. Large networks are left alone."""
+    net = torch.nn.Sequential(Conv2d(6, 32, 3, padding=1), Conv2d(32, 64, 3, 2, 1, bias=False), Conv2d(64, 8, 1),
+                              torch.nn.Flatten(2), Linear(25, 40), Linear(40, 7, bias=False)).to(memory_format=kept)
+    inputs = [torch.randn(n, 6, 10, 10) for n in (4, 2, 4, 1)]
+    plain, state = [net(x) for x in inputs], {name: p.clone() for name, p in net.state_dict().items()}
+    calls = []
+    ops = torch.ops.mkldnn
+    for name in ("_reorder_linear_weight", "_reorder_convolution_weight") if ONEDNN else ():
+        arrange = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, of=arrange: calls.append(1) or of(*a))
+    with pytest.raises(KeyError), arranged(net):
+        for x, want in zip(inputs, plain):
+            torch.testing.assert_close(net(x), want, rtol=1e-5, atol=1e-6)
+        assert len(calls) == (5 if ONEDNN else 0)                                  # one a layer
+        raise KeyError
+    assert {name: p.equal(state[name]) for name, p in net.state_dict().items()} == dict.fromkeys(state, True)
+    for p in net.parameters():
+        p *= 2
+    torch.testing.assert_close(net[:2](inputs[0]), F.conv2d(
+        F.conv2d(inputs[0], net[0].weight, net[0].bias, 1, 1), net[1].weight, None, 2, 1), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(layers, "ARRANGED", 0)
+    with arranged(net):
+        net(inputs[0])
+    assert len(calls) == (5 if ONEDNN else 0)
+
+
+@torch.no_grad()
+def test_seamless_padding_is_kept(monkeypatch):
+    """Forks make textures that tile by setting `padding_mode` on the loaded layers."""
+    monkeypatch.setattr(Conv2d, "LARGE", 0)
+    layer, x = Conv2d(6, 64, 3, padding=1).to(memory_format=torch.channels_last), torch.randn(1, 6, 4, 4)
+    plain, layer.padding_mode = layer(x), "circular"
+    want = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.weight, layer.bias)
+    with arranged(layer):
+        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    assert not plain.allclose(want, atol=1e-2)
 
 
 def test_feed_forward_in_pieces_is_the_whole(monkeypatch):
