@@ -170,7 +170,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     run = _Run(model, x_0, model.condition([prompt], *pixels), model.null(1, *pixels), schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
-    with torch.no_grad(), arranged(model.unet), _attention(method, x_0):
+    with torch.no_grad(), _kernels(method, run):
         if method == "noise":
             latents, rows = _noised(run, seed, independent=False), 0
         elif method == "edit-friendly":
@@ -187,7 +187,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
     if method == "null-text":
-        with _attention(method, x_0):
+        with _kernels(method, run):
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
@@ -195,11 +195,14 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
                      null_context, None if offsets is None else offsets.cpu(), kept)
 
 
-def _attention(method: str, x_0: Tensor) -> AbstractContextManager:
+def _kernels(method: str, run: _Run) -> AbstractContextManager:
     """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its
-    own size. Where the maps are small, they are therefore formed, which repeats the official code's numbers more closely."""
-    small = x_0.shape[2] * x_0.shape[3] <= 32 * 32
-    return sdpa_kernel(SDPBackend.MATH) if method == "null-text" and small else nullcontext()
+    own size. Its kernels are therefore not arranged, as they are not where the gradient is taken, and where the maps are small
+    they are formed, which repeats the official code's numbers more closely."""
+    if method != "null-text":
+        return arranged(run.model.unet)
+    small = run.x_0.shape[2] * run.x_0.shape[3] <= 32 * 32
+    return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
 
 
 def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:

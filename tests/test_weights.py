@@ -71,12 +71,12 @@ def test_what_was_read_of_a_file_is_let_go(suffix, sd1_tensors, tmp_path, monkey
 
 
 def test_weights_wait_in_half_precision(sd1_file, sd1):
-    """The file holds halves, so widening them layer by layer gives the very same pictures."""
+    """The file holds halves, so widening them layer by layer gives the same pictures, to rounding."""
     held = p2p.load(sd1_file, device="cpu", dtype=torch.float32, held=torch.float16)
     sizes = [sum(p.numel() * p.element_size() for p in m.unet.parameters()) for m in (sd1, held)]
     assert held.dtype == torch.float32 and sizes[1] < 0.52 * sizes[0]
     runs = [p2p.edit(m, "a cat", "a dog", steps=2, height=64, width=64).latents for m in (sd1, held)]
-    assert torch.equal(*runs)
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-4)   # widened kernels are not arranged, see `models.layers`
     with pytest.raises(p2p.UsageError, match="shorter"):
         p2p.load(sd1_file, device="cpu", dtype=torch.float16, held=torch.float16)
 
