@@ -61,7 +61,7 @@ class Record(NamedTuple):
     before: bool = False   # append the edited rows' maps as they were before the edit
     queries: bool = False  # instead of maps: q and k of every site
     exactly: int = 0       # text columns of sites with exactly so many pixels, besides
-    rows: int = 0          # of the last so many rows of the batch alone (0: of all)
+    rows: int = 0          # of the last so many rows of the batch alone, the rows that edits borrow from among them (0: of all)
 
     def wants(self, pixels: int) -> bool:
         """Are columns of text wanted of a site with so many pixels?"""
@@ -223,7 +223,10 @@ class _TextAttention(_Attention):
             out = with_last(out, torch.where(some, out[-e:] / sums, out[-e:]))
         if not want:
             return self._out(out, dtype), queries
-        lent = text_probs(*(m[r:] for m in source), text.k.shape[1])                        # (E, h, N, L)
+        if edit.cached:
+            lent = text_probs(*(m[r:] for m in source), text.k.shape[1])                            # (E, h, N, L)
+        else:
+            lent = before.index_select(0, edit.source[r:] - (len(q) - len(before)))
         e = len(lent)
         after = edited_probs(before[-e:], lent, edit.mix[r:], edit.keep[r:])
         if edit.renormalise is not None:
