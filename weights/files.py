@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -38,15 +39,15 @@ class TensorFile:
         return any(d in _FP8 for d in self.dtypes.values())
 
 
-class _MappedFile(TensorFile):
+class _MappedFile(TensorFile, ABC):
     """Hands out copies. What was read of a mapping counts as the process's memory until it is closed, so it is now and then."""
 
     RESIDENT = 2**27   # bytes to read before that
     _read, _mapped = 0, True
 
+    @abstractmethod
     def _open(self) -> None:
         """Maps the file, perhaps again. Raises CheckpointError."""
-        raise NotImplementedError
 
     def _tensor(self, key: str) -> Tensor:
         """As it lies in the mapping."""
