@@ -58,16 +58,15 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
     model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
     """
     dtype = dtype or model.dtype
-    if isinstance(source, Inversion):
-        if source.method not in FOLLOW:
-            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
-                             f"use {' or '.join(FOLLOW)}")
-        source.check(model)
-        with arranged(model.unet):
+    with arranged(model.unet):
+        if isinstance(source, Inversion):
+            if source.method not in FOLLOW:
+                raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
+                                 f"use {' or '.join(FOLLOW)}")
+            source.check(model)
             stored = {} if latents_only else _queries(model, source, dtype, progress)
-        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
-    else:
-        with arranged(model.unet):
+            found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
+        else:
             found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
     return replace(found, queries=stored or None)
 
