@@ -116,7 +116,7 @@ def around(net: UNet, x: Tensor, at: Time, context: Tensor, edit: AttentionEdit)
                   torch.zeros(1, dtype=torch.bool, device=x.device), torch.ones_like(x[:1, :1], dtype=torch.bool),
                   torch.zeros(1, dtype=torch.long, device=x.device))
     everyone = [0, 1, 2, 3]
-    reading = step(everyone, edit, Record(exactly=blend.pixels, rows=2))
+    reading = step(everyone, edit, Record(exactly=blend.pixels, rows=2, mean=True))
     traced = source_at(2)._replace(cached=net(x[2:3], at, context[2:3], record=Record(queries=True))[1])
     return {"recorded": step(everyone, edit, Record(text=16 * 16, rows=2)),
             "blend": lambda: local_blend(x[2:], word_maps(reading()[1], blend), blend, 0),

@@ -37,8 +37,8 @@ class AttentionEdit(NamedTuple):
                                         # weights are negative, by those of its sizes, P_src |mix| + P diag(|keep|)
     rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
-    cached: Mapping[str, QK] | None = None   # by site, q and k of a source that is no row of the batch (one row each): it
-                                        # counts as the row that follows the last
+    cached: Mapping[str, QK] | None = None   # by site, q and k of the source (one row each), where it is no row of the batch:
+                                        # `source` is then this one alone, and self_source counts it as the row after the last
 
 
 def same_tables(a: object, b: object) -> bool:
@@ -61,6 +61,7 @@ class Record(NamedTuple):
     before: bool = False   # append the edited rows' maps as they were before the edit
     queries: bool = False  # instead of maps: q and k of every site
     exactly: int = 0       # text columns of sites with exactly so many pixels, besides
+    mean: bool = False     # text columns as the mean of the heads, h = 1, but for edits that renormalise (each head's rows)
     rows: int = 0          # of the last so many rows of the batch alone, the rows that edits borrow from among them (0: of all)
 
     def wants(self, pixels: int) -> bool:
@@ -164,13 +165,6 @@ class _Attention(nn.Module):
         first = torch.arange(len(parts[0]) - edit.rows.shape[1], device=edit.rows.device)
         return tuple(x[torch.cat([first, rows])] for x, rows in zip(parts, edit.rows))
 
-    def _lent(self, edit: AttentionEdit, rows: Tensor, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of the rows (E,) that an edit names."""
-        if not edit.cached:
-            return q[rows], k[rows]
-        absent, present = (rows == len(q))[:, None, None], rows.clamp(max=len(q) - 1)
-        return tuple(torch.where(absent, own.to(x), x[present]) for x, own in zip((q, k), edit.cached[""]))
-
     def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
 
@@ -188,8 +182,13 @@ class SelfAttention(_Attention):
         if edit is not None:
             own = torch.arange(len(x) - len(edit.source), len(x), device=x.device)       # (E,)
             rows = torch.where(x.shape[1] <= edit.self_max_tokens, edit.self_source, own)
+            if edit.cached:
+                absent = (rows == len(x))[:, None, None]
+                lent = [torch.where(absent, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
+            else:
+                lent = [m[rows] for m in used]
             kept = record.queries or record.before
-            used = tuple(with_last(m.clone() if kept else m, lent) for m, lent in zip(used, self._lent(edit, rows, q, k)))
+            used = tuple(with_last(m.clone() if kept else m, new) for m, new in zip(used, lent))
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
             return out, (q[r:], k[r:])
@@ -206,13 +205,25 @@ class _TextAttention(_Attention):
     def _read(self, context: Tensor | TextKV, edit: AttentionEdit | None) -> TextKV:
         return (self.text(context) if isinstance(context, Tensor) else context).under(edit)
 
+    def _source(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys of each edited row's source."""
+        if edit.cached:
+            return tuple(c.to(q).expand(len(edit.source), -1, -1) for c in edit.cached[""])
+        return q[edit.source], k[edit.source]
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: TextKV, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
         queries = (q[r:], k[r:]) if record.queries else None
-        source = None if edit is None else self._split(*self._lent(edit, edit.source, q, k))
+        source = None if edit is None else self._split(*self._source(edit, q, k))
         q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
-        before = text_probs(q[r:], k[r:], text.k.shape[1]) if want else None                        # (B, h, N, L)
+        mean = record.mean and (edit is None or edit.renormalise is None)
+
+        def columns(q: Tensor, k: Tensor) -> Tensor:
+            p = text_probs(q, k, text.k.shape[1])                                        # (B, h, N, L)
+            return p.mean(1, keepdim=True) if mean else p                                # edits are linear: of the mean, the mean
+
+        before = columns(q[r:], k[r:]) if want else None
         if edit is None:
             return self._out(attend(q, k, v), dtype), queries or before
         e = len(edit.source)
@@ -224,7 +235,7 @@ class _TextAttention(_Attention):
         if not want:
             return self._out(out, dtype), queries
         if edit.cached:
-            lent = text_probs(*(m[r:] for m in source), text.k.shape[1])                            # (E, h, N, L)
+            lent = columns(*(m[r:] for m in source))                                     # (E, h, N, L)
         else:
             lent = before.index_select(0, edit.source[r:] - (len(q) - len(before)))
         e = len(lent)

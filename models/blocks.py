@@ -130,10 +130,13 @@ class Upsample(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU. The odd nesting keeps the tensor names of public checkpoints (ff.net.0.proj, ff.net.2).
 
-    Few rows at a time where the hidden layer is large: it would be most of a step's memory.
+    Few rows at a time where the hidden layer is large: it would be most of a step's memory. On CPUs that begins where it is
+    larger than its weights, which each piece reads anew: what is freed in large blocks is given back to the system, and every
+    step pays for its pages again.
     """
 
     LARGE = 2**24   # elements
+    LARGE_ON_CPU = 2**21
 
     class _GEGLU(nn.Module):
         def __init__(self, dim: int, hidden: int):
@@ -150,7 +153,9 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), Linear(dim * mult, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, self.LARGE // (x.shape[1] * self.net[0].proj.out_features))
+        weight = self.net[0].proj.weight
+        large = min(self.LARGE, max(self.LARGE_ON_CPU, weight.numel())) if x.is_cpu else self.LARGE
+        rows = max(1, large // (x.shape[1] * len(weight)))
         return self.net(x) if rows >= len(x) else torch.cat([self.net(part) for part in x.split(rows)])
 
 

@@ -2,7 +2,7 @@
 they are widened to that of the input, a layer at a time."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,20 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in (
-    "_linear_pointwise", "_convolution_pointwise", "_reorder_linear_weight", "_reorder_convolution_weight"))
+    "_linear_pointwise", "_convolution_pointwise", "_reorder_convolution_weight"))
 
 
 class Linear(nn.Linear):
     """nn.Linear. On CPUs, in float32 and where no gradient is asked for, oneDNN multiplies instead of the BLAS behind ATen: the
     same sums, up to twice as fast where that is MKL and the processor AMD's."""
 
-    arranged: list[Tensor] | None = None   # see `arranged`
-
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as(x, self)
         if _by_onednn(x, weight):
-            kernel = _kept(self, weight, lambda: torch.ops.mkldnn._reorder_linear_weight(weight, max(1, x.shape[:-1].numel())))
-            return torch.ops.mkldnn._linear_pointwise(x, kernel, bias, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
 
 
@@ -32,7 +29,7 @@ class Conv2d(nn.Conv2d):
     oneDNN's convolution rearranges the whole kernel at every call, which there takes longer than the sums."""
 
     LARGE = 2**22   # elements of a kernel
-    arranged: list[Tensor] | None = None
+    arranged: list[Tensor] | None = None   # the kernel as `arranged` keeps it, once there is one
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as(x, self)
@@ -40,9 +37,10 @@ class Conv2d(nn.Conv2d):
             return self._conv_forward(x, weight, bias)
         if self.arranged is not None:
             how = self.padding, self.stride, self.dilation, self.groups
-            kernel = _kept(self, weight, lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape))
+            if not self.arranged:
+                self.arranged.append(torch.ops.mkldnn._reorder_convolution_weight(weight, *how, x.shape))
             x = x.contiguous(memory_format=torch.channels_last)
-            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *how, "none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, self.arranged[0], bias, *how, "none", [], "")
         few = 2 * len(x) * x.shape[2] * x.shape[3] <= self.out_channels
         same = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups) == ((3, 3), *[(1, 1)] * 3, 1)
         last = weight.is_contiguous(memory_format=torch.channels_last)
@@ -58,9 +56,10 @@ ARRANGED = 2**29   # bytes of kernels
 
 @contextmanager
 def arranged(net: nn.Module) -> Iterator[None]:
-    """Meanwhile each layer's kernel is rearranged for oneDNN at its first call alone, not at every one. For the steps of a run,
-    over which no weight changes; a network of more than ARRANGED bytes, of which this holds a copy, is left as it is."""
-    layers = [m for m in net.modules() if isinstance(m, (Linear, Conv2d)) and m.weight.is_cpu and m.weight.dtype == torch.float32]
+    """Meanwhile each convolution's kernel is rearranged for oneDNN at its first call alone, not at every one. For the steps of a
+    run, over which no weight changes; where there are more than ARRANGED bytes of them, a copy of which this holds, they are left
+    as they are. (Linear layers gain less by it over a run's steps than it takes.)"""
+    layers = [m for m in net.modules() if isinstance(m, Conv2d) and m.weight.is_cpu and m.weight.dtype == torch.float32]
     if not ONEDNN or sum(4 * m.weight.numel() for m in layers) > ARRANGED:
         layers = []
     for m in layers:
@@ -95,16 +94,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """May oneDNN's own operator be called? It has no derivative, and is not compiled."""
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.float32 and not plain
-
-
-def _kept(layer: Linear | Conv2d, weight: Tensor, arrange: Callable[[], Tensor]) -> Tensor:
-    """A layer's kernel as oneDNN wants it, if that is to be kept; else as it is."""
-    kept = layer.arranged
-    if kept is None:
-        return weight
-    if not kept:
-        kept.append(arrange())
-    return kept[0]
 
 
 def _as(x: Tensor, layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:

@@ -169,10 +169,9 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
         smaller = sorted({m.shape[2] for m in maps.values()})
         raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
                          f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
-    p = torch.cat([m.float() for m in chosen], dim=1)                                    # (S + N, sites h, pixels, L)
-    source = torch.einsum("nhpl,nkl->nkhp", p[blend.of], blend.columns[:, :, 0]).mean(2)
-    target = torch.einsum("nhpl,nkl->nkhp", p[-len(blend.of):], blend.columns[:, :, 1]).mean(2)
-    return torch.stack([source, target], dim=2)
+    p = sum(m.sum(1, dtype=torch.float32) for m in chosen) / sum(m.shape[1] for m in chosen)    # (S + N, pixels, L)
+    both = torch.stack([p[blend.of], p[-len(blend.of):]], dim=1)                         # (N, 2, pixels, L)
+    return torch.einsum("nspl,nksl->nksp", both, blend.columns)
 
 
 def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:

@@ -70,7 +70,8 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     constant = null is None or isinstance(null, Conditioning)                     # over the steps
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
     leaves = known.until if known is not None else None                           # the step from which row 0 is not run
-    record = record._replace(exactly=blend.pixels if blend is not None else 0)
+    record = record._replace(exactly=blend.pixels if blend is not None else 0,
+                             mean=record.mean or not (record.text or record.pixels))   # a blend reads the heads' mean alone
     of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
     edit, times, finite = None, torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back

@@ -174,6 +174,21 @@ def test_maps_before_the_edit(kind):
     assert torch.equal(both[:4], after) and (both[4:] - plain[2:]).abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("renormalise", [None, torch.tensor([True, False])], ids=["", "renormalised"])
+@pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
+def test_edits_of_the_mean_are_the_mean_of_edits(kind, renormalise):
+    """P' is linear in the maps; a row sum is not, so that edits which divide by it are read head by head."""
+    module, x, context = module_and_inputs(kind)
+    lent = module(x[1:2], context[1:2], record=Record(queries=True))[1]
+    for edit in (an_edit(mix=rand(2, L, L), keep=rand(2, L)), an_edit(mix=rand(2, L, L), keep=rand(2, L))._replace(cached={"": lent})):
+        edit = edit._replace(renormalise=renormalise)
+        for asked in (Record(text=N, before=True), Record(text=N, rows=3)):
+            out, heads = module(x, context, edit, asked)
+            same, mean = module(x, context, edit, asked._replace(mean=True))
+            assert torch.equal(out, same) and mean.shape[1] == (1 if renormalise is None else HEADS)
+            assert (mean.mean(1) - heads.mean(1)).abs().max() < 1e-14 and heads.mean(1).std() > 1e-3
+
+
 def test_record_is_by_size():
     module, x, context = module_and_inputs(CrossAttention)
     assert module(x, context, None, Record(text=N - 1))[1] is None
