@@ -132,7 +132,8 @@ def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor,
 
 def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor) -> Tensor:
     """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns."""
-    mixed = F.pad(mixed, (0, 0, k_src.shape[2] - mixed.shape[2], 0))
+    pixels = k_src.shape[2] - mixed.shape[2]
+    mixed = F.pad(mixed, (0, 0, pixels, 0)) if pixels else mixed
     out = attend(q, k, v)
     return with_last(out, out[-len(mixed):] + attend(q_src, k_src, mixed))
 
@@ -186,7 +187,7 @@ class SelfAttention(_Attention):
                 absent = (rows == len(x))[:, None, None]
                 lent = [torch.where(absent, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
             else:
-                lent = [m[rows] for m in used]
+                lent = [m.index_select(0, rows) for m in used]
             kept = record.queries or record.before
             used = tuple(with_last(m.clone() if kept else m, new) for m, new in zip(used, lent))
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
@@ -209,7 +210,7 @@ class _TextAttention(_Attention):
         """Queries and keys of each edited row's source."""
         if edit.cached:
             return tuple(c.to(q).expand(len(edit.source), -1, -1) for c in edit.cached[""])
-        return q[edit.source], k[edit.source]
+        return q.index_select(0, edit.source), k.index_select(0, edit.source)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: TextKV, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:

@@ -52,6 +52,7 @@ class Conv2d(nn.Conv2d):
 
 
 ARRANGED = 2**29   # bytes of kernels
+KEPT = 31 * 2**20   # bytes
 
 
 @contextmanager
@@ -64,6 +65,8 @@ def arranged(net: nn.Module) -> Iterator[None]:
         layers = []
     for m in layers:
         m.arranged = []
+    if layers:   # glibc keeps up to twice the largest block yet freed; more it gives back, and each step would pay for its pages anew
+        torch.empty(KEPT, dtype=torch.uint8)
     try:
         yield
     finally:
