@@ -52,21 +52,21 @@ class Conv2d(nn.Conv2d):
 
 
 ARRANGED = 2**29   # bytes of kernels
-KEPT = 31 * 2**20   # bytes
+KEPT = 31 * 2**20       # bytes: of a block of 32 MiB or more glibc takes no notice
 
 
 @contextmanager
 def arranged(net: nn.Module) -> Iterator[None]:
-    """Meanwhile each convolution's kernel is rearranged for oneDNN at its first call alone, not at every one. For the steps of a
-    run, over which no weight changes; where there are more than ARRANGED bytes of them, a copy of which this holds, they are left
-    as they are. (Linear layers gain less by it over a run's steps than it takes.)"""
+    """For the steps of a run, over which no weight changes: each convolution's kernel is rearranged for oneDNN at its first call
+    alone, not at every one, and memory that one step frees stays for the next. Networks whose kernels are more than ARRANGED
+    bytes, a copy of which this holds, are left as they are. (Linear layers gain less than their rearrangement takes.)"""
     layers = [m for m in net.modules() if isinstance(m, Conv2d) and m.weight.is_cpu and m.weight.dtype == torch.float32]
     if not ONEDNN or sum(4 * m.weight.numel() for m in layers) > ARRANGED:
         layers = []
     for m in layers:
         m.arranged = []
-    if layers:   # glibc keeps up to twice the largest block yet freed; more it gives back, and each step would pay for its pages anew
-        torch.empty(KEPT, dtype=torch.uint8)
+    if layers:
+        torch.empty(KEPT, dtype=torch.uint8)   # and freed: glibc keeps twice as much as the largest block freed yet
     try:
         yield
     finally:
