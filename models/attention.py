@@ -38,7 +38,8 @@ class AttentionEdit(NamedTuple):
     rows: Tensor | None = None          # (3, E) long: the batch rows whose q, pixel k and pixel v each edited row uses, in
                                         # self- and hybrid attention alike (other editors; not Prompt-to-Prompt)
     cached: Mapping[str, QK] | None = None   # by site, q and k of the source (one row each), where it is no row of the batch:
-                                        # `source` is then this one alone, and self_source counts it as the row after the last
+                                        # `source` is then this one alone; in self_source the row after the last is this one,
+                                        # and any other the edited row itself
 
 
 def same_tables(a: object, b: object) -> bool:
@@ -193,10 +194,14 @@ class SelfAttention(_Attention):
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
             return out, (q[r:], k[r:])
-        probs = attend_probs(*self._split(*(m[r:] for m in used))) if x.shape[1] <= record.pixels else None   # (B, h, N, N)
-        if probs is not None and edit is not None and record.before:
+        if x.shape[1] > record.pixels:
+            return out, None
+        probs = attend_probs(*self._split(*(m[r:] for m in used)))                       # (B, h, N, N)
+        if edit is not None:
             e = len(own[r:])
-            probs = torch.cat([probs, attend_probs(*self._split(q[-e:], k[-e:]))])
+            absent = [attend_probs(*self._split(*(c.to(x) for c in edit.cached[""])))] if edit.cached else []
+            before = [attend_probs(*self._split(q[-e:], k[-e:]))] if record.before else []
+            probs = torch.cat([probs[:-e], *absent, probs[-e:], *before])
         return out, probs
 
 
@@ -209,7 +214,7 @@ class _TextAttention(_Attention):
     def _source(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
         """Queries and keys of each edited row's source."""
         if edit.cached:
-            return tuple(c.to(q).expand(len(edit.source), -1, -1) for c in edit.cached[""])
+            return tuple(c.to(q).expand(len(edit.source), -1, -1).contiguous() for c in edit.cached[""])
         return q.index_select(0, edit.source), k.index_select(0, edit.source)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: TextKV, edit: AttentionEdit | None,
@@ -222,7 +227,8 @@ class _TextAttention(_Attention):
 
         def columns(q: Tensor, k: Tensor) -> Tensor:
             p = text_probs(q, k, text.k.shape[1])                                        # (B, h, N, L)
-            return p.mean(1, keepdim=True) if mean else p                                # edits are linear: of the mean, the mean
+            wide = torch.promote_types(p.dtype, torch.float32)
+            return p.mean(1, keepdim=True, dtype=wide) if mean else p                    # edits are linear: of the mean, the mean
 
         before = columns(q[r:], k[r:]) if want else None
         if edit is None:

@@ -130,13 +130,11 @@ class Upsample(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU. The odd nesting keeps the tensor names of public checkpoints (ff.net.0.proj, ff.net.2).
 
-    Few rows at a time where the hidden layer is large: it would be most of a step's memory. On CPUs that begins where it is
-    larger than its weights, which each piece reads anew: what is freed in large blocks is given back to the system, and every
-    step pays for its pages again.
+    Few rows at a time where the hidden layer is large: it would be most of a step's memory.
     """
 
-    LARGE = 2**24   # elements
-    LARGE_ON_CPU = 2**21
+    LARGE = 2**24          # elements
+    LARGE_ON_CPU = 2**21   # there small pieces are the faster ones, unless the weights, which each of them reads, are larger still
 
     class _GEGLU(nn.Module):
         def __init__(self, dim: int, hidden: int):

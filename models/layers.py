@@ -63,10 +63,10 @@ def arranged(net: nn.Module) -> Iterator[None]:
     layers = [m for m in net.modules() if isinstance(m, Conv2d) and m.weight.is_cpu and m.weight.dtype == torch.float32]
     if not ONEDNN or sum(4 * m.weight.numel() for m in layers) > ARRANGED:
         layers = []
+    if layers:
+        torch.empty(KEPT, dtype=torch.uint8, device="cpu")   # and freed: from then on glibc keeps up to twice as much
     for m in layers:
         m.arranged = []
-    if layers:
-        torch.empty(KEPT, dtype=torch.uint8)   # and freed: glibc keeps twice as much as the largest block freed yet
     try:
         yield
     finally:

@@ -114,6 +114,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             _check(finite, schedule, model)
         if blend is not None:
             seen = seen + word_maps({site: m[:len(x)] for site, m in maps.items() if site not in of_pixels}, blend)
+            maps = {site: m for site, m in maps.items() if site in of_pixels or m.shape[2] <= record.text}   # not the blend's
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
         yield Step(i, t, x, maps, mask, len(x_in))
         x = x[1:] if absent else x

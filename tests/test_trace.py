@@ -22,11 +22,12 @@ def model(request):
 @pytest.mark.parametrize("latents_only", [False, True])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, latents_only, guidance_scale):
-    common = dict(steps=5, seed=2, height=64, width=96)
-    r = p2p.edit(model, SOURCE, EDITS, guidance_scale=guidance_scale, record=p2p.Record(text=256), **common)
+    common, recorded = dict(steps=5, seed=2, height=64, width=96), p2p.Record(text=256, pixels=256, before=True)
+    r = p2p.edit(model, SOURCE, EDITS, guidance_scale=guidance_scale, record=recorded, **common)
     found = p2p.trace(model, SOURCE, guidance_scale=guidance_scale, latents_only=latents_only, **common)
-    again = p2p.edit(model, found, EDITS, record=p2p.Record(text=256))
+    again = p2p.edit(model, found, EDITS, record=recorded)
     assert (again.latents - r.latents).abs().max() < 2e-3 * r.latents.std() and torch.equal(again.masks, r.masks)
+    assert again.maps.sites.keys() == r.maps.sites.keys() and r.maps.pixel_sites
     assert all((again.maps.sites[k] - m).abs().max() < 5e-3 for k, m in r.maps.sites.items())
     halves = 1 if guidance_scale == 1 else 2
     assert again.rows == 5 * (halves * len(EDITS) + latents_only) and r.rows == 5 * halves * (1 + len(EDITS))
