@@ -156,6 +156,14 @@ def test_maps_of_pixels_are_not_taken_for_maps_of_text(emoji):
     assert torch.equal(plain.masks, both.masks) and torch.equal(plain.maps.mean(1), both.maps.mean(1))
 
 
+def test_maps_that_a_blend_alone_reads_are_not_recorded(emoji):
+    words = p2p.LocalBlend(words=("cat", "dog"))
+    r = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=2, record=p2p.Record(pixels=8 * 8))
+    assert r.maps.sides("pixels") == [(8, 8)] and not r.maps.sides("text")
+    with pytest.raises(UsageError, match="no attention map has at most 10"):
+        p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=2, record=p2p.Record(text=10))
+
+
 @pytest.mark.parametrize("height, width", [(66, 64), (64, 70), (62, 58)])
 def test_blends_at_sizes_that_no_level_divides(emoji, height, width):
     """The maps are a quarter of the picture's sides, rounded up."""
