@@ -185,8 +185,8 @@ class SelfAttention(_Attention):
             own = torch.arange(len(x) - len(edit.source), len(x), device=x.device)       # (E,)
             rows = torch.where(x.shape[1] <= edit.self_max_tokens, edit.self_source, own)
             if edit.cached:
-                absent = (rows == len(x))[:, None, None]
-                lent = [torch.where(absent, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
+                foreign = (rows == len(x))[:, None, None]
+                lent = [torch.where(foreign, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
             else:
                 lent = [m.index_select(0, rows) for m in used]
             kept = record.queries or record.before
