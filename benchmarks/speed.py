@@ -88,7 +88,7 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
     if gpu:
         compiled = torch.compile(net)
         sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
-    if name.startswith("nano"):
+    if name != "full":
         sides |= around(net, x, at, context, edit)
     with arranged(net):
         m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
