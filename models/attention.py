@@ -140,7 +140,8 @@ def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, 
 
 
 def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
-    """P' itself: the explicit form of `edited_attend`.  p, p_src (E, h, N, K) -> (E, h, N, K); rows need not sum to 1"""
+    """P' itself: the explicit form of `edited_attend`; its rows need not sum to 1.  p (E, h, N, K), p_src (E or 1, h, N, K)
+    -> (E, h, N, K)"""
     n = p.shape[-1] - keep.shape[-1]
     text = p_src[..., n:] @ mix[:, None].to(p.dtype) + p[..., n:] * keep[:, None, None, :].to(p.dtype)
     return torch.cat([p[..., :n], text], dim=-1)
@@ -197,7 +198,7 @@ class SelfAttention(_Attention):
         if x.shape[1] > record.pixels:
             return out, None
         probs = attend_probs(*self._split(*(m[r:] for m in used)))                       # (B, h, N, N)
-        if edit is not None:
+        if edit is not None and (edit.cached or record.before):
             e = len(own[r:])
             absent = [attend_probs(*self._split(*(c.to(x) for c in edit.cached[""])))] if edit.cached else []
             before = [attend_probs(*self._split(q[-e:], k[-e:]))] if record.before else []
@@ -227,8 +228,9 @@ class _TextAttention(_Attention):
 
         def columns(q: Tensor, k: Tensor) -> Tensor:
             p = text_probs(q, k, text.k.shape[1])                                        # (B, h, N, L)
-            wide = torch.promote_types(p.dtype, torch.float32)
-            return p.mean(1, keepdim=True, dtype=wide) if mean else p                    # edits are linear: of the mean, the mean
+            if not mean:
+                return p
+            return p.mean(1, keepdim=True, dtype=torch.promote_types(p.dtype, torch.float32))   # edits are linear
 
         before = columns(q[r:], k[r:]) if want else None
         if edit is None:
@@ -241,15 +243,16 @@ class _TextAttention(_Attention):
             out = with_last(out, torch.where(some, out[-e:] / sums, out[-e:]))
         if not want:
             return self._out(out, dtype), queries
+        rows = edit.source[r:]
         if edit.cached:
-            lent = columns(*(m[r:] for m in source))                                     # (E, h, N, L)
+            lent = absent = columns(*(m[:1] for m in source))                            # (1, h, N, L), the same for all
         else:
-            lent = before.index_select(0, edit.source[r:] - (len(q) - len(before)))
-        e = len(lent)
+            lent = before.index_select(0, rows - (len(q) - len(before)))                 # (E, h, N, L)
+            absent = lent[:0]
+        e = len(rows)
         after = edited_probs(before[-e:], lent, edit.mix[r:], edit.keep[r:])
         if edit.renormalise is not None:
             after = torch.where(some[r:], after / sums[r:][..., :1], after)
-        absent = lent[: 1 if edit.cached else 0]
         return self._out(out, dtype), torch.cat([before[:-e], absent, after, before[-e:][: e if record.before else 0]])
 
 

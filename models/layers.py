@@ -52,7 +52,7 @@ class Conv2d(nn.Conv2d):
 
 
 ARRANGED = 2**29   # bytes of kernels
-KEPT = 31 * 2**20       # bytes: of a block of 32 MiB or more glibc takes no notice
+KEPT = 31 * 2**20  # bytes: of a block of 32 MiB or more glibc takes no notice
 
 
 @contextmanager
