@@ -91,7 +91,8 @@ def as_edit(kind: str, f: Formula) -> AttentionEdit:
     mix = torch.eye(TOKENS, device=f.alphas.device, dtype=f.alphas.dtype)[:, f.mapper] if kind == "refine" else f.mapper
     mix, keep = mix * (f.alphas * f.scale), 1 - f.alphas
     row = torch.tensor([2], device=mix.device)
-    return AttentionEdit(row, mix[None], keep[None], row, torch.tensor([32 * 32], device=mix.device))
+    return AttentionEdit(row, mix[None], keep[None], row, torch.tensor([32 * 32], device=mix.device),
+                         only=None if kind == "refine" else "source", injected=32 * 32)   # as `edit.plan` finds them
 
 
 class Official:

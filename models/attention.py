@@ -10,7 +10,7 @@ so an edit is two small tensors per step, and no map has to be formed. The expli
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,16 @@ class AttentionEdit(NamedTuple):
     cached: Mapping[str, QK] | None = None   # by site, q and k of the source (one row each), where it is no row of the batch:
                                         # `source` is then this one alone; in self_source the row after the last is this one,
                                         # and any other the edited row itself
+    only: Literal["source", "own"] | None = None   # known beforehand: keep = 0 throughout, or mix = 0 and keep = 1
+    injected: int | None = None         # known beforehand: self_source = source at sites of at most so many pixels, all rows' own
+                                        # at larger ones
+
+    def beforehand(self, pixels: int) -> tuple[str | None, bool | None]:
+        """What is known without a look at the tensors, lest what nobody reads be computed: `only`, and whether all rows (True) or
+        none (False) are injected at a self-attention site of so many pixels. Nothing in a compiled graph: it serves all steps."""
+        if torch.compiler.is_compiling():
+            return None, None
+        return self.only, None if self.injected is None else pixels <= self.injected
 
 
 def same_tables(a: object, b: object) -> bool:
@@ -131,9 +141,12 @@ def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor,
     return attend_twice(q, k, torch.cat([pixels, own], dim=2), q_src, k_src, mixed)
 
 
-def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor) -> Tensor:
-    """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns."""
+def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor, only: str | None = None) -> Tensor:
+    """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns. Once will do
+    where `only` the source is read, keep being 0; columns of pixels always are the row's own."""
     pixels = k_src.shape[2] - mixed.shape[2]
+    if only == "source" and not pixels:
+        return attend(*(torch.cat([m[:-len(mixed)], of]) for m, of in zip((q, k, v), (q_src, k_src, mixed))))
     mixed = F.pad(mixed, (0, 0, pixels, 0)) if pixels else mixed
     out = attend(q, k, v)
     return with_last(out, out[-len(mixed):] + attend(q_src, k_src, mixed))
@@ -168,6 +181,12 @@ class _Attention(nn.Module):
         first = torch.arange(len(parts[0]) - edit.rows.shape[1], device=edit.rows.device)
         return tuple(x[torch.cat([first, rows])] for x, rows in zip(parts, edit.rows))
 
+    def _source(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys of each edited row's source."""
+        if edit.cached:
+            return tuple(c.to(q).expand(len(edit.source), -1, -1).contiguous() for c in edit.cached[""])
+        return q.index_select(0, edit.source), k.index_select(0, edit.source)
+
     def _out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
 
@@ -180,17 +199,22 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
-        q, k, v = self._borrow(edit, self.to_q(x), self.to_k(x), self.to_v(x))           # (B, N, h d)
-        used, r = (q, k), -record.rows
-        if edit is not None:
-            own = torch.arange(len(x) - len(edit.source), len(x), device=x.device)       # (E,)
+        e, injected = (0, False) if edit is None else (len(edit.source), edit.beforehand(x.shape[1])[1])
+        kept, r = record.queries or record.before, -record.rows
+        unread = e if injected and not kept and edit.rows is None else 0                 # rows whose own q and k nobody reads
+        q, k = (f(x[:len(x) - unread]) for f in (self.to_q, self.to_k))
+        q, k, v = self._borrow(edit, q, k, self.to_v(x))                                 # (B, N, h d)
+        used = (q, k)
+        if unread:
+            used = tuple(map(torch.cat, zip(used, self._source(edit, q, k))))
+        elif injected is not False:
+            own = torch.arange(len(x) - e, len(x), device=x.device)                      # (E,)
             rows = torch.where(x.shape[1] <= edit.self_max_tokens, edit.self_source, own)
             if edit.cached:
                 foreign = (rows == len(x))[:, None, None]
                 lent = [torch.where(foreign, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
             else:
                 lent = [m.index_select(0, rows) for m in used]
-            kept = record.queries or record.before
             used = tuple(with_last(m.clone() if kept else m, new) for m, new in zip(used, lent))
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
@@ -199,7 +223,7 @@ class SelfAttention(_Attention):
             return out, None
         probs = attend_probs(*self._split(*(m[r:] for m in used)))                       # (B, h, N, N)
         if edit is not None and (edit.cached or record.before):
-            e = len(own[r:])
+            e = len(edit.source[r:])
             absent = [attend_probs(*self._split(*(c.to(x) for c in edit.cached[""])))] if edit.cached else []
             before = [attend_probs(*self._split(q[-e:], k[-e:]))] if record.before else []
             probs = torch.cat([probs[:-e], *absent, probs[-e:], *before])
@@ -212,16 +236,13 @@ class _TextAttention(_Attention):
     def _read(self, context: Tensor | TextKV, edit: AttentionEdit | None) -> TextKV:
         return (self.text(context) if isinstance(context, Tensor) else context).under(edit)
 
-    def _source(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of each edited row's source."""
-        if edit.cached:
-            return tuple(c.to(q).expand(len(edit.source), -1, -1).contiguous() for c in edit.cached[""])
-        return q.index_select(0, edit.source), k.index_select(0, edit.source)
-
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text: TextKV, edit: AttentionEdit | None,
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
         queries = (q[r:], k[r:]) if record.queries else None
+        only = None if edit is None else edit.beforehand(q.shape[1])[0]
+        if only == "own" and not want:
+            edit = None                                                                  # P' = P
         source = None if edit is None else self._split(*self._source(edit, q, k))
         q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
         mean = record.mean and (edit is None or edit.renormalise is None)
@@ -236,7 +257,7 @@ class _TextAttention(_Attention):
         if edit is None:
             return self._out(attend(q, k, v), dtype), queries or before
         e = len(edit.source)
-        out = attend_twice(q, k, v, *source, *self._split(text.mixed))                   # (B, h, N, d)
+        out = attend_twice(q, k, v, *source, *self._split(text.mixed), only)             # (B, h, N, d)
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
             some, sizes = edit.renormalise[:, None, None, None], (edit.mix.abs(), edit.keep.abs())
             sums = edited_attend(q[-e:], k[-e:], torch.ones_like(v[-e:]), *source, *sizes)

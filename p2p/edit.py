@@ -12,7 +12,7 @@ is not None, c: the word weights.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from numbers import Integral, Real
@@ -253,6 +253,18 @@ def _self_injected(edits: Sequence[Edit], steps: int) -> Tensor:
     return torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)])
 
 
+def agreed(values: Iterable[Hashable]) -> Any:
+    """The one value that all of them are; None where they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _only(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
+    if not keep.any():
+        return "source"
+    return "own" if not mix.any() and bool((keep == 1).all()) else None
+
+
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
          length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
     """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
@@ -262,11 +274,14 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
     other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
     first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
+    only = {j: _only(mix[j], keep[j]) for j in set(first)}
     mix, keep = (x.to(device, dtype).unbind() for x in (mix, keep))
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
-    inside = _self_injected(edits, steps).to(device)
+    inside = _self_injected(edits, steps)
+    injected = [agreed(e.self_max_tokens if on else 0 for e, on in zip(edits, each)) for each in inside.tolist()]
+    inside = inside.to(device)
     renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
-    return [AttentionEdit(source_row, mix[j], keep[j], torch.where(inside[i], source_row, own), limit, renormalise)
-            for i, j in enumerate(first)]
+    return [AttentionEdit(source_row, mix[j], keep[j], torch.where(inside[i], source_row, own), limit, renormalise,
+                          only=only[j], injected=injected[i]) for i, j in enumerate(first)]

@@ -42,6 +42,6 @@ class MasaCtrl:
         """An edit by site for every step of a source and n - 1 targets, `guided` of the n with an unconditional row."""
         own, source = halves(n, guided, device)
         sites = unet.sites()
-        edit = untouched(len(own), length, device, dtype)._replace(rows=torch.stack([own, source, source]))
+        edit = untouched(len(own), length, device, dtype)._replace(rows=torch.stack([own, source, source]), only="own", injected=0)
         last = dict.fromkeys(sites[math.ceil(self.layers * len(sites)):], edit)
         return [last if i >= int(self.start * steps) else {} for i in range(steps)]

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.attention import AttentionEdit, Record, same_tables
 from p2p.blend import Blend
+from p2p.edit import agreed
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.run import Ready, Result, prepared, run
@@ -76,7 +77,8 @@ def _plans(plans: Sequence[Sequence[AttentionEdit]], rows: int) -> list[Attentio
             renormalise = torch.cat([torch.zeros_like(e.source, dtype=torch.bool) if e.renormalise is None else e.renormalise
                                      for e in step])
         out.append(AttentionEdit(source, mix, keep, torch.where(injected, source, own),
-                                 torch.cat([e.self_max_tokens for e in step]), renormalise))
+                                 torch.cat([e.self_max_tokens for e in step]), renormalise,
+                                 only=agreed(e.only for e in step), injected=agreed(e.injected for e in step)))
     return out
 
 

@@ -174,6 +174,57 @@ def test_maps_before_the_edit(kind):
     assert torch.equal(both[:4], after) and (both[4:] - plain[2:]).abs().max() < 1e-14
 
 
+TABLES = {"source": (rand(2, L, L), torch.zeros(2, L, dtype=torch.float64)),
+          "own": (torch.zeros(2, L, L, dtype=torch.float64), torch.ones(2, L, dtype=torch.float64))}
+
+
+def known_or_not(only, injected, cached=None):
+    """The same edit, said beforehand to be what it is, and not."""
+    lent = 4 if cached else 1
+    edit = an_edit(*TABLES[only], self_source=(lent, lent) if injected else (2, 3))._replace(cached=cached and {"": cached})
+    return edit._replace(only=only, injected=N if injected else 0), edit
+
+
+@pytest.mark.parametrize("lent", [False, True], ids=["", "cached"])
+@pytest.mark.parametrize("only, injected", [("source", True), ("source", False), ("own", True), ("own", False)])
+@pytest.mark.parametrize("kind", MODULES)
+def test_what_is_known_beforehand_changes_no_result(kind, only, injected, lent):
+    module, x, context = module_and_inputs(kind)
+    other = module(rand(1, N, 16, seed=5), rand(1, L, 12, seed=6), record=Record(queries=True))[1] if lent else None
+    sure, unsure = known_or_not(only, injected, other)
+    assert ((module(x, context, unsure)[0] - module(x, context)[0]).abs().max() > 1e-3) == (
+        injected if kind is SelfAttention else only == "source")
+    for record in (Record(), Record(queries=True), Record(text=N, pixels=N), Record(text=N, pixels=N, before=True, rows=3, mean=True)):
+        for renormalise in (None, torch.tensor([True, False])):
+            a, b = (module(x, context, edit._replace(renormalise=renormalise), record) for edit in (sure, unsure))
+            assert (a[0] - b[0]).abs().max() < 1e-14 and type(a[1]) is type(b[1])
+            for m, n in zip(*(y[1] if record.queries else [y[1]] for y in (a, b) if y[1] is not None)):
+                assert m.shape == n.shape and (m - n).abs().max() < 1e-14
+    smaller = sure._replace(injected=N - 1, self_max_tokens=torch.tensor([N - 1, N - 1]))   # this site is too large
+    assert torch.equal(module(x, context, smaller)[0], module(x, context, smaller._replace(injected=None, only=None))[0])
+
+
+@pytest.mark.parametrize("kind, only, rows", [(CrossAttention, "source", [4]), (CrossAttention, "own", [4]), (CrossAttention, None, [4, 2]),
+                                              (HybridAttention, "source", [4, 2]), (HybridAttention, "own", [4])])
+def test_maps_that_nobody_reads_are_not_attended_to(kind, only, rows, monkeypatch):
+    module, x, context = module_and_inputs(kind)
+    sure, _ = known_or_not(only or "source", True)
+    seen = []
+    monkeypatch.setattr("models.attention.attend", lambda q, k, v: seen.append(len(q)) or attend(q, k, v))
+    module(x, context, sure._replace(only=only))
+    assert seen == rows
+
+
+@pytest.mark.parametrize("injected, rows", [(N, 2), (0, 4), (None, 4)])
+def test_queries_and_keys_that_nobody_reads_are_not_computed(injected, rows):
+    module, x, context = module_and_inputs(SelfAttention)
+    seen = []
+    for f in (module.to_q, module.to_k):
+        f.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+    module(x, context, known_or_not("own", injected != 0)[0]._replace(injected=injected))
+    assert seen == [rows, rows]
+
+
 @pytest.mark.parametrize("renormalise", [None, torch.tensor([True, False])], ids=["", "renormalised"])
 @pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
 def test_edits_of_the_mean_are_the_mean_of_edits(kind, renormalise):

@@ -101,6 +101,30 @@ def test_targets_keep_their_own_settings():
     assert both[0].self_max_tokens.tolist() == [64, 1024]
 
 
+@pytest.mark.parametrize("edits", [
+    [Edit("a dog on grass", cross_replace_steps=(0.2, 0.7), self_replace_steps=(0.1, 0.4))],
+    [Edit("a cat on grass", equalizer={"cat": 3.0})],
+    [Edit("a big cat on grass", cross_replace_steps=0.5, self_replace_steps=0.0)],
+    [Edit("a dog on grass", cross_replace_steps={"default_": 0.5, "dog": 0.2}, self_replace_steps=1.0)],
+    [Edit("a dog on grass", self_max_tokens=64), Edit("a red dog on grass", self_replace_steps=0.8)],
+    [Edit("a dog on grass", self_replace_steps=(0.5, 1.0)), Edit("a cat on sand", self_replace_steps=0.8)],
+])
+def test_a_plan_knows_what_its_numbers_say(edits):
+    """`only` and `injected`, which spare the network work, against the tensors themselves."""
+    s, targets = tokens("a cat on grass"), [tokens(e.prompt) for e in edits]
+    steps = plan(s, targets, edits, [choose_mode(s, e, t) for e, t in zip(edits, targets)], steps=10, length=L, rows=4 + len(edits),
+                 device=torch.device("cpu"), dtype=torch.float32)
+    for e in steps:
+        own = torch.arange(4, 4 + len(edits))
+        said = {"source": (e.keep == 0).all(), "own": (e.mix == 0).all() and (e.keep == 1).all()}
+        assert e.only == next((name for name, so in said.items() if so), None)
+        used = [torch.where(n <= e.self_max_tokens, e.self_source, own) for n in (1, 64, 65, 1024, 1025)]
+        all_or_none = [True if torch.equal(u, e.source) else False if torch.equal(u, own) else None for u in used]
+        assert (e.injected is None) == (None in all_or_none)
+        assert e.injected is None or all_or_none == [n <= e.injected for n in (1, 64, 65, 1024, 1025)]
+    assert len({(e.only, e.injected) for e in steps}) > 1                 # the windows open and close
+
+
 def test_unknown_choices_are_errors():
     s, t = tokens("a cat"), tokens("a dog")
     with pytest.raises(UsageError, match="replace, refine, reweight"):
