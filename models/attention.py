@@ -23,7 +23,7 @@ QK = tuple[Tensor, Tensor]   # queries and keys, (B, N, h d) and (B, K, h d): th
 
 
 class AttentionEdit(NamedTuple):
-    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch (tensors only: same graph at every step).
+    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch (its numbers are tensors: same graph at every step).
 
     A row with mix = 0, keep = 1 and self_source = its own index is not edited.
     """
@@ -41,8 +41,8 @@ class AttentionEdit(NamedTuple):
                                         # `source` is then this one alone; in self_source the row after the last is this one,
                                         # and any other the edited row itself
     only: Literal["source", "own"] | None = None   # known beforehand: keep = 0 throughout, or mix = 0 and keep = 1
-    injected: int | None = None         # known beforehand: self_source = source at sites of at most so many pixels, all rows' own
-                                        # at larger ones
+    injected: int | None = None         # known beforehand: self_source is `source`, no edited row, at sites of at most so many
+                                        # pixels, and each row itself at larger ones
 
     def beforehand(self, pixels: int) -> tuple[str | None, bool | None]:
         """What is known without a look at the tensors, lest what nobody reads be computed: `only`, and whether all rows (True) or
@@ -197,6 +197,15 @@ class SelfAttention(_Attention):
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast)
 
+    def _chosen(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys that each edited row uses: its source's, or its own."""
+        own = torch.arange(len(q) - len(edit.source), len(q), device=q.device)
+        rows = torch.where(q.shape[1] <= edit.self_max_tokens, edit.self_source, own)    # (E,)
+        if not edit.cached:
+            return q.index_select(0, rows), k.index_select(0, rows)
+        foreign = (rows == len(q))[:, None, None]
+        return tuple(torch.where(foreign, c.to(m), m[-len(rows):]) for m, c in zip((q, k), edit.cached[""]))
+
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
         e, injected = (0, False) if edit is None else (len(edit.source), edit.beforehand(x.shape[1])[1])
@@ -208,14 +217,7 @@ class SelfAttention(_Attention):
         if unread:
             used = tuple(map(torch.cat, zip(used, self._source(edit, q, k))))
         elif injected is not False:
-            own = torch.arange(len(x) - e, len(x), device=x.device)                      # (E,)
-            rows = torch.where(x.shape[1] <= edit.self_max_tokens, edit.self_source, own)
-            if edit.cached:
-                foreign = (rows == len(x))[:, None, None]
-                lent = [torch.where(foreign, c.to(m), m[-len(rows):]) for m, c in zip(used, edit.cached[""])]
-            else:
-                lent = [m.index_select(0, rows) for m in used]
-            used = tuple(with_last(m.clone() if kept else m, new) for m, new in zip(used, lent))
+            used = tuple(with_last(m.clone() if kept else m, new) for m, new in zip(used, self._chosen(edit, q, k)))
         out = self._out(attend(*self._split(*used, v)), x.dtype)                         # (B, N, C)
         if record.queries:
             return out, (q[r:], k[r:])
