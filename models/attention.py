@@ -141,12 +141,9 @@ def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor,
     return attend_twice(q, k, torch.cat([pixels, own], dim=2), q_src, k_src, mixed)
 
 
-def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor, only: str | None = None) -> Tensor:
-    """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns. Once will do
-    where `only` the source is read, keep being 0; columns of pixels always are the row's own."""
+def attend_twice(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mixed: Tensor) -> Tensor:
+    """The same of `mixed_values`; `mixed` (E, h, L, d) stands for zeros and itself, under its source's K columns."""
     pixels = k_src.shape[2] - mixed.shape[2]
-    if only == "source" and not pixels:
-        return attend(*(torch.cat([m[:-len(mixed)], of]) for m, of in zip((q, k, v), (q_src, k_src, mixed))))
     mixed = F.pad(mixed, (0, 0, pixels, 0)) if pixels else mixed
     out = attend(q, k, v)
     return with_last(out, out[-len(mixed):] + attend(q_src, k_src, mixed))
@@ -242,10 +239,13 @@ class _TextAttention(_Attention):
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
         queries = (q[r:], k[r:]) if record.queries else None
-        only = None if edit is None else edit.beforehand(q.shape[1])[0]
-        if only == "own" and not want:
-            edit = None                                                                  # P' = P
-        source = None if edit is None else self._split(*self._source(edit, q, k))
+        only = None if edit is None or want else edit.beforehand(q.shape[1])[0]
+        if only == "own":                                                                # P' = P
+            edit = None
+        elif only == "source" and k.shape[1] == text.k.shape[1] and edit.renormalise is None:   # P' = P_src mix: no pixels in it
+            q, k, v = (torch.cat([m[:-len(new)], new]) for m, new in zip((q, k, v), (*self._source(edit, q, k), text.mixed)))
+            edit = None
+        source = None if edit is None else self._split(*self._source(edit, q, k))        # (E, h, N, d), (E, h, K, d)
         q, k, v = self._split(q, k, v)                                                   # (B, h, N, d)
         mean = record.mean and (edit is None or edit.renormalise is None)
 
@@ -259,7 +259,7 @@ class _TextAttention(_Attention):
         if edit is None:
             return self._out(attend(q, k, v), dtype), queries or before
         e = len(edit.source)
-        out = attend_twice(q, k, v, *source, *self._split(text.mixed), only)             # (B, h, N, d)
+        out = attend_twice(q, k, v, *source, *self._split(text.mixed))                   # (B, h, N, d)
         if edit.renormalise is not None:   # row sums are a map times a column of ones: no map needed either
             some, sizes = edit.renormalise[:, None, None, None], (edit.mix.abs(), edit.keep.abs())
             sums = edited_attend(q[-e:], k[-e:], torch.ones_like(v[-e:]), *source, *sizes)
