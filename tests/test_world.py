@@ -118,7 +118,8 @@ def test_extent_is_the_true_size():
 
 def test_schedule_of_the_bundled_model(emoji):
     abar = shifted_cosine_alphas_cumprod()
-    assert torch.equal(emoji.alphas_cumprod, abar) and (abar.diff() < 0).all() and 0 < abar.min() < abar.max() < 1
+    torch.testing.assert_close(emoji.alphas_cumprod, abar, rtol=1e-15, atol=0)   # cosines differ by a bit from machine to machine
+    assert (abar.diff() < 0).all() and 0 < abar.min() < abar.max() < 1
 
 
 def test_training_resumes_where_it_stopped(tmp_path, capsys):
