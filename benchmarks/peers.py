@@ -16,6 +16,7 @@ from models.attention import AttentionEdit
 from models.layers import channels_last, wide
 from models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
 from models.unet import SD1, UNet
+from p2p.edit import whose_text
 
 TOKENS = 77
 KINDS = ("swap", "refine", "reweight")
@@ -92,7 +93,7 @@ def as_edit(kind: str, f: Formula) -> AttentionEdit:
     mix, keep = mix * (f.alphas * f.scale), 1 - f.alphas
     row = torch.tensor([2], device=mix.device)
     return AttentionEdit(row, mix[None], keep[None], row, torch.tensor([32 * 32], device=mix.device),
-                         only=None if kind == "refine" else "source", injected=32 * 32)   # as `edit.plan` finds them
+                         only=whose_text(mix, keep), injected=32 * 32)
 
 
 class Official:

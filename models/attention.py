@@ -44,12 +44,13 @@ class AttentionEdit(NamedTuple):
     injected: int | None = None         # known beforehand: self_source is `source`, no edited row, at sites of at most so many
                                         # pixels, and each row itself at larger ones
 
-    def beforehand(self, pixels: int) -> tuple[str | None, bool | None]:
-        """What is known without a look at the tensors, lest what nobody reads be computed: `only`, and whether all rows (True) or
-        none (False) are injected at a self-attention site of so many pixels. Nothing in a compiled graph: it serves all steps."""
-        if torch.compiler.is_compiling():
-            return None, None
-        return self.only, None if self.injected is None else pixels <= self.injected
+    def whose_text(self) -> Literal["source", "own"] | None:
+        """`only`, lest what nobody reads be computed; None in a compiled graph, which serves all steps."""
+        return None if torch.compiler.is_compiling() else self.only
+
+    def injects(self, pixels: int) -> bool | None:
+        """The same of self-attention with so many pixels: are all edited rows injected (True), or none (False)?"""
+        return None if torch.compiler.is_compiling() or self.injected is None else pixels <= self.injected
 
 
 def same_tables(a: object, b: object) -> bool:
@@ -205,7 +206,7 @@ class SelfAttention(_Attention):
 
     def forward(self, x: Tensor, context: Tensor, edit: AttentionEdit | None = None,
                 record: Record = Record()) -> tuple[Tensor, Tensor | QK | None]:
-        e, injected = (0, False) if edit is None else (len(edit.source), edit.beforehand(x.shape[1])[1])
+        e, injected = (0, False) if edit is None else (len(edit.source), edit.injects(x.shape[1]))
         kept, r = record.queries or record.before, -record.rows
         unread = e if injected and not kept and edit.rows is None else 0                 # rows whose own q and k nobody reads
         q, k = (f(x[:len(x) - unread]) for f in (self.to_q, self.to_k))
@@ -239,7 +240,7 @@ class _TextAttention(_Attention):
                 record: Record) -> tuple[Tensor, Tensor | QK | None]:
         want, dtype, r = record.wants(q.shape[1]), q.dtype, -record.rows
         queries = (q[r:], k[r:]) if record.queries else None
-        only = None if edit is None or want else edit.beforehand(q.shape[1])[0]
+        only = None if edit is None or want else edit.whose_text()
         if only == "own":                                                                # P' = P
             edit = None
         elif only == "source" and k.shape[1] == text.k.shape[1] and edit.renormalise is None:   # P' = P_src mix: no pixels in it

@@ -259,7 +259,8 @@ def agreed(values: Iterable[Hashable]) -> Any:
     return found.pop() if len(found) == 1 else None
 
 
-def _only(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
+def whose_text(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
+    """`AttentionEdit.only`: whose columns alone these tables read."""
     if not keep.any():
         return "source"
     return "own" if not mix.any() and bool((keep == 1).all()) else None
@@ -274,7 +275,7 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
     other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
     first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
-    only = {j: _only(mix[j], keep[j]) for j in set(first)}
+    only = {j: whose_text(mix[j], keep[j]) for j in set(first)}
     mix, keep = (x.to(device, dtype).unbind() for x in (mix, keep))
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)

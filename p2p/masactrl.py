@@ -22,11 +22,12 @@ def halves(n: int, guided: int, device: torch.device) -> tuple[torch.Tensor, tor
     return own, torch.where(own < guided, first, guided)
 
 
-def untouched(rows: int, length: int, device: torch.device, dtype: torch.dtype) -> AttentionEdit:
-    """An edit of all rows that changes nothing, to be filled in."""
-    own = torch.arange(rows, device=device)
-    return AttentionEdit(own, torch.zeros(rows, length, length, device=device, dtype=dtype),
-                         torch.ones(rows, length, device=device, dtype=dtype), own, torch.zeros_like(own))
+def borrowing(rows: torch.Tensor, length: int, dtype: torch.dtype) -> AttentionEdit:
+    """An edit of all rows that changes nothing but whose pixels they use, (3, B): see `AttentionEdit.rows`."""
+    own = torch.arange(rows.shape[1], device=rows.device)
+    return AttentionEdit(own, torch.zeros(len(own), length, length, device=rows.device, dtype=dtype),
+                         torch.ones(len(own), length, device=rows.device, dtype=dtype), own, torch.zeros_like(own), rows=rows,
+                         only="own", injected=0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,6 @@ class MasaCtrl:
         """An edit by site for every step of a source and n - 1 targets, `guided` of the n with an unconditional row."""
         own, source = halves(n, guided, device)
         sites = unet.sites()
-        edit = untouched(len(own), length, device, dtype)._replace(rows=torch.stack([own, source, source]), only="own", injected=0)
+        edit = borrowing(torch.stack([own, source, source]), length, dtype)
         last = dict.fromkeys(sites[math.ceil(self.layers * len(sites)):], edit)
         return [last if i >= int(self.start * steps) else {} for i in range(steps)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.attention import AttentionEdit
 from models.unet import UNet
-from p2p.masactrl import halves, untouched
+from p2p.masactrl import borrowing, halves
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PlugAndPlay:
         """As `MasaCtrl.plan`."""
         own, source = halves(n, guided, device)
         decoder = list(dict.fromkeys(s for s in unet.sites() if s.startswith("up_blocks")))
-        edit = untouched(len(own), length, device, dtype)._replace(rows=torch.stack([source, source, own]), only="own", injected=0)
+        edit = borrowing(torch.stack([source, source, own]), length, dtype)
         maps: dict[str, AttentionEdit | Tensor] = dict.fromkeys(decoder[1:], edit)
         features = {decoder[1].replace("attentions", "resnets"): source}
         return [(features if i < int(self.features * steps) else {}) | (maps if i < int(self.attention * steps) else {})

@@ -4,7 +4,7 @@ import torch
 
 import p2p
 from models.attention import SelfAttention, attend
-from p2p.masactrl import halves, untouched
+from p2p.masactrl import borrowing, halves
 from weights.emoji.world import render, sample
 
 SOURCE, TARGET = "a red cat on grass", "a red dog on grass"
@@ -15,11 +15,12 @@ def test_borrowed_rows_are_attention_written_out():
     g = torch.Generator().manual_seed(0)
     module, x = SelfAttention(16, 16, 2, 8).double(), torch.randn(4, 9, 16, generator=g, dtype=torch.float64)
     rows = torch.tensor([[2, 3], [0, 1], [0, 3]])   # of the last two: queries, keys, values
-    edit = untouched(2, 5, torch.device("cpu"), torch.float64)._replace(self_source=torch.tensor([2, 3]), rows=rows)
+    edit = borrowing(rows, 5, torch.float64)
     q, k, v = module._split(*(f(x) for f in (module.to_q, module.to_k, module.to_v)))
     wanted = torch.cat([module._out(attend(q[a:a + 1], k[b:b + 1], v[c:c + 1]), x.dtype)
                         for a, b, c in ((0, 0, 0), (1, 1, 1), (2, 0, 0), (3, 1, 3))])
-    assert (module(x, x, edit)[0] - wanted).abs().max() < 1e-12
+    for e in (edit, edit._replace(self_source=torch.tensor([2, 3]), injected=None)):   # its own rows: known beforehand, and not
+        assert (module(x, x, e)[0] - wanted).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("n, guided, wanted", [(2, 2, [0, 0, 2, 2]), (3, 2, [2, 2, 2, 2, 2]), (2, 0, [0, 0])])
