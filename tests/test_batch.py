@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,10 +56,10 @@ def whole(tmp_path_factory):
     return found(folder / "out")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine, whole):
-    rng, out = random.Random(engine), tmp_path / "out"
-    command = batch(engine, listed(tmp_path / "jobs.jsonl", N, guidance_scale=1))
+def killed_three_times(folder, engine):
+    """Starts, kills, and at last lets finish.  -> the output folder, and its job.json with their times before the last start"""
+    rng, out = random.Random(engine), folder / "out"
+    command = batch(engine, listed(folder / "jobs.jsonl", N, guidance_scale=1))
     done = lambda: len(list(out.glob("[!.]*/job.json")))  # noqa: E731
     for _ in range(3):
         limit = done() + rng.randint(1, 12)
@@ -69,10 +70,23 @@ def test_killed_three_times_it_ends_in_the_same_files(tmp_path, engine, whole):
         assert run.poll() is None, "it ended before it was killed"
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-        for folder in out.glob("[!.]*/job.json"):        # what is there is whole
-            assert all(Image.open(p).size == (64, 64) for p in folder.parent.glob("*.png"))
+        for job in out.glob("[!.]*/job.json"):           # what is there is whole
+            assert all(Image.open(p).size == (64, 64) for p in job.parent.glob("*.png"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("[!.]*/job.json")}
     assert subprocess.run([*command, str(out)], env=ENV, capture_output=True).returncode == 0
+    return out, before
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Two at a time: most of it is one thread that starts processes. The longest first."""
+    with ThreadPoolExecutor(3) as pool:
+        yield {e: pool.submit(killed_three_times, tmp_path_factory.mktemp("killed"), e) for e in reversed(ENGINES)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_three_times_it_ends_in_the_same_files(engines, whole, engine):
+    out, before = engines[engine].result()
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and found(out) == whole   # none done twice
     assert [json.loads(line)["line"] for line in (out / "results.jsonl").read_text().splitlines()] == list(range(1, N + 1))
 
