@@ -161,7 +161,9 @@ class Model:
 
         -> prediction (B, C, H, W); learned variance in -1 .. 1 likewise, or None; maps
         """
-        out, maps = self.unet(x.to(self.dtype), t, edit=edit, record=record, **told._asdict())
+        t = torch.as_tensor(t, device=x.device) if isinstance(t, int) else t          # a compiled graph holds on to numbers,
+        x_in = x.to(self.dtype).contiguous()                                          # and to the layout of tensors
+        out, maps = self.unet(x_in, t, edit=edit, record=record, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
         return out, variance, maps
 
@@ -276,8 +278,9 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
     always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
     (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
-    torch.compile, one graph for all edits of a batch's shape; the first step takes a minute or more. held: a shorter dtype
-    (torch.float16) in which the UNet's large weights wait: each layer widens its own as it computes, which halves the memory.
+    torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps are read, or renormalised);
+    its first step takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each
+    layer widens its own as it computes, which halves the memory.
     offload: text towers and autoencoder wait on the CPU. tile: side in latents (64) of the squares in which pictures are decoded.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """

@@ -22,11 +22,14 @@ class PlugAndPlay:
 
     def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device,
              dtype: torch.dtype) -> list[dict[str, AttentionEdit | Tensor]]:
-        """As `MasaCtrl.plan`."""
+        """As `MasaCtrl.plan`. Until both shares end, a step has rows for both, the own ones where a share is over: one graph."""
         own, source = halves(n, guided, device)
         decoder = list(dict.fromkeys(s for s in unet.sites() if s.startswith("up_blocks")))
-        edit = borrowing(torch.stack([source, source, own]), length, dtype)
-        maps: dict[str, AttentionEdit | Tensor] = dict.fromkeys(decoder[1:], edit)
-        features = {decoder[1].replace("attentions", "resnets"): source}
-        return [(features if i < int(self.features * steps) else {}) | (maps if i < int(self.attention * steps) else {})
+        block, ends = decoder[1].replace("attentions", "resnets"), [int(share * steps) for share in (self.features, self.attention)]
+
+        def step(features: Tensor, attention: AttentionEdit) -> dict[str, AttentionEdit | Tensor]:
+            return {block: features} | dict.fromkeys(decoder[1:], attention)
+
+        theirs, ours = (borrowing(torch.stack([rows, rows, own]), length, dtype) for rows in (source, own))
+        return [step(source if i < ends[0] else own, theirs if i < ends[1] else ours) if i < max(ends) else {}
                 for i in range(steps)]

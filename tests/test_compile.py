@@ -1,6 +1,7 @@
 """torch.compile: one graph serves every edit of a batch's shape, whatever its windows; a GPU would never be waited for."""
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
 import p2p
@@ -36,6 +37,11 @@ def test_a_blend_adds_no_graph_of_its_own(traced):
     for words in ("a dog on grass", "a cat at night"):
         p2p.edit(traced, SOURCE, p2p.Edit(words, local_blend=blend if "dog" in words else p2p.LocalBlend(words=("cat", "cat"))),
                  steps=3, seed=1)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_an_inversion_is_one_graph(traced):
+    p2p.invert(traced, Image.new("RGB", (64, 64), "green"), SOURCE, method="ddim", steps=3)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 

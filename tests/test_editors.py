@@ -53,8 +53,13 @@ def test_layers_are_the_authors_choice(sd1):
     steps = p2p.PlugAndPlay().plan(sd1.unet, 2, 2, **common)
     sites = {"up_blocks.1.attentions.1", "up_blocks.1.attentions.2",
              *(f"up_blocks.{i}.attentions.{j}" for i in (2, 3) for j in range(3))}
-    assert set(steps[4]) == {"up_blocks.1.resnets.1", *sites} and set(steps[5]) == set(steps[7]) == {"up_blocks.1.resnets.1"}
+    own, source = [0, 1, 2, 3], [0, 0, 2, 2]
+    for i, borrowed in ((4, source), (5, own), (7, own)):   # by one graph
+        assert set(steps[i]) == {"up_blocks.1.resnets.1", *sites} and steps[i].pop("up_blocks.1.resnets.1").tolist() == source
+        assert all(e.rows.tolist() == [borrowed, borrowed, own] for e in steps[i].values())
     assert steps[8] == {}
+    early = p2p.PlugAndPlay(features=0.1, attention=0.2).plan(sd1.unet, 2, 2, **common)
+    assert [early[i]["up_blocks.1.resnets.1"].tolist() for i in (0, 1)] == [source, own] and early[2] == {}
 
 
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda e: type(e).__name__)
