@@ -161,9 +161,9 @@ class Model:
 
         -> prediction (B, C, H, W); learned variance in -1 .. 1 likewise, or None; maps
         """
-        t = torch.as_tensor(t, device=x.device) if isinstance(t, int) else t          # a compiled graph holds on to numbers,
-        x_in = x.to(self.dtype).contiguous()                                          # and to the layout of tensors
-        out, maps = self.unet(x_in, t, edit=edit, record=record, **told._asdict())
+        if isinstance(t, int):   # a compiled graph is made for one number, and for one layout of x
+            t = torch.as_tensor(t, device=x.device)
+        out, maps = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, record=record, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
         return out, variance, maps
 

@@ -79,7 +79,7 @@ def killed_three_times(folder, engine):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """Two at a time: most of it is one thread that starts processes. The longest first."""
+    """Three at a time: most of it is one thread that starts processes. The longest first."""
     with ThreadPoolExecutor(3) as pool:
         yield {e: pool.submit(killed_three_times, tmp_path_factory.mktemp("killed"), e) for e in reversed(ENGINES)}
 
