@@ -190,7 +190,9 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
-    ap.add_argument("-q", "--quiet", action="store_true")
+    said = ap.add_mutually_exclusive_group()
+    said.add_argument("-v", "--verbose", action="store_true", help="also print how many rows the UNet computed, and seconds")
+    said.add_argument("-q", "--quiet", action="store_true", help="print no progress and no files, notes alone")
 
 
 def _model(ap: argparse.ArgumentParser) -> None:

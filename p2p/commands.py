@@ -66,8 +66,6 @@ def edit(args: argparse.Namespace) -> None:
     stage = _upscaler(args, model.family)
     result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=options.proximal(args), editor=editor,
                       record=options.record(args), progress=not args.quiet)
-    if isinstance(source, p2p.Inversion):
-        print(f"note: {source.method} inversion, {source.rows} rows of the UNet; the edit, {result.rows}", file=sys.stderr)
     _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, _upscale(stage, result, args))
 
 
@@ -75,7 +73,7 @@ def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
     made = _invert(args, model, picture)
-    _say([*model.notes, *model.remarks(args.source), f"{made.method} inversion, {made.rows} rows of the UNet"])
+    _say([*model.notes, *model.remarks(args.source), _taken(made)])
     out.add("inversion.safetensors", made.save)
     out.picture("picture", made.picture)
     out.write(args.quiet)
@@ -145,7 +143,7 @@ def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
     result = p2p.generate(model, args.prompts, **sampling, progress=not args.quiet)
-    _say(result.notes)
+    _say([*result.notes, *_cost(args, result)])
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
     out.picture("grid", grid(result.images, result.prompts), result.settings)
@@ -172,7 +170,7 @@ def maps(args: argparse.Namespace) -> None:
         result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
     else:
         result = p2p.generate(model, args.prompt, **sampling)
-    _say(result.notes)
+    _say([*result.notes, *_cost(args, result)])
     which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side), steps=steps)
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
@@ -208,7 +206,7 @@ def sweep(args: argparse.Namespace) -> None:
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
-    _say(done.runs[0].notes)
+    _say([*done.runs[0].notes, *_cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
         out.picture(f"{seed}source", r.images[0], r.settings)
@@ -258,6 +256,18 @@ def _say(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+def _taken(inversion: p2p.Inversion) -> str:
+    return f"{inversion.method} inversion, {inversion.rows} rows of the UNet"
+
+
+def _cost(args: argparse.Namespace, *runs: Result) -> list[str]:
+    """What --verbose adds: only the rows that a step needs are computed, so they are counted."""
+    if not args.verbose:
+        return []
+    seconds = ", ".join(f"{name} {sum(r.timings[name] for r in runs):.2f} s" for name in runs[0].timings)
+    return [f"{sum(r.rows for r in runs)} rows of the UNet; {seconds}"]
+
+
 Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
 
 
@@ -285,9 +295,9 @@ def _upscale(stage: Stage | None, result: Result, args: argparse.Namespace) -> R
 
 def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
                 large: Result | None) -> None:
-    _say((large or result).notes)
-    n = len(result.images)
-    shown = large or result
+    shown, n = large or result, len(result.images)
+    counted = [f"{_taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
+    _say([*shown.notes, *counted, *_cost(args, shown)])
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
     for name, image in zip(names(n), shown.images):

@@ -104,6 +104,29 @@ def test_a_picture_is_edited_at_once_or_from_its_inversion(capsys, tmp_path, pho
         assert (pixels(a) == pixels(b)).all() and (pixels(a) == pixels(c)).all()
 
 
+ROWS = {"every prompt and its empty one, every step": (12, EDIT), "guidance 1: no empty ones": (6, [*EDIT, "--cfg", "1"]),
+        "a sweep: one source": (18, ["sweep", *EDIT[1:], "--over", "cross=0,1"]),
+        "... a source for every seed": (24, ["sweep", *EDIT[1:], "--over", "seed=1,2"]),
+        "no edit": (6, ["generate", EDIT[1], *EDIT[3:]]), "maps": (12, ["maps", *EDIT[1:]])}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tmp_path, what):
+    rows, argv = ROWS[what]
+    code, _, err = run(capsys, *argv, "--verbose", "-o", tmp_path)
+    assert code == 0 and f"note: {rows} rows of the UNet; text " in err
+    for quieter in ([], ["-q"]):
+        assert "rows" not in run(capsys, *argv, *quieter, "-o", tmp_path)[2]
+
+
+@pytest.mark.parametrize("cross, rows", [("0", 6), ("0.25", 7), ("0.5", 8)])   # windows end at int(share * (steps + 1))
+def test_verbose_counts_a_known_source_only_while_it_is_read(capsys, tmp_path, photo, cross, rows):
+    """Direct inversion: a row at each of 3 steps. Its edit: target and empty prompt, the source's own while a window is open."""
+    argv = ["edit", "--image", photo, *EDIT[1:], "--method", "direct", "--self", "0", "--cross", cross]
+    _, _, err = run(capsys, *argv, "-v", "-o", tmp_path)
+    assert f"direct inversion, 3 rows of the UNet; the edit, {rows}\nnote: {rows} rows of the UNet; text" in err
+
+
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "belm", "noise"])
 def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method):
     options = ["--method", method, "--inner-steps", "2", "--proximal", "l1:0.5", *(["--skip", "1"] if method == "noise" else [])]
