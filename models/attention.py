@@ -54,8 +54,11 @@ class AttentionEdit(NamedTuple):
 
 
 def same_tables(a: object, b: object) -> bool:
-    """Do two edits share mix and keep? The same tensors, that is: no number is compared."""
-    return isinstance(a, AttentionEdit) and isinstance(b, AttentionEdit) and a.mix is b.mix and a.keep is b.keep
+    """Do two edits, or two by site, share mix and keep? The same tensors, that is: no number is compared."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_tables(a[site], b[site]) for site in a)
+    edits = isinstance(a, AttentionEdit) and isinstance(b, AttentionEdit)
+    return a is b or (edits and a.mix is b.mix and a.keep is b.keep)
 
 
 def inside(edit: AttentionEdit | None, name: str) -> AttentionEdit | None:

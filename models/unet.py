@@ -101,9 +101,10 @@ class Text(NamedTuple):
     layers: dict[str, TextKV | list[TextKV]]   # keys and values by attention layer, of each transformer block in it
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
 
-    def under(self, edit: AttentionEdit) -> Text:
+    def under(self, edit: AttentionEdit | Mapping | None) -> Text:
         """With the values that an edit mixes, the same for all steps whose edits have these tables."""
-        return self._replace(layers={name: [kv.under(edit) for kv in read] if isinstance(read, list) else read.under(edit)
+        at = {name: edit.get(name) if isinstance(edit, Mapping) else edit for name in self.layers}
+        return self._replace(layers={name: [kv.under(at[name]) for kv in read] if isinstance(read, list) else read.under(at[name])
                                      for name, read in self.layers.items()})
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import weights.load
-from models.attention import AttentionEdit, Record
+from models.attention import Record
 from models.blocks import timestep_embedding
 from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
@@ -148,8 +148,8 @@ class Model:
         return told._replace(context=self.unet.read(told.context))
 
     def under(self, told: Conditioning, edit: Any) -> Conditioning:
-        """What was read, with the values that an edit mixes (one by site does so itself, at every step)."""
-        return told._replace(context=told.context.under(edit)) if isinstance(edit, AttentionEdit) else told
+        """What was read, with the values that an edit mixes."""
+        return told._replace(context=told.context.under(edit))
 
     def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
         """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes one in place of t."""

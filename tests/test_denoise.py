@@ -40,6 +40,9 @@ def test_values_are_mixed_once_for_all_steps_with_the_same_tables(emoji, monkeyp
     monkeypatch.setattr(attention, "mixed_values", lambda *a, of=attention.mixed_values: mixed.append(1) or of(*a))
     p2p.edit(emoji, *PAIR, cross_replace_steps=0.5, **SETTINGS)
     assert len(mixed) == 2 * len(emoji.unet.text_sites())                              # within the window, and after it
+    mixed.clear()
+    p2p.edit(emoji, *PAIR, editor=p2p.MasaCtrl(layers=0), **SETTINGS)
+    assert len(mixed) == len(emoji.unet.text_sites())                                  # an edit by site
 
 
 @pytest.mark.parametrize("mode", ["replace", "refine", "reweight"])
