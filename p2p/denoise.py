@@ -34,7 +34,7 @@ class Known(NamedTuple):
     offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
     before: Tensor | None = None    # (B, C, H, W): x one level above; the steps are then O-BELM's
     above: float = 0.0              # alphas_cumprod of that level
-    until: int | None = None        # row 0 is run for so many steps; in the others nothing reads it
+    run: Sequence[bool] | None = None   # (T), if it is followed: the steps in which row 0 is run; in the others nothing reads it
     queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k, for steps in which it is not run
 
 
@@ -69,24 +69,24 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
     guided = guidance_scale != 1.0
     constant = null is None or isinstance(null, Conditioning)                     # over the steps
     alone = 1 if known is not None and not known.guided else 0                    # row 0 has no unconditional row
-    leaves = known.until if known is not None else None                           # the step from which row 0 is not run
     record = record._replace(exactly=blend.pixels if blend is not None else 0,
                              mean=record.mean or not (record.text or record.pixels))   # a blend reads the heads' mean alone
     of_pixels = model.unet.pixel_sites()
     seen, mask, above = 0.0, None, (known.before, known.above) if known is not None else (None, 0.0)
-    edit, times, finite = None, torch.tensor(schedule.timesteps, device=x.device), []         # no number of a step is read back
+    edit, absent, finite = None, None, []
+    times = torch.tensor(schedule.timesteps, device=x.device)                     # no number of a step is read back
     for i, (t, a_t, a_prev) in enumerate(schedule):
-        absent = leaves is not None and i >= leaves
-        if i == leaves:
-            x, text, alone = x[1:], text.rows(1), 0
-        edit, before, anew = plan[i] if plan else None, edit, i in (0, leaves) or not constant
+        edit, before = plan[i] if plan else None, edit
+        absent, was = known is not None and known.run is not None and not known.run[i], absent
+        anew = absent != was or not constant
         if anew:
-            rows = text                                                           # R rows, the edited ones last
+            rows = text.rows(1) if absent else text
             if guided:
-                rows = Conditioning.cat([null if constant else null[i], text])
+                rows = Conditioning.cat([null if constant else null[i], rows])    # R rows, the edited ones last
             rows = model.read(rows)
             at = model.times(times, rows) if constant else times
-        x_in = torch.cat([x[alone:], x]) if guided else x                         # (R, C, H, W)
+        x, single = (x[1:], 0) if absent else (x, alone)
+        x_in = torch.cat([x[single:], x]) if guided else x                        # (R, C, H, W)
         if anew or not same_tables(edit, before):
             told = model.under(rows, edit)
         if absent and edit is not None:
@@ -95,7 +95,7 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         out, variance, maps = model.predict(x_in, at[i], told, edit, of_prompts)     # lines 6 to 8 in one pass
         uncond, out = out[:-len(x)], out[-len(x):]
         if guided:
-            out = torch.cat([out[:alone], guide(uncond, out[alone:], guidance_scale)])
+            out = torch.cat([out[:single], guide(uncond, out[single:], guidance_scale)])
         x_0, eps = x0_and_eps(x, out, a_t, model.prediction, model.clip if above[0] is None else None)
         if variance is not None and eta == 1:
             x = ddpm_step(x, x_0, a_t, a_prev, noise[i], variance[-len(x):])       # that of the prompts' rows
@@ -105,10 +105,8 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             x, above = belm_step(above[0], x, eps, above[1], a_t, a_prev), (x, a_t)
         if known is not None and known.offsets is not None:
             x = x + known.offsets[i]
-        if absent:
-            x = torch.cat([known.path[i + 1][None], x])
-        elif known is not None and known.follow:
-            x = torch.cat([known.path[i + 1][None], x[1:]])
+        if known is not None and known.follow:
+            x = torch.cat([known.path[i + 1][None], x if absent else x[1:]])
         finite.append(x.isfinite().all())
         if x.is_cpu or i + 1 == schedule.steps:                                   # a GPU would have to be waited for
             _check(finite, schedule, model)
@@ -117,4 +115,3 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
             maps = {site: m for site, m in maps.items() if site in of_pixels or m.shape[2] <= record.text}   # not the blend's
             x, mask = local_blend(x, seen, blend, i, None if known is None else known.path[i + 1][None])
         yield Step(i, t, x, maps, mask, len(x_in))
-        x = x[1:] if absent else x

@@ -110,16 +110,17 @@ class _Run(NamedTuple):
 
     model: Model
     x_0: Tensor              # (1, C, H, W)
-    text: Conditioning       # one row each
-    null: Conditioning
+    null: Conditioning       # one row
+    told: Conditioning       # the prompt, read once for all steps
+    both: Conditioning       # the empty prompt before it, for guidance
     schedule: Schedule
     progress: bool
 
     def predict(self, x: Tensor, t: int, guidance_scale: float = 1.0) -> Tensor:
         """The network's output for one picture: one row, or two with guidance."""
-        rows = self.text if guidance_scale == 1 else Conditioning.cat([self.null, self.text])
-        out = self.model.predict(x.expand(len(rows.context), -1, -1, -1), t, rows)[0]
-        return out if guidance_scale == 1 else guide(*out.chunk(2), guidance_scale)
+        if guidance_scale == 1:
+            return self.model.predict(x, t, self.told)[0]
+        return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)
 
     def upwards(self) -> Iterable[tuple[int, float, float]]:
         """(t, alphas_cumprod to go to, ... to come from), from the picture to the noise."""
@@ -167,7 +168,10 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     whole = model.schedule(steps)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
-    run = _Run(model, x_0, model.condition([prompt], *pixels), model.null(1, *pixels), schedule, progress)
+    text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
+    with torch.no_grad():
+        told, both = model.read(text), model.read(Conditioning.cat([null, text]))
+    run = _Run(model, x_0, null, told, both, schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
     with torch.no_grad(), _kernels(method, run):

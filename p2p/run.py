@@ -113,8 +113,8 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
         if inversion.queries is not None and editor is None:
-            known = known._replace(queries=Queries(inversion.queries, model), until=0)
-    absent = known is not None and known.until == 0
+            known = known._replace(queries=Queries(inversion.queries, model), run=[False] * start.schedule.steps)
+    absent = known is not None and known.queries is not None
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
         "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
@@ -131,11 +131,11 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
     if blend is not None:
         notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, start.schedule.steps)) if why]
-    if known is not None and known.follow and blend is None and record == Record():   # a known source is run while it is read
+    mapped = record.text or record.pixels or (blend is not None and blend.pixels)
+    if known is not None and known.follow and not mapped:   # a known source is run where it is read
         reads = readers(split[1:], edits, common["steps"], model.length) if editor is None else [bool(step) for step in edit_plan]
-        last = max((i + 1 for i, read in enumerate(reads) if read), default=0)
-        known = known._replace(until=0 if absent else last)
-        edit_plan = [*edit_plan[:last], *[None] * (common["steps"] - last)]
+        edit_plan = [step if read else None for step, read in zip(edit_plan, reads)]
+        known = known if absent else known._replace(run=reads)
     null = _null(model, inversion, guided, start.size) if guided else None
     how = dict(guide=_proximal(proximal)) if proximal else {}
     return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))

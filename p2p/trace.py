@@ -102,7 +102,7 @@ def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: Maps, dtype: torc
 def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
     """One row a step on the stored latents: all queries and keys, by site.  -> (T, N, h d) each, noisiest first, CPU"""
     pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
-    text, stored, path = model.condition([found.prompt], *pixels), {}, found.latents.flip(0)
+    text, stored, path = model.read(model.condition([found.prompt], *pixels)), {}, found.latents.flip(0)
     timesteps = model.schedule(found.steps).timesteps[found.skip:]
     for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))[2]

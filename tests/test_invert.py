@@ -158,6 +158,9 @@ def test_rows_are_those_that_matter(emoji, picture):
     assert p2p.edit(emoji, inv, [TARGET] * 2).rows == 8 * 5 + 2 * 4
     assert p2p.edit(emoji, inv, TARGET, record=p2p.Record(text=256)).rows == 30
     assert p2p.edit(emoji, inv, TARGET, cross_replace_steps=0.0, self_replace_steps=0.0).rows == 20
+    assert p2p.edit(emoji, inv, TARGET, cross_replace_steps=(0.2, 0.4), self_replace_steps=(0.6, 0.7)).rows == 20 + 3
+    mask = p2p.LocalBlend(mask=torch.ones(1, 1))
+    assert p2p.edit(emoji, inv, TARGET, local_blend=mask).rows == 8 * 3 + 2 * 2          # a mask alone reads no map
     assert p2p.edit(emoji, replace(inv, method="ddim"), TARGET).rows == 40
 
 
@@ -165,7 +168,7 @@ def test_a_source_that_nothing_reads_is_left_out(emoji, picture):
     """The pictures are those of a run that computes it to the end."""
     inv = p2p.invert(emoji, picture, SOURCE, method="direct", steps=6)
     for settings in (dict(cross_replace_steps=0.5, self_replace_steps=0.3), dict(cross_replace_steps=0.0, self_replace_steps=0.0),
-                     dict(editor=p2p.PlugAndPlay(0.5, 0.3))):
+                     dict(cross_replace_steps=(0.4, 0.6), self_replace_steps=(0.9, 1.0)), dict(editor=p2p.PlugAndPlay(0.5, 0.3))):
         short = p2p.edit(emoji, inv, [TARGET, "a bird on grass"], **settings)
         whole = p2p.edit(emoji, inv, [TARGET, "a bird on grass"], **settings, record=p2p.Record(text=256))
         assert short.rows < whole.rows and (short.latents - whole.latents).abs().max() < 1e-3
