@@ -8,6 +8,7 @@ from models.attention import (
     HybridAttention,
     Record,
     SelfAttention,
+    TextKV,
     attend,
     attend_probs,
     edited_attend,
@@ -52,6 +53,27 @@ def controller(kind, p_src, p, alpha, c, m, a):
 
 
 KINDS = ["replace", "refine", "reweight", "replace, reweight", "refine, reweight"]
+
+
+def test_fork_of_the_readme(monkeypatch):
+    """Maps formed, edited and multiplied by the values: what an edit that is not linear needs, here with a linear one."""
+    class Explicit(HybridAttention):
+        def _attend(self, q, k, v, text, edit, record):
+            source = self._split(*self._source(edit, q, k))
+            q, k, v = self._split(q, k, v)
+            p, e = attend_probs(q, k), len(edit.source)
+            p = torch.cat([p[:-e], edited_probs(p[-e:], attend_probs(*source), edit.mix, edit.keep)])
+            return self._out(p @ v, q.dtype), None
+
+    fused, own = HybridAttention(16, 12, HEADS, D).double(), torch.tensor([2, 3])
+    forked = Explicit(16, 12, HEADS, D).double()
+    forked.load_state_dict(fused.state_dict())
+    edit = AttentionEdit(own - 1, rand(2, L, L), rand(2, L), own, torch.zeros_like(own))
+    x, context = rand(4, N, 16), rand(4, L, 12)
+    wanted = fused(x, context, edit)[0]
+    assert (wanted - fused(x, context)[0])[-2:].abs().min(dim=-1).values.max() > 1e-3
+    monkeypatch.setattr(TextKV, "under", lambda self, edit: self)
+    assert (forked(x, context, edit)[0] - wanted).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
