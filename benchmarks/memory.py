@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         bytes_[side] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         print(f"{side}: {bytes_[side] / 1e9:.2f} GB", flush=True)
     rows = [("edit / official way", bytes_["edit"] / bytes_["official"], 0.45 if a.size == "full" else None),
+            ("edit / diffusers' plain step", bytes_["edit"] / bytes_["diffusers"], None),
             ("edit / own plain step", bytes_["edit"] / bytes_["plain"], 1.03),
             ("edit with weights in half / edit", bytes_["edit, weights in half"] / bytes_["edit"], None)]
     print("\n| peak memory | measured | goal |\n|---|---|---|")

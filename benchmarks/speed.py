@@ -93,11 +93,11 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
     with arranged(net):
         m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
-    one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))   # our kinds: the same operations
+    one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))
     rows = [(f"{name}: edit / plain step", one / m["plain"], 1.03),
             (f"{name}: edit / diffusers' plain step", one / m["diffusers"], 0.95 if name == "mid" else None),
             (f"{name}: edit / official way", one / way, None if name == "nano-32" or name == "mid" else 0.40 if gpu else 0.52)]
-    rows += [(f"{name}: {what}", m[side] / one, goal) for side, (what, goal) in AROUND.items() if side in m]
+    rows += [(f"{name}: {what}", m[side] / m[KINDS[-1]], goal) for side, (what, goal) in AROUND.items() if side in m]
     return rows + ([(f"{name}: compiled edit / diffusers' plain step", m["compiled"] / m["diffusers"], 0.75)] if gpu else [])
 
 
