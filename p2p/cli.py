@@ -59,7 +59,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     m.add_argument("--at", dest="steps_range", metavar="STEP|FIRST:END", help="mean of these steps alone")
     m.add_argument("--head", type=int, action="append", metavar="N", help="mean of these heads alone")
     m.add_argument("--site", metavar="NAME", help='layers whose name holds this: "down", "mid", "up"')
-    m.add_argument("--side", type=int, help="maps of this height; default: the largest")
+    m.add_argument("--side", type=int, help="maps of this height; default: a quarter of the latents', or the largest")
     m.add_argument("--max-tokens", type=int, default=32 * 32, help="record maps of at most so many pixels (1024)")
     _edit(m)
     _sampling(m)
@@ -185,14 +185,15 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     _model(ap)
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
-    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed")
-    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own")
+    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed; of an inversion: 0")
+    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
+                    "inversion: above 0 (1)")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
     said = ap.add_mutually_exclusive_group()
-    said.add_argument("-v", "--verbose", action="store_true", help="also print how many rows the UNet computed, and seconds")
-    said.add_argument("-q", "--quiet", action="store_true", help="print no progress and no files, notes alone")
+    said.add_argument("-v", "--verbose", action="store_true", help="also print the UNet's rows that were computed, and seconds")
+    said.add_argument("-q", "--quiet", action="store_true", help="print neither progress nor files, only notes and a drawn seed")
 
 
 def _model(ap: argparse.ArgumentParser) -> None:

@@ -92,8 +92,9 @@ def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Invers
     if said["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
     names = ("method", "steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "seed")
-    return p2p.invert(model, from_base64(said["picture"]), said["prompt"], eta=said["eta"] or 1.0, progress=progress,
-                      **{k: said[k] for k in names})
+    picture = from_base64(said["picture"])                                       # as fitted: of the size that it was run at
+    return p2p.invert(model, picture, said["prompt"], eta=said["eta"] or 1.0, height=picture.height, width=picture.width,
+                      progress=progress, **{k: said[k] for k in names})
 
 
 def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
@@ -286,6 +287,8 @@ def _upscaler(args: argparse.Namespace, family: str, recorded: dict[str, Any] | 
     stage = p2p.load(name, device=options.device(args), text=args.text)
     if recorded and stage.sha256 != recorded["sha256"]:
         raise p2p.CheckpointError(f"{stage.file}: not the stage that enlarged {args.replay}; give that one with --upscaler")
+    if given.get("edited") and not stage.text_encoders:
+        raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject into")
     return stage, {k: recorded[k] for k in ("steps", "guidance_scale", "eta", "noise_level", "edited")} if recorded else given
 
 

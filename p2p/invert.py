@@ -53,7 +53,7 @@ class Inversion:
 
     prompt: str
     method: str
-    latents: Tensor                        # (T + 1, C, H, W), x_0 first; float32, CPU
+    latents: Tensor                        # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
     steps: int                             # of the whole schedule
     skip: int                              # so many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for
@@ -149,6 +149,10 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             raise UsageError(f"{name} must be a finite number, not {value!r}")
     if inner_steps is not None and (not isinstance(inner_steps, Integral) or inner_steps < 1):
         raise UsageError(f"inner_steps must be a whole number from 1, not {inner_steps!r}")
+    if model.unet.config.low_channels:
+        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
+    if isinstance(picture, Tensor) and (height, width) != (None, None):
+        raise UsageError("height, width: latents have their size; leave these out")
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is a string, not {prompt!r}")
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
@@ -291,7 +295,7 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
             cond = run.predict(x, t)
         rows += 1
         context = context.detach().clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([context], lr=1e-2 * (1 - i / 100))
+        optimizer = torch.optim.Adam([context], lr=1e-2 * max(0.0, 1 - i / 100))
         with torch.enable_grad():
             for _ in range(inner_steps):
                 loss = (stepped(x, unconditional(x, t, context), cond, a_t, a_prev) - wanted).square().mean()

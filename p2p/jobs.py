@@ -101,6 +101,8 @@ def parse(said: Any, line: int, folder: Path, model: Model) -> Job:
     usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0, "eta": model.eta if image is None else 1.0,
              "height": model.size[0], "width": model.size[1]}
     sampling = {k: usual[k] if said.get(k) is None else said[k] for k in SAMPLING}
+    if lists := [k for k, v in sampling.items() if isinstance(v, (list, dict))]:
+        raise UsageError(f"{', '.join(lists)}: one number, not {sampling[lists[0]]!r}")
     others = {k: said[k] for k in OTHERS if said.get(k) is not None}
     job = Job("", line, source, tuple(edits), sampling, None if image is None else folder / image, inverting, others)
     return job._replace(id=_identity(job, model))

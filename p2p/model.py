@@ -278,9 +278,9 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
     always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
     (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
-    torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps are read, or renormalised);
-    its first step takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each
-    layer widens its own as it computes, which halves the memory.
+    torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps are read, or
+    renormalised, or nothing of a known source is read any more); its first step takes a minute or more. held: a shorter dtype
+    (torch.float16) in which the UNet's large weights wait: each layer widens its own as it computes, which halves the memory.
     offload: text towers and autoencoder wait on the CPU. tile: side in latents (64) of the squares in which pictures are decoded.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """

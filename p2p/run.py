@@ -91,6 +91,10 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
              **settings: Any) -> Ready:
     """The arguments of `edit`, checked. Raises UsageError."""
     edits = _edits(targets, settings)
+    if not model.text_encoders:
+        raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
+    if editor is not None and record.before:
+        raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves those of text alone")
     notes: list[str] = list(model.notes)
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
@@ -177,9 +181,11 @@ def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float | No
     inversion.check(model)
     size = tuple(side * model.shrink for side in inversion.latents.shape[2:])
     for name, given, made in (("steps", steps, inversion.steps), ("eta", eta, inversion.eta), ("height", height, size[0]),
-                              ("width", width, size[1]), ("x_T", x_T, None)):
-        if given is not None and given is not made and given != made:
+                              ("width", width, size[1])):
+        if given is not None and given != made:
             raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the picture again")
+    if x_T is not None:
+        raise UsageError("x_T is stored in this inversion: leave it out")
 
 
 def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known]:
@@ -237,6 +243,8 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
 
 def run(model: Model, ready: Ready, record: Record, progress: bool) -> Result:
     """Samples, and collects what was asked for."""
+    if record.queries:
+        raise UsageError("record.queries: queries and keys are kept by p2p.trace, maps alone by a run")
     prompts, start, null, settings, notes, how = ready
     began = time.perf_counter()
     text = model.condition(prompts, *start.size)

@@ -10,6 +10,7 @@ from PIL import Image
 from p2p.edit import Edit
 from p2p.errors import UsageError
 from p2p.image import table
+from p2p.invert import Inversion
 from p2p.model import Model
 from p2p.run import Result, edit
 
@@ -35,7 +36,7 @@ def variant(base: Edit, name: str, value: float) -> Edit:
     raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
 
 
-def sweep(model: Model, source: str, target: str | Edit, over: Mapping[str, Sequence[float]], *, seed: int = 0,
+def sweep(model: Model, source: str | Inversion, target: str | Edit, over: Mapping[str, Sequence[float]], *, seed: int = 0,
           **sampling: Any) -> Sweep:
     """The edit with one or two settings varied, as a labelled table.
 
@@ -50,6 +51,8 @@ def sweep(model: Model, source: str, target: str | Edit, over: Mapping[str, Sequ
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
+    if "seed" in over and isinstance(source, Inversion):
+        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its noise")
     base = target if isinstance(target, Edit) else Edit(target)
     seeds = [int(s) for s in over.get("seed", [seed])]
     variants: list[dict[str, float]] = [{}]

@@ -22,6 +22,8 @@ def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: 
     width and the fields of `Edit` (for real pictures, editors and proximal guidance use `edit`). Steps, sizes, eta and the
     level of blends must be the same in all. The pictures are those of `edit`, up to rounding. Raises UsageError.
     """
+    if any("record" in job for job in jobs):
+        raise UsageError("edits run together record no maps: use edit")
     return run_together(model, [prepared(model, **job) for job in jobs], progress=progress)
 
 

@@ -58,6 +58,14 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
     model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
     """
     dtype = dtype or model.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype: {dtype!r} is none of torch's floating types, such as torch.float16")
+    if not isinstance(source, (str, Inversion)):
+        raise UsageError(f"a source is a prompt or an inversion, not {source!r}")
+    known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height", "width")
+    if unknown := [name for name in sampling if name not in known]:
+        raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
+                         "an inverted source's trace: it was inverted with its own"))
     with arranged(model.unet):
         if isinstance(source, Inversion):
             if source.method not in FOLLOW:

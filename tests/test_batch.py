@@ -122,10 +122,11 @@ def test_failures_are_rows_and_retried_alone(tmp_path, capsys):
 
 def test_a_list_that_cannot_be_meant_is_refused_whole(tmp_path, capsys):
     file = tmp_path / "jobs.jsonl"
-    file.write_text('{"source": "a cat", "targets": ["a dog"]}\n{"source": "a cat"}\n{"source": "a cat", "targets": "b", "stepz": 3}\nnot\n')
+    file.write_text('{"source": "a cat", "targets": ["a dog"]}\n{"source": "a cat"}\n{"source": "a cat", "targets": "b", "stepz": 3}\nnot\n'
+                    '{"source": "a cat", "targets": "b", "steps": [4]}\n')
     assert main(["batch", str(file), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "line 2: a job needs source" in said and "line 3: stepz" in said and "line 4" in said and not (tmp_path / "out").exists()
+    assert "line 2: a job needs source" in said and "line 3: stepz" in said and "line 4" in said and "line 5: steps: one number" in said and not (tmp_path / "out").exists()
 
 
 def test_identity_is_what_is_asked_for(emoji, tmp_path):

@@ -127,6 +127,13 @@ def test_verbose_counts_a_known_source_only_while_it_is_read(capsys, tmp_path, p
     assert f"direct inversion, 3 rows of the UNet; the edit, {rows}\nnote: {rows} rows of the UNet; text" in err
 
 
+def test_an_edit_of_a_picture_of_another_size_is_made_again(capsys, tmp_path, photo):
+    _, out, _ = run(capsys, "edit", "--image", photo, *EDIT[1:], "--height", 48, "--width", 80, "-o", tmp_path / "out")
+    code, again, _ = run(capsys, "edit", "--from", out.split()[1], "-o", tmp_path / "out")
+    assert code == 0 and pixels(again.split()[1]).shape == (48, 80, 3)
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(out.split(), again.split()))
+
+
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "belm", "noise"])
 def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method):
     options = ["--method", method, "--inner-steps", "2", "--proximal", "l1:0.5", *(["--skip", "1"] if method == "noise" else [])]
@@ -152,6 +159,7 @@ USAGE = {
     "--site nowhere: no layer that attends to text": ["maps", "a cat", "--site", "nowhere"],
     "--at 7: a step": ["maps", "a cat", "--steps", "3", "--at", "7"],
     "--blend-threshold: 'x' is not": [*EDIT, "--blend", "cat:dog", "--blend-threshold", "0.2:x"],
+    "--upscale-edited: emoji-upscaler reads no text": [*EDIT, "--upscale", "--upscale-edited"],
     "heads [99]": ["maps", "a cat", "--head", "99", "--steps", "1"],
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
     'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],

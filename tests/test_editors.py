@@ -38,6 +38,11 @@ def test_the_source_is_untouched_and_its_own_prompt_changes_nothing(emoji, edito
     assert (r.latents[2] - free[0]).abs().max() > 0.02
 
 
+def test_maps_before_the_edit_are_not_an_editors(emoji):
+    with pytest.raises(p2p.UsageError, match=r"record\.before"):
+        p2p.edit(emoji, SOURCE, TARGET, steps=2, editor=p2p.MasaCtrl(), record=p2p.Record(text=256, before=True))
+
+
 def test_no_steps_is_no_edit(emoji):
     free = p2p.generate(emoji, TARGET, steps=4, seed=1).latents[0]
     for editor in (p2p.MasaCtrl(start=1.0), p2p.MasaCtrl(layers=1.0), p2p.PlugAndPlay(0.0, 0.0)):

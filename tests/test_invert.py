@@ -185,6 +185,12 @@ def test_saved_and_loaded_it_is_the_same(emoji, picture, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(emoji):
+    """The official rate, 0.01 (1 - i / 100), is negative from the 102nd step on, which Adam refuses."""
+    inv = p2p.invert(emoji, torch.zeros(1, 3, 16, 16), SOURCE, method="null-text", steps=103, inner_steps=1)
+    assert len(inv.null_context) == 103 and torch.equal(inv.null_context[102], inv.null_context[100])
+
+
 def test_another_model_or_other_settings_are_refused(emoji, sd1, picture, tmp_path):
     inv = p2p.invert(emoji, picture, SOURCE, steps=4)
     with pytest.raises(UsageError, match="another model"):
@@ -194,11 +200,14 @@ def test_another_model_or_other_settings_are_refused(emoji, sd1, picture, tmp_pa
     for settings in (dict(steps=5), dict(eta=0.5), dict(height=128), dict(x_T=picture)):
         with pytest.raises(UsageError, match=f"{next(iter(settings))} is"):
             p2p.edit(emoji, inv, TARGET, **settings)
-    for bad, message in ((dict(method="magic"), "magic"), (dict(skip=50), "skip"), (dict(eta=0.0), "eta")):
+    for bad, message in ((dict(method="magic"), "magic"), (dict(skip=50), "skip"), (dict(eta=0.0), "eta"),
+                         (dict(height=64), "latents have their size")):
         with pytest.raises(UsageError, match=message):
             p2p.invert(emoji, picture, SOURCE, **bad)
     with pytest.raises(UsageError, match="latents have the shape"):
         p2p.invert(emoji, torch.zeros(2, 3, 64, 64), SOURCE)
+    with pytest.raises(UsageError, match="is a super-resolution stage"):
+        p2p.invert(p2p.load("emoji-upscaler", device="cpu"), picture, SOURCE)
     (tmp_path / "x").write_text("x")
     for file, message in ((tmp_path / "x", "not an inversion"), (tmp_path / "none", "no such file")):
         with pytest.raises(UsageError, match=message):

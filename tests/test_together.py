@@ -36,3 +36,8 @@ def test_no_guidance_is_half_the_rows(emoji):
 def test_what_cannot_share_a_batch_is_said(emoji, other, what):
     with pytest.raises(p2p.UsageError, match=what):
         edit_together(emoji, [JOBS[0] | dict(steps=2), JOBS[0] | dict(steps=2) | other])
+
+
+def test_maps_are_not_recorded_together(emoji):
+    with pytest.raises(p2p.UsageError, match="record no maps"):
+        edit_together(emoji, [JOBS[0] | dict(steps=2, record=p2p.Record(text=256))])

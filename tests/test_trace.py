@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import p2p
+from p2p.sweep import sweep
 from p2p.trace import size
 
 SOURCE = "a cat on grass"
@@ -60,3 +61,19 @@ def test_another_editor_runs_the_source(emoji):
     found = p2p.trace(emoji, SOURCE, steps=4, seed=1)
     r = p2p.edit(emoji, found, "a dog on grass", editor=p2p.MasaCtrl())
     assert r.rows == 12 and (r.latents[0] - found.latents[0]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("source, settings, message", [
+    (SOURCE, dict(eta=1.0), "eta: no setting of a trace"), (SOURCE, dict(dtype="float16"), "floating types"), (5, {}, "not 5"),
+    ("traced", dict(steps=3), "it was inverted with its own")])
+def test_what_a_trace_cannot_mean_is_said(emoji, source, settings, message):
+    source = p2p.trace(emoji, SOURCE, steps=2, latents_only=True) if source == "traced" else source
+    with pytest.raises(p2p.UsageError, match=message):
+        p2p.trace(emoji, source, **settings)
+
+
+def test_what_a_run_would_drop_in_silence_is_refused(emoji):
+    with pytest.raises(p2p.UsageError, match="kept by p2p.trace"):
+        p2p.generate(emoji, SOURCE, steps=2, record=p2p.Record(queries=True))
+    with pytest.raises(p2p.UsageError, match="a sweep over seeds starts from a prompt"):
+        sweep(emoji, p2p.trace(emoji, SOURCE, steps=2), "a dog on grass", {"seed": [1, 2]})
