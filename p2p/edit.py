@@ -103,7 +103,7 @@ def check(edit: Edit) -> None:
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
-    """The mode of an edit whose `mode` is None: equal prompts are reweighted, equal word counts swapped, others refined."""
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words that differ in place swapped, others refined."""
     if edit.mode is not None:
         if edit.mode not in ("replace", "refine", "reweight"):
             raise UsageError(f'mode "{edit.mode}" is not known; known: replace, refine, reweight')
@@ -113,7 +113,7 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
         return edit.mode
     if source.ids == target.ids:
         return "reweight"
-    return "replace" if align.same_word_count(source, target) else "refine"
+    return "replace" if align.is_swap(source, target) else "refine"
 
 
 def window(value: Window, what: str) -> tuple[float, float]:
