@@ -118,6 +118,8 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
         start, known = _from_inversion(start, inversion)
         if inversion.queries is not None and editor is None:
             known = known._replace(queries=Queries(inversion.queries, model), run=[False] * start.schedule.steps)
+        if editor is not None and editor.guided_source:
+            known = known._replace(guided=True)
     absent = known is not None and known.queries is not None
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
@@ -141,6 +143,8 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
         edit_plan = [step if read else None for step, read in zip(edit_plan, reads)]
         known = known if absent else known._replace(run=reads)
     null = _null(model, inversion, guided, start.size) if guided else None
+    if editor is not None and editor.source_prompt is not None:
+        prompts[0] = editor.source_prompt
     how = dict(guide=_proximal(proximal)) if proximal else {}
     return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))
 
