@@ -24,6 +24,7 @@ from torch import Tensor
 import p2p
 from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
+from p2p.invert import settings_read
 from weights.emoji import recogniser
 from weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
@@ -128,7 +129,8 @@ def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model)
             (before, mask_a), (truth, mask_b) = render(a), render(b)
             picture, truth = (from_pil(to_pil(v)[0]) for v in (before, truth))     # as a file would hold them
             started = time.perf_counter()
-            inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps, seed=i, **inverting)
+            inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps,
+                                  **settings_read(name, {"seed": i}), **inverting)
             r = p2p.edit(model, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
             seconds = time.perf_counter() - started
             again, made = (from_pil(image) for image in r.images)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from models.attention import Record
 from p2p.errors import NumericsError, UsageError
 from p2p.image import open_picture
-from p2p.invert import invert
+from p2p.invert import invert, settings_read
 from p2p.jobs import Job, Store, arguments, groups, read
 from p2p.model import Model, load
 from p2p.run import Ready, Result, find_editor, prepared
@@ -69,10 +69,11 @@ def compute(model: Model, group: Sequence[Job]) -> Iterator[tuple[Job, Result | 
 
 def _ready(model: Model, job: Job) -> Ready:
     """All that comes before the sampling of one job: a picture is inverted here."""
-    how = dict(proximal=job.others.get("proximal"), editor=find_editor(job.others.get("editor")))
+    how = {**job.others, "editor": find_editor(job.others.get("editor"))}
     if job.image is None:
         return prepared(model, **arguments(job), **how)
-    inverted = invert(model, open_picture(job.image), job.source, **job.inverting, **job.sampling)
+    how = settings_read(job.inverting["method"], {**job.inverting, **job.sampling})
+    inverted = invert(model, open_picture(job.image), job.source, **how)
     return prepared(model, inverted, list(job.targets), guidance_scale=job.sampling["guidance_scale"], **how)
 
 

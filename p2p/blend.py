@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ class LocalBlend:
         not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
     start: share of the steps after which blending begins. level: the maps' side is that of the latents over this, rounded up.
+    keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so that it is the picture
+        itself in every method; or "sampled", the source's row as it came out of the step, as in PnPInversion's runs. (Where the
+        source follows its stored latents, and where it was generated, that is the same.)
+    middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the maps); the official code
+        leaves it out.
     mask: a picture (fitted as `image.fit` fits pictures; transparent is dark) or a (H, W) tensor of 0 to 1, bright where the
         edit may act: instead of words, or, with words, a limit to them.
 
@@ -51,6 +56,8 @@ class LocalBlend:
     threshold: float | tuple[float, float] = 0.3
     start: float = 0.2
     level: int = 4
+    keep: Literal["stored", "sampled"] = "stored"
+    middle: bool = False
     mask: Image.Image | Tensor | None = None
 
 
@@ -63,7 +70,9 @@ class Blend(NamedTuple):
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
+    sampled: Tensor      # (N,) bool: outside stands the source's row as sampled, whatever is stored of it
     of: Tensor           # (N,) long: the row of each target's source; the S sources come before the N targets
+    middle: bool = False # the middle block's maps count too
 
     @property
     def pixels(self) -> int:
@@ -104,10 +113,11 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         return None
     for b in filter(None, blends):
         _check(b)
-    levels = {b.level for b in blends if b and (b.words is not None or b.substruct is not None)}
-    if len(levels) > 1:
-        raise UsageError(f"local_blend: one level for all targets is needed, not {sorted(levels)}")
-    level = levels.pop() if levels else None
+    read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
+    for name in ("level", "middle"):
+        if len(found := {getattr(b, name) for b in read}) > 1:
+            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
+    level = read[0].level if read else None
     side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
     columns, threshold, start, everywhere, fixed = [], [], [], [], []
     for b, target in zip(blends, targets):
@@ -121,9 +131,10 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         fixed.append(_fixed(b.mask, size))
+    sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device),
-                 torch.zeros(len(targets), dtype=torch.long, device=device))
+                 sampled, torch.zeros(len(targets), dtype=torch.long, device=device), bool(read) and read[0].middle)
 
 
 def _check(b: LocalBlend) -> None:
@@ -144,6 +155,8 @@ def _check(b: LocalBlend) -> None:
         raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
     if not isinstance(b.start, Real) or not 0 <= b.start <= 1:
         raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
+    if b.keep not in ("stored", "sampled") or not isinstance(b.middle, bool):
+        raise UsageError(f'local_blend: keep is "stored" or "sampled", and middle True or False, not {b.keep!r} and {b.middle!r}')
     if not isinstance(b.level, Integral) or b.level < 1:
         raise UsageError(f"local_blend: level {b.level!r} must be a whole number from 1")
 
@@ -164,7 +177,7 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
         return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
     fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
-    chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
+    chosen = [m for site, m in fitting.items() if blend.middle or not site.startswith("mid_block")] or list(fitting.values())
     if not chosen:
         smaller = sorted({m.shape[2] for m in maps.values()})
         raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
@@ -202,8 +215,11 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their masks, once they started.
 
-    source (1, C, H, W): what to keep, if not that row.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    source (1, C, H, W): what is stored of the source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
     inside, n = masks(seen, blend, x.shape[2:]) | ~started, len(blend.of)
-    return torch.cat([x[:-n], torch.where(inside, x[-n:], x[blend.of] if source is None else source)]), inside
+    outside = x[blend.of]
+    if source is not None:
+        outside = torch.where(blend.sampled[:, None, None, None], outside, source)
+    return torch.cat([x[:-n], torch.where(inside, x[-n:], outside)]), inside

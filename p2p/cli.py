@@ -31,7 +31,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     e.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
     e.add_argument("--upscale-level", type=int, metavar="T", help="timestep of the noise on the small pictures (250; bundled: 0)")
     e.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
-    e.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
+    e.add_argument("--proximal", metavar="NORM[:QUANTILE]", help="guide along the largest differences alone: l0, l1, or published "
+                   "and published-l1, which compute what ProxEdit's code does (quantile 0.7)")
     e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")
     e.add_argument("--leakage", action="store_true", help="measure what changed that the edit is not about (always with --scope)")
     _inversion(e)
@@ -159,6 +160,8 @@ def _inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise: 0; edit-friendly: 0.24 of them)")
     ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
+    ap.add_argument("--final-alpha", type=float, metavar="X", help="alphas_cumprod at which the picture is taken to be; "
+                    "default: the model's; 1: as O-BELM's code")
 
 
 def _edit(ap: argparse.ArgumentParser) -> None:
@@ -167,6 +170,8 @@ def _edit(ap: argparse.ArgumentParser) -> None:
                     help="share of the steps with the source's cross-attention, for all words or for one (0.8)")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
                     help="the same for self-attention (0.4)")
+    ap.add_argument("--windows-over", choices=["run", "schedule"], help="shares of the steps that are run (run), or of the whole "
+                    "schedule though an inversion leaves some out, as edit-friendly's code counts")
     ap.add_argument("--weight", action="append", metavar="WORD=C", help="multiply the attention of a word")
     ap.add_argument("--renormalise", action="store_true", help="let the edited attention of every pixel sum to 1 again")
     ap.add_argument("--swap", action="append", metavar="OLD=NEW", help="in an edit that also adds words: NEW takes OLD's attention")
@@ -178,6 +183,10 @@ def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend-threshold", metavar="X[:Y]", help="share of a map's maximum that counts (0.3); Y: for --blend-without")
     ap.add_argument("--blend-start", type=float, metavar="X", help="share of the steps before blending begins (0.2)")
     ap.add_argument("--blend-level", type=int, metavar="N", help="maps at the latents' side over this (4)")
+    ap.add_argument("--blend-keep", choices=["stored", "sampled"], help="outside of the mask stands the picture as the inversion "
+                    "stored it (stored), or the source as sampled, as in PnPInversion's runs")
+    ap.add_argument("--blend-middle", action="store_true", default=None, help="the middle block's maps count too, as in RoyiRa's "
+                    "code for SDXL")
     ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
 
 
@@ -185,7 +194,8 @@ def _sampling(ap: argparse.ArgumentParser) -> None:
     _model(ap)
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
-    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed; of an inversion: 0")
+    ap.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, in place of the empty prompt")
+    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed; of an inversion that draws noise: 0")
     ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
                     "inversion: above 0 (1)")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")

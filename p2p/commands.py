@@ -16,6 +16,7 @@ from models.text import tokenizer, tokens
 from p2p import align, options
 from p2p.edit import from_dict
 from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
+from p2p.invert import settings_read
 from p2p.leakage import leakage
 from p2p.output import Output, names
 from p2p.report import report
@@ -26,8 +27,8 @@ from weights.deepfloyd import load_t5
 from weights.inspect import report as describe
 from weights.load import find
 
-EDIT_OPTIONS = ("mode", "cross", "self_", "weight", "renormalise", "swap", "scope", "blend", "blend_without", "blend_mask",
-                "blend_threshold", "blend_start", "blend_level", "aligner")
+EDIT_OPTIONS = ("mode", "cross", "self_", "windows_over", "weight", "renormalise", "swap", "scope", "blend", "blend_without",
+                "blend_mask", "blend_threshold", "blend_start", "blend_level", "blend_keep", "blend_middle", "aligner")
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
 
 
@@ -36,8 +37,8 @@ def edit(args: argparse.Namespace) -> None:
         if args.source is not None:
             raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
         options.refuse(args, "--from, which does as the picture records", "image", "inversion", "method", "skip", "inner_steps",
-                       "inversion_cfg", "editor", "proximal", "steps", "seed", "eta", "height", "width", "cfg", "dtype",
-                       "prediction", *EDIT_OPTIONS)
+                       "inversion_cfg", "final_alpha", "editor", "proximal", "negative", "steps", "seed", "eta", "height", "width",
+                       "cfg", "dtype", "prediction", *EDIT_OPTIONS)
         return _replay(args)
     if args.inversion is not None and args.source is not None:   # the source prompt is in the file
         args.source, args.targets = None, [args.source, *args.targets]
@@ -50,27 +51,28 @@ def edit(args: argparse.Namespace) -> None:
     source, sampling = args.source, {}
     if args.inversion is not None:
         options.refuse(args, "--inversion", "steps", "seed", "eta", "height", "width", "method", "skip", "inner_steps",
-                       "inversion_cfg")
+                       "inversion_cfg", "final_alpha")
         source = p2p.Inversion.load(args.inversion)
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
         source, sampling = _invert(args, model, picture), dict(guidance_scale=args.cfg)
     else:
-        options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
+        options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg", "final_alpha")
         model, sampling = options.load_for_sampling(args)
     editor = find_editor(args.editor)
     if editor:
-        options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "weight", "renormalise", "swap",
-                       "scope", "aligner")
+        options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "windows_over", "weight",
+                       "renormalise", "swap", "scope", "aligner")
     stage = _upscaler(args, model.family)
     result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=options.proximal(args), editor=editor,
-                      record=options.record(args), progress=not args.quiet)
+                      negative_prompt=args.negative, record=options.record(args), progress=not args.quiet)
     _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, _upscale(stage, result, args))
 
 
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
+    options.refuse(args, "p2p invert: it is given to the edits", "negative")
     picture, model = open_picture(args.image), options.load(args)
     made = _invert(args, model, picture)
     _say([*model.notes, *model.remarks(args.source), _taken(made)])
@@ -80,21 +82,21 @@ def invert(args: argparse.Namespace) -> None:
 
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
-    """With the seed 0 where none is given: only two methods draw noise, and an inversion should come out the same again."""
     given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
-                 eta=args.eta, steps=args.steps)
-    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, seed=args.seed or 0, height=args.height,
-                      width=args.width, progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
+                 eta=args.eta, steps=args.steps, seed=args.seed, final_alpha=args.final_alpha)
+    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height, width=args.width,
+                      progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
 
 
 def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Inversion:
     """The inversion that an edit's settings describe."""
     if said["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
-    names = ("method", "steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "seed")
+    names = ("steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "eta", "seed", "final_alpha")
+    how = settings_read(said["method"], {k: said.get(k) for k in names})
     picture = from_base64(said["picture"])                                       # as fitted: of the size that it was run at
-    return p2p.invert(model, picture, said["prompt"], eta=said["eta"] or 1.0, height=picture.height, width=picture.width,
-                      progress=progress, **{k: said[k] for k in names})
+    return p2p.invert(model, picture, said["prompt"], method=said["method"], height=picture.height, width=picture.width,
+                      progress=progress, **how)
 
 
 def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
@@ -124,7 +126,7 @@ def _replay(args: argparse.Namespace) -> None:
             raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
                                       f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
         how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=find_editor(s["editor"]),
-                   record=options.record(args), progress=not args.quiet)
+                   negative_prompt=s.get("negative_prompt"), record=options.record(args), progress=not args.quiet)
         stage, source = _upscaler(args, model.family, s.get("upscale")), None
         if s["inversion"] is not None:
             source = _again(model, s["inversion"], not args.quiet)
@@ -143,7 +145,7 @@ def _replay(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = p2p.generate(model, args.prompts, **sampling, progress=not args.quiet)
+    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=args.negative, progress=not args.quiet)
     _say([*result.notes, *_cost(args, result)])
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
@@ -166,7 +168,7 @@ def maps(args: argparse.Namespace) -> None:
     if args.site and not any(args.site in name for name in layers):
         raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are {', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
-    sampling |= dict(record=record, progress=not args.quiet)
+    sampling |= dict(record=record, negative_prompt=args.negative, progress=not args.quiet)
     if args.targets:
         result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
     else:
@@ -206,7 +208,7 @@ def sweep(args: argparse.Namespace) -> None:
         options.refuse(args, "--over seed=...", "seed")
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
-    done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
+    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative, progress=not args.quiet)
     _say([*done.runs[0].notes, *_cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""

@@ -39,6 +39,9 @@ class Edit:
     cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of the
         target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
     self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
+    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion leaves some out;
+        they are counted from the first that is run, as in the edit-friendly code. (With 12 of 50 skipped, 0.6 then ends after
+        30 of the 38.) "run" is what a share says: 0.6 means the same whatever is skipped.
     equalizer: {"word": c}: the attention of that word times c.
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
     swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
@@ -53,6 +56,7 @@ class Edit:
     cross_replace_steps: Window | Mapping[str, Window] = 0.8
     self_replace_steps: Window = 0.4
     self_max_tokens: int = 32 * 32
+    windows_over: Literal["run", "schedule"] = "run"
     equalizer: Mapping[str, float] | None = None
     renormalise: bool = False
     swap: Mapping[str, str] | None = None
@@ -97,13 +101,14 @@ def check(edit: Edit) -> None:
             ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words"),
             ("self_max_tokens", isinstance(edit.self_max_tokens, Integral) and edit.self_max_tokens >= 0, "a number of pixels"),
             ("renormalise", isinstance(edit.renormalise, bool), "True or False"),
+            ("windows_over", edit.windows_over in ("run", "schedule"), '"run" or "schedule"'),
             ("local_blend", edit.local_blend is None or isinstance(edit.local_blend, LocalBlend), "a LocalBlend")):
         if not fits:
             raise UsageError(f"{name}: {getattr(edit, name)!r} is not {wanted}")
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
-    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words that differ in place swapped, others refined."""
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place swapped, others refined."""
     if edit.mode is not None:
         if edit.mode not in ("replace", "refine", "reweight"):
             raise UsageError(f'mode "{edit.mode}" is not known; known: replace, refine, reweight')
@@ -189,10 +194,11 @@ def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int
     return m, a
 
 
-def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int) -> tuple[Tensor, Tensor]:
-    """mix (steps, L, L) and keep (steps, L) of one target, float64."""
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
+           ) -> tuple[Tensor, Tensor]:
+    """mix (steps, L, L) and keep (steps, L) of one target, float64; whole: steps of the schedule, if some are left out."""
     m, a = alignment(source, target, edit, mode, length)
-    alpha = cross_alpha(edit.cross_replace_steps, target, steps, length)
+    alpha = cross_alpha(edit.cross_replace_steps, target, _counted(edit, steps, whole), length)[:steps]
     return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
 
 
@@ -241,16 +247,23 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     return replace(edit, scope=None, local_blend=blend)
 
 
-def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int) -> list[bool]:
+def _counted(edit: Edit, steps: int, whole: int | None) -> int:
+    """The steps that windows are shares of."""
+    return whole if whole is not None and edit.windows_over == "schedule" else steps
+
+
+def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int, whole: int | None = None) -> list[bool]:
     """For each step, whether any target borrows anything of the source."""
-    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, steps, length) for t, e in zip(targets, edits)]).any(2).any(0)
-    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps).any(1).tolist())]
+    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, _counted(e, steps, whole), length)[:steps].any(1)
+                         for t, e in zip(targets, edits)]).any(0)
+    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps, whole).any(1).tolist())]
 
 
-def _self_injected(edits: Sequence[Edit], steps: int) -> Tensor:
+def _self_injected(edits: Sequence[Edit], steps: int, whole: int | None = None) -> Tensor:
     """(steps, N) bool"""
-    spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
-    return torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)])
+    spans = [[int(share * _counted(e, steps, whole)) for share in window(e.self_replace_steps, "self_replace_steps")]
+             for e in edits]
+    return torch.tensor([[first <= i < end for first, end in spans] for i in range(steps)])
 
 
 def agreed(values: Iterable[Hashable]) -> Any:
@@ -267,11 +280,13 @@ def whose_text(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
 
 
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
-         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
+         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False,
+         whole: int | None = None) -> list[AttentionEdit]:
     """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
-    targets alone, and the source is cached. Steps with equal tables share them: the same tensors."""
+    targets alone, and the source is cached; whole: steps of the schedule, if some are left out. Steps with equal tables share
+    them: the same tensors."""
     n = len(edits)
-    mix, keep = zip(*(tables(source, t, e, m, steps, length) for t, e, m in zip(targets, edits, modes)))
+    mix, keep = zip(*(tables(source, t, e, m, steps, length, whole) for t, e, m in zip(targets, edits, modes)))
     mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
     other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
     first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
@@ -280,7 +295,7 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
-    inside = _self_injected(edits, steps)
+    inside = _self_injected(edits, steps, whole)
     injected = [agreed(e.self_max_tokens if on else 0 for e, on in zip(edits, each)) for each in inside.tolist()]
     inside = inside.to(device)
     renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None

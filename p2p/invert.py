@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -41,6 +41,12 @@ from p2p.schedule import Schedule
 from p2p.start import check_latents, draw
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
+READ_BY = {   # settings that some methods alone read; the others refuse them
+    "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
+    "inner_steps": ("fixed-point", "null-text"),
+    "eta": ("edit-friendly",),
+    "seed": ("noise", "edit-friendly"),
+}
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
 DEFAULT = "edit-friendly"                      # of `benchmarks.paired`: nearest to the true edits, with the fewest rows but noise's
 SKIPPED = {"edit-friendly": 0.24}              # share of the steps left out, unless told: 12 of 50, as in its PIE-Bench runs
@@ -60,11 +66,12 @@ class Inversion:
     inversion_guidance: float
     inner_steps: int | None
     eta: float
-    seed: int
+    seed: int | None
     family: str
     prediction: str
     sha256: str | None                     # of the model
     rows: int = 0                          # of the UNet that it took
+    final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
@@ -128,20 +135,33 @@ class _Run(NamedTuple):
         return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
 
 
+def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these settings of `invert` that the method reads."""
+    return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
+
+
 def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: str = DEFAULT, steps: int = 50,
-           skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float = 1.0,
-           inner_steps: int | None = None, eta: float = 1.0, seed: int = 0, height: int | None = None, width: int | None = None,
-           progress: bool = False) -> Inversion:
+           skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float | None = None,
+           inner_steps: int | None = None, eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
+           height: int | None = None, width: int | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
     picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
     out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
-    made for it); None for the model's own. inversion_guidance: while inverting (ddim, fixed-point, belm,
-    edit-friendly). inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly,
-    1 for DDPM. seed: of the noise that noise and edit-friendly draw. Raises UsageError, NumericsError.
+    made for it); None for the model's own. inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing).
+    inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the
+    noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
+    for the model's own (Stable Diffusion: that of its first timestep, in which it was trained to end), 1 for none of the noise, as
+    in O-BELM's code. A setting that a method does not read is refused. Raises UsageError, NumericsError.
     """
     if method not in METHODS:
         raise UsageError(f'inversion method "{method}" is not known; known: {", ".join(METHODS)}')
+    given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
+    for name, value in given.items():
+        if value is not None and method not in READ_BY[name]:
+            raise UsageError(f"{name}: {method} inversion does not read it (read by {', '.join(READ_BY[name])}); leave it out")
+    inversion_guidance = 1.0 if inversion_guidance is None else inversion_guidance
+    eta = 1.0 if eta is None else eta
     if not isinstance(steps, Integral) or steps < 1:
         raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
     for name, value in (("guidance_scale", guidance_scale), ("inversion_guidance", inversion_guidance)):
@@ -149,6 +169,8 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             raise UsageError(f"{name} must be a finite number, not {value!r}")
     if inner_steps is not None and (not isinstance(inner_steps, Integral) or inner_steps < 1):
         raise UsageError(f"inner_steps must be a whole number from 1, not {inner_steps!r}")
+    if final_alpha is not None and (not isinstance(final_alpha, Real) or not 0 < final_alpha <= 1):
+        raise UsageError(f"final_alpha must lie above 0 and be at most 1, not {final_alpha!r}")
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
     if isinstance(picture, Tensor) and (height, width) != (None, None):
@@ -169,7 +191,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
         check_latents("latents", picture, (1,), model)
         x_0, kept = picture.to(model.device), None
         x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
-    whole = model.schedule(steps)
+    whole = model.schedule(steps).ending(final_alpha)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
@@ -180,17 +202,16 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     rows = 1 if inversion_guidance == 1 else 2
     with torch.no_grad(), _kernels(method, run):
         if method == "noise":
-            latents, rows = _noised(run, seed, independent=False), 0
+            latents, rows = _noised(run, seed or 0, independent=False), 0
         elif method == "edit-friendly":
-            latents = _noised(run, seed, independent=True)
+            latents = _noised(run, seed or 0, independent=True)
             offsets = _offsets(run, latents, inversion_guidance, eta)
         elif method == "belm":
             latents = _belm(run, inversion_guidance)
         else:
             solver = (inner_steps or 5) if method == "fixed-point" else 1
-            guided = inversion_guidance if method in ("ddim", "fixed-point") else 1.0
-            latents = _ddim(run, guided, solver)
-            rows = solver * (1 if guided == 1 else 2)
+            latents = _ddim(run, inversion_guidance, solver)
+            rows *= solver
     rows *= schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
@@ -199,8 +220,9 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
-                     eta if method == "edit-friendly" else 0.0, seed, model.family, model.prediction, model.sha256, rows,
-                     null_context, None if offsets is None else offsets.cpu(), kept)
+                     eta if method == "edit-friendly" else 0.0, (seed or 0) if method in READ_BY["seed"] else None, model.family,
+                     model.prediction, model.sha256, rows, final_alpha, null_context,
+                     None if offsets is None else offsets.cpu(), kept)
 
 
 def _kernels(method: str, run: _Run) -> AbstractContextManager:
@@ -232,12 +254,13 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
 
 
 def _belm(run: _Run, guidance_scale: float) -> Tensor:
-    """O-BELM backwards: the first step is DDIM's, each further one the exact inverse of `belm_step`."""
+    """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a picture at the level of the
+    first timestep); each further one is the exact inverse of `belm_step`."""
     a = run.schedule.alphas[::-1]                                                # a[0] of the picture
     latents = [run.x_0]
     for i, (t, a_to, a_from) in enumerate(run.upwards()):
         x = latents[-1]
-        if i == 0:
+        if i == 0 or a[i] == a[i - 1]:
             out = run.predict(x, t, guidance_scale)
             _, eps = x0_and_eps(x, out, a_to, run.model.prediction)
             latents.append(ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to))

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from p2p.blend import LocalBlend
 from p2p.edit import Edit, check, from_dict, to_dict
 from p2p.errors import UsageError
 from p2p.image import save_png
@@ -24,8 +25,8 @@ from p2p.run import Result
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
-INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": 1.0, "inner_steps": None}
-OTHERS = ("proximal", "editor")
+INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None}
+OTHERS = ("proximal", "editor", "negative_prompt")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
@@ -192,7 +193,8 @@ def _shape(job: Job) -> tuple | None:
     """What jobs of one batch have in common; None for those that run alone."""
     if job.image is not None or job.others:
         return None
-    levels = {e.local_blend.level if e.local_blend else 4 for e in job.targets if e.local_blend or e.scope}
+    blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
+    levels = {(b.level, b.middle) for b in blends}
     s = job.sampling
     return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] == 1, tuple(sorted(levels))
 

@@ -67,6 +67,8 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
         given["cross_replace_steps"] = cross(args.cross)
     if args.self_ is not None:
         given["self_replace_steps"] = window(args.self_, "--self")
+    if args.windows_over is not None:
+        given["windows_over"] = args.windows_over
     if args.weight:
         given["equalizer"] = once([weight(w) for w in args.weight], "--weight")
     if args.swap:
@@ -79,7 +81,7 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
             blend[field] = tuple(zip(*(pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
     if args.blend_mask:
         blend["mask"] = open_picture(args.blend_mask)
-    for field in ("start", "level"):
+    for field in ("start", "level", "keep", "middle"):
         if getattr(args, f"blend_{field}") is not None:
             blend[field] = getattr(args, f"blend_{field}")
     if args.blend_threshold is not None:

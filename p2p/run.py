@@ -27,7 +27,7 @@ from p2p.maps import AttentionMaps, Collector
 from p2p.masactrl import MasaCtrl
 from p2p.model import Conditioning, Model
 from p2p.plug_and_play import PlugAndPlay
-from p2p.sampler import proximal_guide
+from p2p.sampler import PROXIMAL, proximal_guide
 from p2p.schedule import Schedule
 from p2p.start import Low, Start, begin
 from p2p.trace import Queries
@@ -53,23 +53,25 @@ class Result:
 def edit(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
          guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
          height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-         editor: MasaCtrl | PlugAndPlay | None = None, low: Low | None = None, record: Record = Record(), progress: bool = False,
-         **settings: Any) -> Result:
+         editor: MasaCtrl | PlugAndPlay | None = None, negative_prompt: str | None = None, low: Low | None = None,
+         record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     source: a prompt, or a real picture as `invert` gives it (then steps, eta and size are those of the inversion).
     targets: `Edit`s, or prompts, for which `settings` holds the fields of `Edit`: mode, cross_replace_steps,
-    self_replace_steps, self_max_tokens, equalizer, renormalise, swap, local_blend, scope, aligner.
+    self_replace_steps, self_max_tokens, windows_over, equalizer, renormalise, swap, local_blend, scope, aligner.
     steps: 50 where None. guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial
     noise, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
     pictures in pixels, None for the size that the model was made for. proximal: guidance along the large differences
-    alone, see `proximal_guide`: ("l0" or "l1", quantile). editor: another way to inject than Prompt-to-Prompt's, which
-    the windows and weights of `Edit` then do not concern. low: what a super-resolution stage enlarges, see `upscale`.
+    alone, see `proximal_guide`: (norm, quantile). editor: another way to inject than Prompt-to-Prompt's, which
+    the windows and weights of `Edit` then do not concern. negative_prompt: what guidance leads away from, in place of the empty
+    prompt. low: what a super-resolution stage enlarges, see `upscale`.
     record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     ready = prepared(model, source, targets, steps=steps, guidance_scale=guidance_scale, seed=seed, x_T=x_T, eta=eta, height=height,
-                     width=width, proximal=proximal, editor=editor, low=low, record=record, **settings)
+                     width=width, proximal=proximal, editor=editor, negative_prompt=negative_prompt, low=low, record=record,
+                     **settings)
     return run(model, ready, record, progress)
 
 
@@ -87,14 +89,16 @@ class Ready(NamedTuple):
 def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
              guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
              height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-             editor: MasaCtrl | PlugAndPlay | None = None, low: Low | None = None, record: Record = Record(),
-             **settings: Any) -> Ready:
+             editor: MasaCtrl | PlugAndPlay | None = None, negative_prompt: str | None = None, low: Low | None = None,
+             record: Record = Record(), **settings: Any) -> Ready:
     """The arguments of `edit`, checked. Raises UsageError."""
     edits = _edits(targets, settings)
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves those of text alone")
+    how: dict[str, Any] = {} if proximal is None else dict(guide=_proximal(proximal))
+    whole_batch = proximal is not None and proximal[0].startswith("published")   # its threshold is of all rows, the source's too
     notes: list[str] = list(model.notes)
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
@@ -116,36 +120,37 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     known = None
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
-        if inversion.queries is not None and editor is None:
+        if inversion.queries is not None and editor is None and not whole_batch:
             known = known._replace(queries=Queries(inversion.queries, model), run=[False] * start.schedule.steps)
-        if editor is not None and editor.guided_source:
+        if whole_batch or (editor is not None and editor.guided_source):
             known = known._replace(guided=True)
     absent = known is not None and known.queries is not None
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {
         "source": source, "targets": [to_dict(e) for e in edits], "proximal": proximal,
-        "editor": editor and {"name": type(editor).__name__, **asdict(editor)},
+        "editor": editor and {"name": type(editor).__name__, **asdict(editor)}, "negative_prompt": negative_prompt,
         "inversion": inversion and inversion.settings()}
     common = dict(steps=start.schedule.steps, length=model.length, device=model.device)
     guided = 0 if start.guidance_scale == 1 else len(prompts) - (known is not None and not known.guided)
     edits = [scoped(split[0], t, e, m, model.length) for t, e, m in zip(split[1:], edits, modes)]
-    rows = dict(dtype=model.dtype, **common)
+    rows, whole = dict(dtype=model.dtype, **common), None if inversion is None else inversion.steps
     if editor is not None:
         edit_plan = editor.plan(model.unet, len(prompts), guided, **rows)
     else:
-        edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) - absent + guided, absent=absent, **rows)
+        edit_plan = plan(split[0], split[1:], edits, modes, rows=len(prompts) - absent + guided, absent=absent,
+                         whole=whole, **rows)
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], **common)
     if blend is not None:
         notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, start.schedule.steps)) if why]
     mapped = record.text or record.pixels or (blend is not None and blend.pixels)
-    if known is not None and known.follow and not mapped:   # a known source is run where it is read
-        reads = readers(split[1:], edits, common["steps"], model.length) if editor is None else [bool(step) for step in edit_plan]
+    if known is not None and known.follow and not mapped and not whole_batch:   # a known source is run where it is read
+        reads = (readers(split[1:], edits, common["steps"], model.length, whole) if editor is None
+                 else [bool(step) for step in edit_plan])
         edit_plan = [step if read else None for step, read in zip(edit_plan, reads)]
         known = known if absent else known._replace(run=reads)
-    null = _null(model, inversion, guided, start.size) if guided else None
+    null = _null(model, inversion, guided, start.size, negative_prompt)
     if editor is not None and editor.source_prompt is not None:
         prompts[0] = editor.source_prompt
-    how = dict(guide=_proximal(proximal)) if proximal else {}
     return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))
 
 
@@ -194,7 +199,8 @@ def _fits(inversion: Inversion, model: Model, steps: int | None, eta: float | No
 
 def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known]:
     """The steps that the inversion covers, and its latents as the loop wants them, noisiest first."""
-    schedule = Schedule(start.schedule.timesteps[inversion.skip:], start.schedule.alphas[inversion.skip:])
+    schedule = start.schedule.ending(inversion.final_alpha)
+    schedule = Schedule(schedule.timesteps[inversion.skip:], schedule.alphas[inversion.skip:])
     path = inversion.latents.flip(0).to(start.x.device)
     known = Known(path, inversion.method in FOLLOW, inversion.method not in (*FOLLOW, "negative-prompt"))
     if inversion.offsets is not None:
@@ -207,11 +213,24 @@ def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known]:
     return start, known
 
 
-def _null(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int]) -> Conditioning | list[Conditioning]:
-    """What n guided rows are told in place of a prompt."""
-    null = model.null(n, *size)
-    if inversion is not None and inversion.method == "negative-prompt":
+def _null(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int], negative_prompt: str | None
+          ) -> Conditioning | list[Conditioning] | None:
+    """What n guided rows are told in place of a prompt. Raises UsageError."""
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise UsageError(f"negative_prompt: {negative_prompt!r} is not text")
+    if negative_prompt is not None and not n:
+        raise UsageError("negative_prompt: nothing leads away from it without guidance; give a guidance_scale other than 1, or "
+                         "leave it out")
+    method = None if inversion is None else inversion.method
+    if negative_prompt is not None and method in ("negative-prompt", "null-text"):
+        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, or invert by direct")
+    if not n:
+        return None
+    if negative_prompt:
+        return model.condition([negative_prompt] * n, *size)
+    if method == "negative-prompt":
         return model.condition([inversion.prompt] * n, *size)
+    null = model.null(n, *size)
     if inversion is not None and inversion.null_context is not None:
         contexts = inversion.null_context.to(null.context)
         return [null._replace(context=c.expand(n, -1, -1)) for c in contexts]
@@ -221,16 +240,18 @@ def _null(model: Model, inversion: Inversion | None, n: int, size: tuple[int, in
 def _proximal(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
     try:
         norm, quantile = proximal
-        if norm not in ("l0", "l1") or not 0 <= quantile < 1:
+        if norm not in PROXIMAL or not 0 <= quantile < 1:
             raise ValueError
     except (TypeError, ValueError):
-        raise UsageError(f'proximal: {proximal!r} must be ("l0" or "l1", a quantile from 0 to below 1)') from None
+        raise UsageError(f"proximal: {proximal!r} must be a norm ({', '.join(PROXIMAL)}) and a quantile from 0 to below "
+                         "1") from None
     return lambda uncond, cond, scale: proximal_guide(uncond, cond, scale, norm, quantile)
 
 
 def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, guidance_scale: float | None = None,
              seed: int | Sequence[int] = 0, x_T: Tensor | None = None, eta: float | None = None, height: int | None = None,
-             width: int | None = None, low: Low | None = None, record: Record = Record(), progress: bool = False) -> Result:
+             width: int | None = None, negative_prompt: str | None = None, low: Low | None = None, record: Record = Record(),
+             progress: bool = False) -> Result:
     """One picture per prompt; arguments as in `edit`. seed: one for all prompts, or one for each."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = [seed] if not isinstance(seed, (list, tuple)) else list(seed)
@@ -240,8 +261,8 @@ def generate(model: Model, prompts: str | Sequence[str], *, steps: int = 50, gui
     _tokens(model, prompts, notes)
     start = begin(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width, low)
     recorded = None if x_T is not None else seeds[0] if len(seeds) == 1 else seeds
-    settings = _settings(model, "generate", start, recorded) | {"prompts": prompts}
-    null = model.null(len(prompts), *start.size) if start.guidance_scale != 1 else None
+    settings = _settings(model, "generate", start, recorded) | {"prompts": prompts, "negative_prompt": negative_prompt}
+    null = _null(model, None, len(prompts) if start.guidance_scale != 1 else 0, start.size, negative_prompt)
     return run(model, Ready(prompts, start, null, settings, notes), record, progress)
 
 

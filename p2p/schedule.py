@@ -22,6 +22,10 @@ class Schedule(NamedTuple):
     def steps(self) -> int:
         return len(self.timesteps)
 
+    def ending(self, final_alpha: float | None) -> Schedule:
+        """The same steps, the last one to that alphas_cumprod; None: as it is."""
+        return self if final_alpha is None else self._replace(alphas=(*self.alphas[:-1], final_alpha))
+
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None) -> Schedule:
     """Evenly spaced ("leading") timesteps, as Stable Diffusion samples: offset, offset + 1000 // N, ...
@@ -33,7 +37,8 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
     if not 1 <= steps <= total:
         raise UsageError(f"steps must be from 1 to {total}, not {steps}")
     stride = total // steps
-    timesteps = [min(i * stride + offset, total - 1) for i in reversed(range(steps))]
+    offset = min(offset, total - 1 - (steps - 1) * stride)   # no timestep twice: of 1000 steps the first is 999
+    timesteps = [i * stride + offset for i in reversed(range(steps))]
     table = alphas_cumprod.tolist()
     alphas = [table[t] for t in timesteps]
     # each step ends where t - stride lies: the next timestep, and at the end whatever final_alpha says
