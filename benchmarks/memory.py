@@ -35,7 +35,7 @@ def peak(side: str, name: str, device: torch.device) -> int:
     if peer:
         import diffusers  # noqa: F401
     before = 0 if gpu else resident()
-    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype, last=not peer)
+    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype)
     x, t, context = inputs(size, device, dtype)
     f = formula("swap", device, dtype)
     edit = as_edit("swap", f) if side.startswith("edit") else None

@@ -26,7 +26,7 @@ import p2p
 from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
 from models.attention import AttentionEdit, Record
 from models.blocks import Maps
-from models.layers import arranged
+from models.layers import keep_freed_memory
 from models.unet import Time, UNet
 from p2p.batch import Batch, run
 from p2p.blend import Blend, local_blend, word_maps
@@ -90,8 +90,8 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
     if name != "full":
         sides |= around(net, x, at, context, edit)
-    with arranged(net):
-        m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
+    keep_freed_memory(device)
+    m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))
     rows = [(f"{name}: edit / plain step", one / m["plain"], 1.03),

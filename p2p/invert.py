@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from models.layers import arranged
+from models.layers import keep_freed_memory
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit, from_base64, from_pil, to_base64
@@ -200,7 +200,9 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     run = _Run(model, x_0, null, told, both, schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
-    with torch.no_grad(), _kernels(method, run):
+    keep_freed_memory(model.device)
+    exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
+    with torch.no_grad(), exactly:
         if method == "noise":
             latents, rows = _noised(run, seed or 0, independent=False), 0
         elif method == "edit-friendly":
@@ -216,7 +218,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
     if method == "null-text":
-        with _kernels(method, run):
+        with _explicit_where_small(run):
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
@@ -225,12 +227,9 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
                      None if offsets is None else offsets.cpu(), kept)
 
 
-def _kernels(method: str, run: _Run) -> AbstractContextManager:
-    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its
-    own size. Its kernels are therefore not arranged, as they are not where the gradient is taken, and where the maps are small
-    they are formed, which repeats the official code's numbers more closely."""
-    if method != "null-text":
-        return arranged(run.model.unet)
+def _explicit_where_small(run: _Run) -> AbstractContextManager:
+    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its own
+    size. Where the maps are small they are formed, which repeats the official code's numbers more closely."""
     small = run.x_0.shape[2] * run.x_0.shape[3] <= 32 * 32
     return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.attention import Record
-from models.layers import arranged
+from models.layers import keep_freed_memory
 from models.text import Tokens
 from p2p.blend import idle as blend_idle
 from p2p.blend import prepare
@@ -281,14 +281,14 @@ def run(model: Model, ready: Ready, record: Record, progress: bool) -> Result:
                    noise=start.noise or None, record=record, **how)
     x, masks, rows, collector = start.x, None, 0, Collector()
     bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
-    with arranged(model.unet):
-        for step in bar:
-            x, masks, rows = step.x, step.mask, rows + step.rows
-            if record.text or record.pixels:
-                if not step.maps:
-                    raise UsageError(f"no attention map has at most {max(record.text, record.pixels)} positions in a picture of "
-                                     f"{start.size[0]} x {start.size[1]} pixels; record larger ones, or choose a smaller picture")
-                collector.add(step.t, step.maps)
+    keep_freed_memory(model.device)
+    for step in bar:
+        x, masks, rows = step.x, step.mask, rows + step.rows
+        if record.text or record.pixels:
+            if not step.maps:
+                raise UsageError(f"no attention map has at most {max(record.text, record.pixels)} positions in a picture of "
+                                 f"{start.size[0]} x {start.size[1]} pixels; record larger ones, or choose a smaller picture")
+            collector.add(step.t, step.maps)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}

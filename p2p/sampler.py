@@ -20,7 +20,7 @@ def bounded(x_0: Tensor, clip: Clip) -> Tensor:
     picture within the quantile of its own size, at least 1 and at most `most`, and scaled to [-1, 1]."""
     if isinstance(clip, tuple):
         quantile, most = clip
-        s = x_0.flatten(1).abs().float().quantile(quantile, dim=1).clamp(1, most).to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))
+        s = _quantile(x_0.flatten(1).abs(), quantile).clamp(1, most).view(-1, *[1] * (x_0.ndim - 1))
         return x_0.maximum(-s).minimum(s) / s
     return x_0 if clip is None else x_0.clamp(-clip, clip)
 
@@ -91,6 +91,11 @@ def belm_step_up(x_prev: Tensor, x_t: Tensor, eps: Tensor, a_prev: float, a_t: f
     return (x_prev - near * x_t - slope * eps) / far
 
 
+def _quantile(sizes: Tensor, share: float) -> Tensor:
+    """Of each row (B, N), in single precision at least.  -> (B,)"""
+    return sizes.to(torch.promote_types(sizes.dtype, torch.float32)).quantile(share, dim=1).to(sizes.dtype)
+
+
 PROXIMAL = ("l0", "l1", "published", "published-l1")
 
 
@@ -106,7 +111,7 @@ def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: st
     delta = cond - uncond
     size = delta.abs()
     sizes = size.flatten(1) if norm in ("l0", "l1") else size.flatten()[None]
-    limit = sizes.float().quantile(quantile, dim=1).to(size.dtype).view(-1, *[1] * (delta.ndim - 1))
+    limit = _quantile(sizes, quantile).view(-1, *[1] * (delta.ndim - 1))
     if norm == "l0":
         kept = torch.where(size >= limit, delta, torch.zeros_like(delta))
     else:

@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
 
     def ending(self, final_alpha: float | None) -> Schedule:
         """The same steps, the last one to that alphas_cumprod; None: as it is."""
-        return self if final_alpha is None else self._replace(alphas=(*self.alphas[:-1], final_alpha))
+        return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
 
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None) -> Schedule:

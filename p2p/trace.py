@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from models.attention import QK, Record
 from models.blocks import Maps
-from models.layers import arranged
+from models.layers import keep_freed_memory
 from models.unet import UNet
 from p2p.denoise import denoise
 from p2p.errors import UsageError
@@ -66,16 +66,16 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
     if unknown := [name for name in sampling if name not in known]:
         raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
                          "an inverted source's trace: it was inverted with its own"))
-    with arranged(model.unet):
-        if isinstance(source, Inversion):
-            if source.method not in FOLLOW:
-                raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
-                                 f"use {' or '.join(FOLLOW)}")
-            source.check(model)
-            stored = {} if latents_only else _queries(model, source, dtype, progress)
-            found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
-        else:
-            found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+    keep_freed_memory(model.device)
+    if isinstance(source, Inversion):
+        if source.method not in FOLLOW:
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
+                             f"use {' or '.join(FOLLOW)}")
+        source.check(model)
+        stored = {} if latents_only else _queries(model, source, dtype, progress)
+        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
+    else:
+        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
     return replace(found, queries=stored or None)
 
 

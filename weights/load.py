@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.layers import channels_last, wide
+from models.layers import wide
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
@@ -147,8 +147,7 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     large, state = wide(module), {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         wanted = held if held and name in large else dtype
-        tensor = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
-        state[name] = channels_last(tensor)
+        state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
