@@ -37,7 +37,7 @@ def read(data: Path, limit: int | None = None) -> list[Item]:
     """The items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/. Raises UsageError."""
     file = data / "mapping_file.json"
     try:
-        mapping = json.loads(file.read_text())
+        mapping = json.loads(file.read_text(encoding="utf-8-sig"))
         items = []
         for key, said in list(mapping.items())[:limit]:
             words = (said.get("blended_word") or "").split()
