@@ -88,13 +88,17 @@ def _tried(model: Model, do: Callable[[], T]) -> tuple[T | Failure, float]:
     if failure is None:
         return made, time.perf_counter() - began
     try:
-        torch.ones(1, device=model.device).add(1).item()
+        _probe(model.device)
     except torch.OutOfMemoryError:
         pass
     except RuntimeError as error:   # after some faults of a GPU no process can use it again
         raise UsageError(f"{model.device} no longer answers ({str(error).splitlines()[0]}), since: "
                          f"{failure.error}; what is done is kept, start again to go on") from None
     return failure, time.perf_counter() - began
+
+
+def _probe(device: torch.device) -> None:
+    torch.ones(1, device=device).add(1).item()
 
 
 def _ready(model: Model, job: Job) -> Ready:

@@ -31,7 +31,7 @@ def checked(name: str, value: Any, table: Mapping[str, Check] | None = None) -> 
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"{name}: {shown(value)} is not {wanted}") from None
+        raise UsageError(f"{name}: {wanted}, not {shown(value)}") from None
 
 
 def _require(fits: bool) -> None:
@@ -76,7 +76,7 @@ def _one_of(*known: str) -> Check:
     def convert(value: Any) -> str:
         _require(isinstance(value, str) and value in known)
         return value
-    return convert, f"known; known: {', '.join(known)}"
+    return convert, f"one of {', '.join(known)}"
 
 
 def _pair(one: Callable[[Any], Any], other: Callable[[Any], Any] | None = None) -> Callable[[Any], tuple]:
@@ -88,7 +88,7 @@ def _pair(one: Callable[[Any], Any], other: Callable[[Any], Any] | None = None) 
 
 def _mapping(convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     def each(value: Any) -> dict[str, Any]:
-        _require(isinstance(value, Mapping) and bool(value))
+        _require(isinstance(value, Mapping))
         return {_filled(k): convert(v) for k, v in value.items()}
     return each
 
@@ -131,7 +131,7 @@ def _editor(value: Any) -> Any:
     editor = find_editor(value)
     for f in fields(editor):
         if isinstance(f.default, Real):
-            kind = (_flag, "true or false") if isinstance(f.default, bool) else (_number(), "a finite number")
+            kind = (_flag, "true or false") if isinstance(f.default, bool) else (_number(), "one finite number")
             checked(f.name, getattr(editor, f.name), {f.name: kind})
     return value
 
@@ -144,16 +144,16 @@ def _guidance(value: Any) -> tuple[str, float]:
 
 _WINDOW = _either(_window, (list, tuple), _number(0, 1))
 _WORDS = _either(_filled, str, _words)
-_SHARE = "a share of the steps from 0 to 1, or a pair (start, end) of them"
+_SHARE = "one share of the steps from 0 to 1, or a pair (start, end) of them"
 _SIDES = (_pair(_either(_filled, str, lambda v: () if v in ([], ()) else _words(v))),
           "a pair (of the source, of the target), each a word or a list of words")
 
 BLEND: dict[str, Check] = {
     **dict.fromkeys(("words", "substruct", "rivals"), _SIDES),
     "threshold": (_either(_pair(_number(0, BELOW_1)), (list, tuple), _number(0, BELOW_1)),
-                  "a number from 0 to below 1, or two of them"),
-    "start": (_number(0, 1), "a share of the steps from 0 to 1"),
-    "level": (_whole(1), "a whole number from 1"),
+                  "one number from 0 to below 1, or two of them"),
+    "start": (_number(0, 1), "one share of the steps from 0 to 1"),
+    "level": (_whole(1), "one number, whole and from 1"),
     "mask": (_mask, "a picture in base64"),
 }
 FIELDS: dict[str, Check] = {
@@ -161,25 +161,25 @@ FIELDS: dict[str, Check] = {
     "source": (_text, "a prompt"),
     "image": (_filled, "the path of a picture"),
     # how it is sampled
-    "steps": (_whole(1), "a whole number from 1"),
-    "guidance_scale": (_number(), "a finite number"),
-    "seed": (_whole(-2**63, 2**64 - 1), "a whole number from -2^63 to 2^64 - 1"),
-    "eta": (_number(0, 1), "a number from 0 to 1"),
-    **dict.fromkeys(("height", "width"), (_whole(1), "a number of pixels")),
+    "steps": (_whole(1), "one number, whole and from 1"),
+    "guidance_scale": (_number(), "one finite number"),
+    "seed": (_whole(-2**63, 2**64 - 1), "one number, whole and from -2^63 to 2^64 - 1"),
+    "eta": (_number(0, 1), "one number from 0 to 1"),
+    **dict.fromkeys(("height", "width"), (_whole(1), "one number of pixels")),
     # how a picture is inverted
     "method": _one_of(*METHODS),
-    "skip": (_whole(0), "a whole number of steps from 0"),
-    "inversion_guidance": (_number(), "a finite number"),
-    "inner_steps": (_whole(1), "a whole number from 1"),
+    "skip": (_whole(0), "one number of steps, whole and from 0"),
+    "inversion_guidance": (_number(), "one finite number"),
+    "inner_steps": (_whole(1), "one number, whole and from 1"),
     # what else `edit` takes
     "editor": (_editor, "an editor's name, or an object with its name and fields"),
     "proximal": (_guidance, 'a pair such as ["l0", 0.7]'),
     # the fields of `Edit`
     "prompt": (_text, "a prompt"),
     "mode": _one_of("replace", "refine", "reweight"),
-    "cross_replace_steps": (_either(_mapping(_WINDOW), Mapping, _WINDOW), f"{_SHARE}; or one for each word"),
+    "cross_replace_steps": (_either(_mapping(_WINDOW), Mapping, _WINDOW), f"{_SHARE}, for all words or for each"),
     "self_replace_steps": (_WINDOW, _SHARE),
-    "self_max_tokens": (_whole(0), "a number of pixels"),
+    "self_max_tokens": (_whole(0), "one number of pixels"),
     "equalizer": (_mapping(_number(-1e30, 1e30)), 'an object {"word": weight}'),
     "renormalise": (_flag, "true or false"),
     "swap": (_mapping(_filled), 'an object {"word of the source": "word of the target"}'),

@@ -70,7 +70,7 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) ->
 
     Raises UsageError naming every line that cannot be meant, before anything is computed.
     """
-    defaults = {k: v for k, v in (defaults or {}).items() if v is not None}
+    defaults = present(dict(defaults or {})) or {}
     for name, value in defaults.items():
         checked(name, value)
     jobs = lines.read(file, lambda said, number: parse(said, number, file.parent, model, defaults),
@@ -85,7 +85,7 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     if not isinstance(said, dict):
         raise UsageError("a job is an object with source and targets")
     tags = said.get("tags")
-    said = present({k: v for k, v in said.items() if k != "tags"})
+    said = present({k: v for k, v in said.items() if k != "tags"}) or {}
     own = checked("id", said.pop("id")) if "id" in said else None
     said = _long(said, {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}, "an edit")
     pictured = "image" in said
@@ -117,6 +117,9 @@ def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
         raise UsageError("a target that is an object needs its prompt")
     edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
     check(edit)
+    blend = edit.local_blend
+    if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
+        raise UsageError("local_blend: give words or a mask, or the target's scope")
     return edit
 
 

@@ -99,10 +99,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def present(value: Any) -> Any:
-    """Without what is null: tables with a column a setting have that where a row does not set it."""
-    if isinstance(value, dict):
-        return {k: present(v) for k, v in value.items() if v is not None}
-    return value
+    """Without what is null: tables with a column for each setting have that where a row does not give it. None is
+    left of an object that holds nothing else."""
+    if isinstance(value, list):
+        return [present(v) for v in value]
+    if not isinstance(value, dict) or not value:
+        return value
+    return {k: kept for k, v in value.items() if (kept := present(v)) is not None} or None
 
 
 def shown(value: Any) -> str:
