@@ -29,9 +29,10 @@ def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -
         for i in range(workers):
             ours, theirs = context.Pipe()
             device = f"cuda:{i % gpus}" if gpus else batch.device
-            crew[ours] = context.Process(target=_worker, args=(batch, theirs, device, threads), daemon=True)
+            worker = context.Process(target=_worker, args=(batch, theirs, device, threads), daemon=True)
             with deaf():   # Ctrl-C reaches the whole group of processes; who started them ends them
-                crew[ours].start()
+                worker.start()
+            crew[ours] = worker
             theirs.close()
         busy = set(crew)
         while busy:
