@@ -84,7 +84,7 @@ def _tried(model: Model, do: Callable[[], T]) -> tuple[T | Failure, float]:
     except (UsageError, NumericsError) as error:
         failure = Failure(str(error) or type(error).__name__)
     except Exception as error:   # of this job alone, whatever it is: out of memory, or a fault of ours
-        failure = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        failure = Failure(f"{type(error).__name__}: {error}".removesuffix(": "), traceback.format_exc())
     if failure is None:
         return made, time.perf_counter() - began
     try:
