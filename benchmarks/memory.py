@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {what} | {value:.3f} | {'' if goal is None else goal} |")
     if a.file:
         said = {"size": a.size, "device": a.device, "torch": torch.__version__, "bytes": bytes_}
-        a.file.write_text(json.dumps(said, indent=1) + "\n")
+        a.file.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
                 result |= {"kinds": result["kinds"] | new["kinds"], "peak MB": max(result["peak MB"], new["peak MB"])}
             else:
                 result["failed"] = f"{kind}: " + (done.stderr.strip().splitlines() or ["no output"])[-1]
-            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n")
+            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             if "failed" in result:
                 break
         results = _done(a.folder, run)
@@ -206,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
     whole = {**run, "kinds": asked, "figures": FIGURES, "methods": results}
-    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
+    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(a.folder / "paired.md")
 
 
@@ -217,7 +217,7 @@ def _file(folder: Path, method: str) -> Path:
 
 def _done(folder: Path, run: dict) -> dict[str, dict]:
     """What runs of these settings have left in the folder; failures are tried again."""
-    found = {m: json.loads(_file(folder, m).read_text()) for m in METHODS if _file(folder, m).exists()}
+    found = {m: json.loads(_file(folder, m).read_text(encoding="utf-8")) for m in METHODS if _file(folder, m).exists()}
     return {m: {k: v for k, v in r.items() if k != "run"} for m, r in found.items() if r["run"] == run}
 
 

@@ -160,7 +160,7 @@ def lists(repeats: int, device: torch.device) -> list[Row]:
     with tempfile.TemporaryDirectory() as made:
         jobs = Path(made) / "jobs.jsonl"
         asked = [{"source": a, "targets": [b], "steps": 20, "seed": i} for i, (a, b) in enumerate(prompts)]
-        jobs.write_text("\n".join(map(json.dumps, asked)))
+        jobs.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
 
         def listed() -> None:
             run(Batch(jobs, Path(tempfile.mkdtemp(dir=made)), {"source": "emoji"}, str(device), quiet=True))
@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     if a.file:
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} CPU threads"
         a.file.write_text(json.dumps({"where": where, "torch": torch.__version__, "repeats": a.repeats,
-                                      "rows": [dict(zip(("measure", "measured", "goal"), r)) for r in rows]}, indent=1) + "\n")
+                                      "rows": [dict(zip(("measure", "measured", "goal"), r)) for r in rows]}, indent=1) + "\n",
+                          encoding="utf-8")
 
 
 if __name__ == "__main__":

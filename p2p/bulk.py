@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,6 +12,7 @@ import p2p
 from p2p import dataset, metrics, options, pie
 from p2p.batch import Batch
 from p2p.batch import run as run_batch
+from p2p.edit import to_dict
 from p2p.invert import METHODS
 from p2p.run import EDITORS
 from weights.emoji import recogniser
@@ -20,7 +22,8 @@ def batch(args: argparse.Namespace) -> int:
     for name in ("workers", "together"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise p2p.UsageError(f"--{name} must be a whole number from 1, not {value}")
-    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed, args.quiet)
+    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
+                 args.quiet, _defaults(args))
     counts = run_batch(what, args.engine, args.workers)
     if not args.quiet:
         print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
@@ -28,6 +31,17 @@ def batch(args: argparse.Namespace) -> int:
             print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
     print(args.out / "results.jsonl")
     return 1 if counts["failed"] or counts["open"] else 0
+
+
+def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the jobs that do not say otherwise, by the names and in the form of a list."""
+    usual, given = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
+    said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
+            "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
+            "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
+            "final_alpha": args.final_alpha, "editor": args.editor, "proximal": options.proximal(args),
+            "negative_prompt": args.negative}
+    return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
-"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics."""
+"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics, 130
+interrupted (by SIGTERM 143, by SIGHUP 129)."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
+
+from p2p.stop import Lasting, exit_code, stoppable
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
@@ -76,15 +79,21 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     b = commands.add_parser("batch", help="run a list of edits; stopped and started again, it goes on where it was",
                             description='Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
-                            '...} with any setting of an edit; "image": FILE for a real picture. Example: '
-                            "p2p batch jobs.jsonl --out DIR")
-    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file")
+                            '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
+                            '"tags" are your own. Settings given here are those of lines that have none of their '
+                            "own. Example: p2p batch jobs.jsonl --out DIR --steps 20")
+    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
     b.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
                    help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
     b.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
     b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
     b.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
+    b.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
+    b.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
+    _inversion(b)
+    _edit(b)
     _model(b)
+    _settings(b, seed="default: 0")
     b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
     b.add_argument("-q", "--quiet", action="store_true")
 
@@ -190,16 +199,20 @@ def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
 
 
-def _sampling(ap: argparse.ArgumentParser) -> None:
-    _model(ap)
+def _settings(ap: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
     ap.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, in place of the empty prompt")
-    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed; of an inversion that draws noise: 0")
+    ap.add_argument("--seed", type=int, default=None, help=seed)
     ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
                     "inversion: above 0 (1)")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
+
+
+def _sampling(ap: argparse.ArgumentParser) -> None:
+    _model(ap)
+    _settings(ap, seed="default: drawn, and printed; of an inversion that draws noise: 0")
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
     said = ap.add_mutually_exclusive_group()
     said.add_argument("-v", "--verbose", action="store_true", help="also print the UNet's rows that were computed, and seconds")
@@ -231,15 +244,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages go to stderr, what was written to stdout."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")   # a prompt may hold more than the terminal can show
-    try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except OSError as error:   # of stdout: every file that is read or written has its own message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # what is still buffered must not fail once more at exit
-        return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, USAGE)   # `p2p tokens ... | head`
+    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)), stoppable():
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as stop:
+            return _fail("interrupted", exit_code(stop))
+        except OSError as error:   # of stdout, on a full disk: every other file has its own message
+            return _fail(error.strerror or error, USAGE)
 
 
 def _run(argv: list[str]) -> int:

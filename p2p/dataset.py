@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +25,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from p2p import lines
+from p2p.aside import appearing, aside, finished, sweep
 from p2p.errors import NumericsError, UsageError
 from p2p.image import from_pil
 from p2p.metrics import Embedder
 from p2p.model import Model
-from p2p.output import appearing, write
+from p2p.output import write
 from p2p.together import edit_together
 
+WHOLE = "counts.json"   # the file by which a finished folder is known
 Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
 
 
@@ -57,24 +62,21 @@ class Recipe:
 
 
 def read(file: Path) -> list[Pair]:
-    """Lines {"caption" (or "input"), "edit", "output"}, as InstructPix2Pix's lists have them. Raises UsageError naming the line."""
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
-    pairs = []
-    for i, line in enumerate(lines):
-        try:
-            said = json.loads(line)
-            texts = said.get("caption", said.get("input")), said["edit"], said["output"]
-            if not all(isinstance(t, str) for t in texts):
-                raise ValueError("caption, edit and output are texts")
-            pairs.append(Pair(i, *texts))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f'{file}, line {i + 1}: {error}; expected {{"caption": ..., "edit": ..., "output": ...}}') from None
-    if not pairs:
-        raise UsageError(f"{file}: no prompt in it")
-    return pairs
+    """Entries {"caption" (or "input"), "edit", "output"}, as InstructPix2Pix's lists have them. Raises
+    UsageError that names those that are none."""
+    def texts(said: Any, _: int) -> tuple[str, str, str]:
+        form = '{"caption": ..., "edit": ..., "output": ...}'
+        said = lines.present(said)
+        if not isinstance(said, dict) or {"caption", "input"} <= set(said):
+            raise UsageError(f'expected {form}, or "input" instead of "caption"; not {lines.shown(said)}')
+        said = {"caption": said.get("input")} | said
+        if absent := [k for k in ("caption", "edit", "output") if said.get(k) is None]:
+            raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
+        if not all(isinstance(said[k], str) for k in ("caption", "edit", "output")):
+            raise UsageError("caption, edit and output are texts")
+        return said["caption"], said["edit"], said["output"]
+
+    return [Pair(i, *found) for i, found in enumerate(lines.read(file, texts, "no prompt in it"))]
 
 
 def draw(pair: Pair, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
@@ -104,19 +106,42 @@ def _folder(pair: Pair, out: Path) -> Path:
 
 
 def remaining(pairs: Sequence[Pair], out: Path) -> list[Pair]:
-    """Those that have no folder yet."""
-    return [pair for pair in pairs if not _folder(pair, out).exists()]
+    """Those that have no finished folder yet."""
+    return [pair for pair in pairs if not finished(_folder(pair, out) / WHOLE)]
+
+
+def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
+    """Raises UsageError where the finished folders were made with other settings, or of other prompts: they
+    would stay as they are, under a recipe that is not theirs."""
+    done = [pair for pair in pairs if finished(_folder(pair, out) / WHOLE)]
+    if not done:
+        return
+    before = _json(out / "recipe.json")
+    other = [f"{k} {before.get(k)!r}, not {v!r}"
+             for k, v in recipe.items() if k != "model" and before.get(k) != v]   # the model's sha256 counts
+    for pair in done:
+        folder = _folder(pair, out)
+        if (said := _json(folder / "prompt.json")) != _said(pair):
+            other.append(f"{folder.name} from {said}, not {_said(pair)}")
+    if other:
+        raise UsageError(f"--out {out}: made with {'; '.join(other[:9])}. Ask for the same to go on, or give "
+                         "another folder")
 
 
 @torch.no_grad()
 def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
     """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once.
 
-    -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the disk is full.
+    -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the
+    disk is full, and where what is there was made with other settings.
     """
+    said = asdict(recipe) | {"model": model.name, "sha256": model.sha256}
+    said = json.loads(json.dumps(said))   # tuples are lists there
+    _same(pairs, out, said)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / "recipe.json", json.dumps(asdict(recipe) | {"model": model.name, "sha256": model.sha256}))
+        sweep(out)
+        write(out / "recipe.json", json.dumps(said))
         for pair in remaining(pairs, out):
             kept, counts = _samples(model, pair, embedder, recipe)
             _put(_folder(pair, out), pair, kept, counts)
@@ -152,24 +177,34 @@ def _samples(model: Model, pair: Pair, embedder: Embedder, recipe: Recipe) -> tu
     return kept, counts
 
 
+def _said(pair: Pair) -> dict[str, str]:
+    return {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
+
+
 def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -> None:
-    said = {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
-    with appearing(folder) as aside:
-        (aside / "prompt.json").write_text(json.dumps(said))
-        (aside / "counts.json").write_text(json.dumps(counts))
+    with appearing(folder, WHOLE) as made:
+        (made / "prompt.json").write_text(json.dumps(_said(pair)), encoding="utf-8")
+        (made / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
         for found, images in kept:
             for k, image in enumerate(images):
-                image.save(aside / f"{found['seed']}_{k}.jpg", quality=100)
-        (aside / "metadata.jsonl").write_text("".join(json.dumps(found) + "\n" for found, _ in kept))
+                image.save(made / f"{found['seed']}_{k}.jpg", quality=100)
+        rows = "".join(json.dumps(found) + "\n" for found, _ in kept)
+        (made / "metadata.jsonl").write_text(rows, encoding="utf-8")
+
+
+def _json(file: Path) -> Any:
+    """A file of an earlier run. Raises UsageError."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read ({error}); give another --out") from None
 
 
 def finish(out: Path) -> Counter[str]:
     """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder; the counts of all prompts."""
     total, seeds = Counter(), []
-    for part in out.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
-    for folder in sorted(p for p in out.iterdir() if (p / "counts.json").exists()):
-        total.update(json.loads((folder / "counts.json").read_text()))
+    for folder in sorted(p for p in out.iterdir() if finished(p / WHOLE)):
+        total.update(_json(folder / WHOLE))
         if found := [p.name.split("_")[0] for p in sorted(folder.glob("*_0.jpg"))]:
             seeds.append([folder.name, found])
     write(out / "seeds.json", json.dumps(seeds))
@@ -178,34 +213,38 @@ def finish(out: Path) -> Counter[str]:
 
 def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], bytes, bytes]]:
     """Every kept sample of a finished folder: its name, what is known of it, both pictures as JPEG."""
-    for name, seeds in json.loads((out / "seeds.json").read_text()):
+    for name, seeds in _json(out / "seeds.json"):
         folder = out / name
-        prompt = json.loads((folder / "prompt.json").read_text())
-        known = {str(d["seed"]): d for d in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())}
+        prompt = _json(folder / "prompt.json")
+        rows = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        known = {str(d["seed"]): d for d in map(json.loads, filter(None, rows))}
         for seed in seeds:
             yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes() for k in (0, 1))
 
 
 def webdataset(out: Path, size: int = 1000) -> list[Path]:
-    """Shards of so many samples beside the folders: NAME.input.jpg, NAME.edited.jpg, NAME.json."""
-    files, tar = [], None
-    for i, (name, known, before, after) in enumerate(samples(out)):
-        if i % size == 0:
-            if tar is not None:
-                tar.close()
-            files.append(out / f"shard-{i // size:06}.tar")
-            tar = tarfile.open(files[-1], "w")
-        for suffix, content in (("input.jpg", before), ("edited.jpg", after), ("json", json.dumps(known).encode())):
-            info = tarfile.TarInfo(f"{name}.{suffix}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    if tar is not None:
-        tar.close()
-    return files
+    """Shards of so many samples beside the folders: NAME.input.jpg, NAME.edited.jpg, NAME.json. They take the
+    place of earlier ones when all are written. Raises UsageError where the disk is full."""
+    found, shards = samples(out), []
+    with _exported(out) as made:
+        while some := list(islice(found, size)):
+            shards.append(f"shard-{len(shards):06}.tar")
+            with tarfile.open(made / shards[-1], "w") as tar:
+                for name, known, before, after in some:
+                    files = {"input.jpg": before, "edited.jpg": after, "json": json.dumps(known).encode()}
+                    for suffix, content in files.items():
+                        info = tarfile.TarInfo(f"{name}.{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    for old in set(out.glob("shard-*.tar")) - {out / name for name in shards}:   # of a longer export
+        old.unlink()
+    return [out / name for name in shards]
 
 
 def parquet(out: Path) -> list[Path]:
-    """One table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all that is known of each."""
+    """One table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all that is
+    known of each. It takes the place of an earlier one when it is written. Raises UsageError where the disk
+    is full."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -213,5 +252,19 @@ def parquet(out: Path) -> list[Path]:
         raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
     rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"], **known}
             for _, known, before, after in samples(out)]
-    pq.write_table(pa.Table.from_pylist(rows), out / "pairs.parquet")
+    with _exported(out) as made:
+        pq.write_table(pa.Table.from_pylist(rows), made / "pairs.parquet")
     return [out / "pairs.parquet"]
+
+
+@contextmanager
+def _exported(out: Path) -> Iterator[Path]:
+    """A folder for the files of an export, which take their places when all are written."""
+    try:
+        with aside(out) as made:
+            yield made
+            for file in sorted(made.iterdir()):
+                os.replace(file, out / file.name)
+    except OSError as error:
+        raise UsageError(f"--out {out}: the export cannot be written ({error.strerror}); the pairs are there, "
+                         "and an earlier export is as it was") from None

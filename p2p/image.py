@@ -4,7 +4,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from p2p.aside import replacing
 from p2p.errors import NumericsError, UsageError
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
@@ -173,12 +173,8 @@ def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = N
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_text(CHUNK, json.dumps(settings))   # ASCII: json escapes the rest
-    tmp = path.with_name(f".{path.name}.tmp")
-    try:
-        image.save(tmp, format="PNG", pnginfo=info)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with replacing(path) as made:
+        image.save(made, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

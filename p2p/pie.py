@@ -16,6 +16,7 @@ from tqdm import tqdm
 from p2p.batch import work
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
+from p2p.invert import settings_read
 from p2p.jobs import Job, Store, parse
 from p2p.metrics import COLUMNS, CONVENTIONS, Judges, interval, measure
 from p2p.model import Model
@@ -37,7 +38,7 @@ def read(data: Path, limit: int | None = None) -> list[Item]:
     """The items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/. Raises UsageError."""
     file = data / "mapping_file.json"
     try:
-        mapping = json.loads(file.read_text())
+        mapping = json.loads(file.read_text(encoding="utf-8-sig"))
         items = []
         for key, said in list(mapping.items())[:limit]:
             words = (said.get("blended_word") or "").split()
@@ -79,7 +80,8 @@ def jobs(items: Sequence[Item], model: Model, settings: Mapping[str, Any], blend
     """One edit of a picture each. blend: only where the item's words attend, the new one with twice its weight, as published."""
     out = []
     for i, item in enumerate(items, 1):
-        said: dict[str, Any] = {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute()), **settings}
+        said: dict[str, Any] = {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute()),
+                                **settings_read(settings["method"], settings)}
         if blend and item.blended:
             said |= {"local_blend": {"words": list(item.blended)}, "equalizer": {item.blended[1]: 2.0}}
         out.append(parse(said, i, Path(), model))

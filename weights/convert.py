@@ -138,7 +138,7 @@ def _folder(package: Package, out: Path, half: bool) -> None:
 
 def _write(path: Path, config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(state: Iterator[tuple[str, Tensor]], path: Path) -> None:
@@ -181,7 +181,7 @@ def _tokenizer(folder: Path, c: TextConfig) -> None:
     pad = end if c.pad_id == END else next(word for word, i in vocab.items() if i == c.pad_id)
     _write(folder / "vocab.json", vocab)
     merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     _write(folder / "special_tokens_map.json", special)
     _write(folder / "tokenizer_config.json", special | {

@@ -114,7 +114,7 @@ def find_own_folder(path: Path) -> Package:
 
 def _settings(path: Path) -> dict[str, str]:
     """"key: value" lines of a YAML file, wherever they stand; none if there is no file."""
-    text = path.read_text(errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
     return {k: v.strip("\"' ") for k, v in re.findall(r"^\s*(\w+)\s*:[ \t]*([^#\n]*)", text, re.MULTILINE)}
 
 

@@ -209,7 +209,8 @@ def _averaged(file: TensorFile, notes: list[str]) -> TensorFile:
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
     """What the UNet was trained to predict, and how we know: no tensor says it for certain."""
     sidecar = file.path.with_suffix(".yaml")
-    if sidecar.is_file() and (m := re.search(r"parameterization:\s*[\"']?(\w+)", sidecar.read_text(errors="replace"))):
+    said = sidecar.read_text(encoding="utf-8-sig", errors="replace") if sidecar.is_file() else ""
+    if m := re.search(r"parameterization:\s*[\"']?(\w+)", said):
         return SAID.get(m.group(1), m.group(1)), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"

@@ -94,7 +94,7 @@ class ShardedFile(TensorFile):
     def __init__(self, index: Path):
         self.path = index
         try:
-            where = json.loads(index.read_text())["weight_map"]
+            where = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
             names = sorted(set(where.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of shards ({error}).") from None

@@ -41,7 +41,7 @@ SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ def _fetch(repo: str, names: list[str]) -> Path:
             raise CheckpointError(f"{repo}: no weights of its {part} found.")
         path = get(f"{part}/{chosen}")
         if chosen.endswith(".json"):
-            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            for shard in sorted(set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())):
                 if PurePosixPath(shard).name != shard:
                     raise CheckpointError(f"{repo}: {part}/{chosen} names the shard {shard!r}; only plain file names are read.")
                 get(f"{part}/{shard}")
