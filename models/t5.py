@@ -1,12 +1,14 @@
 """DeepFloyd IF's text: T5's encoder through transformers, or prompts that were encoded beforehand."""
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,8 +84,12 @@ class EncodedPrompts(nn.Module):
         return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows))
 
     def save(self, file: str | Path) -> None:
-        save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file,
-                  {"prompts": json.dumps(self.prompts), "tokens": json.dumps([self.split[p] for p in self.prompts])})
+        """Raises OSError."""
+        said = {"prompts": json.dumps(self.prompts), "tokens": json.dumps([self.split[p] for p in self.prompts])}
+        try:
+            save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, said)
+        except SafetensorError as error:   # of a full disk, say
+            raise OSError(errno.EIO, str(error)) from None
 
     def _known(self, prompt: str) -> str:
         if prompt not in self.split:

@@ -7,6 +7,8 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 
+from weights.untrusted import printable
+
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
 
@@ -262,5 +264,5 @@ def _run(argv: list[str]) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"p2p: {message}", file=sys.stderr)
+    print(f"p2p: {printable(message)}", file=sys.stderr)
     return code

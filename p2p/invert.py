@@ -104,9 +104,7 @@ class Inversion:
                              f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
                              f"({model.file}). Invert the picture again")
         check_latents("latents", self.latents, (len(self.latents),), model)
-        told = model.length, model.unet.config.text_dim or model.unet.config.context_dim
-        if self.null_context is not None and self.null_context.shape[1:] != told:
-            raise UsageError(f"null_context has the shape {tuple(self.null_context.shape)}; this model's text has {told} a step")
+        stored.check_for(model, self)
 
 
 class _Run(NamedTuple):

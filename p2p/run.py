@@ -117,7 +117,7 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     if inversion is not None:
         start, known = _from_inversion(start, inversion)
         if inversion.queries is not None and editor is None:
-            known = known._replace(queries=Queries(inversion.queries, model, inversion.latents), run=[False] * start.schedule.steps)
+            known = known._replace(queries=Queries(inversion.queries, model), run=[False] * start.schedule.steps)
     absent = known is not None and known.queries is not None
     edits = [replace(e, mode=m) for e, m in zip(edits, modes)]
     said = _settings(model, "edit", start, None if x_T is not None else seed) | {

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,19 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.attention import Record
+from models.unet import UNet, UNetConfig
 from p2p.errors import UsageError
 from p2p.image import from_base64
 from weights.untrusted import parse_object
 
 if TYPE_CHECKING:
     from p2p.invert import Inversion
+    from p2p.model import Model
 
 SHRINK = 64            # the most that a picture's side is of its latents'
 QUERIES = "queries."   # before the names of a trace's tensors
+TENSORS = {"latents", "null_context", "offsets"}
 
 
 def read(file: str | Path) -> dict[str, Any]:
@@ -33,8 +38,8 @@ def read(file: str | Path) -> dict[str, Any]:
     except (KeyError, ValueError, OSError, SafetensorError) as error:
         raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
     queries = {k.removeprefix(QUERIES): tensors.pop(k) for k in list(tensors) if k.startswith(QUERIES)}
-    if twice := sorted(tensors.keys() & said.keys()):
-        raise UsageError(f"{file}: not an inversion saved by p2p ({', '.join(twice)} is both a tensor and a setting)")
+    if unknown := sorted([*(said.keys() - FIELDS.keys() - {"picture"}), *(tensors.keys() - TENSORS)]):
+        raise UsageError(f"{file}: not an inversion saved by p2p ({', '.join(unknown[:5])} belongs to none)")
     return said | tensors | {"queries": queries or None}
 
 
@@ -45,7 +50,8 @@ def _is(*kinds: type) -> Callable[[Any], bool]:
 _TEXT = _is(str), "a text"
 _NUMBER = _is(int, float), "a finite number"
 FIELDS = {
-    "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT, "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
+    "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT,
+    "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
     "sha256": (_is(str, type(None)), "a text or null"),
     "steps": (lambda v: type(v) is int and 1 <= v, "a whole number from 1"),
     "rows": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
@@ -104,15 +110,38 @@ def _said(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
+def check_for(model: Model, found: Inversion) -> None:
+    """Raises UsageError unless the tensors beside the latents have the shapes that the model's have."""
+    told = model.length, model.unet.config.text_dim or model.unet.config.context_dim
+    if found.null_context is not None and found.null_context.shape[1:] != told:
+        raise UsageError(f"null_context is {_said(found.null_context)}; this model's text has {told} a step")
+    if found.queries is not None:
+        given = {k: tuple(v.shape[1:]) for k, v in found.queries.items()}
+        if given != _queries(model.unet.config, tuple(found.latents.shape[1:]), model.length):
+            raise UsageError("its queries are not those of this model at its size: trace it again")
+
+
+@lru_cache(maxsize=4)
+def _queries(config: UNetConfig, shape: tuple[int, ...], length: int) -> dict[str, tuple[int, ...]]:
+    """(N, h d) of all queries and keys of a step, by SITE.q and SITE.k."""
+    with torch.device("meta"):
+        told = dict(context=torch.zeros(1, length, config.text_dim or config.context_dim))
+        if config.vector_dim:
+            told["vector"] = torch.zeros(1, config.vector_dim)
+        _, seen = UNet(config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
+    return {f"{site}.{part}": tuple(x.shape[1:]) for site, qk in seen.items() for part, x in zip("qk", qk)}
+
+
 def picture(file: str | Path, text: Any, latents: Tensor) -> Image.Image | None:
     """The picture that an inversion's header holds, of its latents' shape. Raises UsageError."""
     if text is None:
         return None
     try:
         image = from_base64(text)
-        shrink = image.height // latents.shape[2]
-        if image.format != "PNG" or not 1 <= shrink <= SHRINK or image.size != (shrink * latents.shape[3], shrink * latents.shape[2]):
-            raise ValueError(f"a {image.format} of {image.size[0]} x {image.size[1]} beside latents of {tuple(latents.shape)}")
+        height, width = latents.shape[2:]
+        shrink = image.height // height
+        if image.format != "PNG" or not 1 <= shrink <= SHRINK or image.size != (shrink * width, shrink * height):
+            raise ValueError(f"a {image.format} of {image.width} x {image.height} beside latents of {width} x {height}")
         image.load()
     except (TypeError, ValueError, SyntaxError, OSError, IndexError, ArithmeticError, Image.DecompressionBombError) as error:
         raise UsageError(f"{file}: its picture is damaged ({error}). Invert the picture again") from None

@@ -1,11 +1,9 @@
 """A source computed once for many edits: its latents, and the queries and keys that edits borrow, step by step."""
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from tqdm import tqdm
 from models.attention import QK, Record
 from models.blocks import Maps
 from models.layers import arranged
-from models.unet import UNet, UNetConfig
+from models.unet import UNet
 from p2p.denoise import denoise
 from p2p.errors import UsageError
 from p2p.invert import FOLLOW, Inversion
@@ -25,10 +23,7 @@ from p2p.start import begin
 class Queries(Sequence):
     """Stored queries and keys as the loop wants them: for step i a (1, N, h d) pair by site, on the model's device."""
 
-    def __init__(self, stored: dict[str, Tensor], model: Model, latents: Tensor):
-        """Raises UsageError unless they are those of this model and of latents (T + 1, C, H, W)."""
-        if {k: v.shape[1:] for k, v in stored.items()} != _shapes(model.unet.config, latents.shape[1:], model.length):
-            raise UsageError("the queries of this source are not those of the model at its size: trace it again")
+    def __init__(self, stored: dict[str, Tensor], model: Model):
         self.stored, self.device = stored, model.device
         self.sites = [k.removesuffix(".q") for k in stored if k.endswith(".q")]
 
@@ -41,20 +36,15 @@ class Queries(Sequence):
 
 def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
     """Bytes that `trace` of a picture will hold; dtype None: the model's."""
-    shape = model.latent_shape(height, width)
-    one = sum(map(math.prod, _shapes(model.unet.config, shape, model.length).values())) * (dtype or model.dtype).itemsize
-    return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
-
-
-@lru_cache(maxsize=4)
-def _shapes(config: UNetConfig, shape: tuple[int, ...], length: int) -> dict[str, tuple[int, ...]]:
-    """(N, h d) of all queries and keys of a step, by SITE.q and SITE.k."""
+    shape, length = model.latent_shape(height, width), model.length
+    wide = model.unet.config.text_dim or model.unet.config.context_dim
     with torch.device("meta"):
-        told = dict(context=torch.zeros(1, length, config.text_dim or config.context_dim))
-        if config.vector_dim:
-            told["vector"] = torch.zeros(1, config.vector_dim)
-        _, seen = UNet(config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
-    return {f"{site}.{part}": x.shape[1:] for site, qk in seen.items() for part, x in zip("qk", qk)}
+        told = dict(context=torch.zeros(1, length, wide))
+        if model.unet.config.vector_dim:
+            told["vector"] = torch.zeros(1, model.unet.config.vector_dim)
+        _, seen = UNet(model.unet.config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
+    one = sum(x.numel() for qk in seen.values() for x in qk) * (dtype or model.dtype).itemsize
+    return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
 
 
 @torch.no_grad()

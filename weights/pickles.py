@@ -158,10 +158,10 @@ def _archive(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
         f.seek(entry.header_offset)
         head = f.read(30)
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-        if head[:4] != b"PK\3\4" or start + entry.file_size > end:
-            raise ValueError(f"{name} lies outside of the file")
         if entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"{name} is compressed, which PyTorch does not do")
+        if head[:4] != b"PK\3\4" or start + entry.file_size > end:
+            raise ValueError(f"{name} lies outside of the file")
         return start, entry.file_size
 
     def content(name: str) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 BYTES = 2**26                     # of a text file
 VALUES, DEPTH, DIGITS = 2**22, 64, 40   # of JSON: how many, how deep, of a whole number
-LONGEST, WORD, NUMBERS = 4000, 400, 16  # of a message: characters, of one word of it, numbers in a row
+LONGEST, WORD, NUMBERS = 2**14, 400, 16  # of a message: characters, of one word of it, numbers in a row
 _TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # change the direction of what follows
 
 
@@ -25,13 +25,16 @@ def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
     return data.decode("utf-8-sig", errors)
 
 
-def parse_json(text: str) -> Any:
-    """JSON as its standard has it: every key once, numbers finite. Raises ValueError, also for what would take too much memory
-    to hold or too deep a recursion to walk through."""
+def parse_json(text: str, nan: bool = False) -> Any:
+    """JSON as its standard has it: every key once, numbers finite; nan: NaN, pandas' sign for what is missing, is null.
+
+    Raises ValueError, also for what would take too much memory to hold or too deep a recursion to walk through.
+    """
     if sum(map(text.count, ",[{")) > VALUES:
         raise ValueError(f"more than {VALUES:,} values")
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite,
+                           parse_constant=lambda name: None if nan and name == "NaN" else _finite(name))
     except RecursionError:
         raise ValueError(f"nested more than {DEPTH} deep") from None
     level = [found]
@@ -85,12 +88,17 @@ def parse_settings(text: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- messages
 
 def printable(text: object) -> str:
-    """Fit for a terminal and a log: on one line, what would control them written as an escape, of what is too long to be read
-    (a row of numbers, a word, all of it) the middle left out."""
-    text = _shortened(str(text)[:2**20])
-    text = "".join(c if unicodedata.category(c) not in ("Cc", "Zl", "Zp", "Cs") and c not in _TURNING
-                   else c.encode("unicode_escape").decode() for c in text)
-    return _cut(" ".join(_cut(word, WORD) for word in text.split(" ")), LONGEST)
+    """Fit for a terminal and a log: what would control them written as an escape, of what is too long to be read (a row of
+    numbers, a word, all of it) the middle left out. Lines may go on in others that are indented, as ours do."""
+    lines = _shortened(str(text)[:2**20]).split("\n  ")
+    return _cut("\n  ".join(" ".join(_cut(_escaped(word), WORD) for word in line.split(" ")) for line in lines), LONGEST)
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") or c in _TURNING
+                   else c for c in text)
 
 
 def _shortened(text: str) -> str:
