@@ -62,7 +62,7 @@ class T5Encoder(nn.Module):
 
 
 class EncodedPrompts(nn.Module):
-    """Prompts with their embeddings and tokens, in place of the tower that made them; `weights.deepfloyd` reads them again.
+    """Prompts with their embeddings and tokens, in place of the tower that made them (read by `weights.deepfloyd`).
 
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its text and
     [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
@@ -85,7 +85,8 @@ class EncodedPrompts(nn.Module):
 
     def save(self, file: str | Path) -> None:
         """Raises OSError."""
-        said = {"prompts": json.dumps(self.prompts), "tokens": json.dumps([self.split[p] for p in self.prompts])}
+        tokens = [self.split[p] for p in self.prompts]
+        said = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
         try:
             save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, said)
         except SafetensorError as error:   # of a full disk, say

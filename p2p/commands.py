@@ -242,7 +242,8 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    print("\n".join(printable(line) for line in describe(args.file, args.family, args.prediction, args.vae, args.hash)))
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash)
+    print("\n".join(map(printable, lines)))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -314,8 +315,8 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
         found = [leakage(result, k) for k in range(1, n)]
         out.json("leakage.json", [f._asdict() for f in found])
         for k, f in enumerate(found, 1):
-            _say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of the pixels '
-                  "changed visibly"])
+            _say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of '
+                  "the pixels changed visibly"])
         if args.report:
             page = report(result, found)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))

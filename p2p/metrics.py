@@ -144,7 +144,8 @@ def clip(file: Path, model: str = "ViT-L-14-quickgelu") -> Embedder:
     """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14)."""
     import open_clip
     state = {k.removeprefix("module."): v for k, v in _weights(file, "--clip").items()}
-    net, tokenizer = _filled(open_clip.create_model(model), state, "--clip", file), open_clip.get_tokenizer(model)
+    net, tokenizer = open_clip.create_model(model), open_clip.get_tokenizer(model)
+    net = _filled(net, state, "--clip", file)
     side = net.visual.image_size[0] if isinstance(net.visual.image_size, tuple) else net.visual.image_size
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
 

@@ -63,8 +63,8 @@ FIELDS = {
 
 
 def check(file: str | Path, found: Inversion, methods: Sequence[str], followed: Sequence[str]) -> None:
-    """Raises UsageError unless fields and tensors are those of one inversion. methods: that are known; followed: those whose
-    source follows its latents, and may be traced."""
+    """Raises UsageError unless fields and tensors are those of one inversion. methods: that are known; followed: those
+    whose source follows its latents, and may be traced."""
     wrong = [f"{name} is {getattr(found, name)!r}, not {wanted}" for name, (fits, wanted) in FIELDS.items()
              if not fits(getattr(found, name))]
     if not wrong and found.method not in methods:
@@ -73,13 +73,15 @@ def check(file: str | Path, found: Inversion, methods: Sequence[str], followed: 
         wrong = [f"skip is {found.skip} of {found.steps} steps, which leaves none"]
     wrong = wrong or _wrong_tensors(found, found.steps - found.skip, found.method in followed)
     if wrong:
-        raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the picture again")
+        raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the picture "
+                         "again")
 
 
 def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
     latents = found.latents
     if latents.ndim != 4 or len(latents) != steps + 1 or latents.dtype not in (torch.float32, torch.float64):
-        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to {steps} steps"]
+        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to {steps} "
+                "steps"]
     wrong = []
     if (found.eta > 0) != (found.method == "edit-friendly"):
         wrong.append(f"eta is {found.eta}, of the method {found.method}")
@@ -87,14 +89,16 @@ def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
                                 ("offsets", "edit-friendly", (steps, *latents.shape[1:]))):
         tensor = getattr(found, name)
         if (tensor is None) != (found.method != method):
-            wrong.append(f"{name}: {'missing' if tensor is None else 'there'}, though the method is {found.method}")
+            there = "missing" if tensor is None else "there"
+            wrong.append(f"{name}: {there}, though the method is {found.method}")
         elif tensor is not None and not _like(tensor, shape):
             wrong.append(f"its {name} are {_said(tensor)}, which is not of {steps} steps")
     if found.queries is not None and not followed:
         wrong.append(f"it is traced, though its method is {found.method}")
-    tensors = {"latents": latents, "null_context": found.null_context, "offsets": found.offsets, **(found.queries or {})}
+    queries = found.queries or {}
+    tensors = {"latents": latents, "null_context": found.null_context, "offsets": found.offsets} | queries
     for name, tensor in tensors.items():
-        if name in (found.queries or {}) and not _like(tensor, (steps, None, None)):
+        if name in queries and not _like(tensor, (steps, None, None)):
             wrong.append(f"{name} is {_said(tensor)}, which is not of {steps} steps")
         elif tensor is not None and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             wrong.append(f"{name}: values that are not finite")
@@ -140,9 +144,10 @@ def picture(file: str | Path, text: Any, latents: Tensor) -> Image.Image | None:
         image = from_base64(text)
         height, width = latents.shape[2:]
         shrink = image.height // height
-        if image.format != "PNG" or not 1 <= shrink <= SHRINK or image.size != (shrink * width, shrink * height):
+        fits = 1 <= shrink <= SHRINK and image.size == (shrink * width, shrink * height)
+        if image.format != "PNG" or not fits:
             raise ValueError(f"a {image.format} of {image.width} x {image.height} beside latents of {width} x {height}")
         image.load()
-    except (TypeError, ValueError, SyntaxError, OSError, IndexError, ArithmeticError, Image.DecompressionBombError) as error:
+    except (ArithmeticError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{file}: its picture is damaged ({error}). Invert the picture again") from None
     return image

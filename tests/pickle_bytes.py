@@ -1,4 +1,5 @@
 """Pickles and PyTorch's archives written byte by byte, so that they may say what no honest program writes."""
+
 import io
 import pickle
 import struct
@@ -53,27 +54,51 @@ def doubled(depth):
     return b")" + b"".join(put(n) + get(n) + b"\x86" for n in range(depth))
 
 
-def storage(kind="Float", key=text("0"), count=integer(4)):
+ZERO, ONE, FOUR, KEY = integer(0), integer(1), integer(4), text("0")
+
+
+def storage(kind="Float", key=KEY, count=FOUR):
     return tupled(text("storage"), name(f"torch.{kind}Storage"), key, text("cpu"), count) + b"Q"
 
 
-def tensor(shape=tupled(integer(4)), stride=tupled(integer(1)), offset=integer(0), of=None):
+LINE, NEXT = tupled(FOUR), tupled(ONE)  # the shape of four numbers in a row, and its stride
+
+
+def tensor(shape=LINE, stride=NEXT, offset=ZERO, of=None):
     of = storage() if of is None else of
-    return call(name("torch._utils._rebuild_tensor_v2"), of, offset, shape, stride, b"\x89", call(name("collections.OrderedDict")))
+    return call(
+        name("torch._utils._rebuild_tensor_v2"),
+        of,
+        offset,
+        shape,
+        stride,
+        b"\x89",
+        call(name("collections.OrderedDict")),
+    )
 
 
 def archive(value, data=bytes(16), root="archive", method=zipfile.ZIP_STORED, byteorder=b"little", more=()):
     """The format of torch.save: one pickle and one storage in a zip archive."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
-        for entry, content, how in ((f"{root}/data.pkl", b"\x80\x02" + value + STOP, method), (f"{root}/byteorder", byteorder, 0),
-                                    (f"{root}/data/0", data, 0), (f"{root}/version", b"3\n", 0), *more):
+        for entry, content, how in (
+            (f"{root}/data.pkl", b"\x80\x02" + value + STOP, method),
+            (f"{root}/byteorder", byteorder, 0),
+            (f"{root}/data/0", data, 0),
+            (f"{root}/version", b"3\n", 0),
+            *more,
+        ):
             z.writestr(entry, content, how)
     return out.getvalue()
 
 
-def legacy(value, keys=text("0"), size=4, data=bytes(16), little=True, magic=0x1950a86a20f9469cfc6c):
+def legacy(value, keys=KEY, size=4, data=bytes(16), little=True, magic=0x1950A86A20F9469CFC6C):
     """The format before torch 1.6: five pickles, then each storage's size and bytes."""
-    parts = [pickle.dumps(magic, 2), pickle.dumps(1001, 2), pickle.dumps({"little_endian": little, "protocol_version": 1001}, 2),
-             b"\x80\x02" + value + STOP, b"\x80\x02](" + keys + b"e" + STOP]
+    parts = [
+        pickle.dumps(magic, 2),
+        pickle.dumps(1001, 2),
+        pickle.dumps({"little_endian": little, "protocol_version": 1001}, 2),
+        b"\x80\x02" + value + STOP,
+        b"\x80\x02](" + keys + b"e" + STOP,
+    ]
     return b"".join(parts) + struct.pack("<q", size) + data

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,26 +36,25 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     """Writes `out`: a single .safetensors file if it is named so, else a diffusers folder; whole or not at all."""
     if package.family in ("emoji", "if"):
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for Stable Diffusion.")
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     try:
-        if os.path.lexists(out):
-            raise FileExistsError
         out.parent.mkdir(parents=True, exist_ok=True)
         with _aside(out.parent) as aside:
             if out.suffix == ".safetensors":
-                metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction], "format": "pt"}
+                metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
                 _save(single_file(package, half).items(), aside / out.name, metadata)
             else:
                 _folder(package, aside / out.name, half)
             _appear(aside / out.name, out)
-    except FileExistsError:
-        raise CheckpointError(f"{out}: is there already; nothing is overwritten") from None
     except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it.") from None
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
+                              ) from None
 
 
 @contextmanager
 def _aside(parent: Path) -> Iterator[Path]:
-    """A folder of this process in `parent`, gone at the end; those of killed processes of this machine are cleared away."""
+    """A folder of this process in `parent`, gone at the end; those of this machine's killed ones are cleared away."""
     own = f".convert-{re.sub(r'[^a-zA-Z0-9]', '_', platform.node())[:64]}"
     for left in parent.glob(f"{own}-*-*"):
         if not _alive(left.name.removeprefix(f"{own}-").split("-")[0]):
@@ -80,18 +79,21 @@ def _alive(pid: str) -> bool:
 
 
 def _appear(made: Path, out: Path) -> None:
-    """Moves a file or a folder to its place, where nothing may be by now. Raises OSError, FileExistsError."""
-    if made.is_dir():
-        out.mkdir()              # fails if something is there; an empty folder is replaced in one step
-        os.replace(made, out)
-        return
+    """Moves a file or a folder to its place, where nothing may be by now. Raises OSError, CheckpointError."""
     try:
-        os.link(made, out)       # fails if something is there; os.replace would not
+        if made.is_dir():
+            out.mkdir()              # fails if something is there; an empty folder is replaced in one step
+            os.replace(made, out)
+            return
+        try:
+            os.link(made, out)       # fails if something is there; os.replace would not
+        except FileExistsError:
+            raise
+        except OSError:              # a file system without links
+            os.close(os.open(out, os.O_CREAT | os.O_EXCL))
+            os.replace(made, out)
     except FileExistsError:
-        raise
-    except OSError:              # a file system without links
-        os.close(os.open(out, os.O_CREAT | os.O_EXCL))
-        os.replace(made, out)
+        raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten") from None
 
 
 def _whole(part: Part, family: str, pooled: bool) -> Part:
@@ -187,11 +189,11 @@ def _write(path: Path, config: dict[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _save(state: Iterable[tuple[str, Tensor]], path: Path, metadata: Mapping[str, str] = {"format": "pt"}) -> None:
+def _save(state: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Raises OSError."""
     tensors = {k: t.contiguous() for k, t in state}
     try:
-        save_file(tensors, path, dict(metadata))
+        save_file(tensors, path, {"format": "pt"} | (metadata or {}))
     except (SafetensorError, RuntimeError) as error:   # of a full disk
         raise OSError(errno.EIO, str(error)) from None
 

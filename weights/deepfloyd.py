@@ -21,7 +21,8 @@ from weights.untrusted import parse_json
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF's own names hold, and no others
 
-TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")   # transformers 4 and 5
+# T5's, in transformers 4 and 5
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 # Fields of unet/config.json that change the math, with the values that are supported.
 FIELDS: dict[str, tuple[Any, ...]] = {
@@ -105,7 +106,8 @@ def find_in_file(file: TensorFile) -> Package:
     """A stage under IF's own names: sizes from shapes; what shapes cannot say from config.yml beside it, or as released."""
     beside = file.path.with_name("config.yml")
     said = read_settings(beside) if beside.exists() else {}
-    check_sizes(beside, {"heads": [int(said[k]) for k in ("num_head_channels", "att_pool_heads") if k in said] or None})
+    sizes = [int(said[k]) for k in ("num_head_channels", "att_pool_heads") if k in said]
+    check_sizes(beside, {"heads": sizes or None})
     config = unet_from_shapes(file.shapes, said)
     stray = () if config.text_dim else ("encoder_proj.",)
     side = 256 if config.low_channels else 64
@@ -178,7 +180,8 @@ def load_prompts(path: Path) -> EncodedPrompts:
         embeddings = file["prompt_embeds"]
         _check_prompts(prompts, tokens, embeddings)
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one.") from None
+        raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."
+                              ) from None
     return EncodedPrompts(prompts, tokens, embeddings)
 
 
@@ -190,16 +193,19 @@ def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor)
         raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and {len(embeddings)} embeddings")
     if not torch.stack(embeddings.aminmax()).isfinite().all():
         raise ValueError("its embeddings are not finite")
-    if not all(isinstance(p, str) for p in prompts) or len(set(prompts)) < len(prompts):
+    texts = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not texts or len(set(prompts)) < len(prompts):
         raise ValueError("its prompts are not texts, each there once")
+    if not all(isinstance(t.text, str) for t in tokens):
+        raise TypeError("its tokens are of no text")
     for prompt, (text, ids, spans) in zip(prompts, tokens):
         whole = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
-        if not isinstance(text, str) or len(ids) != len(spans) or not whole or not all(a <= b <= len(text) for a, b in spans):
+        if not whole or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
             raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
 
 
 def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
-    """T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer, our reader of weights.
+    """T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer, our reader.
 
     Raises CheckpointError.
     """
@@ -211,9 +217,10 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
     config = read_json(folder / "text_encoder" / "config.json")
     for where in (folder / "text_encoder", folder / "tokenizer"):
         for file in where.glob("*config.json"):
-            if "auto_map" in (said := read_json(file)) or said.get("tokenizer_class") not in (None, *TOKENIZERS):
-                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are used: "
-                                      f"{', '.join(TOKENIZERS)}, and no auto_map.")
+            said = read_json(file)
+            if "auto_map" in said or said.get("tokenizer_class") not in (None, *TOKENIZERS):
+                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
+                                      f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
     try:
         with torch.device("meta"):
             tower = T5EncoderModel(T5Config.from_dict(config))
@@ -224,15 +231,16 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True, trust_remote_code=False,
                                                   local_files_only=True)
     except Exception as error:   # of transformers or tokenizers
-        raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error}).") from None
+        raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
+                              ) from None
     return T5Encoder(tower.eval(), tokenizer)
 
 
 def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError with the names that do not fit."""
+    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does not fit."""
     from weights.load import read_tensors  # which imports this module
 
-    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, under either name or both
+    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, by either name or both
     if shared in file.shapes:
         file = Renamed(file, {embedding: shared})
     state = {}

@@ -86,7 +86,7 @@ class SafetensorsFile(_MappedFile):
 
 
 def weight_map(index: Path) -> dict[str, list[str]]:
-    """The shards that an index names, plain files beside it, and the tensors in each. Raises CheckpointError."""
+    """The shards that an index names, plain files beside it, and the tensors of each. Raises CheckpointError."""
     found: dict[str, list[str]] = defaultdict(list)
     try:
         for key, name in parse_object(read_text(index))["weight_map"].items():
@@ -95,7 +95,8 @@ def weight_map(index: Path) -> dict[str, list[str]]:
         raise CheckpointError(f"{index}: not an index of shards ({error}).") from None
     for name in found:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or _is_index(name):
-            raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the index are read.")
+            raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the index are "
+                                  "read.")
     return found
 
 

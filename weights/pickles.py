@@ -1,8 +1,8 @@
 """PyTorch's pickled checkpoints, read without unpickling them: their opcodes are followed with stand-ins.
 
-Nothing that a file names is imported, built or called; a tensor is a place in the file, checked against the bytes that are
-there. Of dictionaries the entries whose keys are strings or numbers are kept: nothing else is ever hashed.
-Formats: the zip archive of torch 1.6 and later, and the older one of several pickles in a row (`torch.serialization`).
+Nothing that a file names is imported, built or called; a tensor is a place in the file, checked against the bytes
+that are there. Of dictionaries the entries whose keys are strings or numbers are kept: nothing else is ever hashed.
+Formats: the zip archive of torch 1.6 and later, and the older one of several pickles in a row.
 """
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ import torch
 from weights.errors import CheckpointError
 
 BYTES, OPCODES = 2**24, 2**20   # most of a pickle: Stable Diffusion XL with averages takes a tenth
-REPEATED = 2**20                # most numbers of a tensor that repeats its own, by a stride of 0: a table of positions may
+REPEATED = 2**20                # most numbers of a tensor that repeats its own by a stride of 0, as positions may
 NAME = 200                      # most characters of a name
 _LEGACY = 0x1950a86a20f9469cfc6c
 _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
-_KINDS = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
-          "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
-          "ComplexDouble": "complex128"}
-_STORAGES = {f"torch.{k}Storage": _DTYPES[f"torch.{d}"] for k, d in _KINDS.items()} | {"torch.storage.UntypedStorage": torch.uint8}
+_KINDS = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+          "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+          "ComplexFloat": "complex64", "ComplexDouble": "complex128"}
+_STORAGES = {"torch.storage.UntypedStorage": torch.uint8,
+             **{f"torch.{k}Storage": _DTYPES[f"torch.{d}"] for k, d in _KINDS.items()}}
 
-# What checkpoints name beside weights, none of which is needed: numbers by numpy, old and new, and what Lightning keeps.
-_HARMLESS = {"collections.Counter", "collections.OrderedDict", "collections.defaultdict", "_codecs.encode", "builtins.bytearray",
-             "builtins.complex", "builtins.dict", "builtins.list", "builtins.set", "torch.Size", "torch.Tensor", "torch.device",
-             "torch.nn.parameter.Parameter", "torch._tensor._rebuild_from_type_v2", "torch.serialization._get_layout",
-             "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", *_DTYPES, *_STORAGES,
-             *(f"torch.{k}Tensor" for k in _KINDS)}
+# What checkpoints name beside weights, all of it unneeded: numbers by numpy, old and new, and what Lightning keeps.
+_HARMLESS = {"collections.Counter", "collections.OrderedDict", "collections.defaultdict", "_codecs.encode",
+             "builtins.bytearray", "builtins.complex", "builtins.dict", "builtins.list", "builtins.set", "torch.Size",
+             "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch._tensor._rebuild_from_type_v2",
+             "torch.serialization._get_layout", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+             "numpy.dtype", *_DTYPES, *_STORAGES, *(f"torch.{k}Tensor" for k in _KINDS)}
 _HARMLESS_BELOW = ("torch._utils._rebuild_", "numpy.dtypes.", "pytorch_lightning.", "lightning.pytorch.")
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
@@ -93,15 +94,15 @@ def read(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except Exception as error:   # whatever damage makes of zip archives, opcodes and their arguments
         _refuse(path, names)
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({said}); {path.stat().st_size:,} bytes were "
-                              "found. Download or copy it again.") from None
+        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({said}); {path.stat().st_size:,} bytes "
+                              "were found. Download or copy it again.") from None
 
 
 def _refuse(path: Path, names: set[str]) -> None:
     refused = sorted(n for n in names if n not in _HARMLESS and not n.startswith(_HARMLESS_BELOW))
     if refused:
-        raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may be malicious and was "
-                              "not loaded. Ask its author for a .safetensors file.")
+        raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may be "
+                              "malicious and was not loaded. Ask its author for a .safetensors file.")
 
 
 def _state_dict(path: Path, state: Any) -> tuple[dict[str, _Tensor], dict[str, str]]:
@@ -112,7 +113,8 @@ def _state_dict(path: Path, state: Any) -> tuple[dict[str, _Tensor], dict[str, s
                 metadata["global_step"] = str(step)
             state = state["state_dict"]
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__.strip('_').lower()}, not a dictionary of tensors.")
+        kind = type(state).__name__.strip("_").lower()
+        raise CheckpointError(f"{path}: holds a {kind}, not a dictionary of tensors.")
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, _Tensor)}, metadata
 
 
@@ -120,22 +122,23 @@ def _placed(path: Path, key: str, t: _Tensor, starts: Starts) -> Stored:
     """Raises CheckpointError for a tensor that lies outside of its storage, or is larger than it."""
     if not (len(t.shape) == len(t.stride) <= 16
             and all(type(n) is int and 0 <= n < 2**48 for n in (t.offset, *t.shape, *t.stride))):
-        raise CheckpointError(f"{path}: {key} has no shape and strides that a tensor can have. The file is damaged.")
+        raise CheckpointError(f"{path}: {key} has no shape and strides that a tensor has. The file is damaged.")
     start, held = starts[t.storage.key]
     width, count = t.dtype.itemsize, math.prod(t.shape)
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride)) if count else 0
     if t.storage.count * t.storage.dtype.itemsize > held or (t.offset + span) * width > held:
-        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, with strides {list(t.stride)} from {t.offset}, but its storage "
-                              f"has {held:,} bytes. The file is damaged.")
+        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, with strides {list(t.stride)} from {t.offset}, but "
+                              f"its storage has {held:,} bytes. The file is damaged.")
     if count * width > max(held, REPEATED * width):
-        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, but its storage has {held:,} bytes; no weights repeat so.")
+        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, but its storage has {held:,} bytes; no weights "
+                              "repeat so.")
     return Stored(t.dtype, start + t.offset * width, span * width, tuple(t.shape), tuple(t.stride))
 
 
-# -------------------------------------------------------------------------------------------------------------- formats
+# -------------------------------------------------------------------------------------------------- formats
 
 class _Bounded(io.BufferedReader):
-    """A file of which nothing large is read at once; `zipfile` takes an archive's word for the size of its directory."""
+    """A file of which nothing large is read at once: `zipfile` believes what an archive says of its directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > BYTES:
@@ -199,20 +202,21 @@ def _in_a_row(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
     return state, starts
 
 
-# -------------------------------------------------------------------------------------------------------------- opcodes
+# -------------------------------------------------------------------------------------------------- opcodes
 
-_CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-              "EMPTY_DICT": dict, "EMPTY_SET": _Object}
+_CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
+              "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": _Object}
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-           "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-           "BYTEARRAY8"}
-_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2,
-          "NEWOBJ_EX": 3, "BINPERSID": 1, "POP": 1, "BUILD": 1}                      # how many values an opcode takes,
-_MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "ADDITEMS", "FROZENSET", "POP_MARK", "INST", "OBJ"}   # or all to a mark
+           "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+           "BINBYTES8", "BYTEARRAY8"}
+# How many values an opcode takes off the stack, or that it takes all above the last mark.
+_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2,
+          "NEWOBJ": 2, "NEWOBJ_EX": 3, "BINPERSID": 1, "POP": 1, "BUILD": 1}
+_MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "ADDITEMS", "FROZENSET", "POP_MARK", "INST", "OBJ"}
 
 
 def _followed(stream: io.BytesIO, names: set[str], storages: dict[str, _Storage]) -> Any:
-    """What a pickle would build, of stand-ins; adds what it names to `names`, the storages it mentions to `storages`."""
+    """What a pickle would build, of stand-ins; what it names is added to `names`, its storages to `storages`."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -271,7 +275,8 @@ def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict
 
 def _entries(items: list[Any]) -> dict[str | int, Any]:
     """What of a dictionary is kept: hashing another key may take for ever."""
-    return {k: v for k, v in zip(items[::2], items[1::2]) if type(k) is str or (type(k) is int and abs(k) < 2**63)}
+    return {k: v for k, v in zip(items[::2], items[1::2])
+            if type(k) is str or (type(k) is int and abs(k) < 2**63)}
 
 
 def _storage(said: Any) -> _Storage:

@@ -1,4 +1,4 @@
-"""Text that somebody else wrote: JSON and "key: value" lines read within bounds, and whatever of it is printed made harmless."""
+"""Text that somebody else wrote: JSON and "key: value" lines read within bounds, and made harmless to print."""
 from __future__ import annotations
 
 import json
@@ -11,11 +11,11 @@ from typing import Any
 BYTES = 2**26                     # of a text file
 VALUES, DEPTH, DIGITS = 2**22, 64, 40   # of JSON: how many, how deep, of a whole number
 LONGEST, WORD, NUMBERS = 2**14, 400, 16  # of a message: characters, of one word of it, numbers in a row
-_TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # change the direction of what follows
+_TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # turn what follows around
 
 
 def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
-    """A whole file of UTF-8, with or without a byte order mark. Raises OSError, and ValueError for what is no such file."""
+    """A whole file of UTF-8, with or without a byte order mark. Raises OSError; ValueError for what is no such file."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
     with path.open("rb") as f:
@@ -26,9 +26,9 @@ def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
 
 
 def parse_json(text: str, nan: bool = False) -> Any:
-    """JSON as its standard has it: every key once, numbers finite; nan: NaN, pandas' sign for what is missing, is null.
+    """JSON as its standard has it: every key once, numbers finite. nan: NaN (pandas' sign for what is missing) is null.
 
-    Raises ValueError, also for what would take too much memory to hold or too deep a recursion to walk through.
+    Raises ValueError, also for what takes too much memory to hold or too deep a recursion to walk through.
     """
     if sum(map(text.count, ",[{")) > VALUES:
         raise ValueError(f"more than {VALUES:,} values")
@@ -39,7 +39,8 @@ def parse_json(text: str, nan: bool = False) -> Any:
         raise ValueError(f"nested more than {DEPTH} deep") from None
     level = [found]
     for _ in range(DEPTH):
-        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        level = [v for x in level if isinstance(x, (dict, list))
+                 for v in (x.values() if isinstance(x, dict) else x)]
     if level:
         raise ValueError(f"nested more than {DEPTH} deep")
     return found
@@ -85,20 +86,22 @@ def parse_settings(text: str) -> dict[str, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------- messages
 
 def printable(text: object) -> str:
-    """Fit for a terminal and a log: what would control them written as an escape, of what is too long to be read (a row of
-    numbers, a word, all of it) the middle left out. Lines may go on in others that are indented, as ours do."""
+    """Fit for a terminal and a log: what would control them written as an escape, of what is too long to be read (a
+    row of numbers, a word, all of it) the middle left out. A line may go on in others that are indented, as ours do.
+    """
     lines = _shortened(str(text)[:2**20]).split("\n  ")
-    return _cut("\n  ".join(" ".join(_cut(_escaped(word), WORD) for word in line.split(" ")) for line in lines), LONGEST)
+    lines = [" ".join(_cut(_escaped(word), WORD) for word in line.split(" ")) for line in lines]
+    return _cut("\n  ".join(lines), LONGEST)
 
 
 def _escaped(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") or c in _TURNING
-                   else c for c in text)
+    evil = {c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") or c in _TURNING}
+    return "".join(c.encode("unicode_escape").decode() if c in evil else c for c in text)
 
 
 def _shortened(text: str) -> str:
