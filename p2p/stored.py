@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SHRINK = 64            # the most that a picture's side is of its latents'
 QUERIES = "queries."   # before the names of a trace's tensors
+KEYS = 2**12           # most tensors: a trace has two for each layer
 TENSORS = {"latents", "null_context", "offsets"}
 
 
@@ -32,6 +33,8 @@ def read(file: str | Path) -> dict[str, Any]:
     try:
         with safe_open(file, "pt") as f:
             said = parse_object((f.metadata() or {})["inversion"])
+            if len(f.keys()) > KEYS:
+                raise ValueError(f"{len(f.keys()):,} tensors")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None

@@ -62,6 +62,8 @@ class _MappedFile(TensorFile, ABC):
 
 
 class SafetensorsFile(_MappedFile):
+    HEADER = 2**24     # most bytes of names, shapes and metadata: of Stable Diffusion XL, a quarter of a million
+
     def __init__(self, path: Path):
         self.path = path
         self._open()
@@ -72,6 +74,10 @@ class SafetensorsFile(_MappedFile):
 
     def _open(self) -> None:
         try:
+            with self.path.open("rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+            if size > self.HEADER:
+                raise CheckpointError(f"{self.path}: damaged: its header is said to have {size:,} bytes.")
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: damaged or cut short ({error}); {self.path.stat().st_size:,} bytes were found. "

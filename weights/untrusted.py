@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 BYTES = 2**26                     # of a text file
-VALUES, DEPTH, DIGITS = 2**22, 64, 40   # of JSON: how many, how deep, of a whole number
+VALUES, DEPTH = 2**22, 64         # of JSON: how many, how deep
 LONGEST, WORD, NUMBERS = 2**14, 400, 16  # of a message: characters, of one word of it, numbers in a row
 _TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # turn what follows around
 
@@ -63,16 +63,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _whole(text: str) -> int:
-    if len(text) > DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits")
-    return int(text)
+def _whole(text: str) -> int | float:
+    """What 64 bits do not hold is a float, as in other languages."""
+    return int(text) if len(text) <= 20 else _finite(text)
 
 
 def _finite(text: str) -> float:
     """Also of NaN, Infinity and -Infinity, which are no JSON."""
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:WORD]} is no finite number")
+        raise ValueError(f"{_cut(text, 40)} is no finite number")
     return value
 
 
@@ -119,7 +118,7 @@ def _shortened(text: str) -> str:
 
 def _is_number(part: str) -> bool:
     try:
-        return len(part) < 2 * DIGITS and math.isfinite(float(part.strip(" \n()[]{}")))
+        return len(part) < 80 and math.isfinite(float(part.strip(" \n()[]{}")))
     except ValueError:
         return part.strip(" \n()[]{}") in ("nan", "inf", "-inf", "True", "False", "None")
 
