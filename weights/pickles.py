@@ -31,10 +31,12 @@ _STORAGES = {"torch.storage.UntypedStorage": torch.uint8,
 
 # What checkpoints name beside weights, all of it unneeded: numbers by numpy, old and new, and what Lightning keeps.
 _HARMLESS = {"collections.Counter", "collections.OrderedDict", "collections.defaultdict", "_codecs.encode",
-             "builtins.bytearray", "builtins.complex", "builtins.dict", "builtins.list", "builtins.set", "torch.Size",
-             "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch._tensor._rebuild_from_type_v2",
-             "torch.serialization._get_layout", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-             "numpy.dtype", *_DTYPES, *_STORAGES, *(f"torch.{k}Tensor" for k in _KINDS)}
+             *(f"builtins.{n}" for n in ("bytearray", "bytes", "complex", "dict", "frozenset", "list", "set")),
+             "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "numpy.dtype", "numpy.ndarray",
+             "torch._tensor._rebuild_from_type_v2", "torch.serialization._get_layout",
+             *(f"numpy.{core}.{n}" for core in ("core", "_core")
+               for n in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")),
+             *_DTYPES, *_STORAGES, *(f"torch.{k}Tensor" for k in _KINDS)}
 _HARMLESS_BELOW = ("torch._utils._rebuild_", "numpy.dtypes.", "pytorch_lightning.", "lightning.pytorch.")
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
