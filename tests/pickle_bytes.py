@@ -15,7 +15,7 @@ def text(s):
 
 def integer(n):
     data = pickle.encode_long(n)
-    return b"\x8b" + struct.pack("<i", len(data)) + data
+    return b"\x8a" + bytes([len(data)]) + data if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data)) + data
 
 
 def tupled(*parts):

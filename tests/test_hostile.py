@@ -18,6 +18,7 @@ from pickle_bytes import (
     BUILD,
     MARK,
     NEWOBJ,
+    ONE,
     REDUCE,
     STOP,
     archive,
@@ -77,30 +78,19 @@ def deep(what, times=400_000):
     return what * times
 
 
-DTYPE = call(name("numpy.dtype"), text("O8"), b"\x89", b"\x88")
-LYING = (
-    call(name("numpy.dtype"), text("V8"), b"\x89", b"\x88")
-    + tupled(
-        integer(3),
-        text("|"),
-        tupled(text("V8"), tupled(integer(2**40))),
-        b"N",
-        b"N",
-        integer(-1),
-        integer(-1),
-        integer(0),
-    )
-    + BUILD
-)
+# numpy believes the state that a dtype is given, here that numbers are pointers; a scalar of it is read from anywhere.
+DTYPE = call(name("numpy.dtype"), text("f8"), b"\x89", b"\x88")
+LYING = DTYPE + tupled(integer(3), text("<"), b"N", b"N", b"N", integer(8), integer(8), integer(0x3F)) + BUILD
+POINTERS = call(name("numpy.dtype"), b"](" + tupled(text("a"), text("O")) + b"e")
+ADDRESS = call(name("_codecs.encode"), text("A" * 8), text("latin1"))
 BIG = integer(2**31)
 BUILT = {  # would make a reader build something: ours builds nothing
-    "a dtype that points anywhere": (beside(LYING), NOTHING),
-    "a scalar at an address": (
-        beside(call(name("numpy.core.multiarray.scalar"), DTYPE, b"C\x08" + bytes([65] * 8))),
-        NOTHING,
-    ),
-    "a scalar at an address, new name": (
-        beside(call(name("numpy._core.multiarray.scalar"), DTYPE, b"C\x08AAAAAAAA")),
+    "a dtype that lies": (beside(LYING), NOTHING),
+    "a scalar at an address": (beside(call(name("numpy.core.multiarray.scalar"), LYING)), NOTHING),
+    "a scalar at an address, new name": (beside(call(name("numpy._core.multiarray.scalar"), LYING)), NOTHING),
+    "a scalar of pointers": (beside(call(name("numpy.core.multiarray.scalar"), POINTERS, ADDRESS)), NOTHING),
+    "an array of pointers": (
+        beside(call(name("numpy._core.numeric._frombuffer"), ADDRESS, POINTERS, tupled(ONE), text("C"))),
         NOTHING,
     ),
     "a scalar of 2 GB": (
@@ -112,7 +102,7 @@ BUILT = {  # would make a reader build something: ours builds nothing
         NOTHING,
     ),
     "a bytearray of 2 GB": (beside(call(name("builtins.bytearray"), BIG)), NOTHING),
-    "bytes of 2 GB": (beside(call(name("_codecs.encode"), text("a") + text("b"), text("latin1"))), NOTHING),
+    "a codec that unpacks": (beside(call(name("_codecs.encode"), text("a"), text("bz2"))), NOTHING),
     "a tensor of 16 TB": (beside(call(name("torch.Tensor"), BIG, integer(2**11))), NOTHING),
     "a device of no kind": (beside(call(name("torch.device"), text("x" * 99))), NOTHING),
     "a parameter of nothing": (
