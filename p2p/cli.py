@@ -9,6 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from p2p.stop import Lasting, exit_code, stoppable
+from weights.untrusted import printable
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
@@ -285,5 +286,5 @@ def _run(argv: list[str]) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"p2p: {message}", file=sys.stderr)
+    print(f"p2p: {printable(message)}", file=sys.stderr)
     return code

@@ -26,6 +26,7 @@ from weights.convert import convert as run_convert
 from weights.deepfloyd import load_t5
 from weights.inspect import report as describe
 from weights.load import find
+from weights.untrusted import printable
 
 EDIT_OPTIONS = ("mode", "cross", "self_", "windows_over", "weight", "renormalise", "swap", "scope", "blend", "blend_without",
                 "blend_mask", "blend_threshold", "blend_start", "blend_level", "blend_keep", "blend_middle", "aligner")
@@ -243,7 +244,8 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    print("\n".join(describe(args.file, args.family, args.prediction, args.vae, args.hash)))
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash)
+    print("\n".join(map(printable, lines)))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -256,7 +258,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def _say(notes: list[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def _taken(inversion: p2p.Inversion) -> str:
@@ -315,8 +317,8 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
         found = [leakage(result, k) for k in range(1, n)]
         out.json("leakage.json", [f._asdict() for f in found])
         for k, f in enumerate(found, 1):
-            print(f'note: "{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of the '
-                  "pixels changed visibly", file=sys.stderr)
+            _say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of '
+                  "the pixels changed visibly"])
         if args.report:
             page = report(result, found)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from p2p.aside import replacing
 from p2p.errors import NumericsError, UsageError
+from weights.untrusted import parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
 _INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
@@ -184,6 +185,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other programs "
                          "drop them when they save a picture again)")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_object(text)
+    except (ValueError, TypeError):
         raise UsageError(f"{path}: its settings are damaged") from None

@@ -14,27 +14,29 @@ Every method ends in an `Inversion`: the latents of the picture at each noise le
 """
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models.layers import keep_freed_memory
+from p2p import stored
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
-from p2p.image import fit, from_base64, from_pil, to_base64
+from p2p.image import fit, from_pil, to_base64
 from p2p.model import Conditioning, Model
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
@@ -71,11 +73,11 @@ class Inversion:
     prediction: str
     sha256: str | None                     # of the model
     rows: int = 0                          # of the UNet that it took
-    final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
+    final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
@@ -83,26 +85,24 @@ class Inversion:
         return said | {"picture": self.picture and to_base64(self.picture)}
 
     def save(self, file: str | Path) -> None:
-        """Writes a .safetensors file, its settings in the header."""
+        """Writes a .safetensors file, its settings in the header. Raises OSError."""
         tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
-                   **{f"queries.{k}": v for k, v in (self.queries or {}).items()}}
+                   **{stored.QUERIES + k: v for k, v in (self.queries or {}).items()}}
         tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
-        save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+        try:
+            save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+        except SafetensorError as error:   # of a full disk, say
+            raise OSError(errno.EIO, str(error)) from None
 
     @staticmethod
     def load(file: str | Path) -> Inversion:
-        """Reads what `save` wrote. Raises UsageError."""
+        """Reads what `save` wrote, and believes none of it. Raises UsageError."""
         try:
-            with safe_open(file, "pt") as f:
-                said = json.loads((f.metadata() or {})["inversion"])
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-            said["picture"] = said["picture"] and from_base64(said["picture"])
-            queries = {k.removeprefix("queries."): tensors.pop(k) for k in list(tensors) if k.startswith("queries.")}
-            return Inversion(**said, **tensors, queries=queries or None)
-        except FileNotFoundError:
-            raise UsageError(f"{file}: no such file") from None
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            found = Inversion(**stored.read(file))
+        except TypeError as error:
             raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
+        stored.check(file, found, METHODS, FOLLOW)
+        return replace(found, picture=stored.picture(file, found.picture, found.latents))
 
     def check(self, model: Model) -> None:
         """Raises UsageError unless it was made with this model."""
@@ -110,6 +110,8 @@ class Inversion:
             raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
                              f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
                              f"({model.file}). Invert the picture again")
+        check_latents("latents", self.latents, (len(self.latents),), model)
+        stored.check_for(model, self)
 
 
 class _Run(NamedTuple):
@@ -223,8 +225,8 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
                      eta if method == "edit-friendly" else 0.0, (seed or 0) if method in READ_BY["seed"] else None, model.family,
-                     model.prediction, model.sha256, rows, final_alpha, null_context,
-                     None if offsets is None else offsets.cpu(), kept)
+                     model.prediction, model.sha256, rows, null_context, None if offsets is None else offsets.cpu(), kept,
+                     final_alpha=final_alpha)
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:

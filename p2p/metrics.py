@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2p.errors import UsageError
+from weights.errors import CheckpointError
+from weights.files import open_file
 
 CONVENTIONS = ("official", "corrected")
 COLUMNS = ("structure", "PSNR", "LPIPS", "MSE", "SSIM", "CLIP whole", "CLIP edited")
@@ -103,15 +105,12 @@ def interval(values: Sequence[float | None]) -> tuple[float, float, int] | None:
 # ------------------------------------------------------------------------------------------------ judges from weights
 
 def _weights(file: Path, what: str) -> dict[str, Tensor]:
-    """A state dict, of a .safetensors file or a pickle that holds tensors alone."""
+    """A state dict, of a .safetensors file or a pickle."""
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        return found.get("state_dict", found)
-    except Exception as error:   # whatever a broken file makes of the readers
-        raise UsageError(f"{what} {file}: cannot be read ({str(error).splitlines()[0]})") from None
+        found = open_file(file)
+        return {k: found[k] for k in found.shapes}
+    except CheckpointError as error:
+        raise UsageError(f"{what} {file}: cannot be read ({error})") from None
 
 
 def _filled(module: nn.Module, state: dict[str, Tensor], what: str, file: Path) -> nn.Module:
@@ -144,11 +143,9 @@ def lpips(squeezenet: Path) -> Metric:
 def clip(file: Path, model: str = "ViT-L-14-quickgelu") -> Embedder:
     """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14)."""
     import open_clip
-    try:
-        net, _, _ = open_clip.create_model_and_transforms(model, pretrained=str(file))
-    except Exception as error:
-        raise UsageError(f"--clip {file}: cannot be read as {model} ({str(error).splitlines()[0]})") from None
-    net, tokenizer = net.eval().requires_grad_(False), open_clip.get_tokenizer(model)
+    state = {k.removeprefix("module."): v for k, v in _weights(file, "--clip").items()}
+    net, tokenizer = open_clip.create_model(model), open_clip.get_tokenizer(model)
+    net = _filled(net, state, "--clip", file)
     side = net.visual.image_size[0] if isinstance(net.visual.image_size, tuple) else net.visual.image_size
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
 

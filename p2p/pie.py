@@ -21,6 +21,7 @@ from p2p.jobs import Job, Store, parse
 from p2p.metrics import COLUMNS, CONVENTIONS, Judges, interval, measure
 from p2p.model import Model
 from p2p.output import write
+from weights.untrusted import parse_object, read_text
 
 SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP whole": 1.0, "CLIP edited": 1.0}
 
@@ -38,7 +39,7 @@ def read(data: Path, limit: int | None = None) -> list[Item]:
     """The items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/. Raises UsageError."""
     file = data / "mapping_file.json"
     try:
-        mapping = json.loads(file.read_text(encoding="utf-8-sig"))
+        mapping = parse_object(read_text(file))
         items = []
         for key, said in list(mapping.items())[:limit]:
             words = (said.get("blended_word") or "").split()

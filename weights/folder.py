@@ -1,7 +1,6 @@
 """What is in a diffusers folder. Its configs say the sizes; a field that changes the math and is not known is refused."""
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from models.vae import VAEConfig
 from weights.detect import SAID, Package, Part, check_widths, for_family, scaled_linear, unused_hf, zero_terminal_snr
 from weights.errors import CheckpointError
 from weights.files import INDEX, TensorFile, open_file
+from weights.sizes import check_sizes
+from weights.untrusted import parse_json, read_text
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
 
@@ -40,14 +41,16 @@ SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = parse_json(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the fields of a config.")
+    check_sizes(path, found)
     return found
 
 

@@ -1,12 +1,11 @@
 """Models by their name on the Hugging Face Hub: only what is needed is downloaded, and never code."""
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from weights.errors import CheckpointError
-from weights.files import PICKLES
+from weights.files import PICKLES, weight_map
 from weights.folder import candidates
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -82,9 +81,7 @@ def _fetch(repo: str, names: list[str]) -> Path:
             raise CheckpointError(f"{repo}: no weights of its {part} found.")
         path = get(f"{part}/{chosen}")
         if chosen.endswith(".json"):
-            for shard in sorted(set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())):
-                if PurePosixPath(shard).name != shard:
-                    raise CheckpointError(f"{repo}: {part}/{chosen} names the shard {shard!r}; only plain file names are read.")
+            for shard in sorted(weight_map(path)):
                 get(f"{part}/{shard}")
     return root
 

@@ -21,6 +21,7 @@ from weights.errors import CheckpointError
 from weights.files import open_file
 from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline, weights_file
 from weights.keys import Source
+from weights.sizes import check_bill
 
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def _found(path: Path, find: Callable[[Path], T]) -> T:
         return find(path)
     except KeyError as error:
         raise CheckpointError(f"{path}: 1 missing: {error.args[0]}. It is not complete.") from None
-    except (IndexError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its sizes are those of no model known here ({error}). Is it damaged?") from None
     except CheckpointError as error:
         if str(path) in str(error):
@@ -153,6 +154,8 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
 
 
 def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
+    if part.config is not None:
+        check_bill(part.file.path, part.config, sum(k.startswith(part.prefix) for k in part.file.shapes))
     try:
         return build(part.config)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
