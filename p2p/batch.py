@@ -109,6 +109,8 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
     gpus = torch.cuda.device_count() if batch.device in (None, "cuda") else 0
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if gpus and engine == "torchrun" else batch.device
     model = load(**batch.loading, device=device)
+    for note in model.notes if rank == 0 else ():
+        print(f"note: {note}", file=sys.stderr)
     jobs, store = read(batch.jobs, model), Store(batch.out)
     share = groups(jobs, batch.together)[rank::world]
     todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]

@@ -116,7 +116,7 @@ def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, rec
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / "recipe.json", json.dumps(asdict(recipe) | {"model": model.name, "sha256": model.sha256}))
+        write(out / "recipe.json", json.dumps(asdict(recipe) | {"model": model.name, **model.identity()}))
         for pair in remaining(pairs, out):
             kept, counts = _samples(model, pair, embedder, recipe)
             _put(_folder(pair, out), pair, kept, counts)

@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from p2p.image import fit, from_base64, from_pil, to_base64
 from p2p.model import Conditioning, Model
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
-from p2p.start import check_latents, draw
+from p2p.start import check_latents, draw, guidance
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
@@ -69,6 +69,7 @@ class Inversion:
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
+    overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
@@ -103,6 +104,9 @@ class Inversion:
             raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
                              f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
                              f"({model.file}). Invert the picture again")
+        if self.overrides != model.overrides:
+            raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "
+                             f"{model.overrides or 'the model as it is'}: load it as it was, or invert the picture again")
 
 
 class _Run(NamedTuple):
@@ -136,8 +140,9 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
 
     picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
     out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
-    made for it); None for the model's own. inversion_guidance: while inverting (ddim, fixed-point, belm,
-    edit-friendly). inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly,
+    made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting (ddim, fixed-point, belm,
+    edit-friendly); 0 is without the prompt here, as in PnPInversion's ablation. inner_steps: of the optimiser (null-text,
+    10) or the solver (fixed-point, 5). eta: edit-friendly,
     1 for DDPM. seed: of the noise that noise and edit-friendly draw. Raises UsageError, NumericsError.
     """
     if method not in METHODS:
@@ -160,7 +165,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
         raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
     if not 0 < eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    guidance_scale = guidance(model, guidance_scale)
     _, *size = model.latent_shape(height, width)
     if isinstance(picture, Image.Image):
         picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
@@ -200,7 +205,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
                      eta if method == "edit-friendly" else 0.0, seed, model.family, model.prediction, model.sha256, rows,
-                     null_context, None if offsets is None else offsets.cpu(), kept)
+                     null_context, None if offsets is None else offsets.cpu(), kept, overrides=model.overrides)
 
 
 def _kernels(method: str, run: _Run) -> AbstractContextManager:

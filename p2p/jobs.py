@@ -112,8 +112,7 @@ def _identity(job: Job, model: Model) -> str:
     content = None
     if job.image is not None:   # a file that cannot be read is the job's own failure, when its turn comes
         content = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image.is_file() else str(job.image)
-    asked = job.settings() | {"image": content, "model": model.sha256, "family": model.family, "prediction": model.prediction,
-                              "dtype": str(model.dtype)}
+    asked = job.settings() | {"image": content, "model": model.identity()}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -194,7 +193,7 @@ def _shape(job: Job) -> tuple | None:
         return None
     levels = {e.local_blend.level if e.local_blend else 4 for e in job.targets if e.local_blend or e.scope}
     s = job.sampling
-    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] == 1, tuple(sorted(levels))
+    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
 
 
 def arguments(job: Job) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weights import refuse
 from weights.errors import CheckpointError
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -34,6 +35,11 @@ class TensorFile:
 
     def __getitem__(self, key: str) -> Tensor:
         raise KeyError(key)
+
+    @property
+    def files(self) -> list[Path]:
+        """All that it reads."""
+        return [self.path]
 
     def is_fp8(self) -> bool:
         return any(d in _FP8 for d in self.dtypes.values())
@@ -116,6 +122,10 @@ class ShardedFile(TensorFile):
     def __getitem__(self, key: str) -> Tensor:
         return self._shards[self._where[key]][key]
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.path, *(f for shard in self._shards.values() for f in shard.files)]
+
 
 class PickledFile(_MappedFile):
     """A PyTorch pickle, read with `weights_only=True` and a short list of harmless names."""
@@ -137,6 +147,8 @@ class PickledFile(_MappedFile):
                 state = state["state_dict"]
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not a dictionary of tensors.")
+        if kind := refuse.by_structure(state):
+            raise CheckpointError(f"{self.path}: {kind}.")
         self._tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
     def _tensor(self, key: str) -> Tensor:
@@ -179,6 +191,7 @@ def _sniff(path: Path) -> str:
         found = "a web page: the download failed, fetch the file itself"
     elif head.startswith(b"version https://git-lfs"):
         found = "a git-lfs pointer: run `git lfs pull` where it lies"
+    found = refuse.by_format(path, head) or found
     raise CheckpointError(f"{path}: {found}.")
 
 
