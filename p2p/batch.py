@@ -27,6 +27,7 @@ from p2p.model import Model, load
 from p2p.run import Ready, Result, find_editor, prepared
 from p2p.run import run as sample
 from p2p.together import run_together
+from weights.untrusted import printable
 
 ENGINES = ("local", "torchrun", "ray")
 Group = list[Job]
@@ -173,6 +174,8 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     once it has said how far it came.
     """
     (rank, world), store = _place(engine), Store(batch.out)
+    for note in model.notes if rank == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
     once = list({job.id: job for job in reversed(jobs)}.values())[::-1]
     share = groups(once, batch.together)[rank::world]
     todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]

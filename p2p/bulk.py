@@ -59,7 +59,9 @@ def evaluate(args: argparse.Namespace) -> None:
     windows = {"cross_replace_steps": args.cross, "self_replace_steps": args.self_}
     ways = {m if e == "p2p" else f"{m}, {e}": {"method": m, **sampling, **(windows if e == "p2p" else {"editor": e})}
             for m in methods for e in editors}
-    report = pie.evaluate(options.load(args), items, ways, args.out, judges, blend=not args.no_blend, progress=not args.quiet)
+    model = options.load(args)
+    options.say(model.notes)
+    report = pie.evaluate(model, items, ways, args.out, judges, blend=not args.no_blend, progress=not args.quiet)
     for convention in metrics.CONVENTIONS:
         print(f"{convention}\n{pie.table(report, convention)}\n")
     for name, rows in report.items():
@@ -73,6 +75,7 @@ def make_dataset(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise p2p.UsageError(f"--{name} must be a whole number from 1, not {getattr(args, name)}")
     pairs, model = dataset.read(args.prompts), options.load(args)
+    options.say(model.notes)
     if args.clip is not None:
         embedder = metrics.clip(args.clip)
     elif model.family == "emoji":

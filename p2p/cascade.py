@@ -33,7 +33,7 @@ def upscale(model: Model, small: Result, *, steps: int | None = None, guidance_s
     else:
         large = edit(model, small.prompts[0], [from_dict(t) for t in small.settings["targets"]],
                      seed=0 if seed is None else seed, **common)
-    said = {k: large.settings[k] for k in ("model", "sha256", "steps", "guidance_scale", "eta", "dtype")}
+    said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")}
     large.settings = small.settings | {"upscale": said | {"noise_level": noise_level, "edited": edited}}
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}

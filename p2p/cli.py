@@ -202,7 +202,8 @@ def _edit(ap: argparse.ArgumentParser) -> None:
 
 def _settings(ap: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
-    ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="default: the model's own")
+    ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="0 and 1: the prompt alone; default: the "
+                    "model's own")
     ap.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, in place of the empty prompt")
     ap.add_argument("--seed", type=int, default=None, help=seed)
     ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
@@ -226,7 +227,10 @@ def _model(ap: argparse.ArgumentParser) -> None:
                     "org/name on the Hub")
     _model_options(ap)
     ap.add_argument("--text", type=Path, metavar="FILE|FOLDER", help="of DeepFloyd IF: prompts from p2p encode, or where T5 lies")
-    ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, as stored elsewhere")
+    ap.add_argument("--clip-skip", type=int, metavar="N", help="read the text N layers earlier (0), as diffusers counts: 1 is "
+                    "A1111's \"Clip skip: 2\"")
+    ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, elsewhere as most of "
+                    "the UNet is stored")
     ap.add_argument("--half-weights", action="store_true",
                     help="hold the UNet's weights in float16 and compute in --dtype: half the memory, a little slower")
     ap.add_argument("--offload", action="store_true", help="text towers and autoencoder wait on the CPU while they are idle")
@@ -238,7 +242,10 @@ def _model(ap: argparse.ArgumentParser) -> None:
 def _model_options(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "if", "emoji"], help="insist on this family")
     ap.add_argument("--prediction", choices=["eps", "v", "x0"], help="what the model predicts, where that was guessed wrongly")
-    ap.add_argument("--vae", type=Path, help="another autoencoder: a file, or a diffusers vae folder")
+    ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or of a whole model), or "
+                    "org/name on the Hub")
+    ap.add_argument("--ema", action="store_true", help="the averaged weights (EMA) of a file that holds plain ones too")
+    ap.add_argument("--zero-snr", action="store_true", help="stretch the noise schedule to zero terminal SNR")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from p2p.run import Result, find_editor
 from p2p.sweep import sweep as run_sweep
 from weights.convert import convert as run_convert
 from weights.deepfloyd import load_t5
+from weights.hub import is_id
 from weights.inspect import report as describe
-from weights.load import find
+from weights.load import BUNDLED, find
 from weights.untrusted import printable
 
 EDIT_OPTIONS = ("mode", "cross", "self_", "windows_over", "weight", "renormalise", "swap", "scope", "blend", "blend_without",
@@ -39,7 +39,7 @@ def edit(args: argparse.Namespace) -> None:
             raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
         options.refuse(args, "--from, which does as the picture records", "image", "inversion", "method", "skip", "inner_steps",
                        "inversion_cfg", "final_alpha", "editor", "proximal", "negative", "steps", "seed", "eta", "height", "width",
-                       "cfg", "dtype", "prediction", *EDIT_OPTIONS)
+                       "cfg", "dtype", "prediction", "ema", "clip_skip", "zero_snr", "half_weights", "tile", *EDIT_OPTIONS)
         return _replay(args)
     if args.inversion is not None and args.source is not None:   # the source prompt is in the file
         args.source, args.targets = None, [args.source, *args.targets]
@@ -101,15 +101,40 @@ def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Invers
 
 
 def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
-    """The model that made a picture, from where it was then or from where --model says that it is now."""
-    name = s["model"] if args.model is None else args.model
-    try:
-        return p2p.load(name, args.family, s["prediction"], options.device(args), getattr(torch, s["dtype"]), args.vae, args.text,
-                        **options.memory(args))
-    except p2p.CheckpointError as error:
-        if args.model is not None:
-            raise
-        raise p2p.CheckpointError(f"{error} It is the model recorded in {args.replay}: say with --model where it lies.") from None
+    """The model that made a picture, read as it was then. Raises CheckpointError where it is another one."""
+    places = s.get("places") or {}
+    held = s.get("held") and getattr(torch, s["held"])
+    files = {option: _place(args, option, places.get(option)) for option in ("vae", "text")}
+    read = {name: s[name] for name in ("tile", "ema", "clip_skip", "zero_snr") if name in s}   # older pictures lack them
+    model = p2p.load(_place(args, "model", s["model"]), args.family, s["prediction"], options.device(args),
+                     getattr(torch, s["dtype"]), held=held, compile=args.compile, offload=args.offload, **files, **read)
+    _same_model(args, model, s)
+    return model
+
+
+def _place(args: argparse.Namespace, option: str, recorded: str | None) -> str | Path | None:
+    """Where a file that a picture names lies: where the user says, else where it lay, if it is still there. What is not here is
+    not looked for on the Hub, since anybody may have written the name."""
+    given = getattr(args, option)
+    if given is not None or recorded is None or recorded in BUNDLED or Path(recorded).exists():
+        return recorded if given is None else given
+    wanted = f"It is the {option} recorded in {args.replay}: say with --{option} where it lies."
+    if is_id(recorded):
+        raise p2p.CheckpointError(f"{recorded}: not here, and not fetched from the Hub because a picture names it. {wanted} "
+                                  f"If you trust it: --{option} {recorded}")
+    raise p2p.CheckpointError(f"{recorded}: no such file. {wanted}")
+
+
+def _same_model(args: argparse.Namespace, model: p2p.Model, s: dict[str, Any], option: str = "model") -> None:
+    """Raises CheckpointError unless all is the same that is recorded of a model."""
+    found = model.identity()
+    for name, what, of in (("sha256", "weights", option), ("vae", "autoencoder", "vae"), ("text", "text", "text")):
+        if name in s and found[name] != s[name]:
+            where = model.file if name == "sha256" else model.places.get(name, f"without --{name}")
+            raise p2p.CheckpointError(f"{where}: not the {what} that made {args.replay} (sha256 {str(found[name])[:12]}, recorded "
+                                      f"{str(s[name])[:12]}); give the right one with --{of}")
+    if odd := [f"{name} {s[name]!r}, here {found[name]!r}" for name in found if name in s and found[name] != s[name]]:
+        raise p2p.CheckpointError(f"{model.file}: not read as it was for {args.replay}: {', '.join(odd)}")
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -123,9 +148,6 @@ def _replay(args: argparse.Namespace) -> None:
         edits = [from_dict(t) for t in s["targets"]]
         out = Output(args.out, s["source"])
         model = _recorded(args, s)
-        if model.sha256 != s["sha256"]:
-            raise p2p.CheckpointError(f"{model.file}: not the weights that made {args.replay} (sha256 {str(model.sha256)[:12]}, "
-                                      f"recorded {str(s['sha256'])[:12]}); give the right file with --model")
         how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=find_editor(s["editor"]),
                    negative_prompt=s.get("negative_prompt"), record=options.record(args), progress=not args.quiet)
         stage, source = _upscaler(args, model.family, s.get("upscale")), None
@@ -244,21 +266,19 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash)
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema, zero_snr=args.zero_snr)
     print("\n".join(map(printable, lines)))
 
 
 def convert(args: argparse.Namespace) -> None:
-    package = find(args.file, args.family, args.prediction, args.vae)
+    package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr)
     run_convert(package, args.out, args.half)
     print(args.out)
 
 
 # ------------------------------------------------------------------------------------------------- writing results
 
-def _say(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+_say = options.say
 
 
 def _taken(inversion: p2p.Inversion) -> str:
@@ -288,9 +308,13 @@ def _upscaler(args: argparse.Namespace, family: str, recorded: dict[str, Any] | 
     name = args.upscaler or (recorded["model"] if recorded else UPSCALERS.get(family))
     if name is None:
         raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
-    stage = p2p.load(name, device=options.device(args), text=args.text)
-    if recorded and stage.sha256 != recorded["sha256"]:
-        raise p2p.CheckpointError(f"{stage.file}: not the stage that enlarged {args.replay}; give that one with --upscaler")
+    if recorded:
+        text = _place(args, "text", (recorded.get("places") or {}).get("text"))
+        stage = p2p.load(_place(args, "upscaler", name), device=options.device(args), dtype=getattr(torch, recorded["dtype"]),
+                         text=text)
+        _same_model(args, stage, recorded, "upscaler")
+    else:
+        stage = p2p.load(name, device=options.device(args), text=args.text)
     if given.get("edited") and not stage.text_encoders:
         raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject into")
     return stage, {k: recorded[k] for k in ("steps", "guidance_scale", "eta", "noise_level", "edited")} if recorded else given

@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from p2p.image import fit, from_pil, to_base64
 from p2p.model import Conditioning, Model
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
-from p2p.start import check_latents, draw
+from p2p.start import check_latents, draw, guidance
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 READ_BY = {   # settings that some methods alone read; the others refuse them
@@ -78,6 +78,7 @@ class Inversion:
     picture: Image.Image | None = None     # as fitted; None if latents were given
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
+    overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
@@ -112,6 +113,9 @@ class Inversion:
                              f"({model.file}). Invert the picture again")
         check_latents("latents", self.latents, (len(self.latents),), model)
         stored.check_for(model, self)
+        if self.overrides != model.overrides:
+            raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "
+                             f"{model.overrides or 'the model as it is'}: load it as it was, or invert the picture again")
 
 
 class _Run(NamedTuple):
@@ -150,7 +154,8 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
 
     picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
     out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
-    made for it); None for the model's own. inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing).
+    made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts
+    nothing); 0 is without the prompt here, as in PnPInversion's ablation.
     inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the
     noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
     for the model's own (Stable Diffusion: that of its first timestep, in which it was trained to end), 1 for none of the noise, as
@@ -184,7 +189,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
         raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
     if not 0 < eta <= 1:
         raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    guidance_scale = guidance(model, guidance_scale)
     _, *size = model.latent_shape(height, width)
     if isinstance(picture, Image.Image):
         picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
@@ -226,7 +231,7 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
                      eta if method == "edit-friendly" else 0.0, (seed or 0) if method in READ_BY["seed"] else None, model.family,
                      model.prediction, model.sha256, rows, null_context, None if offsets is None else offsets.cpu(), kept,
-                     final_alpha=final_alpha)
+                     final_alpha=final_alpha, overrides=model.overrides)
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:

@@ -141,8 +141,7 @@ def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[st
 
 def _identity(job: Job, model: Model) -> str:
     content = None if job.image is None else _content(job.image)
-    asked = job.settings() | {"image": content, "model": model.sha256, "family": model.family, "prediction": model.prediction,
-                              "dtype": str(model.dtype)}
+    asked = job.settings() | {"image": content, "model": model.identity()}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -252,7 +251,7 @@ def _shape(job: Job) -> tuple | None:
     blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
     levels = {(b.level, b.middle) for b in blends}
     s = job.sampling
-    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] == 1, tuple(sorted(levels))
+    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
 
 
 def arguments(job: Job) -> Mapping[str, Any]:

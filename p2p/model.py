@@ -1,7 +1,7 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -24,6 +24,10 @@ from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
+from p2p.tiles import tiled
+from weights.detect import FAMILY_RULE
+from weights.digest import together
+from weights.identity import files
 
 LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
 
@@ -64,13 +68,18 @@ class Model:
     noise_level: int = 250               # likewise: timestep of the noise on what a super-resolution stage enlarges
     align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
-    offset: int = 1                      # this and the next: see `ddim_schedule`
+    offset: int = 1                      # this and the next two: see `ddim_schedule`
     final_alpha: float | None = None
+    timestep_spacing: str = "leading"
+    learned_variance: bool = True        # where the network gives one: a step of DDPM takes it
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
     offload: bool = False                # text towers and autoencoder wait on the CPU and come to the device for their work
     tile: int | None = None              # the autoencoder decodes squares of so many latents a side, see `decode`
     notes: tuple[str, ...] = ()          # what was found out while loading, and how
+    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict, repr=False)   # that decide pixels, see `identity`
+    asked: Mapping[str, Any] = field(default_factory=dict, repr=False)   # how they were to be read
+    places: Mapping[str, str] = field(default_factory=dict, repr=False)  # of "vae" and "text", where they were given
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +125,26 @@ class Model:
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """sha256 of the "model" (of its file; of a folder, over all that decides pixels in it) and of the "vae" and "text" given
+        beside it: read when first asked for, and cached on disk; None of what is gone by then."""
+        return {name: together(each) for name, each in self.files.items()}
+
+    @property
     def sha256(self) -> str | None:
-        """Of the weights' file (a folder's UNet), read when first asked for; None if it is gone by then."""
-        return weights.load.sha256(self.file)
+        return self.digests.get("model")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What was asked of the model that makes it another one than its files alone: digests and values."""
+        asked = {k: v for k, v in self.asked.items() if k != "held"}
+        return {k: v for k, v in ({k: v for k, v in self.digests.items() if k != "model"} | asked).items() if v}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides pixels and is no setting of a run, as JSON can hold it: contents, not places."""
+        return {"sha256": self.sha256, "family": self.family, "prediction": self.prediction,
+                "dtype": str(self.dtype).removeprefix("torch."), "vae": self.digests.get("vae"), "text": self.digests.get("text"),
+                **self.asked, "tile": self.tile}
 
     def tokens(self, prompt: str) -> Tokens:
         try:
@@ -165,7 +191,7 @@ class Model:
             t = torch.as_tensor(t, device=x.device)
         out, maps = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, record=record, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
-        return out, variance, maps
+        return out, variance if self.learned_variance else None, maps
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
@@ -204,7 +230,12 @@ class Model:
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
-        return ddim_schedule(self.alphas_cumprod, steps, self.offset, self.final_alpha)
+        found = ddim_schedule(self.alphas_cumprod, steps, self.offset, self.final_alpha, self.timestep_spacing)
+        if self.prediction == "eps" and not found.alphas[0] > 0:
+            raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR): a model that "
+                             "predicts the noise cannot begin there; leave out zero_snr, or give prediction, v or x0, if it was "
+                             "guessed wrongly")
+        return found
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:
@@ -232,31 +263,6 @@ class Model:
             return torch.cat([decode(one).float() for one in x.split(1)])
 
 
-def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: int) -> Tensor:
-    """f, which enlarges `scale` times, on overlapping squares of x (B, C, H, W); where they overlap, the mean weighs each by the
-    distance from its edge.  -> (B, C', scale H, scale W)"""
-    def starts(n: int) -> list[int]:
-        return [*range(0, max(1, n - tile), tile - tile // 4), max(0, n - tile)]
-
-    def ramp(n: int) -> Tensor:
-        i = torch.arange(n, device=x.device) + 0.5
-        return torch.minimum(i, n - i)
-
-    total = weights_ = None
-    for top in dict.fromkeys(starts(x.shape[2])):
-        for left in dict.fromkeys(starts(x.shape[3])):
-            part = f(x[:, :, top:top + tile, left:left + tile]).float()
-            if total is None:
-                total = part.new_zeros(*part.shape[:2], scale * x.shape[2], scale * x.shape[3])
-                weights_ = torch.zeros_like(total[:1, :1])
-            h, w = part.shape[2:]
-            weight = ramp(h)[:, None] * ramp(w)
-            at = (..., slice(scale * top, scale * top + h), slice(scale * left, scale * left + w))
-            total[at] += part * weight
-            weights_[at] += weight
-    return total / weights_
-
-
 def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
     """A device that is there; None: a GPU, or else the CPU. Raises UsageError."""
     try:
@@ -270,49 +276,59 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
          text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
-         offload: bool = False, tile: int | None = None) -> Model:
+         offload: bool = False, tile: int | None = None, ema: bool = False, clip_skip: int | None = None,
+         zero_snr: bool = False) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
     file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
     family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
-    `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, as stored elsewhere; SDXL's autoencoder
-    always runs in float32, where half precision overflows. vae: another autoencoder. text: for IF, a folder that holds T5
-    (the model's own where None), or a file of encoded prompts (see `models.t5.EncodedPrompts`). compile: the UNet by
-    torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps are read, or
-    renormalised, or nothing of a known source is read any more); its first step takes a minute or more. held: a shorter dtype
-    (torch.float16) in which the UNet's large weights wait: each layer widens its own as it computes, which halves the memory.
-    offload: text towers and autoencoder wait on the CPU. tile: side in latents (64) of the squares in which pictures are decoded.
+    `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
+    SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
+    `weights.load.find_vae`). text: for IF, a folder that holds T5 (the model's own where None), or a file of encoded prompts
+    (see `models.t5.EncodedPrompts`). compile: the UNet by torch.compile, one graph for all words, weights and windows of a
+    batch's shape (another where maps are read, or renormalised, or nothing of a known source is read any more); its first step
+    takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens its
+    own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU. tile: side in latents
+    (64) of the squares in which pictures are decoded. ema: the averaged weights of a file that holds both. clip_skip: layers of
+    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other programs).
+    zero_snr: the noise schedule stretched to zero terminal SNR (Lin et al. 2023); it shows where t = 999 is visited.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """
-    if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {source!r}")
-    for given, value in (("dtype", dtype), ("held", held)):
-        if value is not None and not isinstance(value, torch.dtype):
-            raise UsageError(f"{given} is one of torch's, such as torch.float16, not {value!r}")
+    _check_arguments(source, dtype, held, tile)
     device = find_device(device)
-    package = weights.load.find(source, family, prediction, vae)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    sdxl = package.family == "sdxl"
-    if held is not None and (dtype is None or not held.itemsize < dtype.itemsize):
-        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype or 'the one of the file'}")
-    if tile is not None and (not isinstance(tile, Integral) or tile < 8):
-        raise UsageError(f"tile is a whole number of latents from 8, not {tile!r}")
-    c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text, held)
+    package = weights.load.find(source, family, prediction, vae, ema, clip_skip or 0, zero_snr)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else weights.load.stored(package.unet))
+    if held is not None and not held.itemsize < dtype.itemsize:
+        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
+    c = weights.load.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
     if offload:
         for part in filter(None, [*c.text, c.vae]):
             part.to("cpu")
     if compile:
         c.unet.compile()
     notes = list(package.notes)
-    if "guess" in package.why:
+    if "guess" in package.why or package.why == FAMILY_RULE:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
     own: dict[str, Any] = {
-        "emoji": dict(guidance_scale=3.0, clip=1.0, final_alpha=1.0),
-        "if": dict(guidance_scale=4.0 if c.unet.config.low_channels else 7.0, eta=1.0, clip=package.threshold or 1.0,
-                   offset=package.offset, final_alpha=1.0),
+        "emoji": dict(guidance_scale=3.0),
+        "if": dict(guidance_scale=4.0 if c.unet.config.low_channels else 7.0, eta=1.0),
     }.get(package.family, {})
     if package.family == "emoji" and c.unet.config.low_channels:
         own |= dict(guidance_scale=1.0, steps=10, noise_level=0, align_corners=False)
-    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, package.alphas_cumprod, package.prediction,
-                 package.size, latent_scale=package.latent_scale, zero_negative=sdxl, offload=offload, tile=tile,
-                 notes=tuple(notes), **own)
+    s = package.sampling
+    asked = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr, "held": held and str(held).removeprefix("torch.")}
+    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, s.alphas_cumprod, s.prediction, package.size,
+                 offset=s.offset, final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
+                 learned_variance=s.learned_variance, latent_scale=package.latent_scale, zero_negative=package.zero_negative,
+                 offload=offload, tile=tile, notes=tuple(notes), files=files(package, vae, text), asked=asked,
+                 places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None}, **own)
+
+
+def _check_arguments(source: object, dtype: object, held: object, tile: object) -> None:
+    if not isinstance(source, (str, Path)):
+        raise UsageError(f"a model is named by a string or a path, not {source!r}")
+    for given, value in (("dtype", dtype), ("held", held)):
+        if value is not None and not isinstance(value, torch.dtype):
+            raise UsageError(f"{given} is one of torch's, such as torch.float16, not {value!r}")
+    if tile is not None and (not isinstance(tile, Integral) or tile < 8):
+        raise UsageError(f"tile is a whole number of latents from 8, not {tile!r}")

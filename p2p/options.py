@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import p2p
 from p2p.image import open_picture
 from p2p.model import find_device
+from weights.untrusted import printable
 
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
@@ -27,7 +29,8 @@ def load(args: argparse.Namespace) -> p2p.Model:
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `p2p.load`, without the device."""
     return dict(source="emoji" if args.model is None else args.model, family=args.family, prediction=args.prediction,
-                dtype=getattr(torch, args.dtype) if args.dtype else None, vae=args.vae, text=args.text, **memory(args))
+                dtype=getattr(torch, args.dtype) if args.dtype else None, vae=args.vae, text=args.text, ema=args.ema,
+                clip_skip=args.clip_skip, zero_snr=args.zero_snr, **memory(args))
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -43,6 +46,11 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, An
         print(f"seed {seed}", file=sys.stderr)
     return load(args), dict(steps=50 if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
                             eta=args.eta, height=args.height, width=args.width)
+
+
+def say(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:

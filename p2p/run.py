@@ -310,9 +310,10 @@ def _tokens(model: Model, prompts: Sequence[str], notes: list[str]) -> list[Toke
 
 
 def _settings(model: Model, command: str, start: Start, seed: int | list[int] | None) -> dict[str, Any]:
+    from p2p import __version__  # not above: it imports this
+
     return {
-        "command": command, "model": model.name, "family": model.family, "prediction": model.prediction,
-        "sha256": model.sha256, "steps": start.schedule.steps, "guidance_scale": start.guidance_scale, "seed": seed,
-        "eta": start.eta, "height": start.size[0], "width": start.size[1], "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__,
+        "command": command, "model": model.name, "places": dict(model.places), **model.identity(), "steps": start.schedule.steps,
+        "guidance_scale": start.guidance_scale, "seed": seed, "eta": start.eta, "height": start.size[0], "width": start.size[1],
+        "device": model.device.type, "torch": torch.__version__, "version": __version__,
     }

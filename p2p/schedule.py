@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from p2p.errors import UsageError
@@ -27,19 +28,29 @@ class Schedule(NamedTuple):
         return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
 
 
-def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None) -> Schedule:
-    """Evenly spaced ("leading") timesteps, as Stable Diffusion samples: offset, offset + 1000 // N, ...
+def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,
+                  spacing: str = "leading") -> Schedule:
+    """Evenly spaced timesteps, each step ending at the level where the next begins.
 
-    alphas_cumprod (1000,); `offset` 1 or 0 (the official Prompt-to-Prompt code: 1); `final_alpha` is what the last
-    step reaches: None for alphas_cumprod[0] (set_alpha_to_one False, Stable Diffusion), 1.0 for the clean picture.
+    alphas_cumprod (1000,). spacing, as Lin et al. 2023, table 2, and diffusers name it, with the same timesteps: "leading":
+    offset, offset + 1000 // N, ..., as Stable Diffusion samples; "trailing": ..., 999 - 1000 / N, 999, from pure noise (models
+    of few steps, or of zero terminal SNR); "linspace": 0, ..., 999. `offset` 1 or 0, of leading alone (the official
+    Prompt-to-Prompt code: 1). `final_alpha` is what the last step reaches: None for alphas_cumprod[0] (set_alpha_to_one False,
+    Stable Diffusion), 1.0 for the clean picture.
     """
     total = len(alphas_cumprod)
     if not 1 <= steps <= total:
         raise UsageError(f"steps must be from 1 to {total}, not {steps}")
-    stride = total // steps
-    offset = min(offset, total - 1 - (steps - 1) * stride)   # no timestep twice: of 1000 steps the first is 999
-    timesteps = [i * stride + offset for i in reversed(range(steps))]
+    if spacing == "leading":
+        stride = total // steps
+        rising = np.arange(steps) * stride + min(offset, total - 1 - (steps - 1) * stride)   # of 1000 steps the first is 999
+    elif spacing == "trailing":
+        rising = np.arange(total, 0, -total / steps)[:steps][::-1].round() - 1
+    elif spacing == "linspace":
+        rising = np.linspace(0, total - 1, steps).round()
+    else:
+        raise UsageError(f"timestep_spacing {spacing!r} is not known; known: leading, trailing, linspace")
+    timesteps = [int(t) for t in rising[::-1]]
     table = alphas_cumprod.tolist()
     alphas = [table[t] for t in timesteps]
-    # each step ends where t - stride lies: the next timestep, and at the end whatever final_alpha says
     return Schedule(tuple(timesteps), (*alphas, table[0] if final_alpha is None else final_alpha))

@@ -57,9 +57,14 @@ def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> 
     model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
 
 
+def guidance(model: Model, asked: float | None) -> float:
+    """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it would be no prompt."""
+    return model.guidance_scale if asked is None else 1.0 if asked == 0 else asked
+
+
 def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
           height: int | None, width: int | None, low: Low | None = None) -> Start:
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    guidance_scale = guidance(model, guidance_scale)
     eta = model.eta if eta is None else eta
     if bool(model.unet.config.low_channels) != (low is not None):
         raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "

@@ -93,7 +93,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         rows += step.rows
         _keep(stored, step.index, steps, step.maps, dtype)
     found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, seed,
-                      model.family, model.prediction, model.sha256, rows)
+                      model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
     return found, stored
 
 

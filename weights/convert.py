@@ -22,7 +22,7 @@ from torch import Tensor
 from models.text import END, START, TextConfig, TextEncoder, tokenizer
 from models.unet import UNet
 from models.vae import AutoencoderKL
-from weights import keys
+from weights import keys, scheduler
 from weights.detect import Package, Part
 from weights.errors import CheckpointError
 from weights.keys import Source
@@ -43,6 +43,7 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
         with _aside(out.parent) as aside:
             if out.suffix == ".safetensors":
                 metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
+                metadata |= scheduler.metadata(package.sampling)
                 _save(single_file(package, half).items(), aside / out.name, metadata)
             else:
                 _folder(package, aside / out.name, half)
@@ -156,14 +157,11 @@ def _folder(package: Package, out: Path, half: bool) -> None:
              "tokenizer": ["transformers", "CLIPTokenizer"]}
     if xl:
         index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                  "tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": True}
+                  "tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": package.zero_negative}
     else:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     _write(out / "model_index.json", index)
-    _write(out / "scheduler" / "scheduler_config.json", version | {
-        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": PREDICTIONS[package.prediction],
-        "set_alpha_to_one": False, "steps_offset": 1})
+    _write(out / "scheduler" / "scheduler_config.json", version | scheduler.config(package.sampling))
     _write(out / "unet" / "config.json", version | _unet_config(package))
     _save(_tensors(package.unet, UNet, half), out / "unet" / "diffusion_pytorch_model.safetensors")
     c = package.vae.config

@@ -1,7 +1,6 @@
 """DeepFloyd IF: what is in its diffusers folders, and in files under its own names."""
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 from models.t5 import EncodedPrompts, T5Encoder
 from models.text import Tokens
 from models.unet import UNetConfig
+from weights import fields, scheduler
 from weights.detect import Package, Part, Shapes, count, read_settings
 from weights.errors import CheckpointError
 from weights.files import Renamed, TensorFile, open_file
-from weights.folder import check_fields, read_json, weights_file
+from weights.folder import read_index, read_json, weights_file
+from weights.scheduler import Sampling, squared_cosine
 from weights.sizes import check_sizes
 from weights.untrusted import parse_json
 
@@ -24,54 +25,35 @@ OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF'
 # T5's, in transformers 4 and 5
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
-# Fields of unet/config.json that change the math, with the values that are supported.
-FIELDS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("gelu", "silu"), "addition_embed_type": ("text",), "attention_type": ("default",), "center_input_sample": (False,),
-    "class_embed_type": (None, "timestep"), "class_embeddings_concat": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-    "cross_attention_norm": ("group_norm", None), "dual_cross_attention": (False,),
-    "encoder_hid_dim_type": (None, "text_proj"), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "norm_eps": (1e-5,), "norm_num_groups": (32,),
-    "num_class_embeds": (None,), "resnet_time_scale_shift": ("scale_shift", "default"), "time_cond_proj_dim": (None,),
-    "time_embedding_act_fn": (None, "gelu", "silu"), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
-    "upcast_attention": (False, None),
-}
-SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
-    "num_train_timesteps": (1000,), "trained_betas": (None,), "beta_schedule": ("squaredcos_cap_v2",),
-    "prediction_type": ("epsilon",), "variance_type": ("learned_range", "fixed_small"), "timestep_spacing": ("leading",),
-}
 
-
-def squared_cosine(steps: int = 1000) -> Tensor:
-    """alphas_cumprod of the cosine schedule, its betas at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).  -> (steps,) float64"""
-    f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
-
-
-def find_folder(path: Path, notes: list[str]) -> Package:
+def find_folder(path: Path) -> Package:
     """A stage in a diffusers folder. Raises CheckpointError."""
     where = path / "unet" / "config.json"
-    c = read_json(where)
+    notes: list[str] = []
+    c, index = read_json(where), read_index(path)
     unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, c))
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    said = read_json(scheduler) if scheduler.exists() else {}
-    check_fields(scheduler, said, SCHEDULER_FIELDS)
-    threshold = default_threshold(unet.config)
-    if said:
-        bounds = said.get("dynamic_thresholding_ratio", 0.995), said.get("sample_max_value", 1.0)
-        threshold = bounds if said.get("thresholding") else None
+    said, configs = _released(unet.config), [index, where]
+    config, noising = (path / folder / "scheduler_config.json" for folder in ("scheduler", "image_noising_scheduler"))
+    if config.exists():
+        said = scheduler.read(config, read_json(config), "if")
+        configs.append(config)
+    if noising.exists():   # of the low-resolution picture
+        if not torch.equal(scheduler.read(noising, read_json(noising), "if").alphas_cumprod, said.alphas_cumprod):
+            raise CheckpointError(f"{noising}: another noise schedule than the sampler's; one for both is supported.")
+        configs.append(noising)
     side = c.get("sample_size") or 64
     size = (side, side) if isinstance(side, int) else tuple(side)
-    return Package("if", path, unet, [], None, "eps", "the rule for its family", squared_cosine(), size, notes=notes,
-                   offset=said.get("steps_offset", 0), threshold=threshold)
+    return Package("if", path, unet, [], None, said, size, notes=[*notes, *said.notes], configs=configs)
 
 
-def default_threshold(unet: UNetConfig) -> tuple[float, float]:
-    """Quantile and largest bound of dynamic thresholding, as released."""
-    return 0.95, 1.0 if unet.low_channels else 1.5
+def _released(unet: UNetConfig) -> Sampling:
+    """As the published stages are sampled: dynamic thresholding by a quantile, to a largest bound."""
+    return Sampling(squared_cosine(), why="as every model of IF", offset=0, final_alpha=1.0,
+                    clip=(0.95, 1.0 if unet.low_channels else 1.5))
 
 
 def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
-    check_fields(path, c, FIELDS)
+    fields.check(path, c, fields.DEEPFLOYD_UNET)
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
     per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * n  # noqa: E731
@@ -111,8 +93,8 @@ def find_in_file(file: TensorFile) -> Package:
     config = unet_from_shapes(file.shapes, said)
     stray = () if config.text_dim else ("encoder_proj.",)
     side = 256 if config.low_channels else 64
-    return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, "eps", "the rule for its family",
-                   squared_cosine(), (side, side), offset=0, threshold=default_threshold(config))
+    return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, _released(config), (side, side),
+                   configs=[beside] if beside.exists() else [])
 
 
 def find_own_folder(path: Path) -> Package:

@@ -9,22 +9,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from models.text import CLIP_L, TextConfig
+from models.text import CLIP_L, OPENCLIP_H, TextConfig
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from weights import keys
+from weights import keys, refuse, scheduler
+from weights.averages import averaged
 from weights.errors import CheckpointError
 from weights.files import TensorFile
+from weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
 from weights.sizes import check_sizes
 from weights.untrusted import parse_object, parse_settings, read_text
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
-SAID = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}   # diffusers' words for them
+FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -48,25 +49,25 @@ class Package:
     unet: Part
     text: list[Part]
     vae: Part | None
-    prediction: str
-    why: str                             # how the prediction type was found
-    alphas_cumprod: Tensor               # (1000,) float64
-    size: tuple[int, int]                # height, width that it was made for
+    sampling: Sampling
+    size: tuple[int, int] | None         # height, width that it was made for, in pixels; None: see `usual_size`
     latent_scale: float = 1.0
     notes: list[str] = field(default_factory=list)
-    offset: int = 1                      # of the timesteps, see `p2p.schedule.ddim_schedule`
-    threshold: tuple[float, float] | None = None   # dynamic thresholding of x_0: quantile, largest bound
+    zero_negative: bool = False          # the empty prompt is all zeros
+    configs: list[Path] = field(default_factory=list)   # read beside the parts' files, and of the same weight
 
+    @property
+    def prediction(self) -> str:
+        return self.sampling.prediction
 
-def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:
-    """alphas_cumprod of Stable Diffusion's schedule.  -> (steps,) float64"""
-    return torch.cumprod(1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2, dim=0)
+    @property
+    def why(self) -> str:
+        """How the prediction type was found."""
+        return self.sampling.why
 
-
-def zero_terminal_snr(abar: Tensor) -> Tensor:
-    """The schedule stretched so that the last step is pure noise (Lin et al. 2023, Algorithm 1)."""
-    root = abar.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        return self.sampling.alphas_cumprod
 
 
 def count(shapes: Shapes, prefix: str) -> int:
@@ -82,49 +83,11 @@ BESIDE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "mo
           "v_pred", "ztsnr", "first_stage_model.loss.", "cond_stage_model.logit_scale", "conditioner.embedders.1.logit_scale")
 
 
-def _refuse_by_name(file: TensorFile) -> None:
-    """Files of other kinds that people often try."""
-    s = file.shapes
-
-    def has(*parts: str) -> bool:
-        return any(part in k for k in s for part in parts)
-
-    unet_in = s.get(keys.UNET + "input_blocks.0.0.weight", (0, 4))[1]
-    kind = None
-    if file.is_fp8() or has("scaled_fp8"):
-        kind = "its weights are fp8; use the fp16 or fp32 file of the same model"
-    elif has("lora_up", "lora_down", "lora_A", "lora_B", "lora.up", ".lora_", "hada_w1", "lokr_"):
-        kind = "a LoRA: it changes a model and is none; merge it into its base model first"
-    elif has("control_model.", "controlnet_cond_embedding", "zero_convs", "input_hint_block"):
-        kind = "a ControlNet; use the Stable Diffusion model that it steers"
-    elif has("joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj"):
-        kind = "a transformer model (Stable Diffusion 3, FLUX or the like); this project has UNets only"
-    elif "emb_params" in s or "string_to_param" in s or (len(s) <= 2 and all(len(v) == 2 for v in s.values()) and s):
-        kind = "a textual-inversion embedding; use a whole model"
-    elif unet_in in (9, 8, 5, 7):
-        kind = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}[unet_in]
-        kind += f" model (its UNet takes {unet_in} channels, not 4); use the text-to-image model that it was made from"
-    elif has("embedder.model.visual", "noise_augmentor."):
-        kind = "an unCLIP model, driven by pictures; use the text-to-image model that it was made from"
-    elif has("edm_mean", "edm_vpred."):
-        kind = "an EDM model (Playground 2.5, CosXL or the like), whose noise levels this project does not know"
-    elif has(keys.TEXT_SGM2) and not has(keys.TEXT_SDXL[1]) and has("label_emb."):
-        kind = "an SDXL refiner, made for pictures that are nearly done; use the SDXL base model"
-    elif not has(keys.UNET) and (has("encoder.down.", "decoder.up.", "encoder.down_blocks.")):
-        kind = "an autoencoder alone: give it with --vae beside a model"
-    elif not has(keys.UNET) and has("down_blocks.0.resnets.", "mid_block.resnets."):
-        kind = "the UNet of a diffusers folder alone; give the folder that it lies in"
-    elif not has(keys.UNET) and has("text_model.", "token_embedding"):
-        kind = "a text tower alone; give the whole model"
-    if kind:
-        raise CheckpointError(f"{file.path}: {kind}.")
-
-
-def find_in_file(file: TensorFile) -> Package:
-    """A single file in LDM naming, or a trained emoji model."""
+def find_in_file(file: TensorFile, ema: bool = False) -> Package:
+    """A single file in LDM naming, or a trained emoji model. Its autoencoder may be missing. ema: see `averaged`."""
     if file.metadata.get("format") == "p2p-emoji":
         return _emoji(file)
-    _refuse_by_name(file)
+    refuse.by_name(file)
     s = file.shapes
     text_sd1 = next((p for p in (keys.TEXT_SD1, "cond_stage_model.transformer.")
                      if p + "embeddings.token_embedding.weight" in s), None)
@@ -134,34 +97,56 @@ def find_in_file(file: TensorFile) -> Package:
     vae = next((p for p in (keys.VAE, "vae.") if p + "encoder.conv_in.weight" in s), None)
     absent = [n for n, there in (("UNet", keys.UNET + "input_blocks.0.0.weight" in s), ("autoencoder", vae), ("text tower", found))
               if not there]
-    if absent:
+    if absent and absent != ["autoencoder"]:
         sample = ", ".join(list(s)[:3]) or "no tensors at all"
         raise CheckpointError(f"{file.path}: no {', no '.join(absent)} found under the names of a Stable Diffusion file; it holds "
                               f"{len(s)} tensors ({sample} ...).")
-    known = (keys.UNET, vae, "cond_stage_model." if not sdxl and text_sd2 != keys.TEXT_SGM2 else "conditioner.", *BESIDE)
+    tower = "cond_stage_model." if not sdxl and text_sd2 != keys.TEXT_SGM2 else "conditioner."
+    known = (keys.UNET, vae or keys.VAE, tower, *BESIDE)
     stray = sorted(k for k in s if not k.startswith(known))
     if stray:
         raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? Use the plain one.")
     notes: list[str] = []
-    unet = Part(_averaged(file, notes), keys.UNET, "ldm", ldm_unet_config(s, found))
+    unet = Part(averaged(file, ema, notes), keys.UNET, "ldm", ldm_unet_config(s, found))
     if sdxl:
-        text = [_hf_text(file, keys.TEXT_SDXL[0], "sdxl"), _open_clip_text(file, keys.TEXT_SDXL[1], "sdxl")]
+        text = [_hf_text(file, keys.TEXT_SDXL[0], "sdxl"), _open_clip_text(file, keys.TEXT_SDXL[1], "sdxl", notes)]
     else:
-        text = [_hf_text(file, text_sd1, "sd1") if text_sd1 else _open_clip_text(file, text_sd2, "sd2")]
+        text = [_hf_text(file, text_sd1, "sd1") if text_sd1 else _open_clip_text(file, text_sd2, "sd2", notes)]
     check_widths(file.path, unet.config.context_dim, text)
-    prediction, why = _prediction(file, found)
+    part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
+    return Package(found, file.path, unet, text, part, _sampling(file, found, notes), None, 0.13025 if sdxl else 0.18215, notes,
+                   zero_negative=sdxl)
+
+
+def usual_size(package: Package) -> tuple[int, int]:
+    """Height and width in pixels that a single file was made for: nothing in it says, but families and predictions differ."""
+    side = {"sd1": 512, "sdxl": 1024}.get(package.family, 768 if package.prediction == "v" else 512)
+    return side, side
+
+
+def _parsed(file: TensorFile, said: str) -> dict[str, Any]:
+    try:
+        return parse_object(said)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: its metadata hold no scheduler's config ({error}).") from None
+
+
+def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
+    prediction, why = _prediction(file, family)
+    if said := file.metadata.get(scheduler.METADATA):   # by `weights.convert`
+        found = scheduler.read(file.path, _parsed(file, said), family)
+        notes += found.notes
+        return replace(found, prediction=prediction, why=why)
     abar = scaled_linear()
-    if "alphas_cumprod" in s:
+    if "alphas_cumprod" in file.shapes:
         own = _schedule(file)
         if (own - abar).abs().max() > 1e-4:
             notes.append("the file's own noise schedule differs from Stable Diffusion's and is used")
         abar = own
-    if "ztsnr" in s:
+    if "ztsnr" in file.shapes:
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (marker ztsnr)")
-    side = {"sd1": 512, "sdxl": 1024}.get(found, 768 if prediction == "v" else 512)
-    return Package(found, file.path, unet, text, Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)), prediction, why,
-                   abar, (side, side), 0.13025 if sdxl else 0.18215, notes)
+    return Sampling(abar, prediction, why)
 
 
 def _schedule(file: TensorFile) -> Tensor:
@@ -177,33 +162,6 @@ def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
     given = sum(p.config.width for p in text)
     if wanted != given:
         raise CheckpointError(f"{path}: the UNet takes text of width {wanted}, the text tower gives {given}; it mixes two models.")
-
-
-class _Averaged(TensorFile):
-    """A file whose UNet tensors are read from their averaged (EMA) twins."""
-
-    def __init__(self, file: TensorFile, twins: dict[str, str]):
-        self._file, self._twins = file, twins
-        self.path, self.metadata = file.path, file.metadata
-        self.shapes = file.shapes | {k: file.shapes[t] for k, t in twins.items()}
-        self.dtypes = file.dtypes | {k: file.dtypes[t] for k, t in twins.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._file[self._twins.get(key, key)]
-
-
-def _averaged(file: TensorFile, notes: list[str]) -> TensorFile:
-    twins = {k: "model_ema." + k.removeprefix("model.").removeprefix("diffusion_model.").replace(".", "") for k in file.shapes
-             if k.startswith(keys.UNET)}
-    twins = {k: t.replace("model_ema.", "model_ema.diffusion_model") for k, t in twins.items()}
-    there = [k for k, t in twins.items() if t in file.shapes]
-    if not there:
-        return file
-    if len(there) < len(twins):
-        raise CheckpointError(f"{file.path}: averaged weights (model_ema) are there for {len(there)} of {len(twins)} UNet tensors; "
-                              "the file is damaged.")
-    notes.append("averaged weights (EMA) used")
-    return _Averaged(file, twins)
 
 
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
@@ -223,7 +181,7 @@ def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
         if last in file.shapes:
             spread = file[last].float().std(correction=0).item()
             return ("v" if spread > 0.09 else "eps"), f"a guess from one bias (spread {spread:.3f}): give prediction if it is wrong"
-    return "eps", "the rule for its family"
+    return "eps", FAMILY_RULE
 
 
 def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
@@ -275,18 +233,29 @@ def unused_hf(n: int, family: str) -> tuple[str, ...]:
     return (f"encoder.layers.{n - 1}.", "final_layer_norm.") if family == "sdxl" else ()
 
 
-def _open_clip_text(file: TensorFile, prefix: str, family: str) -> Part:
-    """OpenCLIP H or bigG in their own names; SD 2 leaves the last layer unused."""
+def _open_clip_text(file: TensorFile, prefix: str, family: str, notes: list[str]) -> Part:
+    """OpenCLIP H or bigG in their own names.
+
+    Stable Diffusion 2 reads H after 23 of its 24 layers. Its own files hold the 24th, which is idle; those that were made from
+    a diffusers folder may not, or (those of `weights.convert`) hold one of zeros in its place. So the 24th layer is left out,
+    and a last one of zeros; every other is used, as in diffusers and ComfyUI, which count from the front too. Of a file of
+    fewer layers that is a guess, and noted: `clip_skip` leaves out what is idle nevertheless.
+    """
     s = file.shapes
     vocab, width = s[prefix + "token_embedding.weight"]
-    n = count(s, prefix + "transformer.resblocks.")
+    layers = prefix + "transformer.resblocks."
+    n = count(s, layers)
     config = TextConfig(width=width, heads=max(1, width // 64), vocab_size=vocab, quick_gelu=False, pad_id=0,
-                        mlp_width=s[prefix + "transformer.resblocks.0.mlp.c_fc.weight"][0],
-                        context_length=s[prefix + "positional_embedding"][0])
+                        mlp_width=s[layers + "0.mlp.c_fc.weight"][0], context_length=s[prefix + "positional_embedding"][0])
     ignored = ("logit_scale", "attn_mask")
     if family == "sdxl":
         return Part(file, prefix, "open_clip", for_family(config, n, family, s[prefix + "text_projection"][1]), ignored)
-    used = n - 1
+    used = min(n, OPENCLIP_H.layers)
+    last = f"{layers}{n - 1}.ln_1.weight"
+    if n == used > 1 and last in s and not file[last].any():
+        used = n - 1
+    elif n < OPENCLIP_H.layers:
+        notes.append(f"all {n} layers of its text tower are used (a guess: of Stable Diffusion 2's 24, the last is idle)")
     return Part(file, prefix, "open_clip", for_family(config, used, family, None),
                 (*ignored, "text_projection", f"transformer.resblocks.{used}."))
 
@@ -318,8 +287,8 @@ def _emoji(file: TensorFile) -> Package:
         raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? Use the plain one.")
     if text:
         check_widths(file.path, unet.context_dim, text)
-    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, file.metadata.get("prediction", "x0"),
-                   "the file's metadata", _schedule(file), (256, 256) if large else (64, 64))
+    said = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata", final_alpha=1.0, clip=1.0)
+    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, said, (256, 256) if large else (64, 64))
 
 
 def read_settings(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights import pickles
+from weights import pickles, refuse
 from weights.errors import CheckpointError
 from weights.untrusted import parse_object, read_text
 
@@ -33,6 +33,11 @@ class TensorFile:
 
     def __getitem__(self, key: str) -> Tensor:
         raise KeyError(key)
+
+    @property
+    def files(self) -> list[Path]:
+        """All that it reads."""
+        return [self.path]
 
     def is_fp8(self) -> bool:
         return any(d in _FP8 for d in self.dtypes.values())
@@ -125,6 +130,10 @@ class ShardedFile(TensorFile):
     def __getitem__(self, key: str) -> Tensor:
         return self._shards[self._where[key]][key]
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.path, *(f for shard in self._shards.values() for f in shard.files)]
+
 
 class PickledFile(_MappedFile):
     """A PyTorch pickle; see `weights.pickles`."""
@@ -162,6 +171,10 @@ class Renamed(TensorFile):
         self.path, self.metadata = file.path, file.metadata
         self.shapes = file.shapes | {new: file.shapes[old] for new, old in names.items()}
         self.dtypes = file.dtypes | {new: file.dtypes[old] for new, old in names.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return self._file.files
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file[self._names.get(key, key)]
@@ -207,4 +220,5 @@ def _sniff(path: Path) -> str:
         found = "a web page: the download failed, fetch the file itself"
     elif head.startswith(b"version https://git-lfs"):
         found = "a git-lfs pointer: run `git lfs pull` where it lies"
+    found = refuse.by_format(path, head) or found
     raise CheckpointError(f"{path}: {found}.")

@@ -7,41 +7,31 @@ from typing import Any
 
 from torch import Tensor
 
-from models.text import CLIP_L, TextConfig
+from models.text import CLIP_L, END, START, TextConfig, tokenizer
 from models.unet import UNetConfig
 from models.vae import VAEConfig
-from weights.detect import SAID, Package, Part, check_widths, for_family, scaled_linear, unused_hf, zero_terminal_snr
+from weights import fields, scheduler
+from weights.detect import Package, Part, check_widths, count, for_family, unused_hf
 from weights.errors import CheckpointError
 from weights.files import INDEX, TensorFile, open_file
+from weights.refuse import DISTILLED
+from weights.scheduler import Sampling, scaled_linear
 from weights.sizes import check_sizes
 from weights.untrusted import parse_json, read_text
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
-
-# Fields of unet/config.json that change the math, with the values that are supported (absent: the first one).
-UNET_FIELDS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",), "addition_embed_type": (None, "text_time"), "addition_embed_type_num_heads": (64,),
-    "attention_type": ("default",), "center_input_sample": (False,), "class_embed_type": (None,),
-    "class_embeddings_concat": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "cross_attention_norm": (None,),
-    "downsample_padding": (1,), "dual_cross_attention": (False,), "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
-    "flip_sin_to_cos": (True,), "freq_shift": (0,), "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",), "norm_eps": (1e-5,),
-    "norm_num_groups": (32,), "num_class_embeds": (None,), "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1.0, 1), "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,), "time_embedding_act_fn": (None,),
-    "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
-}
-VAE_FIELDS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",), "norm_num_groups": (32,), "mid_block_add_attention": (True,), "latents_mean": (None,),
-    "latents_std": (None,), "shift_factor": (None,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
-}
-SCHEDULER_FIELDS: dict[str, tuple[Any, ...]] = {
-    "num_train_timesteps": (1000,), "trained_betas": (None,), "beta_schedule": ("scaled_linear",),
-}
+PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
+    found = parsed(path)
+    check_sizes(path, found)
+    return found
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises CheckpointError."""
     try:
         found = parse_json(read_text(path))
     except FileNotFoundError:
@@ -50,15 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the fields of a config.")
-    check_sizes(path, found)
     return found
-
-
-def check_fields(path: Path, config: dict[str, Any], fields: dict[str, tuple[Any, ...]]) -> None:
-    odd = [f"{k} = {config[k]!r} (supported: {', '.join(map(repr, v))})" for k, v in fields.items()
-           if k in config and not any(config[k] == x and isinstance(config[k], bool) == isinstance(x, bool) for x in v)]
-    if odd:
-        raise CheckpointError(f"{path}: settings that this project does not know: {'; '.join(odd[:5])}.")
 
 
 def candidates() -> list[str]:
@@ -85,48 +67,78 @@ def pipeline(path: Path) -> str:
     """What a folder's model_index.json says it is. Raises CheckpointError."""
     if not (path / "model_index.json").exists():
         raise CheckpointError(f"{path}: a folder without model_index.json; give a diffusers folder, or the single file itself.")
-    return str(read_json(path / "model_index.json").get("_class_name"))
+    return str(read_json(path / "model_index.json").get("_class_name"))[:60]
 
 
-def find_folder(path: Path, kind: str, notes: list[str]) -> Package:
-    """A Stable Diffusion folder by the configs of its parts. Raises CheckpointError."""
-    unet_config = read_json(path / "unet" / "config.json")
+def read_index(path: Path) -> Path:
+    """The model_index.json of a folder, its components checked. Raises CheckpointError."""
+    where = path / "model_index.json"
+    index = {k: v for k, v in read_json(where).items() if v != [None, None]}
+    fields.check(where, index, fields.INDEX)
+    for name, known in fields.CLASSES.items():
+        if name in index and not (isinstance(index[name], list) and index[name][-1] in known):
+            raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported: {', '.join(known)}.")
+    return where
+
+
+def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None = None) -> Package:
+    """A Stable Diffusion folder by the configs of its parts. given: see `find_vae`. Raises CheckpointError."""
+    notes: list[str] = []
+    configs, where = [read_index(path)], path / "unet" / "config.json"
+    unet_config = read_json(where)
     if unet_config.get("in_channels", 4) != 4:
-        raise CheckpointError(f"{path}: its UNet takes {unet_config['in_channels']} channels, not 4 (an inpainting or editing "
-                              "model); use the text-to-image model that it was made from.")
+        raise CheckpointError(f"{path}: its UNet takes {fields.short(unet_config['in_channels'])} channels, not 4 (an "
+                              "inpainting or editing model); use the text-to-image model that it was made from.")
+    widths = [unet_config.get(name) for name in ("cross_attention_dim", "projection_class_embeddings_input_dim")]
+    if widths == [1280, 2560]:
+        raise CheckpointError(f"{path}: an SDXL refiner, made for pictures that are nearly done; use the SDXL base model.")
     first = read_json(path / "text_encoder" / "config.json")
     family = PIPELINES[kind] or ("sd1" if first.get("hidden_act", "quick_gelu") == "quick_gelu" else "sd2")
-    text = [_text(path / "text_encoder", first, family, False, notes)]
+    towers = [folder_text(path, "text_encoder", first, family, False, notes)]
     if family == "sdxl":
-        text.append(_text(path / "text_encoder_2", read_json(path / "text_encoder_2" / "config.json"), family, True, notes))
-    unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(path / "unet" / "config.json", unet_config, family))
+        second = read_json(path / "text_encoder_2" / "config.json")
+        towers.append(folder_text(path, "text_encoder_2", second, family, True, notes))
+    text = [part for part, _ in towers]
+    unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, unet_config, family))
     check_widths(path, unet.config.context_dim, text)
-    vae, scale = find_folder_vae(path / "vae", notes, 0.13025 if family == "sdxl" else 0.18215)
-    abar, prediction, why = _scheduler(path, notes)
+    check_vector(where, unet_config, family, text[-1].config.pooled_dim)
+    configs += [where, *(c for _, found in towers for c in found)]
+    vae, scale = None, None
+    if given is not None:
+        vae, scale = given
+    elif (path / "vae").exists():
+        vae, scale = find_folder_vae(path / "vae", notes)
+        configs.append(path / "vae" / "config.json")
+    said = Sampling(scaled_linear(), why="a guess, the folder has no scheduler: give prediction if it is wrong")
+    if (config := path / "scheduler" / "scheduler_config.json").exists():
+        said = scheduler.read(config, read_json(config), family)
+        configs.append(config)
     side = unet_config.get("sample_size") or 64
-    side = side if isinstance(side, int) else side[0]
-    side *= 2 ** (len(vae.config.channels) - 1)
-    return Package(family, path, unet, text, vae, prediction, why, abar, (side, side), scale, notes)
+    sides = side if isinstance(side, (list, tuple)) else (side, side)
+    shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
+    usual = 0.13025 if family == "sdxl" else 0.18215
+    return Package(family, path, unet, text, vae, said, (sides[0] * shrink, sides[1] * shrink), scale or usual,
+                   [*notes, *said.notes], family == "sdxl" and _zero_negative(path), configs)
 
 
-def _scheduler(path: Path, notes: list[str]) -> tuple[Tensor, str, str]:
-    where = path / "scheduler" / "scheduler_config.json"
-    if not where.exists():
-        return scaled_linear(), "eps", "a guess, the folder has no scheduler: give prediction if it is wrong"
-    s = read_json(where)
-    check_fields(where, s, SCHEDULER_FIELDS)
-    said = s.get("prediction_type", "epsilon")
-    if said not in SAID:
-        raise CheckpointError(f"{where}: prediction_type {said!r}; supported: {', '.join(SAID)}.")
-    abar = scaled_linear(s.get("beta_start", 0.00085), s.get("beta_end", 0.012))
-    if s.get("rescale_betas_zero_snr"):
-        abar = zero_terminal_snr(abar)
-        notes.append("zero terminal SNR (scheduler config)")
-    return abar, SAID[said], "scheduler_config.json"
+def _zero_negative(path: Path) -> bool:
+    return bool(read_json(path / "model_index.json").get("force_zeros_for_empty_prompt", True))
+
+
+def check_vector(path: Path, c: dict[str, Any], family: str, pooled: int | None) -> None:
+    """SDXL's vector: pooled text and six numbers, each embedded."""
+    has, dim = c.get("addition_embed_type") == "text_time", c.get("addition_time_embed_dim")
+    width = c.get("projection_class_embeddings_input_dim")
+    if has != (family == "sdxl"):
+        raise CheckpointError(f"{path}: addition_embed_type {fields.short(c.get('addition_embed_type'))} in a model of the family "
+                              f"{family}, which {'has no' if has else 'has a'} vector of text and sizes.")
+    if has and (not isinstance(dim, int) or width != (pooled or 0) + 6 * dim):
+        raise CheckpointError(f"{path}: projection_class_embeddings_input_dim {fields.short(width)} is not the pooled text's width "
+                              f"{pooled} and six times addition_time_embed_dim {fields.short(dim)}.")
 
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
-    check_fields(path, c, UNET_FIELDS)
+    fields.check(path, c, fields.UNET)
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
 
@@ -144,45 +156,90 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
         raise CheckpointError(f"{path}: up_block_types do not mirror down_block_types.")
     layers = per_level(c.get("layers_per_block", 2))
     if len(set(layers)) > 1:
-        raise CheckpointError(f"{path}: layers_per_block = {c['layers_per_block']}; one number for all levels is supported.")
+        raise CheckpointError(f"{path}: layers_per_block = {fields.short(c['layers_per_block'])}; one number for all levels is "
+                              "supported.")
+    depth = per_level(c.get("transformer_layers_per_block", 1))
+    if any(isinstance(d, (list, tuple)) for d in depth):
+        raise CheckpointError(f"{path}: {DISTILLED}.")
     # "attention_head_dim" holds the number of heads in these configs, an old slip of diffusers
     heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
     vector = c.get("projection_class_embeddings_input_dim") if c.get("addition_embed_type") == "text_time" else None
     return UNetConfig(
         in_channels=c.get("in_channels", 4), out_channels=c.get("out_channels", 4), channels=channels, layers_per_block=layers[0],
         down_attention=tuple(kinds), mid_attention="cross", up_attention=tuple(kinds),
-        depth=per_level(c.get("transformer_layers_per_block", 1)), heads=heads, context_dim=c.get("cross_attention_dim", 1280),
+        depth=depth, heads=heads, context_dim=c.get("cross_attention_dim", 1280),
         linear_projection=bool(c.get("use_linear_projection", False)), vector_dim=vector,
         upcast_attention=bool(c.get("upcast_attention")) or family == "sd2",
     )
 
 
-def find_folder_vae(path: Path, notes: list[str], scale: float = 0.18215) -> tuple[Part, float]:
-    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale."""
+def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None) -> tuple[Part, float | None]:
+    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale (None: its family's).
+
+    file: another than the one that would be chosen there.
+    """
     where = path / "config.json"
     c = read_json(where)
-    check_fields(where, c, VAE_FIELDS)
+    fields.check(where, c, fields.VAE)
     channels = tuple(c.get("block_out_channels", (128, 256, 512, 512)))
     config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels, c.get("layers_per_block", 2))
-    file = weights_file(path, notes)
+    if c.get("out_channels", config.in_channels) != config.in_channels:
+        raise CheckpointError(f"{where}: takes {config.in_channels} channels and gives {fields.short(c['out_channels'])}.")
+    for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if odd := [kind for kind in c.get(name, []) if kind != known]:
+            raise CheckpointError(f"{where}: {name} holds {fields.short(odd[0])}; supported: {known}.")
+    file = file or weights_file(path, notes)
     old = "encoder.mid_block.attentions.0.query.weight" in file.shapes
-    return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor", scale)
+    return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor")
 
 
-def _text(path: Path, c: dict[str, Any], family: str, pooled: bool, notes: list[str]) -> Part:
+def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str]) -> tuple[Part, list[Path]]:
+    """A text tower and its tokenizer's settings, and the configs that were read for it."""
+    where = path / name / "config.json"
+    fields.check(where, c, fields.TEXT)
     act = c.get("hidden_act", "quick_gelu")
     if act not in ("quick_gelu", "gelu"):
-        raise CheckpointError(f"{path / 'config.json'}: hidden_act {act!r}; supported: quick_gelu, gelu.")
-    file = weights_file(path, notes)
+        raise CheckpointError(f"{where}: hidden_act {fields.short(act)}; supported: quick_gelu, gelu.")
+    file = weights_file(path / name, notes)
     prefix = "text_model." if any(k.startswith("text_model.") for k in file.shapes) else ""
     n = c.get("num_hidden_layers", 12)
     width = c.get("hidden_size", 512)
     config = replace(CLIP_L, width=width, heads=c.get("num_attention_heads", 8), vocab_size=c.get("vocab_size", 49408),
-                     mlp_width=c.get("intermediate_size", 4 * width), context_length=c.get("max_position_embeddings", 77),
-                     quick_gelu=act == "quick_gelu", pad_id=TextConfig.pad_id if act == "quick_gelu" else 0)
+                     mlp_width=c.get("intermediate_size", 2048), context_length=c.get("max_position_embeddings", 77),
+                     quick_gelu=act == "quick_gelu", pad_id=END if act == "quick_gelu" else 0)
     config = for_family(config, n, family, c.get("projection_dim", 512) if pooled else None)
-    ignored = ("embeddings.position_ids", *(() if pooled else unused_hf(n, family)))
-    return Part(_Flat(file, prefix) if pooled and prefix else file, "" if pooled else prefix, "hf", config, ignored)
+    there = count(file.shapes, prefix + "encoder.layers.")
+    if n < there:
+        notes.append(f"{name}: its config uses {n} of the {there} layers that its file holds (clip skip)")
+    ignored = ("embeddings.position_ids", *(() if pooled else unused_hf(n, family)),
+               *(f"encoder.layers.{i}." for i in range(n, there)))
+    pad_id, configs = read_tokenizer(path / name.replace("text_encoder", "tokenizer"), config)
+    part = Part(_Flat(file, prefix) if pooled and prefix else file, "" if pooled else prefix, "hf", replace(config, pad_id=pad_id),
+                ignored)
+    return part, [where, *configs]
+
+
+def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
+    """What the tokenizer of a folder pads with, and the files that say so. Our own is used: its tokens must be the same."""
+    said: dict[str, Any] = {}
+    found = [p for p in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if p.exists()]
+    for path in found:   # of the two the second counts, as in transformers
+        c = read_json(path)
+        fields.check(path, c, fields.TOKENIZER, strangers=True)
+        said |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
+    length, longest = said.get("model_max_length", config.context_length), config.context_length
+    if length != longest and not (isinstance(length, (int, float)) and length > 10**9):   # no length at all, that means
+        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower reads {longest} tokens.")
+    if (vocabulary := folder / "vocab.json").exists():
+        ids = {{START: "<|startoftext|>", END: "<|endoftext|>"}.get(i, word): i for word, i in tokenizer().encoder.items()}
+        if parsed(vocabulary) != ids:
+            raise CheckpointError(f"{vocabulary}: another vocabulary than CLIP's; its tokens are not known here.")
+        found.append(vocabulary)
+    pad = said.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad not in (None, *PADS):
+        raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
+    return PADS.get(pad, config.pad_id), found
 
 
 class _Flat(TensorFile):
@@ -193,6 +250,10 @@ class _Flat(TensorFile):
         self.path, self.metadata = file.path, file.metadata
         self.shapes = {k: file.shapes[v] for k, v in self._names.items()}
         self.dtypes = {k: file.dtypes[v] for k, v in self._names.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return self._file.files
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file[self._names[key]]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from weights.errors import CheckpointError
@@ -9,6 +10,8 @@ from weights.files import PICKLES, weight_map
 from weights.folder import candidates
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+BESIDE = ("scheduler/scheduler_config.json", *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json")))   # read where they are there
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -23,6 +26,15 @@ def download(repo: str) -> Path:
     Respects HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Raises CheckpointError for models that are gated, missing,
     or neither reachable nor cached.
     """
+    return _download(repo, _fetch)
+
+
+def download_vae(repo: str) -> Path:
+    """The same of an autoencoder: a repository of one, or that of a model, of which no more is fetched."""
+    return _download(repo, _fetch_vae)
+
+
+def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -41,7 +53,7 @@ def download(repo: str) -> Path:
             raise CheckpointError(f"{repo}: the Hub cannot be reached ({_said(error)}) and the model is not in the local "
                                   "cache.") from None
     try:
-        return _fetch(repo, names)
+        return fetch(repo, names)
     except GatedRepoError:
         raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
                               "HF_TOKEN).") from None
@@ -57,33 +69,49 @@ def _said(error: Exception) -> str:
 
 
 def _fetch(repo: str, names: list[str]) -> Path:
+    if "model_index.json" not in names:
+        return _get(repo, _only_file(repo, names))
+    root = _get(repo, "model_index.json").parent
+    for name in BESIDE:
+        if name in names:
+            _get(repo, name)
+    for part in COMPONENTS:
+        if f"{part}/config.json" in names:
+            _component(repo, names, f"{part}/")
+    return root
+
+
+def _fetch_vae(repo: str, names: list[str]) -> Path:
+    part = next((p for p in ("", "vae/") if f"{p}config.json" in names and any(p + n in names for n in candidates())), None)
+    return _get(repo, _only_file(repo, names)) if part is None else _component(repo, names, part)
+
+
+def _get(repo: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    def get(name: str) -> Path:
-        return Path(hf_hub_download(repo, name))
+    return Path(hf_hub_download(repo, name))
 
-    if "model_index.json" not in names:
-        single = [n for n in names if "/" not in n and n.endswith(".safetensors")]
-        if len(single) != 1:
-            found = ", ".join(sorted(single)[:5]) or "none"
-            raise CheckpointError(f"{repo}: no diffusers folder (model_index.json), and not exactly one .safetensors file at its "
-                                  f"top (found: {found}). Download the file that you want and give its path.")
-        return get(single[0])
-    there, root = set(names), get("model_index.json").parent
-    if "scheduler/scheduler_config.json" in there:
-        get("scheduler/scheduler_config.json")
-    for part in COMPONENTS:
-        if f"{part}/config.json" not in there:
-            continue
-        get(f"{part}/config.json")
-        chosen = next((n for n in candidates() if f"{part}/{n}" in there), None)
-        if chosen is None:
-            raise CheckpointError(f"{repo}: no weights of its {part} found.")
-        path = get(f"{part}/{chosen}")
-        if chosen.endswith(".json"):
-            for shard in sorted(weight_map(path)):
-                get(f"{part}/{shard}")
-    return root
+
+def _only_file(repo: str, names: list[str]) -> str:
+    single = [n for n in names if "/" not in n and n.endswith(".safetensors")]
+    if len(single) != 1:
+        found = ", ".join(sorted(single)[:5]) or "none"
+        raise CheckpointError(f"{repo}: no diffusers folder (model_index.json), and not exactly one .safetensors file at its "
+                              f"top (found: {found}). Download the file that you want and give its path.")
+    return single[0]
+
+
+def _component(repo: str, names: list[str], part: str) -> Path:
+    """The folder of a part ("unet/", or "" for the top), its config and weights in it."""
+    config = _get(repo, f"{part}config.json")
+    chosen = next((n for n in candidates() if part + n in names), None)
+    if chosen is None:
+        raise CheckpointError(f"{repo}: no weights of its {part.strip('/') or 'model'} found.")
+    path = _get(repo, part + chosen)
+    if chosen.endswith(".json"):
+        for shard in sorted(weight_map(path)):
+            _get(repo, part + shard)
+    return config.parent
 
 
 def _single(folder: Path) -> Path:

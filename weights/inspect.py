@@ -4,21 +4,27 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from weights.detect import Part
-from weights.load import find, sha256
+from weights.digest import together
+from weights.identity import files
+from weights.load import find
 
 
-def report(source: str | Path, family: str | None = None, prediction: str | None = None, vae: Path | None = None,
-           digest: bool = False) -> list[str]:
-    """Lines for a person. Raises CheckpointError with what the file is, where it is refused."""
-    p = find(source, family, prediction, vae)
+def report(source: str | Path, family: str | None = None, prediction: str | None = None, vae: str | Path | None = None,
+           digest: bool = False, **how: Any) -> list[str]:
+    """Lines for a person. how: as in `weights.load.find`. Raises CheckpointError with what the file is, where it is refused."""
+    p = find(source, family, prediction, vae, **how)
     lines = [f"{p.where}", f"family      {p.family}", f"prediction  {p.prediction} ({p.why})",
              f"size        {p.size[0]} x {p.size[1]} pixels"]
     for name, part in [("UNet", p.unet), *(("text tower", t) for t in p.text), *([("autoencoder", p.vae)] if p.vae else [])]:
         lines.append(f"{name:11} {_summary(part)}")
     lines += [f"note        {note}" for note in p.notes]
-    return [*lines, f"sha256      {sha256(p.where)}"] if digest else lines
+    if digest:   # of a file that of `sha256sum`, of a folder one over all that decides pixels
+        named = {"sha256" if name == "model" else f"{name} sha256": each for name, each in files(p, vae).items()}
+        lines += [f"{name:11} {together(each)}" for name, each in named.items()]
+    return lines
 
 
 def _summary(part: Part) -> str:

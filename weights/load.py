@@ -1,10 +1,12 @@
 """Files -> modules: names and shapes are checked before a tensor is read, then tensors are put in place one by one."""
 from __future__ import annotations
 
-import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +17,17 @@ from models.layers import wide
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
-from weights import deepfloyd, hub, keys
-from weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, listed
+from weights import deepfloyd, hub, keys, refuse
+from weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, listed, usual_size
 from weights.errors import CheckpointError
 from weights.files import open_file
-from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline, weights_file
+from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
 from weights.keys import Source
+from weights.scheduler import zero_terminal_snr
 from weights.sizes import check_bill
 
+LATENT = ("sd1", "sd2", "sdxl")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}   # safetensors' words for torch's
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")
 BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-upscaler": EMOJI / "upscaler.safetensors"}
@@ -38,12 +43,12 @@ class Checkpoint:
     vae: AutoencoderKL | None
 
 
-def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
-         vae: str | Path | None = None) -> Package:
+def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None, vae: str | Path | None = None,
+         ema: bool = False, clip_skip: int = 0, zero_snr: bool = False) -> Package:
     """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or an "org/name" of
     the Hub (which is downloaded), without loading it.
 
-    The other arguments overrule what is found. Raises CheckpointError.
+    The other arguments overrule what is found; see `p2p.load`. Raises CheckpointError.
     """
     if family is not None and family not in FAMILIES:
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
@@ -54,20 +59,53 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
         path = hub.download(str(source))
-    package = _found(path, _find)
+    given = None if vae is None else find_vae(vae)
+    package = _found(path, partial(_find, given=given, ema=ema))
     if family and family != package.family:
         raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family {package.family}.")
     if prediction:
-        package.prediction, package.why = prediction, "as asked"
+        package.sampling.prediction, package.sampling.why = prediction, "as asked"
     elif package.prediction not in PREDICTIONS:
         raise CheckpointError(f"{path}: said to predict {package.prediction!r} (by {package.why}), which is not known; give "
                               f"prediction, one of {', '.join(PREDICTIONS)}.")
-    if vae is not None and package.vae is None:
+    if zero_snr:
+        package.sampling.alphas_cumprod = zero_terminal_snr(package.alphas_cumprod)
+        package.notes.append("zero terminal SNR (as asked)")
+    if package.family in LATENT:
+        _autoencoder(package, vae, given)
+    elif vae is not None:
         raise CheckpointError(f"{path}: works on pixels and has no autoencoder that {vae} could replace; leave out vae.")
-    if vae is not None:
-        package.vae = _found(Path(vae), find_vae)
-        package.notes.append(f"autoencoder from {vae}")
+    if clip_skip:
+        skip_layers(package, clip_skip)
+    package.size = package.size or usual_size(package)
     return package
+
+
+def _autoencoder(package: Package, vae: str | Path | None, given: tuple[Part, float | None] | None) -> None:
+    """The one that was asked for in place of the model's own, which may be missing then. Raises CheckpointError."""
+    if given is not None:
+        package.vae, scale = given
+        package.latent_scale = scale or package.latent_scale
+        package.notes.append(f"autoencoder from {vae}")
+    if package.vae is None:
+        raise CheckpointError(f"{package.where}: no autoencoder found in it; give one with vae (--vae): a file, a folder, or an "
+                              "org/name on the Hub.")
+    channels, latents = package.unet.config.in_channels, package.vae.config.latent_channels
+    if latents != channels:
+        raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the UNet {channels}; it is "
+                              "the autoencoder of another kind of model.")
+
+
+def skip_layers(package: Package, clip_skip: int) -> None:
+    """Text from so many layers before the one that the family uses, as diffusers' clip_skip counts. Raises CheckpointError."""
+    towers = [part.config for part in package.text] if package.family in LATENT else []
+    most = min((c.layers - c.skip for c in towers), default=0)
+    if not isinstance(clip_skip, Integral) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
+        raise CheckpointError(f"{package.where}: clip_skip {clip_skip!r}; a whole number from 0 to {most} is expected of this "
+                              "model.")
+    for part in package.text:
+        part.config = replace(part.config, skip=part.config.skip + clip_skip)
+    package.notes.append(f"clip skip {clip_skip} (in other programs {clip_skip + 1})")
 
 
 def _found(path: Path, find: Callable[[Path], T]) -> T:
@@ -84,46 +122,79 @@ def _found(path: Path, find: Callable[[Path], T]) -> T:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _find(path: Path) -> Package:
+def _find(path: Path, given: tuple[Part, float | None] | None, ema: bool) -> Package:
     if not path.is_dir():
         file = open_file(path)
-        return deepfloyd.find_in_file(file) if deepfloyd.OWN in file.shapes else find_in_file(file)
+        own = deepfloyd.OWN in file.shapes
+        package = deepfloyd.find_in_file(file) if own else find_in_file(file, ema)
+        if ema and package.family not in LATENT:
+            raise CheckpointError(f"{path}: no averaged weights (EMA) in it; leave out ema.")
+        return package
+    if ema:
+        raise CheckpointError(f"{path}: a folder holds one set of weights; leave out ema.")
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
         return deepfloyd.find_own_folder(path)
-    kind, notes = pipeline(path), []
+    kind = pipeline(path)
     if kind in deepfloyd.PIPELINES:
-        return deepfloyd.find_folder(path, notes)
+        return deepfloyd.find_folder(path)
     if kind in PIPELINES:
-        return find_folder(path, kind, notes)
+        return find_folder(path, kind, given)
     known = ", ".join((*PIPELINES, *deepfloyd.PIPELINES))
     raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
 
 
-def find_vae(path: Path) -> Part:
-    """A separate autoencoder: an LDM file (perhaps with training leftovers), or a diffusers folder."""
+def find_vae(source: str | Path) -> tuple[Part, float | None]:
+    """A separate autoencoder, and its latents' scale if it says one: a file in LDM naming (perhaps with training leftovers, or a
+    whole model), a diffusers folder (that of the autoencoder, or of a whole model), or an "org/name" of the Hub.
+
+    Raises CheckpointError.
+    """
+    path = Path(source)
+    if not path.exists() and hub.is_id(str(source)):
+        path = hub.download_vae(str(source))
+    return _found(path, _find_vae)
+
+
+def _find_vae(path: Path) -> tuple[Part, float | None]:
     if path.is_dir():
-        return find_folder_vae(path, [])[0]
+        whole = not (path / "config.json").exists() and (path / "vae" / "config.json").exists()
+        return find_folder_vae(path / "vae" if whole else path, [])
     file = open_file(path)
-    for prefix in ("", keys.VAE):
+    for prefix in ("", keys.VAE, "vae."):
         if prefix + "encoder.down.0.block.0.conv1.weight" in file.shapes:
             beside = tuple(k for k in file.shapes if not k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")))
-            return Part(file, prefix, "ldm", ldm_vae_config(file.shapes, prefix), ("loss.",) if prefix else beside)
+            return Part(file, prefix, "ldm", ldm_vae_config(file.shapes, prefix), ("loss.",) if prefix else beside), None
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
+        return find_folder_vae(path.parent, [], file)   # one of a folder's: its sizes are in the config
+    refuse.by_name(file)
     raise CheckpointError(f"{path}: no autoencoder found in it (encoder.down.0.block.0.conv1.weight expected).")
 
 
 def load(package: Package, device: torch.device, dtype: torch.dtype | None = None,
          vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None,
          held: torch.dtype | None = None) -> Checkpoint:
-    """Builds the modules of a package; dtype None: as stored. text_from: see `deepfloyd.load_text`. held, of the UNet: see `fill`.
-    """
+    """Builds the modules of a package; dtype None: as stored, see `stored`. text_from: see `deepfloyd.load_text`. held, of the
+    UNet: see `fill`."""
+    dtype, vae_dtype = dtype or stored(package.unet), vae_dtype or dtype
     unet = fill("UNet", package.unet, UNet, device, dtype, held)
     text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
         text = [deepfloyd.load_text(package, text_from, device, unet.conv_norm_out.weight.dtype)]
     elif text_from is not None:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text tower, not {text_from}.")
-    vae = fill("autoencoder", package.vae, AutoencoderKL, device, vae_dtype or dtype) if package.vae else None
+    part = package.vae
+    vae = fill("autoencoder", part, AutoencoderKL, device, vae_dtype or stored(part)) if part else None
     return Checkpoint(package, unet, text, vae)
+
+
+def stored(part: Part) -> torch.dtype:
+    """The type that most numbers of a part are stored in: it computes in one, even where single layers are kept in another."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, shape in part.file.shapes.items():
+        kind = getattr(torch, DTYPES.get(said := part.file.dtypes[name], said), None)
+        if name.startswith(part.prefix) and isinstance(kind, torch.dtype) and kind.is_floating_point:
+            counts[kind] += math.prod(shape)
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def sources(part: Part, names: list[str]) -> dict[str, Source]:
@@ -206,19 +277,3 @@ def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """1x1 convolutions and linear layers hold the same numbers; files mix them."""
     return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape
-
-
-def sha256(where: Path) -> str | None:
-    """Of a model's file; of a folder, of its UNet's (an index, where it has shards). None if it is gone."""
-    if where.is_dir():
-        try:
-            where = weights_file(where / "unet", []).path
-        except CheckpointError:
-            return None
-    if not where.exists():
-        return None
-    digest = hashlib.sha256()
-    with where.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

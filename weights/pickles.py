@@ -16,6 +16,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 
+from weights import refuse
 from weights.errors import CheckpointError
 
 BYTES, OPCODES = 2**24, 2**20   # most of a pickle: Stable Diffusion XL with averages takes a tenth
@@ -117,6 +118,8 @@ def _state_dict(path: Path, state: Any) -> tuple[dict[str, _Tensor], dict[str, s
     if not isinstance(state, dict):
         kind = type(state).__name__.strip("_").lower()
         raise CheckpointError(f"{path}: holds a {kind}, not a dictionary of tensors.")
+    if kind := refuse.by_structure(state):
+        raise CheckpointError(f"{path}: {kind}.")
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, _Tensor)}, metadata
 
 

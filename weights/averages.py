@@ -1,0 +1,52 @@
+"""Averaged weights (EMA) of the UNet, which some files hold beside the plain ones."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from weights import keys
+from weights.errors import CheckpointError
+from weights.files import TensorFile
+
+EMA = "model_ema."
+
+
+class _Averaged(TensorFile):
+    """A file whose UNet tensors are read from their averaged (EMA) twins."""
+
+    def __init__(self, file: TensorFile, twins: dict[str, str]):
+        self._file, self._twins = file, twins
+        self.path, self.metadata = file.path, file.metadata
+        self.shapes = file.shapes | {k: file.shapes[t] for k, t in twins.items()}
+        self.dtypes = file.dtypes | {k: file.dtypes[t] for k, t in twins.items()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file[self._twins.get(key, key)]
+
+    @property
+    def files(self) -> list[Path]:
+        return self._file.files
+
+
+def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
+    """The file as it is; wanted: with the averages in place of the UNet's plain weights. Which of them, where there are both, is
+    noted. Unless asked for they are left alone, as elsewhere: a merge may still carry those of the model it was made from.
+
+    Their names are those of the plain ones with every dot left out, as LDM saves them, or with the dots. Raises CheckpointError.
+    """
+    plain = {k: k.removeprefix("model.") for k in file.shapes if k.startswith(keys.UNET)}
+    both = [{k: EMA + form(name) for k, name in plain.items()} for form in (lambda n: n.replace(".", ""), str)]
+    twins = max(both, key=lambda names: sum(t in file.shapes for t in names.values()))
+    there = sum(t in file.shapes for t in twins.values())
+    if not wanted:
+        if there:
+            notes.append("its plain weights are used, not the averaged ones (EMA) that it holds too")
+        return file
+    if not there:
+        raise CheckpointError(f"{file.path}: no averaged weights (EMA) in it; leave out ema.")
+    if there < len(twins):
+        raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {there} of {len(twins)} UNet tensors; leave out "
+                              "ema to use the plain ones.")
+    notes.append("averaged weights (EMA) used")
+    return _Averaged(file, twins)

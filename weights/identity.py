@@ -1,0 +1,45 @@
+"""Which files decide a model's pixels, by names that do not depend on where they lie."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from weights.detect import Package, Part
+from weights.folder import weights_file
+
+Files = dict[str, Path]
+
+
+def files(package: Package, vae: str | Path | None = None, text: str | Path | None = None) -> dict[str, Files]:
+    """Those of the "model" itself, and of the "vae" and "text" that were given in place of its own."""
+    root = package.where if package.where.is_dir() else package.where.parent
+    parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
+    used = [*package.configs, *(f for part in parts for f in part.file.files)]
+    if package.family == "if" and text is None and package.where.is_dir():
+        used += _tower(package.where)
+    out = {"model": _named(root, used)}
+    if vae is not None and package.vae:
+        out["vae"] = _autoencoder(package.vae)
+    if text is not None:
+        where = Path(text)
+        out["text"] = _named(where, _tower(where)) if where.is_dir() else {where.name: where}
+    return out
+
+
+def _named(root: Path, paths: Iterable[Path]) -> Files:
+    return {path.relative_to(root).as_posix(): path for path in paths}
+
+
+def _autoencoder(part: Part) -> Files:
+    """Of a diffusers folder its config too."""
+    folder = part.file.path.parent
+    config = [folder / "config.json"] if part.naming.startswith("own") else []
+    return _named(folder, [*config, *part.file.files])
+
+
+def _tower(folder: Path) -> list[Path]:
+    """T5 and its tokenizer, in a folder that holds them."""
+    tower, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    if not (tower / "config.json").exists():
+        return []
+    return [tower / "config.json", *weights_file(tower, []).files, *(p for p in sorted(tokenizer.glob("*")) if p.is_file())]
