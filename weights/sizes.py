@@ -42,6 +42,7 @@ def check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 def _whole(value: Any, least: int, most: int) -> bool:
     values = value if isinstance(value, list) else [value]
+    values = [v for each in values[:LEVELS + 1] for v in (each if isinstance(each, list) else [each])]   # of blocks, in a level
     return 0 < len(values) <= LEVELS and all(type(v) is int and least <= v <= most for v in values)
 
 
