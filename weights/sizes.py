@@ -17,11 +17,11 @@ _WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head
            "intermediate_size latent_channels max_position_embeddings num_attention_heads num_heads out_channels "
            "pool_heads projection_class_embeddings_input_dim projection_dim sample_size temb_dim text_dim "
            "time_embedding_dim vector_dim")
-_DEPTHS = "depth ff_mult layers_per_block num_hidden_layers num_layers patch transformer_layers_per_block"
+_DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers patch"
 _MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
          "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
-_MOST_FROM_0 = {"low_channels": 2**10, "steps_offset": 2**10}
+_MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10, "transformer_layers_per_block": 256}
 _FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "mid_block_scale_factor", "mid_scale",
            "out_scale", "resnet_out_scale_factor", "sample_max_value", "scaling_factor", "shift_factor")
 
