@@ -20,6 +20,7 @@ from p2p.batch import Batch, load_for, run_jobs
 from p2p.batch import run as run_batch
 from p2p.edit import to_dict
 from p2p.invert import DEFAULT, METHODS, READ_BY
+from p2p.ip2p import Recipe
 from p2p.jobs import Job, Store
 from p2p.pie_report import read_json
 from p2p.protocol import GROUPS, PUBLISHED
@@ -109,32 +110,35 @@ def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
     return dict(found)
 
 
+OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed", "cross": "cross", "self_": "self_"}   # of `Method`
+
+
 def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
-    """Rows of the protocol. Published ones say in their names what was changed; corrected ones have these options as settings."""
+    """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed as they are
+    asked for. Raises UsageError."""
     editors = (args.editors or "p2p").split(",")
     if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
         raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
-    options_ = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed", "cross": "cross", "self_": "self_"}
-    changed = {field: value for field, option in options_.items() if (value := getattr(args, option)) is not None}
-    changed |= {"blend": None} if args.no_blend else {}
     names: list[str] = []
     for name in (args.methods or DEFAULT).split(","):
-        own = [name if e == "p2p" else f"{name}, {e}" for e in editors]
-        names += GROUPS.get(name) or (own if name in METHODS else [name])
+        edited = [name if e == "p2p" else f"{name}, {e}" for e in editors]
+        names += GROUPS.get(name) or (edited if name in METHODS else [name])
     if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
         raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its own")
+    given = {field: value for field, option in OPTIONS.items() if (value := getattr(args, option)) is not None}
+    given |= {"blend": None} if args.no_blend else {}
     out, read = [], set()
     for name in dict.fromkeys(names):
         found = find_method(name)
         idle = {"cross", "self_", "blend"} if found.editor else set()
         idle |= set() if found.inversion in READ_BY["seed"] else {"seed"}
-        own = {field: v for field, v in changed.items() if field not in idle}
-        read |= set(own)
-        said = "".join(f", {'no ' if v is None else ''}{field.strip('_')}{'' if v is None else f' {v:g}'}" for field, v in own.items())
-        out.append((name + (said if name in PUBLISHED else ""), pie.method(name, **own)))
-    if unread := [f"--{options_.get(field, 'no-blend').strip('_')}" for field in changed if field not in read]:
-        raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are Prompt-to-Prompt's, "
-                             f"and seeds are read by {' and '.join(READ_BY['seed'])})")
+        changed = {field: value for field, value in given.items() if field not in idle}
+        read |= set(changed)
+        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {v:g}" for k, v in changed.items())
+        out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
+    if unread := [f"--{OPTIONS.get(field, 'no-blend').strip('_')}" for field in given if field not in read]:
+        raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are "
+                             f"Prompt-to-Prompt's, and seeds are read by {' and '.join(READ_BY['seed'])})")
     return out
 
 
@@ -144,7 +148,7 @@ def make_dataset(args: argparse.Namespace) -> None:
             raise p2p.UsageError(f"--{name} must be a whole number from 1, not {getattr(args, name)}")
     pairs, model = dataset.read(args.prompts), options.load(args)
     if args.clip is not None:
-        embedder = metrics.clip(args.clip)
+        embedder = metrics.clip(args.clip, prepare=metrics.squeezed)
     elif model.family == "emoji":
         eye = recogniser.load()
         embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1, 64, mode="area")),
@@ -152,8 +156,8 @@ def make_dataset(args: argparse.Namespace) -> None:
     else:
         raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of OpenAI's ViT-L/14")
     least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
-    recipe = dataset.Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction, text=args.min_text,
-                            together=args.together, seed=args.seed)
+    recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction, text=args.min_text,
+                    together=args.together, seed=args.seed, sampler=args.recipe)
     todo = len(dataset.remaining(pairs, args.out))
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt", disable=args.quiet)
     for pair, counts in bar:

@@ -83,11 +83,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             '"tags" are your own. Settings given here are those of lines that have none of their '
                             "own. Example: p2p batch jobs.jsonl --out DIR --steps 20")
     b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
-    b.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
-                   help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
-    b.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+    _engine(b)
     b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
-    b.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
     b.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
     b.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
     _inversion(b)
@@ -99,23 +96,28 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     v = commands.add_parser(
         "eval", help="run a benchmark of edits of real pictures, and print its tables",
-        description="Rows of --methods are published ones, named and set as in PnPInversion's tables (ddim+p2p, null-text-inversion+p2p, "
-        "negative-prompt-inversion+p2p, directinversion+p2p, both null-text-inversion and negative-prompt-inversion+proximal-guidance, "
-        "edit-friendly-inversion+p2p, ddim and directinversion+masactrl, +pnp; directinversion+p2p_guidance_A_B and "
-        "ablation_directinversion_step_N+p2p), or corrected ones, named by our inversions (direct, ddim, ...; --editors), in which modes "
-        "are chosen from the prompts and blended words that are missing are failures. The names published and corrected stand for the "
-        "main rows of either. Another run into the same folder adds rows. "
+        description="Rows of --methods are published ones, named and set as in PnPInversion's tables "
+        "(ddim+p2p, null-text-inversion+p2p, negative-prompt-inversion+p2p, directinversion+p2p, "
+        "null-text-inversion+proximal-guidance, negative-prompt-inversion+proximal-guidance, "
+        "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, directinversion+pnp, "
+        "directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p), or corrected ones, named by our "
+        "inversions (direct, ddim, ...; see --editors), in which modes are chosen from the prompts and blended words "
+        "that are missing are failures. The names published and corrected stand for the main rows of either. "
+        "Another run into the same folder adds rows. Exit code 1: an item of these rows failed. "
         "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE")
     v.add_argument("benchmark", choices=["pie"])
     v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
     v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
     v.add_argument("--methods", metavar="NAME,...", help="rows, see above (edit-friendly)")
     v.add_argument("--editors", metavar="NAME,...", help="of corrected rows: p2p, masactrl, plug-and-play (p2p)")
-    v.add_argument("--ways", type=Path, metavar="FILE.json", help='rows of your own: {"NAME": {settings of a job, as in a list for '
-                   'p2p batch; "like": a row to begin with}, ...}')
-    v.add_argument("--pictures", action="append", metavar="NAME=FOLDER", help="a row of finished pictures from another program: "
-                   "KEY.png, or by the names of the benchmark's pictures")
-    v.add_argument("--strips", action="store_true", help="... which are strips of panels, as PnPInversion saves them: the last counts")
+    v.add_argument("--ways", type=Path, metavar="FILE.json",
+                   help='rows of your own: {"NAME": {settings of a job, as in a list for p2p batch; "like": a row to '
+                   'begin with}, ...}')
+    v.add_argument("--pictures", action="append", metavar="NAME=FOLDER",
+                   help="a row of finished pictures from another program: KEY.png, or by the names of the benchmark's "
+                   "pictures")
+    v.add_argument("--strips", action="store_true",
+                   help="... which are strips of panels, as PnPInversion saves them: the last one counts")
     v.add_argument("--compare", choices=["published"], help="print the published figures beside")
     v.add_argument("--cross", type=float, help="share of steps with the source's cross-attention (0.4)")
     v.add_argument("--self", dest="self_", type=float, help="the same for self-attention (0.6)")
@@ -136,11 +138,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             description='Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
                             "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE")
     d.add_argument("prompts", type=Path, metavar="PROMPTS", help="a .jsonl file")
-    d.add_argument("--recipe", choices=["ip2p"], required=True, help="ip2p: InstructPix2Pix's samples and filters")
+    d.add_argument("--recipe", choices=["ip2p", "p2p"], required=True,
+                   help="ip2p: samples and filters as in InstructPix2Pix's generate_img_dataset.py (Euler ancestral, only "
+                   "self-attention injected, all samples drawn); p2p: the same filters, but pairs by Prompt-to-Prompt, and "
+                   "no more of them once enough have passed")
     d.add_argument("-o", "--out", type=Path, required=True, help="the folder of the pairs; started again, it goes on")
     d.add_argument("--clip", type=Path, metavar="FILE",
                    help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is read by its recogniser")
-    d.add_argument("--samples", type=int, default=100, help="of a prompt, at most (100)")
+    d.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
     d.add_argument("--keep", type=int, default=4, help="of these (4)")
     d.add_argument("--steps", type=int, default=100, help="(100)")
     d.add_argument("--together", type=int, default=4, metavar="N", help="samples in one batch of the network (4)")

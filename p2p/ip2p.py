@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.attention import AttentionEdit
-from models.layers import arranged
 from p2p.denoise import denoise, too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import from_pil
@@ -133,10 +132,9 @@ def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], st
     plan = first_pictures_attention(shares, steps, model.length, device, model.dtype)
     x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
     told = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
-    with arranged(model.unet):                           # guidance_scale: any but 1; each row has its own
-        for step in denoise(model, x, *told, schedule, guidance_scale=2.0, guide=lambda u, c, _: guide(u, c, scale),
-                            plan=plan, eta=1.0, noise=noise):
-            x = step.x
+    for step in denoise(model, x, *told, schedule, guidance_scale=2.0,    # any but 1: each row has its own
+                        guide=lambda u, c, _: guide(u, c, scale), plan=plan, eta=1.0, noise=noise):
+        x = step.x
     pictures = (model.decode(x).cpu() / 2 + 0.5).clamp(0, 1)
     if not pictures.isfinite().all():
         raise NumericsError(f"a decoded picture holds values that are not finite: {too_large(model)}")
