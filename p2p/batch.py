@@ -24,6 +24,7 @@ from p2p.image import open_picture
 from p2p.invert import invert, settings_read
 from p2p.jobs import Job, Store, arguments, groups, read
 from p2p.model import Model, load
+from p2p.protocol import resampled, square
 from p2p.run import Ready, Result, find_editor, prepared
 from p2p.run import run as sample
 from p2p.together import run_together
@@ -109,9 +110,14 @@ def _ready(model: Model, job: Job) -> Ready:
         return prepared(model, **arguments(job), **how)
     if job.image.exists() and not job.image.is_file():   # to open a pipe would wait for ever
         raise UsageError(f"{job.image}: not a file")
-    inverting = settings_read(job.inverting["method"], {**job.inverting, **job.sampling})
-    inverted = invert(model, open_picture(job.image), job.source, **inverting)
-    return prepared(model, inverted, list(job.targets), guidance_scale=job.sampling["guidance_scale"], **how)
+    said = {**job.inverting, **job.sampling}
+    fit, path, picture = said.pop("fit"), said.pop("path"), open_picture(job.image)
+    if fit == "square":
+        picture = square(picture, (said["height"], said["width"]))
+    source = invert(model, picture, job.source, **settings_read(said["method"], said))
+    if path == "resampled":
+        source = resampled(model, source)
+    return prepared(model, source, list(job.targets), guidance_scale=job.sampling["guidance_scale"], **how)
 
 
 def work(model: Model, todo: Iterable[Group], store: Store, retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:

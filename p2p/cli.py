@@ -84,11 +84,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             '"tags" are your own. Settings given here are those of lines that have none of their '
                             "own. Example: p2p batch jobs.jsonl --out DIR --steps 20")
     b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
-    b.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
-                   help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
-    b.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+    _engine(b)
     b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
-    b.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
     b.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
     b.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
     _inversion(b)
@@ -98,23 +95,43 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
     b.add_argument("-q", "--quiet", action="store_true")
 
-    v = commands.add_parser("eval", help="run a benchmark of edits of real pictures, and print its table",
-                            description="Example: p2p eval pie --data PIE-Bench --out DIR --methods direct,ddim --lpips FILE")
+    v = commands.add_parser(
+        "eval", help="run a benchmark of edits of real pictures, and print its tables",
+        description="Rows of --methods are published ones, named and set as in PnPInversion's tables "
+        "(ddim+p2p, null-text-inversion+p2p, negative-prompt-inversion+p2p, directinversion+p2p, "
+        "null-text-inversion+proximal-guidance, negative-prompt-inversion+proximal-guidance, "
+        "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, directinversion+pnp, "
+        "directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p), or corrected ones, named by our "
+        "inversions (direct, ddim, ...; see --editors), in which modes are chosen from the prompts and blended words "
+        "that are missing are failures. The names published and corrected stand for the main rows of either. "
+        "Another run into the same folder adds rows. Exit code 1: an item of these rows failed. "
+        "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE")
     v.add_argument("benchmark", choices=["pie"])
     v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
     v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
-    v.add_argument("--methods", default="edit-friendly", help="inversions, separated by commas (edit-friendly)")
-    v.add_argument("--editors", default="p2p", help="p2p, masactrl, plug-and-play, separated by commas (p2p)")
-    v.add_argument("--cross", type=float, default=0.4, help="share of steps with the source's cross-attention (0.4, as published)")
-    v.add_argument("--self", dest="self_", type=float, default=0.6, help="the same for self-attention (0.6, as published)")
-    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word: not as published")
+    v.add_argument("--methods", metavar="NAME,...", help="rows, see above (edit-friendly)")
+    v.add_argument("--editors", metavar="NAME,...", help="of corrected rows: p2p, masactrl, plug-and-play (p2p)")
+    v.add_argument("--ways", type=Path, metavar="FILE.json",
+                   help='rows of your own: {"NAME": {settings of a job, as in a list for p2p batch; "like": a row to '
+                   'begin with}, ...}')
+    v.add_argument("--pictures", action="append", metavar="NAME=FOLDER",
+                   help="a row of finished pictures from another program: KEY.png, or by the names of the benchmark's "
+                   "pictures")
+    v.add_argument("--strips", action="store_true",
+                   help="... which are strips of panels, as PnPInversion saves them: the last one counts")
+    v.add_argument("--compare", choices=["published"], help="print the published figures beside")
+    v.add_argument("--cross", type=float, help="share of steps with the source's cross-attention (0.4)")
+    v.add_argument("--self", dest="self_", type=float, help="the same for self-attention (0.6)")
+    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word")
     v.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's weights of squeezenet1_1")
     v.add_argument("--clip", type=Path, metavar="FILE", help="open_clip's weights of OpenAI's ViT-L/14")
     v.add_argument("--dino", type=Path, metavar="FILE", help="timm's weights of vit_base_patch8_224.dino: structure")
     v.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
-    v.add_argument("--steps", type=int, help="default: 50")
-    v.add_argument("--cfg", type=float, help="default: the model's own")
-    v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--types", metavar="ID,...", help="pictures of these editing types alone")
+    v.add_argument("--steps", type=int, help="50; given for a published row, as all options of sampling, it is named so")
+    v.add_argument("--cfg", type=float, help="published: 7.5; corrected: the model's own")
+    v.add_argument("--seed", type=int, help="published: 1234; corrected: 0")
+    _engine(v)
     _model(v)
     v.add_argument("-q", "--quiet", action="store_true")
 
@@ -122,11 +139,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             description='Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
                             "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE")
     d.add_argument("prompts", type=Path, metavar="PROMPTS", help="a .jsonl file")
-    d.add_argument("--recipe", choices=["ip2p"], required=True, help="ip2p: InstructPix2Pix's samples and filters")
+    d.add_argument("--recipe", choices=["ip2p", "p2p"], required=True,
+                   help="ip2p: samples and filters as in InstructPix2Pix's generate_img_dataset.py (Euler ancestral, only "
+                   "self-attention injected, all samples drawn); p2p: the same filters, but pairs by Prompt-to-Prompt, and "
+                   "no more of them once enough have passed")
     d.add_argument("-o", "--out", type=Path, required=True, help="the folder of the pairs; started again, it goes on")
     d.add_argument("--clip", type=Path, metavar="FILE",
                    help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is read by its recogniser")
-    d.add_argument("--samples", type=int, default=100, help="of a prompt, at most (100)")
+    d.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
     d.add_argument("--keep", type=int, default=4, help="of these (4)")
     d.add_argument("--steps", type=int, default=100, help="(100)")
     d.add_argument("--together", type=int, default=4, metavar="N", help="samples in one batch of the network (4)")
@@ -162,6 +182,13 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for sub in (i, c):
         _model_options(sub)
     return ap, dict(commands.choices)
+
+
+def _engine(ap: argparse.ArgumentParser) -> None:
+    ap.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
+                    help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
+    ap.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+    ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
 
 
 def _inversion(ap: argparse.ArgumentParser) -> None:

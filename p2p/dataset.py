@@ -1,13 +1,13 @@
-"""InstructPix2Pix's training pairs (Brooks et al. 2023, section 3.1): picture, instruction, edited picture, by Prompt-to-Prompt.
-
-For every prompt pair many samples are drawn, each with a seed, a share of injected steps and a guidance of its own; the filters
-of the paper choose among them. Output as its `generate_img_dataset.py` leaves it:
+"""A folder of training pairs as InstructPix2Pix's `generate_img_dataset.py` leaves it, sampled by `p2p.ip2p`:
 
     OUT/0000012/{prompt.json, SEED_0.jpg, SEED_1.jpg, ..., metadata.jsonl}
+
+prompt.json is the list's entry, with all that it holds. metadata.jsonl has a line for each pair, the best first, under
+the authors' names, and is absent where none was kept. counts.json (by which a finished folder is known) and
+OUT/recipe.json are ours.
 """
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -15,90 +15,47 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
 from p2p import lines
 from p2p.aside import appearing, aside, finished, sweep
-from p2p.errors import NumericsError, UsageError
-from p2p.image import from_pil
+from p2p.errors import UsageError
+from p2p.ip2p import Kept, Prompts, Recipe
+from p2p.ip2p import samples as samples_of
 from p2p.metrics import Embedder
 from p2p.model import Model
 from p2p.output import write
-from p2p.together import edit_together
 
 WHOLE = "counts.json"   # the file by which a finished folder is known
-Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
 
 
 class Pair(NamedTuple):
-    index: int       # of the line: the folder's name
-    caption: str
-    instruction: str
-    output: str      # the edited caption
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The authors' numbers (for Stable Diffusion, whose guidance is 7.5; other models scale theirs)."""
-
-    steps: int = 100
-    samples: int = 100                  # a prompt, at most
-    keep: int = 4                       # of these
-    threshold: tuple[float, float] = (0.1, 0.9)     # share of the steps injected
-    guidance: tuple[float, float] = (1.0, 2.0)      # times the model's own
-    image: float = 0.7                  # least cosine between the two pictures
-    direction: float = 0.2              # ... between their difference and that of the captions
-    text: float = 0.2                   # ... between each picture and its caption
-    together: int = 4                   # samples in a batch
-    seed: int = 0
+    index: int               # of the entry: the folder's name
+    prompts: Prompts
+    said: dict[str, Any]     # the entry
 
 
 def read(file: Path) -> list[Pair]:
-    """Entries {"caption" (or "input"), "edit", "output"}, as InstructPix2Pix's lists have them. Raises
-    UsageError that names those that are none."""
-    def texts(said: Any, _: int) -> tuple[str, str, str]:
+    """Entries {"caption" (or "input"), "edit", "output"} and whatever else they hold ("url"), as InstructPix2Pix's
+    lists have them. Raises UsageError that names those that are none."""
+    def parts(said: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         said = lines.present(said)
-        if not isinstance(said, dict) or {"caption", "input"} <= set(said):
+        if not isinstance(said, dict) or ("input" in said and said.get("caption", said["input"]) != said["input"]):
             raise UsageError(f'expected {form}, or "input" instead of "caption"; not {lines.shown(said)}')
-        said = {"caption": said.get("input")} | said
-        if absent := [k for k in ("caption", "edit", "output") if said.get(k) is None]:
+        texts = {"caption": said.get("input")} | said
+        if absent := [k for k in ("caption", "edit", "output") if texts.get(k) is None]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
-        if not all(isinstance(said[k], str) for k in ("caption", "edit", "output")):
+        if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
-        return said["caption"], said["edit"], said["output"]
+        return Prompts(texts["caption"], texts["output"]), said
 
-    return [Pair(i, *found) for i, found in enumerate(lines.read(file, texts, "no prompt in it"))]
-
-
-def draw(pair: Pair, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
-    """Seed, injected share and guidance of a prompt's sample j: of the prompt alone, whatever else is in the list."""
-    digest = hashlib.sha256(json.dumps([pair.caption, pair.output, recipe.seed, j]).encode()).digest()
-    seed = int.from_bytes(digest[:4], "big") >> 1
-    u, v = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
-    (a, b), (c, d) = recipe.threshold, recipe.guidance
-    return {"seed": seed, "p2p_threshold": a + (b - a) * u, "cfg_scale": (c + (d - c) * v) * model.guidance_scale}
-
-
-def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Embedded pictures (B, D) and the two captions (2, D)  ->  the paper's four cosines, (B,) each"""
-    return {"sim_0": F.cosine_similarity(before, texts[:1]), "sim_1": F.cosine_similarity(after, texts[1:]),
-            "sim_image": F.cosine_similarity(before, after),
-            "sim_dir": F.cosine_similarity(after - before, texts[1:] - texts[:1])}
-
-
-def dropped(found: dict[str, float], recipe: Recipe) -> str | None:
-    """The first filter that a sample does not pass."""
-    least = {"sim_image": recipe.image, "sim_dir": recipe.direction, "sim_0": recipe.text, "sim_1": recipe.text}
-    return next((name for name, value in least.items() if not found[name] >= value), None)
+    return [Pair(i, *found) for i, found in enumerate(lines.read(file, parts, "no prompt in it"))]
 
 
 def _folder(pair: Pair, out: Path) -> Path:
@@ -121,8 +78,8 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
              for k, v in recipe.items() if k != "model" and before.get(k) != v]   # the model's sha256 counts
     for pair in done:
         folder = _folder(pair, out)
-        if (said := _json(folder / "prompt.json")) != _said(pair):
-            other.append(f"{folder.name} from {said}, not {_said(pair)}")
+        if (said := _json(folder / "prompt.json")) != pair.said:
+            other.append(f"{folder.name} from {said}, not {pair.said}")
     if other:
         raise UsageError(f"--out {out}: made with {'; '.join(other[:9])}. Ask for the same to go on, or give "
                          "another folder")
@@ -143,53 +100,23 @@ def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, rec
         sweep(out)
         write(out / "recipe.json", json.dumps(said))
         for pair in remaining(pairs, out):
-            kept, counts = _samples(model, pair, embedder, recipe)
+            kept, counts = samples_of(model, pair.prompts, embedder, recipe)
             _put(_folder(pair, out), pair, kept, counts)
             yield pair, counts
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start again to go on") from None
 
 
-def _samples(model: Model, pair: Pair, embedder: Embedder, recipe: Recipe) -> tuple[list[Kept], Counter[str]]:
-    texts, counts = embedder.texts([pair.caption, pair.output]), Counter(samples=0)
-    passed: list[Kept] = []
-    for first in range(0, recipe.samples, recipe.together):
-        drawn = [draw(pair, j, recipe, model) for j in range(first, min(first + recipe.together, recipe.samples))]
-        try:
-            results = edit_together(model, [dict(
-                source=pair.caption, targets=pair.output, seed=d["seed"], guidance_scale=d["cfg_scale"], steps=recipe.steps,
-                cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"]) for d in drawn])
-        except (NumericsError, UsageError) as error:
-            counts[f"failed: {error}"] += len(drawn)
-            break
-        pictures = [torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2)]
-        found = similarities(*(embedder.pictures(p) for p in pictures), texts)
-        for i, (d, r) in enumerate(zip(drawn, results)):
-            each = {name: values[i].item() for name, values in found.items()}
-            why = dropped(each, recipe)
-            counts.update(["samples", why or "passed"])
-            if why is None:
-                passed.append((d | each, r.images))
-        if len(passed) >= recipe.keep:
-            break
-    kept = sorted(passed, key=lambda p: -p[0]["sim_dir"])[:recipe.keep]
-    counts["kept"] = len(kept)
-    return kept, counts
-
-
-def _said(pair: Pair) -> dict[str, str]:
-    return {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
-
-
 def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -> None:
     with appearing(folder, WHOLE) as made:
-        (made / "prompt.json").write_text(json.dumps(_said(pair)), encoding="utf-8")
+        (made / "prompt.json").write_text(json.dumps(pair.said), encoding="utf-8")
         (made / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
         for found, images in kept:
             for k, image in enumerate(images):
                 image.save(made / f"{found['seed']}_{k}.jpg", quality=100)
-        rows = "".join(json.dumps(found) + "\n" for found, _ in kept)
-        (made / "metadata.jsonl").write_text(rows, encoding="utf-8")
+        if kept:
+            rows = "".join(json.dumps(found) + "\n" for found, _ in kept)
+            (made / "metadata.jsonl").write_text(rows, encoding="utf-8")
 
 
 def _json(file: Path) -> Any:
@@ -250,8 +177,11 @@ def parquet(out: Path) -> list[Path]:
         import pyarrow.parquet as pq
     except ImportError:
         raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
-    rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"], **known}
+    rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"],
+             **{k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in known.items()}}
             for _, known, before, after in samples(out)]
+    names = dict.fromkeys(name for row in rows for name in row)   # entries may hold more than others do
+    rows = [{name: row.get(name) for name in names} for row in rows]
     with _exported(out) as made:
         pq.write_table(pa.Table.from_pylist(rows), made / "pairs.parquet")
     return [out / "pairs.parquet"]

@@ -174,6 +174,8 @@ FIELDS: dict[str, Check] = {
     "inversion_guidance": (_number(), "one finite number"),
     "inner_steps": (_whole(1), "one number, whole and from 1"),
     "final_alpha": (_number(math.nextafter(0, 1), 1), "one number above 0, at most 1"),
+    "fit": _one_of("cover", "square"),
+    "path": _one_of("inverted", "resampled"),
     # what else `edit` takes
     "editor": (_editor, "an editor's name, or an object with its name and fields"),
     "negative_prompt": (_text, "a prompt"),

@@ -31,7 +31,8 @@ from p2p.run import Result
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
-INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None}
+INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
+             "fit": "cover", "path": "inverted"}   # the last two: see `protocol.square`, `protocol.resampled`
 OTHERS = ("proximal", "editor", "negative_prompt")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
