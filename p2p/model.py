@@ -21,7 +21,7 @@ from models.text import TextEncoder, Tokens
 from models.unet import Text, Time, UNet
 from models.vae import AutoencoderKL
 from p2p.errors import UsageError
-from p2p.image import from_pil
+from p2p.image import as_picture, from_pil
 from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
 
@@ -208,8 +208,12 @@ class Model:
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:
-        """A picture, or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's mean)."""
-        x = from_pil(image) if isinstance(image, Image.Image) else image
+        """A picture (as `image.shown`) or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's
+        mean). Raises UsageError for a size that the model does not take."""
+        x = image if isinstance(image, Tensor) else from_pil(as_picture(image))
+        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+            raise UsageError(f"a picture as a tensor is (B, 3, height, width) in [-1, 1], not {x.dtype} {tuple(x.shape)}")
+        self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.quant_conv.weight.dtype)                  # one at a time: memory for one
