@@ -44,7 +44,7 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1: it is
     refused. Colour profiles are left aside. Raises UsageError.
     """
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "La":   # premultiplied, which Pillow converts to its like alone
@@ -88,7 +88,12 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:   # before it decodes, Pillow refuses more than 179 million pixels
-        return ImageOps.exif_transpose(image)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as its EXIF tag says."""
+    return ImageOps.exif_transpose(image)
 
 
 def _why(error: Exception) -> str:
@@ -104,25 +109,24 @@ def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.
     return given
 
 
-def fit(image: Image.Image, size: tuple[int, int], how: str = "crop") -> Image.Image:
-    """A picture of any size and mode, as `shown`, in (height, width), scaled by Lanczos's filter: "crop" to cover it, cropped
+def fit(image: Image.Image, size: tuple[int, int], how: str = "crop", by: Image.Resampling = Image.LANCZOS) -> Image.Image:
+    """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it, cropped
     around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a white margin is a thing that a
     model would draw again; more of the same is not)."""
     image, (height, width) = shown(image), size
     if how != "pad":
-        return ImageOps.fit(image, (width, height), Image.LANCZOS)
+        return ImageOps.fit(image, (width, height), by)
     scale = min(width / image.width, height / image.height)
-    inner = image.resize([max(1, round(side * scale)) for side in image.size], Image.LANCZOS)
+    inner = image.resize([max(1, round(side * scale)) for side in image.size], by)
     top, left = (height - inner.height) // 2, (width - inner.width) // 2
     margins = (top, height - inner.height - top), (left, width - inner.width - left), (0, 0)
     return Image.fromarray(np.pad(np.asarray(inner), margins, mode="edge"))
 
 
 def own_size(image: Image.Image, size: tuple[int, int], unit: int, most: int) -> tuple[int, int]:
-    """(height, width) with the picture's aspect and about as many pixels as `size`, in multiples of `unit` up to `most`."""
-    width, height = ImageOps.exif_transpose(image).size
-    scale = (size[0] * size[1] / (height * width)) ** 0.5
-    return tuple(min(max(round(side * scale / unit), 1) * unit, most // unit * unit) for side in (height, width))
+    """(height, width) with the upright picture's aspect and about as many pixels as `size`, in multiples of `unit` up to `most`."""
+    scale = (size[0] * size[1] / (image.height * image.width)) ** 0.5
+    return tuple(min(max(round(side * scale / unit), 1) * unit, most // unit * unit) for side in image.size[::-1])
 
 
 def to_base64(image: Image.Image) -> str:

@@ -1,6 +1,7 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
 from models.unet import Text, Time, UNet
 from models.vae import AutoencoderKL
+from p2p.checks import flag, whole
 from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
 from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
 
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
 
 
@@ -82,13 +86,14 @@ class Model:
         if not self.offload:
             yield
             return
-        try:
-            for part in parts:
-                part.to(self.device)
-            yield
-        finally:
-            for part in parts:
-                part.to("cpu")
+        with MOVING:
+            try:
+                for part in parts:
+                    part.to(self.device)
+                yield
+            finally:
+                for part in parts:
+                    part.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,14 +110,18 @@ class Model:
         """Pixels per side that one latent stands for."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
 
+    @property
+    def unit(self) -> int:
+        """Sides of pictures are multiples of it."""
+        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
+        return self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
-        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
-        unit = self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
         for name, side in zip(("height", "width"), sides):
-            if not isinstance(side, Integral) or side % unit or not 0 < side <= LARGEST:
-                raise UsageError(f"{name} must be a positive multiple of {unit}, not {side!r}, and at most {LARGEST}")
+            if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
+                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {side!r}, and at most {LARGEST}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
@@ -176,6 +185,8 @@ class Model:
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
         """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise UsageError(f"prompts are a text or a list of texts, not {prompts!r:.60}")
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with self._at_work(*self.text_encoders):
@@ -271,6 +282,15 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     return device
 
 
+def find_model(model: Model | str | Path) -> Model:
+    """A model, or the one of that name, loaded for this call alone. Raises CheckpointError, UsageError."""
+    if isinstance(model, (str, Path)):
+        return load(model)
+    if not isinstance(model, Model):
+        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {model!r:.60}")
+    return model
+
+
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
          text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
@@ -289,18 +309,25 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """
     if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {source!r}")
+        raise UsageError(f"a model is named by a string or a path, not {source!r:.60}")
+    for given, value in (("vae", vae), ("text", text)):
+        if value is not None and not isinstance(value, (str, Path)):
+            raise UsageError(f"{given} is named by a string or a path, not {value!r:.60}")
+    for given, value in (("family", family), ("prediction", prediction)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{given} is a name, not {value!r:.60}")
     for given, value in (("dtype", dtype), ("held", held)):
-        if value is not None and not isinstance(value, torch.dtype):
-            raise UsageError(f"{given} is one of torch's, such as torch.float16, not {value!r}")
+        if value is not None and not (isinstance(value, torch.dtype) and value in FLOATING):
+            raise UsageError(f"{given} is one of {', '.join(map(str, FLOATING))}, not {value!r:.60}")
+    flag("compile", compile), flag("offload", offload)
     device = find_device(device)
     package = weights.load.find(source, family, prediction, vae)
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     sdxl = package.family == "sdxl"
     if held is not None and (dtype is None or not held.itemsize < dtype.itemsize):
         raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype or 'the one of the file'}")
-    if tile is not None and (not isinstance(tile, Integral) or tile < 8):
-        raise UsageError(f"tile is a whole number of latents from 8, not {tile!r}")
+    if tile is not None:
+        tile = whole("tile, in latents,", tile, least=8)
     c = weights.load.load(package, device, dtype, torch.float32 if sdxl else None, text, held)
     if offload:
         for part in filter(None, [*c.text, c.vae]):

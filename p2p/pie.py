@@ -81,7 +81,8 @@ def jobs(items: Sequence[Item], model: Model, settings: Mapping[str, Any], blend
     for i, item in enumerate(items, 1):
         said: dict[str, Any] = {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute()), **settings}
         if blend and item.blended:
-            said |= {"local_blend": {"words": list(item.blended)}, "equalizer": {item.blended[1]: 2.0}}
+            said |= {"local_blend": {"words": list(item.blended)}}
+            said |= {} if settings.get("editor") else {"equalizer": {item.blended[1]: 2.0}}   # others weigh no word
         out.append(parse(said, i, Path(), model))
     return out
 
