@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from numbers import Integral, Real
-from typing import Literal, NamedTuple
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.text import Tokens
 from p2p.align import word_tokens
+from p2p.checks import choice, flag, share, whole
 from p2p.errors import UsageError
-from p2p.image import brightness
+from p2p.image import as_picture, brightness, fit, to_base64
 
 Words = str | Sequence[str]
 
@@ -43,8 +45,8 @@ class LocalBlend:
         source follows its stored latents, and where it was generated, that is the same.)
     middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the maps); the official code
         leaves it out.
-    mask: a picture (fitted as `image.fit` fits pictures; transparent is dark) or a (H, W) tensor of 0 to 1, bright where the
-        edit may act: instead of words, or, with words, a limit to them.
+    mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was; transparent is dark), or
+        a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead of words, or, with words, a limit to them.
 
     Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the mask's edge, so
     there the pixels near it are not.
@@ -58,7 +60,7 @@ class LocalBlend:
     level: int = 4
     keep: Literal["stored", "sampled"] = "stored"
     middle: bool = False
-    mask: Image.Image | Tensor | None = None
+    mask: Image.Image | str | Path | Tensor | None = None
 
 
 class Blend(NamedTuple):
@@ -90,36 +92,50 @@ def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     return out
 
 
-def _fixed(mask: Image.Image | Tensor | None, size: tuple[int, int]) -> Tensor:
-    """(1, H, W) bool at the latents' size; a position counts if half of it is bright."""
+def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], how: str = "crop") -> Tensor:
+    """(1, H, W) bool at the latents' size; a position counts if half of it is bright. how: see `image.fit`."""
     if mask is None:
         return torch.ones(1, *size, dtype=torch.bool)
-    if isinstance(mask, Image.Image):
-        mask = brightness(mask)
-        return torch.from_numpy(np.array(ImageOps.fit(mask, size[::-1], Image.BOX)))[None] > 127
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UsageError("local_blend: a mask is a picture or a (H, W) tensor, not "
-                         f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
-    mask = mask.float()
-    if not (mask >= 0).all() or not (mask <= 1).all():
-        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min():g} to {mask.max():g}")
-    return F.interpolate(mask[None, None], size=size, mode="area")[0] >= 0.5
+    _check_mask(mask)
+    if not isinstance(mask, Tensor):
+        mask = brightness(as_picture(mask))
+        return torch.from_numpy(np.array(fit(mask, size, how, Image.BOX).convert("L")))[None] > 127
+    return F.interpolate(mask.float().cpu()[None, None], size=size, mode="area")[0] >= 0.5
+
+
+def picture_of(mask: Image.Image | str | Path | Tensor | None) -> str | None:
+    """A mask as a grey picture in base64, for JSON."""
+    if mask is None:
+        return None
+    return to_base64(brightness(as_picture(mask)) if not isinstance(mask, Tensor) else
+                     Image.fromarray((mask.float() * 255).round().byte().cpu().numpy()))
+
+
+def _check_mask(mask: Any) -> None:
+    """Raises UsageError."""
+    if not isinstance(mask, Tensor):
+        as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
+    elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
+        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} {tuple(mask.shape)}")
+    elif not (mask >= 0).all() or not (mask <= 1).all():
+        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to {mask.max().item():g}")
 
 
 def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, steps: int, length: int,
-            size: tuple[int, int], device: torch.device) -> Blend | None:
-    """Words to columns, for latents of that size (H, W). None if no target blends. Raises UsageError."""
+            size: tuple[int, int], device: torch.device, how: str = "crop") -> Blend | None:
+    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no target blends. Raises
+    UsageError."""
     if not any(blends):
         return None
     for b in filter(None, blends):
-        _check(b)
+        check(b)
     read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
     for name in ("level", "middle"):
         if len(found := {getattr(b, name) for b in read}) > 1:
             raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
     level = read[0].level if read else None
     side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
-    columns, threshold, start, everywhere, fixed = [], [], [], [], []
+    columns, threshold, start, everywhere, masks = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
@@ -130,35 +146,36 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         threshold.append(torch.tensor([float(v) for v in th]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
-        fixed.append(_fixed(b.mask, size))
+        masks.append(fixed(b.mask, size, how))
     sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
-                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device),
+                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(masks).to(device),
                  sampled, torch.zeros(len(targets), dtype=torch.long, device=device), bool(read) and read[0].middle)
 
 
-def _check(b: LocalBlend) -> None:
-    """Raises UsageError."""
+def check(b: LocalBlend, scoped: bool = False) -> None:
+    """scoped: the words are still to be found. Raises UsageError."""
     if not isinstance(b, LocalBlend):
-        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r}")
-    if b.words is None and b.mask is None:
+        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r:.60}")
+    if b.words is None and b.mask is None and not scoped:
         raise UsageError("local_blend: give words or a mask")
     if b.words is None and b.rivals is not None:
         raise UsageError("local_blend: rivals compete with words; give words")
     for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
-                isinstance(side, (str, tuple, list)) for side in pair) or not any(pair)):
-            raise UsageError(f"local_blend: {name} {pair!r}: words, substruct and rivals are pairs (of the source prompt, of the "
-                             "target prompt), each a word or a list of words")
+                isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side) for side in pair)
+                or not any(pair)):
+            raise UsageError(f"local_blend: {name} {pair!r:.60}: words, substruct and rivals are pairs (of the source prompt, of "
+                             "the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
-        raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
-    if not isinstance(b.start, Real) or not 0 <= b.start <= 1:
-        raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
-    if b.keep not in ("stored", "sampled") or not isinstance(b.middle, bool):
-        raise UsageError(f'local_blend: keep is "stored" or "sampled", and middle True or False, not {b.keep!r} and {b.middle!r}')
-    if not isinstance(b.level, Integral) or b.level < 1:
-        raise UsageError(f"local_blend: level {b.level!r} must be a whole number from 1")
+        raise UsageError(f"local_blend: threshold {b.threshold!r:.60} must lie within 0 and 1, one number or two")
+    share("local_blend: start", b.start)
+    whole("local_blend: level", b.level, most=2**31)
+    choice("local_blend: keep", b.keep, ("stored", "sampled"))
+    flag("local_blend: middle", b.middle)
+    if b.mask is not None:
+        _check_mask(b.mask)
 
 
 def idle(blend: Blend, steps: int) -> list[str | None]:

@@ -199,6 +199,9 @@ def _inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
     ap.add_argument("--final-alpha", type=float, metavar="X", help="alphas_cumprod at which the picture is taken to be; "
                     "default: the model's; 1: as O-BELM's code")
+    ap.add_argument("--fit", choices=["crop", "pad", "own"], help="how a picture comes to the model's size: cropped (the default), "
+                    "whole with its edges repeated around it, or in a size of its own shape")
+    ap.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
 
 
 def _edit(ap: argparse.ArgumentParser) -> None:
@@ -214,7 +217,8 @@ def _edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--swap", action="append", metavar="OLD=NEW", help="in an edit that also adds words: NEW takes OLD's attention")
     ap.add_argument("--scope", action="append", metavar="WORD", help='word of the source that the edit is about ("cat", "cat#2"): '
                     "keep the rest of the picture")
-    ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend")
+    ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend; "
+                    "OLD: or :NEW for the word of one prompt alone")
     ap.add_argument("--blend-without", action="append", metavar="OLD:NEW", help="... and not where these do")
     ap.add_argument("--blend-mask", type=Path, metavar="PICTURE", help="... and only where this picture is bright")
     ap.add_argument("--blend-threshold", metavar="X[:Y]", help="share of a map's maximum that counts (0.3); Y: for --blend-without")

@@ -17,10 +17,9 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +32,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models.layers import keep_freed_memory
-from p2p import stored
+from p2p import checks, stored
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
-from p2p.image import fit, from_pil, to_base64
-from p2p.model import Conditioning, Model
+from p2p.image import to_base64
+from p2p.memory import check_run
+from p2p.model import Conditioning, Model, find_model
+from p2p.prompts import check as check_prompt
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
-from p2p.start import check_latents, draw, guidance
+from p2p.start import check_latents, check_seed, draw, fitted, guidance, late
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 READ_BY = {   # settings that some methods alone read; the others refuse them
@@ -77,12 +78,14 @@ class Inversion:
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
+    fit: str = "crop"                      # how the picture was fitted
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
+    notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*TENSORS, "notes")}
         return said | {"picture": self.picture and to_base64(self.picture)}
 
     def save(self, file: str | Path) -> None:
@@ -146,13 +149,14 @@ def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
 
 
-def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: str = DEFAULT, steps: int = 50,
-           skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float | None = None,
+def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *, method: str = DEFAULT,
+           steps: int = 50, skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float | None = None,
            inner_steps: int | None = None, eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
-           height: int | None = None, width: int | None = None, progress: bool = False) -> Inversion:
+           height: int | None = None, width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
-    picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
+    picture: or its file; or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where None) or "pad", see
+    `image.fit`, or "own": to the size of its own shape that the model takes. method: see above. skip: steps left
     out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
     made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts
     nothing); 0 is without the prompt here, as in PnPInversion's ablation.
@@ -161,44 +165,41 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     for the model's own (Stable Diffusion: that of its first timestep, in which it was trained to end), 1 for none of the noise, as
     in O-BELM's code. A setting that a method does not read is refused. Raises UsageError, NumericsError.
     """
-    if method not in METHODS:
-        raise UsageError(f'inversion method "{method}" is not known; known: {", ".join(METHODS)}')
+    model = find_model(model)
+    checks.choice("inversion method", method, METHODS)
     given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
     for name, value in given.items():
         if value is not None and method not in READ_BY[name]:
             raise UsageError(f"{name}: {method} inversion does not read it (read by {', '.join(READ_BY[name])}); leave it out")
-    inversion_guidance = 1.0 if inversion_guidance is None else inversion_guidance
-    eta = 1.0 if eta is None else eta
-    if not isinstance(steps, Integral) or steps < 1:
-        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
-    for name, value in (("guidance_scale", guidance_scale), ("inversion_guidance", inversion_guidance)):
-        if value is not None and (not isinstance(value, Real) or not abs(value) < float("inf")):
-            raise UsageError(f"{name} must be a finite number, not {value!r}")
-    if inner_steps is not None and (not isinstance(inner_steps, Integral) or inner_steps < 1):
-        raise UsageError(f"inner_steps must be a whole number from 1, not {inner_steps!r}")
-    if final_alpha is not None and (not isinstance(final_alpha, Real) or not 0 < final_alpha <= 1):
-        raise UsageError(f"final_alpha must lie above 0 and be at most 1, not {final_alpha!r}")
+    whole = model.schedule(checks.whole("steps", steps))
+    if final_alpha is not None and checks.share("final_alpha", final_alpha) == 0:
+        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
+    whole = whole.ending(final_alpha)
+    guidance_scale = guidance(model, guidance_scale)
+    inversion_guidance = checks.finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
+    inner_steps = None if inner_steps is None else checks.whole("inner_steps", inner_steps, most=10**6)
+    seed, eta = check_seed(seed or 0), checks.share("eta", 1 if eta is None else eta)
+    checks.flag("progress", progress)
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
-    if isinstance(picture, Tensor) and (height, width) != (None, None):
-        raise UsageError("height, width: latents have their size; leave these out")
-    if not isinstance(prompt, str):
-        raise UsageError(f"a prompt is a string, not {prompt!r}")
-    skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
-    if not 0 <= skip < steps:
-        raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
-    if not 0 < eta <= 1:
-        raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
-    guidance_scale = guidance(model, guidance_scale)
-    _, *size = model.latent_shape(height, width)
-    if isinstance(picture, Image.Image):
-        picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
-        x_0, kept = model.encode(from_pil(picture)), picture
+    if isinstance(picture, Tensor) and (height, width, fit) != (None, None, None):
+        raise UsageError("height, width, fit: latents have their size; leave these out")
+    check_prompt(prompt)
+    skip = checks.whole("skip, which leaves steps to run,", int(SKIPPED.get(method, 0) * steps) if skip is None else skip, 0,
+                        steps - 1)
+    if eta == 0:
+        raise UsageError("eta must lie within 0 and 1, above 0, not 0")
+    notes = late(model, whole)
+    if not isinstance(picture, Tensor):
+        kept, cropped = fitted(model, picture, "crop" if fit is None else fit, height, width)
+        notes += cropped
+        _afford(model, (kept.height, kept.width), steps - skip, method, inversion_guidance)
+        x_0 = model.encode(kept)
     else:
         check_latents("latents", picture, (1,), model)
         x_0, kept = picture.to(model.device), None
         x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
-    whole = model.schedule(steps).ending(final_alpha)
+        _afford(model, [side * model.shrink for side in x_0.shape[2:]], steps - skip, method, inversion_guidance)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
@@ -229,9 +230,16 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
-                     eta if method == "edit-friendly" else 0.0, (seed or 0) if method in READ_BY["seed"] else None, model.family,
+                     eta if method == "edit-friendly" else 0.0, seed if method in READ_BY["seed"] else None, model.family,
                      model.prediction, model.sha256, rows, null_context, None if offsets is None else offsets.cpu(), kept,
-                     final_alpha=final_alpha, overrides=model.overrides)
+                     fit=fit or "crop", final_alpha=final_alpha, overrides=model.overrides, notes=tuple(notes))
+
+
+def _afford(model: Model, size: Sequence[int], steps: int, method: str, inversion_guidance: float) -> None:
+    """Raises UsageError for an inversion that the machine has no memory for."""
+    independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
+    check_run(model, 1, model.latent_shape(*size), steps, guided=inversion_guidance != 1, noises=1 + steps * independent,
+              kept=(2 + independent) * (steps + 1), encodes=True)
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:

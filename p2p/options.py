@@ -86,7 +86,7 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     blend: dict[str, Any] = {}
     for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
         if items:
-            blend[field] = tuple(zip(*(pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
+            blend[field] = sides(items, option)
     if args.blend_mask:
         blend["mask"] = open_picture(args.blend_mask)
     for field in ("start", "level", "keep", "middle"):
@@ -139,6 +139,14 @@ def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
     if not (left and found and right):
         raise p2p.UsageError(f"{option} {item!r}: expected {form}")
     return left, right
+
+
+def sides(items: list[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them alone  ->  words of the source, words of the target"""
+    split = [item.partition(":") if ":" in item else (item, ":", item) for item in items]
+    if bad := [item for item, (old, _, new) in zip(items, split) if not (old or new) or ":" in new]:
+        raise p2p.UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or :NEW")
+    return tuple(old for old, _, _ in split if old), tuple(new for _, _, new in split if new)
 
 
 def weight(item: str) -> tuple[str, float]:

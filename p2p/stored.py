@@ -62,6 +62,7 @@ FIELDS = {
     "inner_steps": (lambda v: v is None or (type(v) is int and 1 <= v), "null or a whole number from 1"),
     "eta": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
     "seed": (lambda v: v is None or (type(v) is int and -2**63 <= v < 2**64), "null or a whole number from -2^63 to 2^64 - 1"),
+    "fit": (lambda v: v in ("crop", "pad", "own"), "crop, pad or own"),
     "overrides": (lambda v: isinstance(v, dict) and len(v) < 32, "an object"),
     "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1), "null or a number above 0, at most 1"),
 }
