@@ -182,19 +182,29 @@ def test_lightning_pickle_with_its_leftovers(single, tmp_path):
         equal(load(tmp_path / f"{new}.ckpt"), load(single))
 
 
-def test_averaged_weights_are_kept_when_complete(single, tmp_path):
+@pytest.mark.parametrize("dots", [False, True])
+def test_averaged_weights_are_taken_when_asked_for(single, tmp_path, dots):
+    """Of a file with both the plain ones are used, as elsewhere: a merge may carry the averages of its base. Which, is said."""
     state = load_file(single)
     unet = [k for k in state if k.startswith(keys.UNET)]
-    twins = {"model_ema.diffusion_model" + k.removeprefix(keys.UNET).replace(".", ""): state[k] + 1 for k in unet}
+    form = (lambda k: k) if dots else (lambda k: k.replace(".", ""))
+    twins = {"model_ema." + form(k.removeprefix("model.")): state[k] + 1 for k in unet}
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
     save_file(state | twins | extra, tmp_path / "ema.safetensors")
-    model, plain = load(tmp_path / "ema.safetensors"), load(single)
-    assert torch.equal(model.unet.conv_in.bias, plain.unet.conv_in.bias + 1) and any("EMA" in n for n in model.notes)
-    assert torch.equal(model.vae.quant_conv.bias, plain.vae.quant_conv.bias)
-    twins.popitem()
+    plain, averaged = (load(tmp_path / "ema.safetensors", ema=ema) for ema in (False, True))
+    equal(plain, load(single))
+    assert torch.equal(averaged.unet.conv_in.bias, plain.unet.conv_in.bias + 1)
+    assert any("plain weights are used, not the averaged ones (EMA)" in n for n in plain.notes)
+    assert any("averaged weights (EMA) used" in n for n in averaged.notes)
+    assert averaged.identity() == plain.identity() | {"ema": True}
+    convert(find(tmp_path / "ema.safetensors", ema=True), tmp_path / "out.safetensors")
+    assert torch.equal(load(tmp_path / "out.safetensors").unet.conv_in.bias, averaged.unet.conv_in.bias)
+    twins.pop(next(iter(twins)))
     save_file(state | twins | extra, tmp_path / "part.safetensors")
-    with pytest.raises(CheckpointError, match="are there for .* of"):
-        load(tmp_path / "part.safetensors")
+    equal(load(tmp_path / "part.safetensors"), load(single))
+    for path, said in (("part.safetensors", "are there for .* of"), (single, "no averaged weights")):
+        with pytest.raises(CheckpointError, match=said):
+            load(tmp_path / path, ema=True)
 
 
 def test_mixed_types_and_ranks(single, tmp_path):

@@ -102,7 +102,8 @@ SCHEDULER = Fields(
      "skip_prk_steps interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas sigma_min "
      "sigma_max final_sigmas_type solver_order algorithm_type solver_type lower_order_final euler_at_final "
      "lambda_min_clipped predict_x0 disable_corrector solver_p noise_sampler_seed flow_shift shift_terminal time_shift_type "
-     "original_inference_steps timestep_scaling": "of samplers in whose place DDIM samples, which a note says"})
+     "original_inference_steps timestep_scaling corrector_order predictor_order tau_func":
+     "of samplers in whose place DDIM samples, which a note says"})
 
 INDEX = Fields(
     "_class_name unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler force_zeros_for_empty_prompt",
@@ -125,7 +126,7 @@ def check(path: Path, config: Mapping[str, Any], fields: Fields, strangers: bool
     odd = [f"{k} = {short(config[k])} (supported: {', '.join(map(short, v))})" for k, v in fields.supported.items()
            if k in config and not any(_same(config[k], x) for x in v)]
     known = {*fields.used.split(), *fields.supported, *" ".join(fields.idle).split()}
-    odd += [f"{short(k)} = {short(v)} (not known)" for k, v in config.items() if not strangers and v and k not in known]
+    odd += [f"{k[:60]} = {short(v)} (not known)" for k, v in config.items() if not strangers and v and k not in known]
     if odd:
         raise CheckpointError(f"{path}: settings that this project does not know: {'; '.join(odd[:5])}"
                               f"{f'; and {len(odd) - 5} more' if len(odd) > 5 else ''}. They may change the pictures.")

@@ -155,6 +155,10 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     if len(set(layers)) > 1:
         raise CheckpointError(f"{path}: layers_per_block = {fields.short(c['layers_per_block'])}; one number for all levels is "
                               "supported.")
+    channels_in, channels_out = c.get("in_channels", 4), c.get("out_channels", 4)
+    if channels_out != channels_in:
+        raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels {fields.short(channels_in)}; as "
+                              "many are expected.")
     depth = per_level(c.get("transformer_layers_per_block", 1))
     if any(isinstance(d, (list, tuple)) for d in depth):
         raise CheckpointError(f"{path}: {DISTILLED}.")
@@ -162,7 +166,7 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
     vector = c.get("projection_class_embeddings_input_dim") if c.get("addition_embed_type") == "text_time" else None
     return UNetConfig(
-        in_channels=c.get("in_channels", 4), out_channels=c.get("out_channels", 4), channels=channels, layers_per_block=layers[0],
+        in_channels=channels_in, out_channels=channels_out, channels=channels, layers_per_block=layers[0],
         down_attention=tuple(kinds), mid_attention="cross", up_attention=tuple(kinds),
         depth=depth, heads=heads, context_dim=c.get("cross_attention_dim", 1280),
         linear_projection=bool(c.get("use_linear_projection", False)), vector_dim=vector,

@@ -1,0 +1,216 @@
+"""Configs of diffusers folders: published ones pass, and no field of any is passed over in silence."""
+import inspect
+import json
+import shutil
+
+import families
+import numpy as np
+import published
+import pytest
+import torch
+from oracles import diffusers, transformers
+from safetensors.torch import save_file
+
+import p2p
+from models.text import END, START, tokenizer
+from p2p import CheckpointError
+from p2p.schedule import ddim_schedule
+from weights import fields, scheduler
+from weights.convert import convert
+from weights.detect import scaled_linear
+from weights.load import find
+
+
+def laid_out(folder, files, **changed):
+    """Configs in their places, with weights of which the headers alone are asked. changed: of single files, None: gone."""
+    for name, config in (files | changed).items():
+        if config is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(config))
+    for part in {name.split("/")[0] for name in files if name.endswith("/config.json")}:
+        text = {"text_model.encoder.layers.0.layer_norm1.weight": torch.ones(1)}
+        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        save_file(text if part.startswith("text") else {"a": torch.ones(1)}, folder / part / f"{name}.safetensors")
+    return folder
+
+
+def changed(folder, file, **values):
+    where = folder / file
+    config = json.loads(where.read_text()) | values
+    where.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_published_configs_are_taken_as_they_are(name, tmp_path):
+    p = find(laid_out(tmp_path, published.MODELS[name]))
+    s, want = p.sampling, dict(published.MODELS[name]["scheduler/scheduler_config.json"])
+    assert p.prediction == ("v" if name == "sd2.1" else "eps")
+    assert s.timestep_spacing == want.get("timestep_spacing", "leading") and s.offset == want.get("steps_offset", 0)
+    assert s.clip == ((0.95, want["sample_max_value"]) if name.startswith("if") else None)
+    assert (s.final_alpha is None) == (not name.startswith("if"))
+    assert len(p.notes) == (0 if name in ("sd2.1", "if", "if upscaler") else 1)            # which sampler the folder names
+    assert [t.config.pad_id for t in p.text] == {"sd1": [END], "sd2": [0], "sd-": [0], "sdx": [END, 0]}.get(name[:3], [])
+    sides = {"sd1": 512, "sd2.1": 768, "sd-turbo": 512, "if": 64, "if upscaler": 256}
+    assert p.size == (sides.get(name, 1024),) * 2
+
+
+CLASSES = {"unet/config.json": [(fields.UNET, "UNet2DConditionModel"), (fields.DEEPFLOYD_UNET, "UNet2DConditionModel")],
+           "vae/config.json": [(fields.VAE, "AutoencoderKL")],
+           "scheduler": [(fields.SCHEDULER, name) for name in sorted(scheduler.ALIKE) if hasattr(diffusers, name)],
+           "model_index.json": [(fields.INDEX, "StableDiffusionPipeline"), (fields.INDEX, "StableDiffusionXLPipeline"),
+                                (fields.INDEX, "IFPipeline"), (fields.INDEX, "IFSuperResolutionPipeline")]}
+
+
+@pytest.mark.parametrize("table, name", [x for each in CLASSES.values() for x in each], ids=lambda x: x if isinstance(x, str) else "")
+def test_every_field_of_diffusers_is_in_a_table(table, name):
+    """Used, supported with some values, or idle for a reason; and each in one of these alone."""
+    kinds = [set(names) - {"_class_name"} for names in (table.used.split(), table.supported, " ".join(table.idle).split())]
+    asked = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self", "args", "kwargs"}
+    assert asked <= set().union(*kinds), asked - set().union(*kinds)
+    assert not (kinds[0] & kinds[1] or kinds[0] & kinds[2] or kinds[1] & kinds[2])
+    assert all(table.idle.values())
+
+
+def test_every_field_of_transformers_is_in_a_table():
+    asked = set(transformers.CLIPTextConfig().to_dict())
+    known = {*fields.TEXT.used.split(), *fields.TEXT.supported, *" ".join(fields.TEXT.idle).split()}
+    off = {k for k, v in transformers.CLIPTextConfig().to_dict().items() if not v}
+    assert asked - off <= known
+
+
+REFUSED = [   # file, field, value, what the message names
+    ("unet/config.json", "colour", 3, "colour = 3 .not known"), ("unet/config.json", "time_cond_proj_dim", 256, "time_cond_proj_dim"),
+    ("unet/config.json", "mid_block_type", None, "mid_block_type"), ("unet/config.json", "class_embed_type", "projection", "class_embed"),
+    ("unet/config.json", "transformer_layers_per_block", [[0], [2, 2], [4, 4]], "a distilled network .SSD-1B"),
+    ("unet/config.json", "addition_embed_type", "text_time", "addition_embed_type 'text_time' in a model of the family sd1"),
+    ("unet/config.json", "_class_name", "UNet3DConditionModel", "UNet3D"), ("unet/config.json", "out_channels", 8, "out_channels"),
+    ("vae/config.json", "_class_name", "AutoencoderTiny", "AutoencoderTiny"), ("vae/config.json", "shift_factor", 0.1, "shift_factor"),
+    ("vae/config.json", "latents_mean", list(range(1000)), "latents_mean"), ("vae/config.json", "latent_channels", 16, "16 channels"),
+    ("vae/config.json", "down_block_types", ["AttnDownEncoderBlock2D"], "AttnDown"), ("vae/config.json", "out_channels", 1, "gives 1"),
+    ("text_encoder/config.json", "model_type", "bert", "model_type = 'bert'"),
+    ("text_encoder/config.json", "layer_norm_eps", 1e-3, "layer_norm_eps"), ("text_encoder/config.json", "pruned_heads", {"0": [1]}, "pruned"),
+    ("text_encoder/config.json", "vocab_size", 49409, "knows 49409 tokens"), ("text_encoder/config.json", "hidden_act", "relu", "'relu'"),
+    ("tokenizer/tokenizer_config.json", "tokenizer_class", "BertTokenizer", "BertTokenizer"),
+    ("tokenizer/tokenizer_config.json", "model_max_length", 60, "model_max_length 60"),
+    ("tokenizer/special_tokens_map.json", "pad_token", "[PAD]", "pads with .*PAD"),
+    ("scheduler/scheduler_config.json", "_class_name", "LCMScheduler", "LCMScheduler.*few steps"),
+    ("scheduler/scheduler_config.json", "_class_name", "TCDScheduler", "TCDScheduler.*few steps"),
+    ("scheduler/scheduler_config.json", "_class_name", "EDMEulerScheduler", "EDM model"),
+    ("scheduler/scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler", "flow model"),
+    ("scheduler/scheduler_config.json", "_class_name", "MyScheduler", "MyScheduler', which this project does not know"),
+    ("scheduler/scheduler_config.json", "_class_name", 3, "3, which is no name"),
+    ("scheduler/scheduler_config.json", "timestep_spacing", "uneven", "'uneven'; supported: leading, trailing, linspace"),
+    ("scheduler/scheduler_config.json", "timestep_type", "continuous", "timestep_type"),
+    ("scheduler/scheduler_config.json", "use_flow_sigmas", True, "use_flow_sigmas"),
+    ("scheduler/scheduler_config.json", "trained_betas", [2.0] * 1000, "trained_betas"),
+    ("scheduler/scheduler_config.json", "steps_offset", -1, "steps_offset"),
+    ("scheduler/scheduler_config.json", "thresholding", True, "thresholding"),
+    ("scheduler/scheduler_config.json", "beta_end", 0.0001, "no noise schedule"),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 500, "num_train_timesteps"),
+    ("scheduler/scheduler_config.json", "warp", 9, "warp = 9"),
+    ("model_index.json", "unet", ["my_module", "MyUNet"], "MyUNet"), ("model_index.json", "controlnet", ["diffusers", "X"], "controlnet"),
+    ("model_index.json", "text_encoder", ["transformers", "BertModel"], "BertModel"),
+]
+
+
+@pytest.mark.parametrize("file, field, value, said", REFUSED)
+def test_what_changes_pixels_and_is_not_done_is_refused_by_name(tmp_path, file, field, value, said):
+    folder = changed(laid_out(tmp_path, published.SD1), file, **{field: value})
+    with pytest.raises(CheckpointError, match=said) as error:
+        find(folder)
+    assert len(str(error.value)) < 500                                           # never a thousand numbers
+
+
+def test_a_refiner_and_another_vocabulary_are_named(tmp_path):
+    refiner = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
+    with pytest.raises(CheckpointError, match="an SDXL refiner"):
+        find(changed(laid_out(tmp_path / "r", published.SDXL), "unet/config.json", **refiner))
+    folder = laid_out(tmp_path / "v", published.SD1)
+    words = {{START: "<|startoftext|>", END: "<|endoftext|>"}.get(i, w): i for w, i in tokenizer().encoder.items()}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(dict(reversed(words.items()))))
+    assert find(folder).family == "sd1"
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words | {"cat</w>": 1, "a": 2368}))
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        find(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------- scheduler
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers(spacing):
+    abar = scaled_linear()
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
+    for steps in [*range(1, 101), 150, 200, 250, 333, 500, 999]:
+        theirs.set_timesteps(steps)
+        assert list(ddim_schedule(abar, steps, spacing=spacing).timesteps) == theirs.timesteps.tolist()[:steps], steps
+
+
+def test_an_unknown_spacing_is_refused():
+    with pytest.raises(p2p.UsageError, match="'uneven' is not known; known: leading, trailing, linspace"):
+        ddim_schedule(scaled_linear(), 5, spacing="uneven")
+
+
+SAID = [dict(timestep_spacing="trailing"), dict(timestep_spacing="linspace", set_alpha_to_one=True), dict(steps_offset=0),
+        dict(set_alpha_to_one=...), dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"),
+        dict(trained_betas=np.linspace(1e-4, 0.02, 1000).tolist()), dict(beta_start=0.0005, beta_end=0.02)]
+
+
+@pytest.fixture(scope="module")
+def sd1_folder(tmp_path_factory):
+    parts = families.build("sd1")
+    return families.save(parts, tmp_path_factory.mktemp("sd1") / "folder", "sd1")
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_folder_is_sampled_as_its_scheduler_config_says(sd1_folder, tmp_path, said):
+    """Read by diffusers' DDIMScheduler: timesteps, levels and predictions at every step count; and once more when converted."""
+    folder = changed(shutil.copytree(sd1_folder, tmp_path / "m"), "scheduler/scheduler_config.json", **said)
+    theirs, model = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), p2p.load(folder, device="cpu")
+    assert {"eps": "epsilon", "v": "v_prediction"}[model.prediction] == theirs.config.prediction_type
+    for name in ("out", "out.safetensors"):
+        convert(find(folder), tmp_path / name)
+        again = p2p.load(tmp_path / name, device="cpu", prediction=model.prediction)
+        one, other = again.schedule(7), model.schedule(7)
+        assert one.timesteps == other.timesteps and one.alphas == pytest.approx(other.alphas, abs=1e-9)
+    for steps in (1, 4, 10, 50):
+        theirs.set_timesteps(steps)
+        ours = model.schedule(steps)
+        assert list(ours.timesteps) == theirs.timesteps.tolist()
+        levels = [theirs.alphas_cumprod[t].item() for t in ours.timesteps] + [float(theirs.final_alpha_cumprod)]
+        assert ours.alphas == pytest.approx(levels, rel=2e-4, abs=1e-6)
+
+
+def test_a_run_of_a_trailing_folder_is_that_of_diffusers(sd1_folder, tmp_path):
+    """Few steps from pure noise, as Turbo models are sampled: the pictures of a whole DDIM run are theirs."""
+    folder = changed(shutil.copytree(sd1_folder, tmp_path / "m"), "scheduler/scheduler_config.json", timestep_spacing="trailing")
+    model, theirs = p2p.load(folder, device="cpu"), diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    x = x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs.set_timesteps(4)
+    context = model.text(["a cat"])
+    for t in theirs.timesteps:
+        with torch.no_grad():
+            x = theirs.step(model.unet(x, int(t), context)[0], t, x).prev_sample
+    got = p2p.generate(model, "a cat", steps=4, guidance_scale=0, x_T=x_T, height=16, width=16).latents
+    assert (got - x).abs().max() < 1e-4 * x.std()
+
+
+def test_empty_prompts_of_sdxl_are_zeros_only_where_its_index_says_so(tmp_path):
+    for said in (True, False):
+        folder = laid_out(tmp_path / str(said), published.SDXL)
+        assert find(changed(folder, "model_index.json", force_zeros_for_empty_prompt=said)).zero_negative is said
+
+
+def test_zero_terminal_snr_with_a_prediction_of_noise_says_so(sd1_folder, tmp_path):
+    folder = changed(shutil.copytree(sd1_folder, tmp_path / "m"), "scheduler/scheduler_config.json", timestep_spacing="trailing")
+    asked = p2p.load(folder, device="cpu", zero_snr=True)
+    with pytest.raises(p2p.UsageError, match="t = 999 there is nothing but noise"):
+        p2p.generate(asked, "a cat", steps=2, height=16, width=16)
+
+
+@pytest.mark.parametrize("bound", [dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0),
+                                   dict(thresholding=False, clip_sample_range=0.7), dict(thresholding=False, clip_sample=False)])
+def test_pixels_are_bounded_as_the_config_says(tmp_path, bound):
+    folder = changed(laid_out(tmp_path, published.IF), "scheduler/scheduler_config.json", **bound, variance_type="fixed_small")
+    s = find(folder).sampling
+    assert s.clip == ((0.9, 2.0) if bound["thresholding"] else bound.get("clip_sample_range")) and not s.learned_variance
