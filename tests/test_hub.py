@@ -88,10 +88,12 @@ def hub(tmp_path_factory):
     (both / "handler.py").write_text("raise SystemExit('code from the Hub was run')")
     (both / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"never read")
     families.save(parts, root / "shards", "sd1", max_shard_size="300KB")
+    parts["vae"].save_pretrained(root / "vae")
     (root / "several").mkdir()
     for n in "ab":
         (root / "several" / f"{n}.safetensors").write_bytes(b"0")
-    return Stub({"org/both": both, "org/shards": root / "shards", "org/several": root / "several", "org/gated": both})
+    return Stub({"org/both": both, "org/shards": root / "shards", "org/several": root / "several", "org/gated": both,
+                 "org/vae": root / "vae"})
 
 
 INSPECT = """
@@ -103,7 +105,7 @@ from p2p.cli import main
 
 def run(repo):
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        return main(["inspect", repo]), out.getvalue(), err.getvalue()
+        return main(["inspect", *repo.split()]), out.getvalue(), err.getvalue()
 
 print(json.dumps([run(repo) for repo in sys.argv[1:]]))
 """
@@ -137,6 +139,15 @@ def test_shards_are_followed(hub, tmp_path):
     [(code, _, wrong)] = inspect(hub, ["org/shards"], tmp_path)
     assert code == 0, wrong
     assert sum("-of-" in f and f.startswith("unet") for f in hub.asked) > 1
+
+
+def test_of_an_autoencoder_no_more_is_fetched(hub, tmp_path, sd1_file):
+    """From a repository of one, or that of a whole model."""
+    for repo, part in (("org/vae", ""), ("org/both", "vae/")):
+        hub.asked.clear()
+        [(code, out, wrong)] = inspect(hub, [f"{sd1_file} --vae {repo}"], tmp_path)
+        assert code == 0 and f"autoencoder from {repo}" in out, wrong
+        assert sorted(hub.asked) == [f"{part}config.json", f"{part}diffusion_pytorch_model.safetensors"]
 
 
 def refused(answer, *messages):

@@ -85,7 +85,8 @@ def by_name(file: TensorFile) -> None:
 
 def _by_shapes(s: Shapes) -> str | None:
     """Kinds whose tensors have no names of their own."""
-    if 0 < len(s) <= 2 and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
+    words = 0 < len(s) <= 2 and not any(k.endswith((".weight", ".bias")) for k in s)
+    if words and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
         return EMBEDDING
     tiny = bool(s) and all(re.fullmatch(r"\d+\.(conv\.\d+\.|skip\.)?(weight|bias)", k) for k in s)
     if tiny or any(k.startswith(("decoder.layers.", "encoder.layers.")) and len(v) == 4 for k, v in s.items()):
