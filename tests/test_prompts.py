@@ -52,7 +52,7 @@ def test_no_prompt_takes_long_to_check(prompt):
 
 
 def test_every_entrance_checks(emoji, monkeypatch):
-    monkeypatch.setattr("p2p.start.draw", None)   # nothing is computed
+    monkeypatch.setattr(p2p.Model, "predict", None)   # nothing is computed
     bad, good, picture = "a (dog:1.4)", "a dog", Image.new("RGB", (64, 64))
     for enter in (lambda: p2p.generate(emoji, [good, bad]), lambda: p2p.edit(emoji, bad, good), lambda: p2p.edit(emoji, good, bad),
                   lambda: p2p.edit(emoji, good, [p2p.Edit(bad)]), lambda: p2p.invert(emoji, picture, bad), lambda: p2p.trace(emoji, bad)):
