@@ -89,7 +89,9 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:   # before it decodes, Pillow refuses more than 179 million pixels
-        return upright(image)
+        found = upright(image)
+        found.format = image.format   # which a copy does not keep
+        return found
 
 
 def upright(image: Image.Image) -> Image.Image:

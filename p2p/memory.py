@@ -31,7 +31,7 @@ def machine(device: torch.device = CPU) -> int | None:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for file in _limits():
         with suppress(OSError, ValueError):               # no such file, or "max": no limit
-            found.append(int(file.read_text()))
+            found.append(int(file.read_text(encoding="utf-8")))
     return min(found, default=None)
 
 
@@ -40,7 +40,7 @@ def _limits() -> Iterator[Path]:
     root = Path("/sys/fs/cgroup")
     yield root / "memory" / "memory.limit_in_bytes"
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             own = root / line.rpartition(":")[2].lstrip("/")
             if line.startswith("0::"):
                 yield from (folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(root))

@@ -321,7 +321,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype, held=held)
     flag("compile", compile), flag("offload", offload), flag("ema", ema), flag("zero_snr", zero_snr)
     tile = None if tile is None else whole("tile, in latents,", tile, least=8)
-    clip_skip = 0 if clip_skip is None else whole("clip_skip", clip_skip, least=0)
+    clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
     package = weights.load.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
     dtype = dtype or (torch.float32 if device.type == "cpu" else weights.load.stored(package.unet))

@@ -151,7 +151,7 @@ def published_blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
     if len(two) < 2:
         raise UsageError(f'blended_word "{item.blended}": one word, at which the published scripts stop')
     source, target = (_equal(model, prompt, word) for prompt, word in zip((item.source, item.target), two))
-    words = {"words": [source, target]} if source or target else {"mask": to_base64(torch.zeros(1, 1))}
+    words = {"words": [source, target]} if source or target else {"mask": to_base64(Image.new("L", (1, 1)))}
     return {"local_blend": {**words, "keep": keep}} | ({"equalizer": dict.fromkeys(target, 2.0)} if target else {})
 
 

@@ -147,7 +147,7 @@ SIZES = {  # of a small Stable Diffusion folder: file, field, value
     "unet/config.json": {
         "layers_per_block": [10**6, -1, 0, 1.5, "2", True, [2] * 17, [[2, 2]], 10**30],
         "block_out_channels": [[10**9, 10**9], [-32, 64], [], 5, "x", [32] * 10**5, {"a": 1}],
-        "transformer_layers_per_block": [10**6, [0, 1]],
+        "transformer_layers_per_block": [10**6, [-1, 1]],
         "attention_head_dim": [0, "8"],
         "cross_attention_dim": [2**40],
         "sample_size": [-8, [8, "x"], 10**9],
