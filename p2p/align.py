@@ -107,10 +107,10 @@ def is_swap(source: Tokens, target: Tokens) -> bool:
 
     "a huge dog on grass" -> "a dog on foggy grass" is none: every word from "huge" to "foggy" would take its neighbour's map.
     """
-    a, b = ([word for word, _ in words(prompt)][:READ] for prompt in (source, target))
-    in_place = sum(u == v for u, v in zip(a, b))
-    shared = sum(i is not None for i in _global_alignment(a, b, mismatch=-2))
-    return len(words(source)) == len(words(target)) and in_place == shared
+    a, b = ([word for word, _ in words(prompt)] for prompt in (source, target))
+    in_place = sum(u == v for u, v in zip(a[:READ], b[:READ]))
+    shared = sum(i is not None for i in _global_alignment(a[:READ], b[:READ], mismatch=-2))
+    return len(a) == len(b) and in_place == shared
 
 
 def _cut(t: Tokens, length: int) -> list[int]:

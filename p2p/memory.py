@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from models.attention import Record
 from models.blocks import Maps
-from models.unet import UNet
+from models.unet import UNet, UNetConfig
 from p2p.errors import UsageError
 from p2p.model import Model
 
@@ -102,9 +103,13 @@ def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
 
 def seen(model: Model, shape: tuple[int, ...], record: Record) -> Maps:
     """What the network would record of one row of latents (C, H, W): tensors that have a shape and no memory."""
-    c = model.unet.config
+    return _seen(model.unet.config, model.length if model.text_encoders else 0, shape, record)
+
+
+@lru_cache(maxsize=8)   # every edit of a traced source asks, and a large network takes a second to lay out
+def _seen(c: UNetConfig, length: int, shape: tuple[int, ...], record: Record) -> Maps:
     with torch.device("meta"):
-        told = dict(context=torch.zeros(1, model.length if model.text_encoders else 0, c.text_dim or c.context_dim))
+        told = dict(context=torch.zeros(1, length, c.text_dim or c.context_dim))
         if c.vector_dim:
             told["vector"] = torch.zeros(1, c.vector_dim)
         if c.low_channels:

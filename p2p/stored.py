@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.attention import Record
-from models.unet import UNet, UNetConfig
 from p2p.errors import UsageError
 from p2p.image import from_base64
+from p2p.memory import seen
 from weights.untrusted import parse_object
 
 if TYPE_CHECKING:
@@ -126,20 +125,10 @@ def check_for(model: Model, found: Inversion) -> None:
     if found.null_context is not None and found.null_context.shape[1:] != told:
         raise UsageError(f"null_context is {_said(found.null_context)}; this model's text has {told} a step")
     if found.queries is not None:
-        given = {k: tuple(v.shape[1:]) for k, v in found.queries.items()}
-        if given != _queries(model.unet.config, tuple(found.latents.shape[1:]), model.length):
+        given = {k: v.shape[1:] for k, v in found.queries.items()}
+        wanted = seen(model, tuple(found.latents.shape[1:]), Record(queries=True))
+        if given != {f"{site}.{part}": x.shape[1:] for site, qk in wanted.items() for part, x in zip("qk", qk)}:
             raise UsageError("its queries are not those of this model at its size: trace it again")
-
-
-@lru_cache(maxsize=4)
-def _queries(config: UNetConfig, shape: tuple[int, ...], length: int) -> dict[str, tuple[int, ...]]:
-    """(N, h d) of all queries and keys of a step, by SITE.q and SITE.k."""
-    with torch.device("meta"):
-        told = dict(context=torch.zeros(1, length, config.text_dim or config.context_dim))
-        if config.vector_dim:
-            told["vector"] = torch.zeros(1, config.vector_dim)
-        _, seen = UNet(config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
-    return {f"{site}.{part}": tuple(x.shape[1:]) for site, qk in seen.items() for part, x in zip("qk", qk)}
 
 
 def picture(file: str | Path, text: Any, latents: Tensor) -> Image.Image | None:

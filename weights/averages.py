@@ -1,32 +1,11 @@
 """Averaged weights (EMA) of the UNet, which some files hold beside the plain ones."""
 from __future__ import annotations
 
-from pathlib import Path
-
-from torch import Tensor
-
 from weights import keys
 from weights.errors import CheckpointError
-from weights.files import TensorFile
+from weights.files import Renamed, TensorFile
 
 EMA = "model_ema."
-
-
-class _Averaged(TensorFile):
-    """A file whose UNet tensors are read from their averaged (EMA) twins."""
-
-    def __init__(self, file: TensorFile, twins: dict[str, str]):
-        self._file, self._twins = file, twins
-        self.path, self.metadata = file.path, file.metadata
-        self.shapes = file.shapes | {k: file.shapes[t] for k, t in twins.items()}
-        self.dtypes = file.dtypes | {k: file.dtypes[t] for k, t in twins.items()}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._file[self._twins.get(key, key)]
-
-    @property
-    def files(self) -> list[Path]:
-        return self._file.files
 
 
 def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
@@ -49,4 +28,4 @@ def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
         raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {there} of {len(twins)} UNet tensors; leave out "
                               "ema to use the plain ones.")
     notes.append("averaged weights (EMA) used")
-    return _Averaged(file, twins)
+    return Renamed(file, {k: k for k in file.shapes} | twins)

@@ -224,7 +224,7 @@ def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: to
 
     shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, by either name or both
     if shared in file.shapes:
-        file = Renamed(file, {embedding: shared})
+        file = Renamed(file, {k: k for k in file.shapes} | {embedding: shared})
     state = {}
     for name, tensor in read_tensors(Part(file, "encoder.", "own", None), lambda _: tower.encoder, "T5"):
         # transformers keeps these wide too: the values that they give overflow float16

@@ -164,20 +164,20 @@ class PickledFile(_MappedFile):
 
 
 class Renamed(TensorFile):
-    """A file some of whose tensors go by further names."""
+    """A file whose tensors go by other names: new to old, these tensors alone."""
 
     def __init__(self, file: TensorFile, names: dict[str, str]):
         self._file, self._names = file, names
         self.path, self.metadata = file.path, file.metadata
-        self.shapes = file.shapes | {new: file.shapes[old] for new, old in names.items()}
-        self.dtypes = file.dtypes | {new: file.dtypes[old] for new, old in names.items()}
+        self.shapes = {new: file.shapes[old] for new, old in names.items()}
+        self.dtypes = {new: file.dtypes[old] for new, old in names.items()}
 
     @property
     def files(self) -> list[Path]:
         return self._file.files
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._file[self._names.get(key, key)]
+        return self._file[self._names[key]]
 
 
 def open_file(path: Path) -> TensorFile:

@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from models.text import CLIP_L, END, START, TextConfig, tokenizer
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from weights import fields, scheduler
 from weights.detect import Package, Part, check_widths, count, for_family, unused_hf
 from weights.errors import CheckpointError
-from weights.files import INDEX, TensorFile, open_file
+from weights.files import INDEX, Renamed, TensorFile, open_file
 from weights.refuse import DISTILLED
 from weights.scheduler import Sampling, scaled_linear
 from weights.sizes import check_sizes
@@ -218,8 +216,9 @@ def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: b
     ignored = ("embeddings.position_ids", *(() if pooled else unused_hf(n, family)),
                *(f"encoder.layers.{i}." for i in range(n, there)))
     pad_id, configs = read_tokenizer(path / name.replace("text_encoder", "tokenizer"), config)
-    part = Part(_Flat(file, prefix) if pooled and prefix else file, "" if pooled else prefix, "hf", replace(config, pad_id=pad_id),
-                ignored)
+    if pooled:   # its projection stands outside of the prefix: read as if nothing did
+        file, prefix = Renamed(file, {k.removeprefix(prefix): k for k in file.shapes}), ""
+    part = Part(file, prefix, "hf", replace(config, pad_id=pad_id), ignored)
     return part, [where, *configs]
 
 
@@ -244,20 +243,3 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
     if pad not in (None, *PADS):
         raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
     return PADS.get(pad, config.pad_id), found
-
-
-class _Flat(TensorFile):
-    """A text tower whose projection stands outside of `text_model.`: read as if nothing did."""
-
-    def __init__(self, file: TensorFile, prefix: str):
-        self._file, self._names = file, {k.removeprefix(prefix): k for k in file.shapes}
-        self.path, self.metadata = file.path, file.metadata
-        self.shapes = {k: file.shapes[v] for k, v in self._names.items()}
-        self.dtypes = {k: file.dtypes[v] for k, v in self._names.items()}
-
-    @property
-    def files(self) -> list[Path]:
-        return self._file.files
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._file[self._names[key]]
