@@ -111,9 +111,11 @@ def _ready(model: Model, job: Job) -> Ready:
     if job.image.exists() and not job.image.is_file():   # to open a pipe would wait for ever
         raise UsageError(f"{job.image}: not a file")
     said = {**job.inverting, **job.sampling}
-    fit, path, picture = said.pop("fit"), said.pop("path"), open_picture(job.image)
-    if fit == "square":
-        picture = square(picture, (said["height"], said["width"]))
+    path, picture = said.pop("path"), open_picture(job.image)
+    if said["fit"] == "square":
+        picture, said["fit"] = square(picture, (said["height"], said["width"])), None
+    if said["fit"] == "own":
+        said |= {"height": None, "width": None}
     source = invert(model, picture, job.source, **settings_read(said["method"], said))
     if path == "resampled":
         source = resampled(model, source)

@@ -50,7 +50,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-            "final_alpha": args.final_alpha, "editor": args.editor, "proximal": options.proximal(args),
+            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor, "proximal": options.proximal(args),
             "negative_prompt": args.negative}
     return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from p2p.blend import LocalBlend
 from p2p.errors import UsageError
-from p2p.image import from_base64
+from p2p.image import FITS, from_base64
 from p2p.invert import METHODS
 from p2p.lines import shown
 from p2p.run import _proximal, find_editor
@@ -174,7 +174,7 @@ FIELDS: dict[str, Check] = {
     "inversion_guidance": (_number(), "one finite number"),
     "inner_steps": (_whole(1), "one number, whole and from 1"),
     "final_alpha": (_number(math.nextafter(0, 1), 1), "one number above 0, at most 1"),
-    "fit": _one_of("cover", "square"),
+    "fit": _one_of(*FITS, "square"),
     "path": _one_of("inverted", "resampled"),
     # what else `edit` takes
     "editor": (_editor, "an editor's name, or an object with its name and fields"),

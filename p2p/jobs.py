@@ -32,7 +32,7 @@ from p2p.run import Result
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
-             "fit": "cover", "path": "inverted"}   # the last two: see `protocol.square`, `protocol.resampled`
+             "fit": "crop", "path": "inverted"}   # see `invert`; "square" and the last: `protocol.square`, `protocol.resampled`
 OTHERS = ("proximal", "editor", "negative_prompt")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
@@ -104,6 +104,8 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     method = said.get("method", DEFAULT)
     if pictured and (unread := [k for k, methods in READ_BY.items() if k in own_settings and method not in methods]):
         raise UsageError(f"{', '.join(unread)}: {method} inversion does not read it; leave it out")
+    if said.get("fit") == "own" and {"height", "width"} & said.keys():
+        raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
     edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
     usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}

@@ -53,7 +53,7 @@ class Method:
     aligner: Literal["exact", "official"] = "official"
     blend: Literal["first two", "phrases"] | None = "first two"   # how blended_word is read, see `published_blend`, `blend`
     keep: Literal["stored", "sampled"] = "sampled"     # what stands outside of a blend's mask
-    fit: Literal["cover", "square"] = "square"         # how the picture comes to the model's size, see `square`
+    fit: Literal["crop", "square"] = "square"         # how the picture comes to the model's size, see `square`
     jpeg: bool = True      # results lie under their pictures' names: of a .jpg, JPEG of Pillow's quality (75) is judged
 
 
@@ -83,7 +83,7 @@ PUBLISHED: dict[str, Method] = {
 CORRECTED: dict[str, Method] = {
     name if editor is None else f"{name}, {editor}": Method(
         name, editor, seed=0, guidance_scale=None, mode=None, aligner="exact", blend="phrases", keep="stored",
-        fit="cover", jpeg=False)
+        fit="crop", jpeg=False)
     for name in METHODS for editor in (None, *EDITORS)}
 GROUPS = {   # names that stand for several: the tables' main rows, and the corrected rows of the same inversions and editors
     "published": [name for name in PUBLISHED if "_" not in name],

@@ -110,7 +110,7 @@ def test_edit_friendly_replaces_where_the_prompts_have_as_many_words(emoji):
 def test_corrected_rows_choose_modes_and_fail_where_words_are_missing(emoji):
     said = told("direct", emoji, "a red cat on grass", "a red dog on grass", "red cat dog")
     assert said["local_blend"] == {"words": ["red cat", "dog"], "keep": "stored"} and said["equalizer"] == {"dog": 2.0}
-    assert "mode" not in said and said["aligner"] == "exact" and said["fit"] == "cover" and said["method"] == "direct"
+    assert "mode" not in said and said["aligner"] == "exact" and said["fit"] == "crop" and said["method"] == "direct"
     with pytest.raises(UsageError, match="blended_word"):
         told("direct", emoji, "a red cat on grass", "a red dog on grass", "lion dog")
     assert told("ddim, plug-and-play", emoji)["editor"] == "plug-and-play"
