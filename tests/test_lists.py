@@ -194,11 +194,11 @@ def test_what_can_be_meant_is_read(emoji, tmp_path):
 
 def test_pictures_of_a_list_are_fitted_as_those_of_the_command_line(emoji, tmp_path):
     """One vocabulary: what `invert` takes, the list's default too, and the published runs' square."""
-    Image.linear_gradient("L").convert("RGB").resize((128, 64)).save(tmp_path / "wide.png")
+    Image.radial_gradient("L").convert("RGB").resize((160, 90)).save(tmp_path / "wide.png")
     line = BASE | {"image": "wide.png", "method": "ddim", "steps": 1}
     found = {fit: batch._ready(emoji, jobs.parse(line | {"fit": fit}, 1, tmp_path, emoji)) for fit in ("crop", "pad", "own", "square")}
     sizes = {fit: ready.start.size for fit, ready in found.items()}
-    assert sizes == {"crop": (64, 64), "pad": (64, 64), "own": (46, 90), "square": (64, 64)}   # as many pixels, in multiples of 2
+    assert sizes == {"crop": (64, 64), "pad": (64, 64), "own": (48, 86), "square": (64, 64)}   # as many pixels, in multiples of 2
     first, *others = (ready.start.x[0] for fit, ready in found.items() if fit != "own")
     assert not any(torch.equal(first, x) for x in others)
     assert jobs.parse(line, 1, tmp_path, emoji, {"fit": "pad"}).inverting["fit"] == "pad"
