@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
                 lines = {"PSNR of the reconstruction, dB": [v for v, _ in numbers["PSNR"]]}
                 save_png(a.folder / "figure-11-curve.png", curves(numbers["guidance"], lines, "guidance of the sampling"))
             text = json.dumps({"figure": name, "steps": a.steps, "numbers": numbers}, indent=1)
-            file.with_suffix(".json").write_text(text + "\n")
+            file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
             print(text)
         print(f"{file} ({time.time() - started:.0f} s)", flush=True)
 

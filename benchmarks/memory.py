@@ -35,7 +35,7 @@ def peak(side: str, name: str, device: torch.device) -> int:
     if peer:
         import diffusers  # noqa: F401
     before = 0 if gpu else resident()
-    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype, last=not peer)
+    net = ours(size.width, device, dtype, torch.float16 if side.endswith("half") else dtype)
     x, t, context = inputs(size, device, dtype)
     f = formula("swap", device, dtype)
     edit = as_edit("swap", f) if side.startswith("edit") else None
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {what} | {value:.3f} | {'' if goal is None else goal} |")
     if a.file:
         said = {"size": a.size, "device": a.device, "torch": torch.__version__, "bytes": bytes_}
-        a.file.write_text(json.dumps(said, indent=1) + "\n")
+        a.file.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

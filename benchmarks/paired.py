@@ -24,6 +24,7 @@ from torch import Tensor
 import p2p
 from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
+from p2p.invert import settings_read
 from weights.emoji import recogniser
 from weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
@@ -128,7 +129,8 @@ def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model)
             (before, mask_a), (truth, mask_b) = render(a), render(b)
             picture, truth = (from_pil(to_pil(v)[0]) for v in (before, truth))     # as a file would hold them
             started = time.perf_counter()
-            inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps, seed=i, **inverting)
+            inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps,
+                                  **settings_read(name, {"seed": i}), **inverting)
             r = p2p.edit(model, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
             seconds = time.perf_counter() - started
             again, made = (from_pil(image) for image in r.images)
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
                 result |= {"kinds": result["kinds"] | new["kinds"], "peak MB": max(result["peak MB"], new["peak MB"])}
             else:
                 result["failed"] = f"{kind}: " + (done.stderr.strip().splitlines() or ["no output"])[-1]
-            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n")
+            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             if "failed" in result:
                 break
         results = _done(a.folder, run)
@@ -204,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
     whole = {**run, "kinds": asked, "figures": FIGURES, "methods": results}
-    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n")
+    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(a.folder / "paired.md")
 
 
@@ -215,7 +217,7 @@ def _file(folder: Path, method: str) -> Path:
 
 def _done(folder: Path, run: dict) -> dict[str, dict]:
     """What runs of these settings have left in the folder; failures are tried again."""
-    found = {m: json.loads(_file(folder, m).read_text()) for m in METHODS if _file(folder, m).exists()}
+    found = {m: json.loads(_file(folder, m).read_text(encoding="utf-8")) for m in METHODS if _file(folder, m).exists()}
     return {m: {k: v for k, v in r.items() if k != "run"} for m, r in found.items() if r["run"] == run}
 
 

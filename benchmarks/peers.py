@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionEdit
-from models.layers import channels_last, wide
+from models.layers import wide
 from models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
 from models.unet import SD1, UNet
 from p2p.edit import whose_text
@@ -31,16 +31,15 @@ class Size(NamedTuple):
 SIZES = {"nano-32": Size(96, 32), "nano-64": Size(96, 64), "mid": Size(320, 32), "full": Size(320, 64)}
 
 
-def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None, last: bool = True) -> UNet:
-    """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen. last: kernels laid out
-    as they are when loaded, not as diffusers has them."""
+def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype | None = None) -> UNet:
+    """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen."""
     with torch.device("meta"):
         net = UNet(replace(SD1, channels=tuple(width * m for m in (1, 2, 4, 4))))
     large, g, state = wide(net), torch.Generator().manual_seed(0), {}
     for name, p in net.state_dict().items():
         t = torch.randn(p.shape, generator=g) * (0.7 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
         t = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and name in large else dtype)
-        state[name] = channels_last(t) if last else t
+        state[name] = t
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 

@@ -34,7 +34,7 @@ def make(folder: Path, n: int) -> None:
             swapped = [list(OBJECTS)[int(s.thing[i, 0])] for s in (source, target)]
             mapping[key] = {"image_path": str(path), "original_prompt": a, "editing_prompt": b, "editing_type_id": str(k),
                             "blended_word": " ".join(swapped) if kind == "swap" else "", "mask": runs(edited)}
-    (folder / "mapping_file.json").write_text(json.dumps(mapping, indent=1) + "\n")
+    (folder / "mapping_file.json").write_text(json.dumps(mapping, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

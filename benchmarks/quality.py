@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             text = f"{value:8.3f}" if isinstance(value, float) else f"{value[0]:8.3f} +- {value[1]:.3f}"
             print(f"    {key:28} {text}", flush=True)
     if a.json:
-        with open(a.json, "w") as f:
+        with open(a.json, "w", encoding="utf-8") as f:
             json.dump(report, f, indent=1)
 
 

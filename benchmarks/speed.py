@@ -26,7 +26,7 @@ import p2p
 from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
 from models.attention import AttentionEdit, Record
 from models.blocks import Maps
-from models.layers import arranged
+from models.layers import keep_freed_memory
 from models.unet import Time, UNet
 from p2p.batch import Batch, run
 from p2p.blend import Blend, local_blend, word_maps
@@ -90,8 +90,8 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
     if name != "full":
         sides |= around(net, x, at, context, edit)
-    with arranged(net):
-        m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
+    keep_freed_memory(device)
+    m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))
     rows = [(f"{name}: edit / plain step", one / m["plain"], 1.03),
@@ -160,7 +160,7 @@ def lists(repeats: int, device: torch.device) -> list[Row]:
     with tempfile.TemporaryDirectory() as made:
         jobs = Path(made) / "jobs.jsonl"
         asked = [{"source": a, "targets": [b], "steps": 20, "seed": i} for i, (a, b) in enumerate(prompts)]
-        jobs.write_text("\n".join(map(json.dumps, asked)))
+        jobs.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
 
         def listed() -> None:
             run(Batch(jobs, Path(tempfile.mkdtemp(dir=made)), {"source": "emoji"}, str(device), quiet=True))
@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     if a.file:
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} CPU threads"
         a.file.write_text(json.dumps({"where": where, "torch": torch.__version__, "repeats": a.repeats,
-                                      "rows": [dict(zip(("measure", "measured", "goal"), r)) for r in rows]}, indent=1) + "\n")
+                                      "rows": [dict(zip(("measure", "measured", "goal"), r)) for r in rows]}, indent=1) + "\n",
+                          encoding="utf-8")
 
 
 if __name__ == "__main__":

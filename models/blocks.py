@@ -89,8 +89,10 @@ class ResnetBlock(nn.Module):
         """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and shift (..., 2 out)"""
         return self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))
 
-    def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
-        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`."""
+    def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None,
+                rows: Tensor | None = None) -> Tensor:
+        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`; rows (B,) long:
+        whose residual each row adds to its own skip connection (Plug-and-Play's features)."""
         h = self.conv1(self.resample(self.act(self.norm1(x))))                   # (B, out, H, W)
         if time is None:
             h = self.norm2(h)
@@ -100,6 +102,7 @@ class ResnetBlock(nn.Module):
         else:
             h = self.norm2(h + time[:, :, None, None])
         h = self.conv2(self.act(h))
+        h = h if rows is None else h.index_select(0, rows)
         x = self.resample(x)
         h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return h if self.style.out_scale == 1 else h / self.style.out_scale

@@ -1,13 +1,14 @@
 """DeepFloyd IF's text: T5's encoder through transformers, or prompts that were encoded beforehand."""
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class T5Encoder(nn.Module):
 
 
 class EncodedPrompts(nn.Module):
-    """Prompts with their embeddings and tokens, in place of the tower that made them.
+    """Prompts with their embeddings and tokens, in place of the tower that made them (read by `weights.deepfloyd`).
 
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its text and
     [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
@@ -83,19 +84,13 @@ class EncodedPrompts(nn.Module):
         return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows))
 
     def save(self, file: str | Path) -> None:
-        save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file,
-                  {"prompts": json.dumps(self.prompts), "tokens": json.dumps([self.split[p] for p in self.prompts])})
-
-    @staticmethod
-    def load(file: str | Path) -> EncodedPrompts:
-        """Raises ValueError, KeyError or SafetensorError for other files."""
-        with safe_open(file, "pt") as f:
-            said, embeddings = f.metadata() or {}, f.get_tensor("prompt_embeds")
-        prompts = json.loads(said["prompts"])
-        tokens = [Tokens(text, ids, [tuple(s) for s in spans]) for text, ids, spans in json.loads(said["tokens"])]
-        if embeddings.ndim != 3 or not len(prompts) == len(tokens) == len(embeddings):
-            raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and embeddings of the shape {tuple(embeddings.shape)}")
-        return EncodedPrompts(prompts, tokens, embeddings)
+        """Raises OSError."""
+        tokens = [self.split[p] for p in self.prompts]
+        said = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
+        try:
+            save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, said)
+        except SafetensorError as error:   # of a full disk, say
+            raise OSError(errno.EIO, str(error)) from None
 
     def _known(self, prompt: str) -> str:
         if prompt not in self.split:

@@ -247,8 +247,8 @@ class UNet(nn.Module):
         ->  prediction (B, C', H, W), maps by module name.
 
         `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
-        ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose features each row
-        takes. `record` says which maps come back. Only for models that take them: vector (B, vector_dim); low
+        ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose residual each row
+        adds. `record` says which maps come back. Only for models that take them: vector (B, vector_dim); low
         (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the timestep of its noise.
         """
         c = self.config
@@ -267,9 +267,8 @@ class UNet(nn.Module):
             return x
 
         def residual(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            x = block.resnets[j](x, time[f"{name}.resnets.{j}"])
-            rows = edit.get(f"{name}.resnets.{j}") if isinstance(edit, Mapping) else None
-            return x if rows is None else x[rows]
+            site = f"{name}.resnets.{j}"
+            return block.resnets[j](x, time[site], rows=edit.get(site) if isinstance(edit, Mapping) else None)
 
         x = self.conv_in(F.pixel_unshuffle(x, c.patch))                # (B, C_0, H/p, W/p)
         skips = [x]

@@ -5,12 +5,17 @@ All functions work on `Tokens` (ids, and the characters each token came from), s
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.text import Tokens, tokenizer
 from p2p.errors import UsageError
+
+READ = 77   # words of a prompt that are compared; no text tower reads more tokens
 
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
@@ -22,12 +27,12 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     if not isinstance(phrase, str):
         raise UsageError(f"a word or phrase is needed, not {phrase!r}")
     places = _occurrences(prompt, phrase)
-    if not places and (m := re.fullmatch(r"(.+)#(\d+)", phrase.strip())):
-        every = _occurrences(prompt, m.group(1))
-        nth = int(m.group(2))
-        if every and not 1 <= nth <= len(every):
-            raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{m.group(1)}" {len(every)} times')
-        places = every[nth - 1:nth]
+    word, _, number = phrase.strip().rpartition("#")
+    if not places and word and number.isdecimal():
+        every = _occurrences(prompt, word)
+        if every and not 1 <= int(number) <= len(every):
+            raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{word}" {len(every)} times')
+        places = every[int(number) - 1:int(number)]
     if not places:
         raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
     found = [i for place in places if max(place) < length - 1 for i in place]
@@ -42,24 +47,49 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
     wanted = " ".join(phrase.lower().split())
     if wanted not in prompt.text:                    # CLIP's tokenizer rewrites typography and entities in the prompt
         wanted = tokenizer().clean_fn(phrase)
+    found = _find(prompt, prompt.text, range(len(prompt.text)), wanted)
+    if found:
+        return found
+    text, origin = _without_punctuation(prompt.text)
+    return _find(prompt, text, origin, _without_punctuation(wanted)[0])
+
+
+def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list[list[int]]:
+    """Where `wanted` stands in `text`, whose character i is character origin[i] of the prompt."""
     starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
     out = []
-    at = prompt.text.find(wanted) if wanted else -1
+    at = text.find(wanted) if wanted else -1
     while at >= 0:
-        stop = at + len(wanted)
-        if at in starts and stop in ends:
-            out.append([i for i, (s, e) in enumerate(prompt.spans) if at <= s and e <= stop and e])
-        at = prompt.text.find(wanted, at + 1)
+        start, stop = origin[at], origin[at + len(wanted) - 1] + 1
+        if start in starts and stop in ends:
+            out.append([i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= stop and e])
+        at = text.find(wanted, at + 1)
     return out
+
+
+def _without_punctuation(text: str) -> tuple[str, list[int]]:
+    """Each run of punctuation and spaces as one space, none at the ends; and which character each one was."""
+    out = []
+    for i, c in enumerate(text):
+        c = " " if c.isspace() or unicodedata.category(c).startswith("P") else c
+        if c != " " or (out and out[-1][0] != " "):
+            out.append((c, i))
+    if out and out[-1][0] == " ":
+        out.pop()
+    return "".join(c for c, _ in out), [i for _, i in out]
 
 
 def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     """The words between spaces, each with its token positions (punctuation belongs to its word)."""
-    out, at = [], 0
-    for word in prompt.text.split():
-        start = prompt.text.index(word, at)
-        at = start + len(word)
-        out.append((word, [i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= at and e]))
+    pieces = iter([(i, s, e) for i, (s, e) in enumerate(prompt.spans) if e])
+    piece = next(pieces, None)
+    out = []
+    for word in re.finditer(r"\S+", prompt.text):
+        found = []
+        while piece is not None and piece[2] <= word.end():
+            found.append(piece[0])
+            piece = next(pieces, None)
+        out.append((word.group(), found))
     return out
 
 
@@ -72,8 +102,15 @@ def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     return out
 
 
-def same_word_count(source: Tokens, target: Tokens) -> bool:
-    return len(words(source)) == len(words(target))
+def is_swap(source: Tokens, target: Tokens) -> bool:
+    """Whether the words that differ stand in the same places: as many in both prompts, and no word that both hold has moved.
+
+    "a huge dog on grass" -> "a dog on foggy grass" is none: every word from "huge" to "foggy" would take its neighbour's map.
+    """
+    a, b = ([word for word, _ in words(prompt)][:READ] for prompt in (source, target))
+    in_place = sum(u == v for u, v in zip(a, b))
+    shared = sum(i is not None for i in _global_alignment(a, b, mismatch=-2))
+    return len(words(source)) == len(words(target)) and in_place == shared
 
 
 def _cut(t: Tokens, length: int) -> list[int]:
@@ -92,9 +129,9 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     """Word-swap matrix M: the target's map of token j takes sum_i P_src[i] M[i, j].  -> (length, length) float64
 
     Word k of one prompt belongs to word k of the other. Where their token counts differ, the source's pieces are
-    shared out equally ("duplicated or averaged", paper section 3.2); padding likewise. What has no partner because a text
-    was cut belongs to the end of the other. Rows sum to 1, so P_src M still holds all of the attention. Raises UsageError for
-    different word counts.
+    shared out equally ("duplicated or averaged", paper section 3.2). Padding belongs to the padding in the same place; where
+    only one text is padded, to the other's first padding. What has no partner because a text was cut belongs to the end of
+    the other. Rows sum to 1, so P_src M still holds all of the attention. Raises UsageError for different word counts.
     """
     m = torch.zeros(length, length, dtype=torch.float64)
     m[0, 0] = 1
@@ -107,12 +144,12 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
         elif s and t:
             m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
     m[a - 1, b - 1] = 1                                               # the end of the text
-    pads_a, pads_b = list(range(a, length)), list(range(b, length))
-    common = min(len(pads_a), len(pads_b))
-    m[pads_a[:common], pads_b[:common]] = 1
-    if pads_a and pads_b:
-        rest_a, rest_b = pads_a[common - 1:], pads_b[common - 1:]     # the last pad stands for the surplus
-        m[torch.tensor(rest_a)[:, None], torch.tensor(rest_b)] = 1 / len(rest_b)
+    first = max(a, b)
+    both = range(first, length)
+    m[both, both] = 1
+    if first < length:
+        m[a:first, first] = 1                                         # padding of the source where the target has words
+        m[first, b:first + 1] = 1 / (first + 1 - b)                   # and the other way round
     ends = [b - 1, *(m.sum(0) == 0).nonzero().flatten().tolist()]
     m[a - 1, ends] = 1 / len(ends)
     m[m.sum(1) == 0, b - 1] = 1
@@ -123,21 +160,21 @@ def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Ten
     """Alignment A of the paper (section 3.2): A(j) is the source token of target token j, or None.
 
     -> mapper (length,) long with A(j) (0 where None), a (length,) float64: 1 where A(j) is not None.
-    The ends of the two texts belong together, and so does the padding after them.
+    The ends of the two texts belong together, and so does the padding that stands in the same place in both (the embedding of
+    padding depends on its place); padding where the source has words has no counterpart.
     """
     x, y = _cut(source, length), _cut(target, length)
     mapper, a = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.float64)
     for j, i in enumerate(_global_alignment(x[:-1], y[:-1])):
         if i is not None:
             mapper[j], a[j] = i, 1
-    shift = len(x) - len(y)
-    for j in range(len(y) - 1, length):
-        if j + shift < length:
-            mapper[j], a[j] = j + shift, 1
+    mapper[len(y) - 1], a[len(y) - 1] = len(x) - 1, 1
+    for j in range(max(len(x), len(y)), length):
+        mapper[j], a[j] = j, 1
     return mapper, a
 
 
-def _global_alignment(x: list[int], y: list[int]) -> list[int | None]:
+def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) -> list[int | None]:
     """Needleman-Wunsch: match 1, mismatch -1, gap 0. For each element of y its partner in x, or None.
 
     Ties are broken as in google/prompt-to-prompt: skip an element of y, then one of x, then pair.
@@ -145,7 +182,7 @@ def _global_alignment(x: list[int], y: list[int]) -> list[int | None]:
     score = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i in range(1, len(x) + 1):
         for j in range(1, len(y) + 1):
-            pair = score[i - 1][j - 1] + (1 if x[i - 1] == y[j - 1] else -1)
+            pair = score[i - 1][j - 1] + (1 if x[i - 1] == y[j - 1] else mismatch)
             score[i][j] = max(score[i][j - 1], score[i - 1][j], pair)
     partner: list[int | None] = [None] * len(y)
     i, j = len(x), len(y)

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from numbers import Integral, Real
-from typing import NamedTuple
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.text import Tokens
 from p2p.align import word_tokens
+from p2p.checks import choice, flag, share, whole
 from p2p.errors import UsageError
-from p2p.image import brightness
+from p2p.image import as_picture, brightness, fit, to_base64
 
 Words = str | Sequence[str]
 
@@ -38,8 +40,13 @@ class LocalBlend:
         not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
     start: share of the steps after which blending begins. level: the maps' side is that of the latents over this, rounded up.
-    mask: a picture (fitted as `image.fit` fits pictures; transparent is dark) or a (H, W) tensor of 0 to 1, bright where the
-        edit may act: instead of words, or, with words, a limit to them.
+    keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so that it is the picture
+        itself in every method; or "sampled", the source's row as it came out of the step, as in PnPInversion's runs. (Where the
+        source follows its stored latents, and where it was generated, that is the same.)
+    middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the maps); the official code
+        leaves it out.
+    mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was; transparent is dark), or
+        a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead of words, or, with words, a limit to them.
 
     Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the mask's edge, so
     there the pixels near it are not.
@@ -51,7 +58,9 @@ class LocalBlend:
     threshold: float | tuple[float, float] = 0.3
     start: float = 0.2
     level: int = 4
-    mask: Image.Image | Tensor | None = None
+    keep: Literal["stored", "sampled"] = "stored"
+    middle: bool = False
+    mask: Image.Image | str | Path | Tensor | None = None
 
 
 class Blend(NamedTuple):
@@ -63,7 +72,9 @@ class Blend(NamedTuple):
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
+    sampled: Tensor      # (N,) bool: outside stands the source's row as sampled, whatever is stored of it
     of: Tensor           # (N,) long: the row of each target's source; the S sources come before the N targets
+    middle: bool = False # the middle block's maps count too
 
     @property
     def pixels(self) -> int:
@@ -81,35 +92,50 @@ def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     return out
 
 
-def _fixed(mask: Image.Image | Tensor | None, size: tuple[int, int]) -> Tensor:
-    """(1, H, W) bool at the latents' size; a position counts if half of it is bright."""
+def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], how: str = "crop") -> Tensor:
+    """(1, H, W) bool at the latents' size; a position counts if half of it is bright. how: see `image.fit`."""
     if mask is None:
         return torch.ones(1, *size, dtype=torch.bool)
-    if isinstance(mask, Image.Image):
-        mask = brightness(mask)
-        return torch.from_numpy(np.array(ImageOps.fit(mask, size[::-1], Image.BOX)))[None] > 127
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UsageError("local_blend: a mask is a picture or a (H, W) tensor, not "
-                         f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
-    mask = mask.float()
-    if not (mask >= 0).all() or not (mask <= 1).all():
-        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min():g} to {mask.max():g}")
-    return F.interpolate(mask[None, None], size=size, mode="area")[0] >= 0.5
+    _check_mask(mask)
+    if not isinstance(mask, Tensor):
+        mask = brightness(as_picture(mask))
+        return torch.from_numpy(np.array(fit(mask, size, how, Image.BOX).convert("L")))[None] > 127
+    return F.interpolate(mask.float().cpu()[None, None], size=size, mode="area")[0] >= 0.5
+
+
+def picture_of(mask: Image.Image | str | Path | Tensor | None) -> str | None:
+    """A mask as a grey picture in base64, for JSON."""
+    if mask is None:
+        return None
+    return to_base64(brightness(as_picture(mask)) if not isinstance(mask, Tensor) else
+                     Image.fromarray((mask.float() * 255).round().byte().cpu().numpy()))
+
+
+def _check_mask(mask: Any) -> None:
+    """Raises UsageError."""
+    if not isinstance(mask, Tensor):
+        as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
+    elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
+        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} {tuple(mask.shape)}")
+    elif not (mask >= 0).all() or not (mask <= 1).all():
+        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to {mask.max().item():g}")
 
 
 def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, steps: int, length: int,
-            size: tuple[int, int], device: torch.device) -> Blend | None:
-    """Words to columns, for latents of that size (H, W). None if no target blends. Raises UsageError."""
+            size: tuple[int, int], device: torch.device, how: str = "crop") -> Blend | None:
+    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no target blends. Raises
+    UsageError."""
     if not any(blends):
         return None
     for b in filter(None, blends):
-        _check(b)
-    levels = {b.level for b in blends if b and (b.words is not None or b.substruct is not None)}
-    if len(levels) > 1:
-        raise UsageError(f"local_blend: one level for all targets is needed, not {sorted(levels)}")
-    level = levels.pop() if levels else None
+        check(b)
+    read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
+    for name in ("level", "middle"):
+        if len(found := {getattr(b, name) for b in read}) > 1:
+            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
+    level = read[0].level if read else None
     side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
-    columns, threshold, start, everywhere, fixed = [], [], [], [], []
+    columns, threshold, start, everywhere, masks = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
@@ -120,32 +146,36 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         threshold.append(torch.tensor([float(v) for v in th]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
-        fixed.append(_fixed(b.mask, size))
+        masks.append(fixed(b.mask, size, how))
+    sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
-                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(fixed).to(device),
-                 torch.zeros(len(targets), dtype=torch.long, device=device))
+                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(masks).to(device),
+                 sampled, torch.zeros(len(targets), dtype=torch.long, device=device), bool(read) and read[0].middle)
 
 
-def _check(b: LocalBlend) -> None:
-    """Raises UsageError."""
+def check(b: LocalBlend, scoped: bool = False) -> None:
+    """scoped: the words are still to be found. Raises UsageError."""
     if not isinstance(b, LocalBlend):
-        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r}")
-    if b.words is None and b.mask is None:
+        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r:.60}")
+    if b.words is None and b.mask is None and not scoped:
         raise UsageError("local_blend: give words or a mask")
     if b.words is None and b.rivals is not None:
         raise UsageError("local_blend: rivals compete with words; give words")
     for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
-                isinstance(side, (str, tuple, list)) for side in pair) or not any(pair)):
-            raise UsageError(f"local_blend: {name} {pair!r}: words, substruct and rivals are pairs (of the source prompt, of the "
-                             "target prompt), each a word or a list of words")
+                isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side) for side in pair)
+                or not any(pair)):
+            raise UsageError(f"local_blend: {name} {pair!r:.60}: words, substruct and rivals are pairs (of the source prompt, of "
+                             "the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
-        raise UsageError(f"local_blend: threshold {b.threshold!r} must lie within 0 and 1, one number or two")
-    if not isinstance(b.start, Real) or not 0 <= b.start <= 1:
-        raise UsageError(f"local_blend: start {b.start!r} must lie within 0 and 1")
-    if not isinstance(b.level, Integral) or b.level < 1:
-        raise UsageError(f"local_blend: level {b.level!r} must be a whole number from 1")
+        raise UsageError(f"local_blend: threshold {b.threshold!r:.60} must lie within 0 and 1, one number or two")
+    share("local_blend: start", b.start)
+    whole("local_blend: level", b.level, most=2**31)
+    choice("local_blend: keep", b.keep, ("stored", "sampled"))
+    flag("local_blend: middle", b.middle)
+    if b.mask is not None:
+        _check_mask(b.mask)
 
 
 def idle(blend: Blend, steps: int) -> list[str | None]:
@@ -164,7 +194,7 @@ def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
         return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
     shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
     fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
-    chosen = [m for site, m in fitting.items() if not site.startswith("mid_block")] or list(fitting.values())
+    chosen = [m for site, m in fitting.items() if blend.middle or not site.startswith("mid_block")] or list(fitting.values())
     if not chosen:
         smaller = sorted({m.shape[2] for m in maps.values()})
         raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
@@ -202,8 +232,11 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their masks, once they started.
 
-    source (1, C, H, W): what to keep, if not that row.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    source (1, C, H, W): what is stored of the source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
     inside, n = masks(seen, blend, x.shape[2:]) | ~started, len(blend.of)
-    return torch.cat([x[:-n], torch.where(inside, x[-n:], x[blend.of] if source is None else source)]), inside
+    outside = x[blend.of]
+    if source is not None:
+        outside = torch.where(blend.sampled[:, None, None, None], outside, source)
+    return torch.cat([x[:-n], torch.where(inside, x[-n:], outside)]), inside

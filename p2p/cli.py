@@ -1,11 +1,15 @@
-"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics."""
+"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics, 130
+interrupted (by SIGTERM 143, by SIGHUP 129)."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from io import TextIOWrapper
 from pathlib import Path
+
+from p2p.stop import Lasting, exit_code, stoppable
+from weights.untrusted import printable
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
@@ -31,7 +35,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     e.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
     e.add_argument("--upscale-level", type=int, metavar="T", help="timestep of the noise on the small pictures (250; bundled: 0)")
     e.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
-    e.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="guide along the largest differences alone (quantile 0.7)")
+    e.add_argument("--proximal", metavar="NORM[:QUANTILE]", help="guide along the largest differences alone: l0, l1, or published "
+                   "and published-l1, which compute what ProxEdit's code does (quantile 0.7)")
     e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")
     e.add_argument("--leakage", action="store_true", help="measure what changed that the edit is not about (always with --scope)")
     _inversion(e)
@@ -75,35 +80,58 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     b = commands.add_parser("batch", help="run a list of edits; stopped and started again, it goes on where it was",
                             description='Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
-                            '...} with any setting of an edit; "image": FILE for a real picture. Example: '
-                            "p2p batch jobs.jsonl --out DIR")
-    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file")
-    b.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
-                   help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
-    b.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+                            '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
+                            '"tags" are your own. Settings given here are those of lines that have none of their '
+                            "own. Example: p2p batch jobs.jsonl --out DIR --steps 20")
+    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
+    _engine(b)
     b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
-    b.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
+    b.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
+    b.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
+    _inversion(b)
+    _edit(b)
     _model(b)
+    _settings(b, seed="default: 0")
     b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
     b.add_argument("-q", "--quiet", action="store_true")
 
-    v = commands.add_parser("eval", help="run a benchmark of edits of real pictures, and print its table",
-                            description="Example: p2p eval pie --data PIE-Bench --out DIR --methods direct,ddim --lpips FILE")
+    v = commands.add_parser(
+        "eval", help="run a benchmark of edits of real pictures, and print its tables",
+        description="Rows of --methods are published ones, named and set as in PnPInversion's tables "
+        "(ddim+p2p, null-text-inversion+p2p, negative-prompt-inversion+p2p, directinversion+p2p, "
+        "null-text-inversion+proximal-guidance, negative-prompt-inversion+proximal-guidance, "
+        "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, directinversion+pnp, "
+        "directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p), or corrected ones, named by our "
+        "inversions (direct, ddim, ...; see --editors), in which modes are chosen from the prompts and blended words "
+        "that are missing are failures. The names published and corrected stand for the main rows of either. "
+        "Another run into the same folder adds rows. Exit code 1: an item of these rows failed. "
+        "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE")
     v.add_argument("benchmark", choices=["pie"])
     v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
     v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
-    v.add_argument("--methods", default="edit-friendly", help="inversions, separated by commas (edit-friendly)")
-    v.add_argument("--editors", default="p2p", help="p2p, masactrl, plug-and-play, separated by commas (p2p)")
-    v.add_argument("--cross", type=float, default=0.4, help="share of steps with the source's cross-attention (0.4, as published)")
-    v.add_argument("--self", dest="self_", type=float, default=0.6, help="the same for self-attention (0.6, as published)")
-    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word: not as published")
+    v.add_argument("--methods", metavar="NAME,...", help="rows, see above (edit-friendly)")
+    v.add_argument("--editors", metavar="NAME,...", help="of corrected rows: p2p, masactrl, plug-and-play (p2p)")
+    v.add_argument("--ways", type=Path, metavar="FILE.json",
+                   help='rows of your own: {"NAME": {settings of a job, as in a list for p2p batch; "like": a row to '
+                   'begin with}, ...}')
+    v.add_argument("--pictures", action="append", metavar="NAME=FOLDER",
+                   help="a row of finished pictures from another program: KEY.png, or by the names of the benchmark's "
+                   "pictures")
+    v.add_argument("--strips", action="store_true",
+                   help="... which are strips of panels, as PnPInversion saves them: the last one counts")
+    v.add_argument("--compare", choices=["published"], help="print the published figures beside")
+    v.add_argument("--cross", type=float, help="share of steps with the source's cross-attention (0.4)")
+    v.add_argument("--self", dest="self_", type=float, help="the same for self-attention (0.6)")
+    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word")
     v.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's weights of squeezenet1_1")
     v.add_argument("--clip", type=Path, metavar="FILE", help="open_clip's weights of OpenAI's ViT-L/14")
     v.add_argument("--dino", type=Path, metavar="FILE", help="timm's weights of vit_base_patch8_224.dino: structure")
     v.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
-    v.add_argument("--steps", type=int, help="default: 50")
-    v.add_argument("--cfg", type=float, help="default: the model's own")
-    v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--types", metavar="ID,...", help="pictures of these editing types alone")
+    v.add_argument("--steps", type=int, help="50; given for a published row, as all options of sampling, it is named so")
+    v.add_argument("--cfg", type=float, help="published: 7.5; corrected: the model's own")
+    v.add_argument("--seed", type=int, help="published: 1234; corrected: 0")
+    _engine(v)
     _model(v)
     v.add_argument("-q", "--quiet", action="store_true")
 
@@ -111,11 +139,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                             description='Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
                             "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE")
     d.add_argument("prompts", type=Path, metavar="PROMPTS", help="a .jsonl file")
-    d.add_argument("--recipe", choices=["ip2p"], required=True, help="ip2p: InstructPix2Pix's samples and filters")
+    d.add_argument("--recipe", choices=["ip2p", "p2p"], required=True,
+                   help="ip2p: samples and filters as in InstructPix2Pix's generate_img_dataset.py (Euler ancestral, only "
+                   "self-attention injected, all samples drawn); p2p: the same filters, but pairs by Prompt-to-Prompt, and "
+                   "no more of them once enough have passed")
     d.add_argument("-o", "--out", type=Path, required=True, help="the folder of the pairs; started again, it goes on")
     d.add_argument("--clip", type=Path, metavar="FILE",
                    help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is read by its recogniser")
-    d.add_argument("--samples", type=int, default=100, help="of a prompt, at most (100)")
+    d.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
     d.add_argument("--keep", type=int, default=4, help="of these (4)")
     d.add_argument("--steps", type=int, default=100, help="(100)")
     d.add_argument("--together", type=int, default=4, metavar="N", help="samples in one batch of the network (4)")
@@ -153,12 +184,24 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return ap, dict(commands.choices)
 
 
+def _engine(ap: argparse.ArgumentParser) -> None:
+    ap.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
+                    help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
+    ap.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
+    ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
+
+
 def _inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct",
                                          "edit-friendly"], help="how a picture is inverted (edit-friendly)")
     ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise: 0; edit-friendly: 0.24 of them)")
     ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
+    ap.add_argument("--final-alpha", type=float, metavar="X", help="alphas_cumprod at which the picture is taken to be; "
+                    "default: the model's; 1: as O-BELM's code")
+    ap.add_argument("--fit", choices=["crop", "pad", "own"], help="how a picture comes to the model's size: cropped (the default), "
+                    "whole with its edges repeated around it, or in a size of its own shape")
+    ap.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
 
 
 def _edit(ap: argparse.ArgumentParser) -> None:
@@ -167,30 +210,42 @@ def _edit(ap: argparse.ArgumentParser) -> None:
                     help="share of the steps with the source's cross-attention, for all words or for one (0.8)")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
                     help="the same for self-attention (0.4)")
+    ap.add_argument("--windows-over", choices=["run", "schedule"], help="shares of the steps that are run (run), or of the whole "
+                    "schedule though an inversion leaves some out, as edit-friendly's code counts")
     ap.add_argument("--weight", action="append", metavar="WORD=C", help="multiply the attention of a word")
     ap.add_argument("--renormalise", action="store_true", help="let the edited attention of every pixel sum to 1 again")
     ap.add_argument("--swap", action="append", metavar="OLD=NEW", help="in an edit that also adds words: NEW takes OLD's attention")
     ap.add_argument("--scope", action="append", metavar="WORD", help='word of the source that the edit is about ("cat", "cat#2"): '
                     "keep the rest of the picture")
-    ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend")
+    ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend; "
+                    "OLD: or :NEW for the word of one prompt alone")
     ap.add_argument("--blend-without", action="append", metavar="OLD:NEW", help="... and not where these do")
     ap.add_argument("--blend-mask", type=Path, metavar="PICTURE", help="... and only where this picture is bright")
     ap.add_argument("--blend-threshold", metavar="X[:Y]", help="share of a map's maximum that counts (0.3); Y: for --blend-without")
     ap.add_argument("--blend-start", type=float, metavar="X", help="share of the steps before blending begins (0.2)")
     ap.add_argument("--blend-level", type=int, metavar="N", help="maps at the latents' side over this (4)")
+    ap.add_argument("--blend-keep", choices=["stored", "sampled"], help="outside of the mask stands the picture as the inversion "
+                    "stored it (stored), or the source as sampled, as in PnPInversion's runs")
+    ap.add_argument("--blend-middle", action="store_true", default=None, help="the middle block's maps count too, as in RoyiRa's "
+                    "code for SDXL")
     ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
 
 
-def _sampling(ap: argparse.ArgumentParser) -> None:
-    _model(ap)
+def _settings(ap: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="0 and 1: the prompt alone; default: the "
                     "model's own")
-    ap.add_argument("--seed", type=int, default=None, help="default: drawn, and printed; of an inversion: 0")
+    ap.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, in place of the empty prompt")
+    ap.add_argument("--seed", type=int, default=None, help=seed)
     ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
                     "inversion: above 0 (1)")
     ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)
+
+
+def _sampling(ap: argparse.ArgumentParser) -> None:
+    _model(ap)
+    _settings(ap, seed="default: drawn, and printed; of an inversion that draws noise: 0")
     ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
     said = ap.add_mutually_exclusive_group()
     said.add_argument("-v", "--verbose", action="store_true", help="also print the UNet's rows that were computed, and seconds")
@@ -228,15 +283,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages go to stderr, what was written to stdout."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")   # a prompt may hold more than the terminal can show
-    try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except OSError as error:   # of stdout: every file that is read or written has its own message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)   # what is still buffered must not fail once more at exit
-        return 0 if isinstance(error, BrokenPipeError) else _fail(error.strerror or error, USAGE)   # `p2p tokens ... | head`
+    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)), stoppable():
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as stop:
+            return _fail("interrupted", exit_code(stop))
+        except OSError as error:   # of stdout, on a full disk: every other file has its own message
+            return _fail(error.strerror or error, USAGE)
 
 
 def _run(argv: list[str]) -> int:
@@ -269,5 +324,5 @@ def _run(argv: list[str]) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"p2p: {message}", file=sys.stderr)
+    print(f"p2p: {printable(message)}", file=sys.stderr)
     return code

@@ -1,9 +1,9 @@
 """Engines that run groups of jobs in other processes. They hand out groups; the store keeps the results."""
 from __future__ import annotations
 
-import queue
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -11,52 +11,82 @@ import torch
 from p2p.batch import Batch, Group, loaded, work
 from p2p.errors import UsageError
 from p2p.jobs import Job, Store
+from p2p.stop import deaf, stoppable
 
 Finished = tuple[Job, str | None]
+PATIENCE = 10   # seconds in which a worker that is told to stop clears away what is half done
 
 
 def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -> Iterator[Finished]:
-    """One process a GPU, or so many on the CPU; each takes the next group when it is free."""
+    """One process a GPU, or so many on the CPU; each is handed the next group when it is free. A pipe each,
+    and no queue: by its pipe a worker sees that this process has died, and nothing is left to be sent when
+    this one ends."""
     context = torch.multiprocessing.get_context("spawn")
-    waiting, finished = context.Queue(), context.Queue()
-    for group in [*todo, *[None] * workers]:   # None: nothing is left
-        waiting.put(group)
     threads = max(1, torch.get_num_threads() // workers)
-    devices = [f"cuda:{i % gpus}" if gpus else batch.device for i in range(workers)]
-    running = [context.Process(target=_worker, args=(batch, waiting, finished, device, threads), daemon=True) for device in devices]
-    for process in running:
-        process.start()
-    lost, ended = [], 0
-    while ended < workers:
-        try:
-            kind, value = finished.get(timeout=1)
-        except queue.Empty:
-            dead = [p.exitcode for p in running if p.exitcode not in (None, 0)]
-            if dead:
-                raise UsageError(f"a worker died (exit code {dead[0]}); what is done is kept, start again to go on") from None
-            continue
-        if kind == "job":
-            yield value
-        else:
-            ended += 1
-            lost += [value] if value else []
+    crew: dict[Connection, Any] = {}   # our end of a pipe -> the worker at the other
+    waiting, lost = iter(todo), []
+    try:
+        for i in range(workers):
+            ours, theirs = context.Pipe()
+            device = f"cuda:{i % gpus}" if gpus else batch.device
+            worker = context.Process(target=_worker, args=(batch, theirs, device, threads), daemon=True)
+            with deaf():   # Ctrl-C reaches the whole group of processes; who started them ends them
+                worker.start()
+            crew[ours] = worker
+            theirs.close()
+        busy = set(crew)
+        while busy:
+            for pipe in wait(busy):
+                try:
+                    kind, value = pipe.recv()
+                    if kind == "free" and (group := next(waiting, None)) is not None:
+                        pipe.send(group)
+                        continue
+                except (EOFError, OSError):   # the end of it
+                    crew[pipe].join()
+                    raise UsageError(f"a worker died (exit code {crew[pipe].exitcode}); what is done is "
+                                     "kept, start again to go on") from None
+                if kind == "job":
+                    yield value
+                else:   # nothing is left for it, or it has no model
+                    busy.remove(pipe)
+                    pipe.close()
+                    lost += [value] if kind == "lost" else []
+        for process in crew.values():
+            process.join(PATIENCE)
+    finally:
+        _dismiss(list(crew.values()))
     if len(lost) == workers:
         raise UsageError(f"every worker failed: {lost[0]}")
     if lost:   # the others did its share
         print(f"{len(lost)} of {workers} workers failed: {lost[0]}", file=sys.stderr)
 
 
-def _worker(batch: Batch, waiting: Any, finished: Any, device: str | None, threads: int) -> None:
+def _dismiss(crew: Sequence[Any]) -> None:
+    for end in ("terminate", "kill"):
+        for process in crew:
+            if process.is_alive():
+                getattr(process, end)()
+        for process in crew:
+            process.join(PATIENCE)
+
+
+def _worker(batch: Batch, pipe: Connection, device: str | None, threads: int) -> None:
     torch.set_num_threads(threads)
-    why = None
     try:
-        model, store = loaded(batch, device), Store(batch.out)
-        for group in iter(waiting.get, None):
-            for each in work(model, [group], store, batch.retry_failed):
-                finished.put(("job", each))
-    except (RuntimeError, UsageError) as error:
-        why = str(error)
-    finished.put(("end", why))
+        with stoppable():
+            try:
+                model, store = loaded(batch, device), Store(batch.out)
+                while True:
+                    pipe.send(("free", None))
+                    for each in work(model, [pipe.recv()], store, batch.retry_failed):
+                        pipe.send(("job", each))
+            except (EOFError, BrokenPipeError, ConnectionResetError):   # nothing is left, or the parent died
+                pass
+            except Exception as error:
+                pipe.send(("lost", str(error)))
+    except (OSError, KeyboardInterrupt):   # told to end
+        pass
 
 
 def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finished]:
@@ -72,11 +102,15 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             found = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store, batch.retry_failed))
-            return {"line": [job.line for job, _ in found], "error": [error or "" for _, error in found]}
+            return {"id": [job.id for job, _ in found], "error": [error or "" for _, error in found]}
 
-    by_line = {job.line: job for group in todo for job in group}
+    jobs = {job.id: job for group in todo for job in group}
     data = ray.data.from_items([{"group": i} for i in range(len(todo))])
     gpus = 1 if torch.cuda.is_available() else 0
     done = data.map_batches(Actor, batch_size=1, concurrency=workers, num_gpus=gpus)
-    for row in done.iter_rows():
-        yield by_line[int(row["line"])], row["error"] or None
+    try:
+        for row in done.iter_rows():
+            yield jobs[row["id"]], row["error"] or None
+    except ray.exceptions.RayError as error:   # an actor has no model, or nowhere to write
+        why = str(error).strip().splitlines()[-1]
+        raise UsageError(f"Ray ended the run ({why}); what is done is kept, start again to go on") from None

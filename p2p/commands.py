@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import p2p
 from models.t5 import EncodedPrompts
 from models.text import tokenizer, tokens
 from p2p import align, options
-from p2p.edit import from_dict
-from p2p.image import from_base64, grid, heat, open_picture, overlay, read_settings, table
+from p2p.checks import choice
+from p2p.edit import from_settings
+from p2p.image import FITS, from_base64, grid, heat, open_picture, overlay, read_settings, table
+from p2p.invert import settings_read
 from p2p.leakage import leakage
 from p2p.output import Output, names
+from p2p.prompts import check as check_prompt
 from p2p.report import report
 from p2p.run import Result, find_editor
 from p2p.sweep import sweep as run_sweep
@@ -26,9 +29,10 @@ from weights.deepfloyd import load_t5
 from weights.hub import is_id
 from weights.inspect import report as describe
 from weights.load import BUNDLED, find
+from weights.untrusted import printable
 
-EDIT_OPTIONS = ("mode", "cross", "self_", "weight", "renormalise", "swap", "scope", "blend", "blend_without", "blend_mask",
-                "blend_threshold", "blend_start", "blend_level", "aligner")
+EDIT_OPTIONS = ("mode", "cross", "self_", "windows_over", "weight", "renormalise", "swap", "scope", "blend", "blend_without",
+                "blend_mask", "blend_threshold", "blend_start", "blend_level", "blend_keep", "blend_middle", "aligner")
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
 
 
@@ -37,8 +41,8 @@ def edit(args: argparse.Namespace) -> None:
         if args.source is not None:
             raise p2p.UsageError("--from takes the prompts from the picture; give either prompts or --from")
         options.refuse(args, "--from, which does as the picture records", "image", "inversion", "method", "skip", "inner_steps",
-                       "inversion_cfg", "editor", "proximal", "steps", "seed", "eta", "height", "width", "cfg", "dtype",
-                       "prediction", "ema", "clip_skip", "zero_snr", "half_weights", "tile", *EDIT_OPTIONS)
+                       "inversion_cfg", "final_alpha", "fit", "editor", "proximal", "negative", "steps", "seed", "eta", "height",
+                       "width", "cfg", "dtype", "prediction", "ema", "clip_skip", "zero_snr", "half_weights", "tile", *EDIT_OPTIONS)
         return _replay(args)
     if args.inversion is not None and args.source is not None:   # the source prompt is in the file
         args.source, args.targets = None, [args.source, *args.targets]
@@ -51,61 +55,63 @@ def edit(args: argparse.Namespace) -> None:
     source, sampling = args.source, {}
     if args.inversion is not None:
         options.refuse(args, "--inversion", "steps", "seed", "eta", "height", "width", "method", "skip", "inner_steps",
-                       "inversion_cfg")
+                       "inversion_cfg", "final_alpha", "fit")
         source = p2p.Inversion.load(args.inversion)
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
         source, sampling = _invert(args, model, picture), dict(guidance_scale=args.cfg)
     else:
-        options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg")
+        options.refuse(args, "a source prompt alone", "method", "skip", "inner_steps", "inversion_cfg", "final_alpha", "fit")
         model, sampling = options.load_for_sampling(args)
     editor = find_editor(args.editor)
     if editor:
-        options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "weight", "renormalise", "swap",
-                       "scope", "aligner")
+        options.refuse(args, "--editor (these are Prompt-to-Prompt's)", "mode", "cross", "self_", "windows_over", "weight",
+                       "renormalise", "swap", "scope", "aligner")
     stage = _upscaler(args, model.family)
     result = p2p.edit(model, source, args.targets, **shared, **sampling, proximal=options.proximal(args), editor=editor,
-                      record=options.record(args), progress=not args.quiet)
+                      negative_prompt=args.negative, record=options.record(args), progress=not args.quiet)
     _write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, _upscale(stage, result, args))
 
 
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
+    options.refuse(args, "p2p invert: it is given to the edits", "negative")
     picture, model = open_picture(args.image), options.load(args)
     made = _invert(args, model, picture)
-    _say([*model.notes, *model.remarks(args.source), _taken(made)])
+    _say([*model.notes, *model.remarks(args.source), *made.notes, _taken(made)])
     out.add("inversion.safetensors", made.save)
     out.picture("picture", made.picture)
     out.write(args.quiet)
 
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
-    """With the seed 0 where none is given: only two methods draw noise, and an inversion should come out the same again."""
     given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
-                 eta=args.eta, steps=args.steps)
-    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, seed=args.seed or 0, height=args.height,
-                      width=args.width, progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
+                 eta=args.eta, steps=args.steps, seed=args.seed, final_alpha=args.final_alpha, fit=args.fit)
+    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height, width=args.width,
+                      progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
 
 
 def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Inversion:
     """The inversion that an edit's settings describe."""
     if said["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
-    names = ("method", "steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "seed")
-    picture = from_base64(said["picture"])                                       # as fitted: of the size that it was run at
-    return p2p.invert(model, picture, said["prompt"], eta=said["eta"] or 1.0, height=picture.height, width=picture.width,
-                      progress=progress, **{k: said[k] for k in names})
+    names = ("steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "eta", "seed", "final_alpha")
+    how = settings_read(said["method"], {k: said.get(k) for k in names})
+    picture, fit = from_base64(said["picture"]), said.get("fit", "crop")         # as fitted: of the size that it was run at
+    made = p2p.invert(model, picture, said["prompt"], method=said["method"], height=picture.height, width=picture.width,
+                      progress=progress, **how)
+    return replace(made, fit=choice("fit", fit, FITS))
 
 
 def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
     """The model that made a picture, read as it was then. Raises CheckpointError where it is another one."""
     places = s.get("places") or {}
-    held = s.get("held") and getattr(torch, s["held"])
+    held = s.get("held") and getattr(torch, str(s["held"]), None)
     files = {option: _place(args, option, places.get(option)) for option in ("vae", "text")}
     read = {name: s[name] for name in ("tile", "ema", "clip_skip", "zero_snr") if name in s}   # older pictures lack them
     model = p2p.load(_place(args, "model", s["model"]), args.family, s["prediction"], options.device(args),
-                     getattr(torch, s["dtype"]), held=held, compile=args.compile, offload=args.offload, **files, **read)
+                     getattr(torch, str(s["dtype"]), None), held=held, compile=args.compile, offload=args.offload, **files, **read)
     _same_model(args, model, s)
     return model
 
@@ -136,37 +142,41 @@ def _same_model(args: argparse.Namespace, model: p2p.Model, s: dict[str, Any], o
 
 
 def _replay(args: argparse.Namespace) -> None:
-    """Runs the edit again whose settings a picture holds."""
+    """Runs the edit again whose settings a picture holds. They may be a stranger's: the library refuses what is of the wrong kind,
+    and what is not there or no mapping is said here."""
     s = read_settings(args.replay)
     try:
-        if s["command"] != "edit":
-            raise p2p.UsageError(f'{args.replay}: made by "p2p {s["command"]}", not by an edit')
-        if s["seed"] is None and s["inversion"] is None:
-            raise p2p.UsageError(f"{args.replay}: made from a noise tensor given in Python, which is not recorded")
-        edits = [from_dict(t) for t in s["targets"]]
-        out = Output(args.out, s["source"])
-        model = _recorded(args, s)
-        how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=find_editor(s["editor"]),
-                   record=options.record(args), progress=not args.quiet)
-        stage, source = _upscaler(args, model.family, s.get("upscale")), None
-        if s["inversion"] is not None:
-            source = _again(model, s["inversion"], not args.quiet)
-            result = p2p.edit(model, source, edits, **how)
-        else:
-            result = p2p.edit(model, s["source"], edits, steps=s["steps"], seed=s["seed"], eta=s["eta"], height=s["height"],
-                              width=s["width"], **how)
-        large = _upscale(stage, result, args)
-    except (p2p.UsageError, p2p.CheckpointError):
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        result, source, large, out = _run_again(args, s)
+    except (KeyError, TypeError, AttributeError) as error:
         raise p2p.UsageError(f"{args.replay}: its settings are not complete ({error})") from None
+    except p2p.UsageError as error:
+        raise p2p.UsageError(f"{args.replay}: {error}") from None
     _write_edit(out, result, args, source, large)
+
+
+def _run_again(args: argparse.Namespace, s: dict[str, Any]) -> tuple[Result, p2p.Inversion | None, Result | None, Output]:
+    if s["command"] != "edit":
+        raise p2p.UsageError(f'made by "p2p {s["command"]}", not by an edit')
+    if s["seed"] is None and s["inversion"] is None:
+        raise p2p.UsageError("made from a noise tensor given in Python, which is not recorded")
+    edits = from_settings(s)
+    out = Output(args.out, str(s["source"]))
+    model = _recorded(args, s)
+    how = dict(guidance_scale=s["guidance_scale"], proximal=s["proximal"], editor=find_editor(s["editor"]),
+               negative_prompt=s.get("negative_prompt"), record=options.record(args), progress=not args.quiet)
+    stage, source = _upscaler(args, model.family, s.get("upscale")), None
+    if s["inversion"] is not None:
+        source = _again(model, s["inversion"], not args.quiet)
+    else:
+        how |= {k: s[k] for k in ("steps", "seed", "eta", "height", "width")}
+    result = p2p.edit(model, s["source"] if source is None else source, edits, **how)
+    return result, source, _upscale(stage, result, args), out
 
 
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = p2p.generate(model, args.prompts, **sampling, progress=not args.quiet)
+    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=args.negative, progress=not args.quiet)
     _say([*result.notes, *_cost(args, result)])
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
@@ -189,7 +199,7 @@ def maps(args: argparse.Namespace) -> None:
     if args.site and not any(args.site in name for name in layers):
         raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are {', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
-    sampling |= dict(record=record, progress=not args.quiet)
+    sampling |= dict(record=record, negative_prompt=args.negative, progress=not args.quiet)
     if args.targets:
         result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
     else:
@@ -229,7 +239,7 @@ def sweep(args: argparse.Namespace) -> None:
         options.refuse(args, "--over seed=...", "seed")
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
-    done = run_sweep(model, args.source, base, over, **sampling, progress=not args.quiet)
+    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative, progress=not args.quiet)
     _say([*done.runs[0].notes, *_cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
@@ -258,13 +268,16 @@ def show_tokens(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
+    for prompt in args.prompts:
+        _say(check_prompt(prompt))
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
     out.add("prompts.safetensors", EncodedPrompts.encoded_by(tower, args.prompts).save)
     out.write()
 
 
 def inspect(args: argparse.Namespace) -> None:
-    print("\n".join(describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema, zero_snr=args.zero_snr)))
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema, zero_snr=args.zero_snr)
+    print("\n".join(map(printable, lines)))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -338,8 +351,8 @@ def _write_edit(out: Output, result: Result, args: argparse.Namespace, inversion
         found = [leakage(result, k) for k in range(1, n)]
         out.json("leakage.json", [f._asdict() for f in found])
         for k, f in enumerate(found, 1):
-            print(f'note: "{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of the '
-                  "pixels changed visibly", file=sys.stderr)
+            _say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of '
+                  "the pixels changed visibly"])
         if args.report:
             page = report(result, found)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))

@@ -1,102 +1,61 @@
-"""InstructPix2Pix's training pairs (Brooks et al. 2023, section 3.1): picture, instruction, edited picture, by Prompt-to-Prompt.
-
-For every prompt pair many samples are drawn, each with a seed, a share of injected steps and a guidance of its own; the filters
-of the paper choose among them. Output as its `generate_img_dataset.py` leaves it:
+"""A folder of training pairs as InstructPix2Pix's `generate_img_dataset.py` leaves it, sampled by `p2p.ip2p`:
 
     OUT/0000012/{prompt.json, SEED_0.jpg, SEED_1.jpg, ..., metadata.jsonl}
+
+prompt.json is the list's entry, with all that it holds. metadata.jsonl has a line for each pair, the best first, under
+the authors' names, and is absent where none was kept. counts.json (by which a finished folder is known) and
+OUT/recipe.json are ours.
 """
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import shutil
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
-from p2p.errors import NumericsError, UsageError
-from p2p.image import from_pil
+from p2p import lines
+from p2p.aside import appearing, aside, finished, sweep
+from p2p.errors import UsageError
+from p2p.ip2p import Kept, Prompts, Recipe
+from p2p.ip2p import samples as samples_of
 from p2p.metrics import Embedder
 from p2p.model import Model
-from p2p.output import appearing, write
-from p2p.together import edit_together
+from p2p.output import write
 
-Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
+WHOLE = "counts.json"   # the file by which a finished folder is known
 
 
 class Pair(NamedTuple):
-    index: int       # of the line: the folder's name
-    caption: str
-    instruction: str
-    output: str      # the edited caption
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The authors' numbers (for Stable Diffusion, whose guidance is 7.5; other models scale theirs)."""
-
-    steps: int = 100
-    samples: int = 100                  # a prompt, at most
-    keep: int = 4                       # of these
-    threshold: tuple[float, float] = (0.1, 0.9)     # share of the steps injected
-    guidance: tuple[float, float] = (1.0, 2.0)      # times the model's own
-    image: float = 0.7                  # least cosine between the two pictures
-    direction: float = 0.2              # ... between their difference and that of the captions
-    text: float = 0.2                   # ... between each picture and its caption
-    together: int = 4                   # samples in a batch
-    seed: int = 0
+    index: int               # of the entry: the folder's name
+    prompts: Prompts
+    said: dict[str, Any]     # the entry
 
 
 def read(file: Path) -> list[Pair]:
-    """Lines {"caption" (or "input"), "edit", "output"}, as InstructPix2Pix's lists have them. Raises UsageError naming the line."""
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
-    pairs = []
-    for i, line in enumerate(lines):
-        try:
-            said = json.loads(line)
-            texts = said.get("caption", said.get("input")), said["edit"], said["output"]
-            if not all(isinstance(t, str) for t in texts):
-                raise ValueError("caption, edit and output are texts")
-            pairs.append(Pair(i, *texts))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f'{file}, line {i + 1}: {error}; expected {{"caption": ..., "edit": ..., "output": ...}}') from None
-    if not pairs:
-        raise UsageError(f"{file}: no prompt in it")
-    return pairs
+    """Entries {"caption" (or "input"), "edit", "output"} and whatever else they hold ("url"), as InstructPix2Pix's
+    lists have them. Raises UsageError that names those that are none."""
+    def parts(said: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
+        form = '{"caption": ..., "edit": ..., "output": ...}'
+        said = lines.present(said)
+        if not isinstance(said, dict) or ("input" in said and said.get("caption", said["input"]) != said["input"]):
+            raise UsageError(f'expected {form}, or "input" instead of "caption"; not {lines.shown(said)}')
+        texts = {"caption": said.get("input")} | said
+        if absent := [k for k in ("caption", "edit", "output") if texts.get(k) is None]:
+            raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
+        if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
+            raise UsageError("caption, edit and output are texts")
+        return Prompts(texts["caption"], texts["output"]), said
 
-
-def draw(pair: Pair, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
-    """Seed, injected share and guidance of a prompt's sample j: of the prompt alone, whatever else is in the list."""
-    digest = hashlib.sha256(json.dumps([pair.caption, pair.output, recipe.seed, j]).encode()).digest()
-    seed = int.from_bytes(digest[:4], "big") >> 1
-    u, v = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
-    (a, b), (c, d) = recipe.threshold, recipe.guidance
-    return {"seed": seed, "p2p_threshold": a + (b - a) * u, "cfg_scale": (c + (d - c) * v) * model.guidance_scale}
-
-
-def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Embedded pictures (B, D) and the two captions (2, D)  ->  the paper's four cosines, (B,) each"""
-    return {"sim_0": F.cosine_similarity(before, texts[:1]), "sim_1": F.cosine_similarity(after, texts[1:]),
-            "sim_image": F.cosine_similarity(before, after),
-            "sim_dir": F.cosine_similarity(after - before, texts[1:] - texts[:1])}
-
-
-def dropped(found: dict[str, float], recipe: Recipe) -> str | None:
-    """The first filter that a sample does not pass."""
-    least = {"sim_image": recipe.image, "sim_dir": recipe.direction, "sim_0": recipe.text, "sim_1": recipe.text}
-    return next((name for name, value in least.items() if not found[name] >= value), None)
+    return [Pair(i, *found) for i, found in enumerate(lines.read(file, parts, "no prompt in it"))]
 
 
 def _folder(pair: Pair, out: Path) -> Path:
@@ -104,72 +63,75 @@ def _folder(pair: Pair, out: Path) -> Path:
 
 
 def remaining(pairs: Sequence[Pair], out: Path) -> list[Pair]:
-    """Those that have no folder yet."""
-    return [pair for pair in pairs if not _folder(pair, out).exists()]
+    """Those that have no finished folder yet."""
+    return [pair for pair in pairs if not finished(_folder(pair, out) / WHOLE)]
+
+
+def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
+    """Raises UsageError where the finished folders were made with other settings, or of other prompts: they
+    would stay as they are, under a recipe that is not theirs."""
+    done = [pair for pair in pairs if finished(_folder(pair, out) / WHOLE)]
+    if not done:
+        return
+    before = _json(out / "recipe.json")
+    other = [f"{k} {before.get(k)!r}, not {v!r}"
+             for k, v in recipe.items() if k != "model" and before.get(k) != v]   # the model's sha256 counts
+    for pair in done:
+        folder = _folder(pair, out)
+        if (said := _json(folder / "prompt.json")) != pair.said:
+            other.append(f"{folder.name} from {said}, not {pair.said}")
+    if other:
+        raise UsageError(f"--out {out}: made with {'; '.join(other[:9])}. Ask for the same to go on, or give "
+                         "another folder")
 
 
 @torch.no_grad()
 def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
     """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once.
 
-    -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the disk is full.
+    -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the
+    disk is full, and where what is there was made with other settings.
     """
+    said = asdict(recipe) | {"model": model.name, "sha256": model.sha256}
+    said = json.loads(json.dumps(said))   # tuples are lists there
+    _same(pairs, out, said)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write(out / "recipe.json", json.dumps(asdict(recipe) | {"model": model.name, **model.identity()}))
+        sweep(out)
+        write(out / "recipe.json", json.dumps(said))
         for pair in remaining(pairs, out):
-            kept, counts = _samples(model, pair, embedder, recipe)
+            kept, counts = samples_of(model, pair.prompts, embedder, recipe)
             _put(_folder(pair, out), pair, kept, counts)
             yield pair, counts
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start again to go on") from None
 
 
-def _samples(model: Model, pair: Pair, embedder: Embedder, recipe: Recipe) -> tuple[list[Kept], Counter[str]]:
-    texts, counts = embedder.texts([pair.caption, pair.output]), Counter(samples=0)
-    passed: list[Kept] = []
-    for first in range(0, recipe.samples, recipe.together):
-        drawn = [draw(pair, j, recipe, model) for j in range(first, min(first + recipe.together, recipe.samples))]
-        try:
-            results = edit_together(model, [dict(
-                source=pair.caption, targets=pair.output, seed=d["seed"], guidance_scale=d["cfg_scale"], steps=recipe.steps,
-                cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"]) for d in drawn])
-        except (NumericsError, UsageError) as error:
-            counts[f"failed: {error}"] += len(drawn)
-            break
-        pictures = [torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2)]
-        found = similarities(*(embedder.pictures(p) for p in pictures), texts)
-        for i, (d, r) in enumerate(zip(drawn, results)):
-            each = {name: values[i].item() for name, values in found.items()}
-            why = dropped(each, recipe)
-            counts.update(["samples", why or "passed"])
-            if why is None:
-                passed.append((d | each, r.images))
-        if len(passed) >= recipe.keep:
-            break
-    kept = sorted(passed, key=lambda p: -p[0]["sim_dir"])[:recipe.keep]
-    counts["kept"] = len(kept)
-    return kept, counts
-
-
 def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -> None:
-    said = {"caption": pair.caption, "edit": pair.instruction, "output": pair.output}
-    with appearing(folder) as aside:
-        (aside / "prompt.json").write_text(json.dumps(said))
-        (aside / "counts.json").write_text(json.dumps(counts))
+    with appearing(folder, WHOLE) as made:
+        (made / "prompt.json").write_text(json.dumps(pair.said), encoding="utf-8")
+        (made / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
         for found, images in kept:
             for k, image in enumerate(images):
-                image.save(aside / f"{found['seed']}_{k}.jpg", quality=100)
-        (aside / "metadata.jsonl").write_text("".join(json.dumps(found) + "\n" for found, _ in kept))
+                image.save(made / f"{found['seed']}_{k}.jpg", quality=100)
+        if kept:
+            rows = "".join(json.dumps(found) + "\n" for found, _ in kept)
+            (made / "metadata.jsonl").write_text(rows, encoding="utf-8")
+
+
+def _json(file: Path) -> Any:
+    """A file of an earlier run. Raises UsageError."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read ({error}); give another --out") from None
 
 
 def finish(out: Path) -> Counter[str]:
     """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder; the counts of all prompts."""
     total, seeds = Counter(), []
-    for part in out.glob(".part-*"):
-        shutil.rmtree(part, ignore_errors=True)
-    for folder in sorted(p for p in out.iterdir() if (p / "counts.json").exists()):
-        total.update(json.loads((folder / "counts.json").read_text()))
+    for folder in sorted(p for p in out.iterdir() if finished(p / WHOLE)):
+        total.update(_json(folder / WHOLE))
         if found := [p.name.split("_")[0] for p in sorted(folder.glob("*_0.jpg"))]:
             seeds.append([folder.name, found])
     write(out / "seeds.json", json.dumps(seeds))
@@ -178,40 +140,61 @@ def finish(out: Path) -> Counter[str]:
 
 def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], bytes, bytes]]:
     """Every kept sample of a finished folder: its name, what is known of it, both pictures as JPEG."""
-    for name, seeds in json.loads((out / "seeds.json").read_text()):
+    for name, seeds in _json(out / "seeds.json"):
         folder = out / name
-        prompt = json.loads((folder / "prompt.json").read_text())
-        known = {str(d["seed"]): d for d in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())}
+        prompt = _json(folder / "prompt.json")
+        rows = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
+        known = {str(d["seed"]): d for d in map(json.loads, filter(None, rows))}
         for seed in seeds:
             yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes() for k in (0, 1))
 
 
 def webdataset(out: Path, size: int = 1000) -> list[Path]:
-    """Shards of so many samples beside the folders: NAME.input.jpg, NAME.edited.jpg, NAME.json."""
-    files, tar = [], None
-    for i, (name, known, before, after) in enumerate(samples(out)):
-        if i % size == 0:
-            if tar is not None:
-                tar.close()
-            files.append(out / f"shard-{i // size:06}.tar")
-            tar = tarfile.open(files[-1], "w")
-        for suffix, content in (("input.jpg", before), ("edited.jpg", after), ("json", json.dumps(known).encode())):
-            info = tarfile.TarInfo(f"{name}.{suffix}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    if tar is not None:
-        tar.close()
-    return files
+    """Shards of so many samples beside the folders: NAME.input.jpg, NAME.edited.jpg, NAME.json. They take the
+    place of earlier ones when all are written. Raises UsageError where the disk is full."""
+    found, shards = samples(out), []
+    with _exported(out) as made:
+        while some := list(islice(found, size)):
+            shards.append(f"shard-{len(shards):06}.tar")
+            with tarfile.open(made / shards[-1], "w") as tar:
+                for name, known, before, after in some:
+                    files = {"input.jpg": before, "edited.jpg": after, "json": json.dumps(known).encode()}
+                    for suffix, content in files.items():
+                        info = tarfile.TarInfo(f"{name}.{suffix}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+    for old in set(out.glob("shard-*.tar")) - {out / name for name in shards}:   # of a longer export
+        old.unlink()
+    return [out / name for name in shards]
 
 
 def parquet(out: Path) -> list[Path]:
-    """One table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all that is known of each."""
+    """One table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all that is
+    known of each. It takes the place of an earlier one when it is written. Raises UsageError where the disk
+    is full."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
-    rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"], **known}
+    rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"],
+             **{k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in known.items()}}
             for _, known, before, after in samples(out)]
-    pq.write_table(pa.Table.from_pylist(rows), out / "pairs.parquet")
+    names = dict.fromkeys(name for row in rows for name in row)   # entries may hold more than others do
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    with _exported(out) as made:
+        pq.write_table(pa.Table.from_pylist(rows), made / "pairs.parquet")
     return [out / "pairs.parquet"]
+
+
+@contextmanager
+def _exported(out: Path) -> Iterator[Path]:
+    """A folder for the files of an export, which take their places when all are written."""
+    try:
+        with aside(out) as made:
+            yield made
+            for file in sorted(made.iterdir()):
+                os.replace(file, out / file.name)
+    except OSError as error:
+        raise UsageError(f"--out {out}: the export cannot be written ({error.strerror}); the pairs are there, "
+                         "and an earlier export is as it was") from None

@@ -80,9 +80,11 @@ def denoise(model: Model, x: Tensor, text: Conditioning, null: Conditioning | Se
         absent, was = known is not None and known.run is not None and not known.run[i], absent
         anew = absent != was or not constant
         if anew:
-            rows = text.rows(1) if absent else text
+            rows, empty = text, null if constant else null[i]
+            if absent:
+                rows, empty = text.rows(1), empty.rows(1) if guided and not alone else empty
             if guided:
-                rows = Conditioning.cat([null if constant else null[i], rows])    # R rows, the edited ones last
+                rows = Conditioning.cat([empty, rows])                            # R rows, the edited ones last
             rows = model.read(rows)
             at = model.times(times, rows) if constant else times
         x, single = (x[1:], 0) if absent else (x, alone)

@@ -19,16 +19,20 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.attention import AttentionEdit
 from models.text import Tokens
 from p2p import align
-from p2p.blend import LocalBlend, Words
+from p2p.blend import LocalBlend, Words, fixed, picture_of
+from p2p.blend import check as check_blend
+from p2p.checks import choice, finite, flag, whole
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 
 Window = float | tuple[float, float]
+MODES = ("replace", "refine", "reweight")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Edit:
     cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of the
         target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
     self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
+    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion leaves some out;
+        they are counted from the first that is run, as in the edit-friendly code. (With 12 of 50 skipped, 0.6 then ends after
+        30 of the 38.) "run" is what a share says: 0.6 means the same whatever is skipped.
     equalizer: {"word": c}: the attention of that word times c.
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
     swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
@@ -53,6 +60,7 @@ class Edit:
     cross_replace_steps: Window | Mapping[str, Window] = 0.8
     self_replace_steps: Window = 0.4
     self_max_tokens: int = 32 * 32
+    windows_over: Literal["run", "schedule"] = "run"
     equalizer: Mapping[str, float] | None = None
     renormalise: bool = False
     swap: Mapping[str, str] | None = None
@@ -61,25 +69,62 @@ class Edit:
     aligner: Literal["exact", "official"] = "exact"
 
 
-def to_dict(edit: Edit) -> dict[str, Any]:
-    """An edit as JSON can hold it; a mask becomes a PNG in base64."""
-    out = {f.name: getattr(edit, f.name) for f in fields(edit)}
-    if edit.local_blend is not None:
-        blend = {f.name: getattr(edit.local_blend, f.name) for f in fields(edit.local_blend)}
-        out["local_blend"] = blend | {"mask": None if edit.local_blend.mask is None else to_base64(edit.local_blend.mask)}
-    return out
+def to_dict(edit: Edit, mask: int | None = None) -> dict[str, Any]:
+    """An edit as JSON can hold it; a mask becomes a PNG in base64, or the number that stands for it."""
+    out = {f.name: _plain(getattr(edit, f.name)) for f in fields(edit) if f.name != "local_blend"}
+    blend = edit.local_blend
+    if blend is not None:
+        blend = {f.name: _plain(getattr(blend, f.name)) for f in fields(blend) if f.name != "mask"}
+        blend["mask"] = picture_of(edit.local_blend.mask) if mask is None else mask
+    return out | {"local_blend": blend}
 
 
-def from_dict(d: Mapping[str, Any]) -> Edit:
-    """The edit that `to_dict` made this from; lists stand for tuples."""
-    def plain(v: Any) -> Any:
-        return tuple(v) if isinstance(v, list) else {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else v
+def _plain(value: Any) -> Any:
+    """Numbers of numpy's kinds as Python's own."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
-    d = {k: plain(v) for k, v in d.items()}
-    if d.get("local_blend") is not None:
-        blend = d["local_blend"]
-        d["local_blend"] = LocalBlend(**blend | {"mask": blend.get("mask") and from_base64(blend["mask"])})
-    return Edit(**d)
+
+def from_dict(said: Mapping[str, Any], masks: Sequence[str] = ()) -> Edit:
+    """The edit that `to_dict` made this from; lists stand for tuples. masks: the ones that numbers stand for. Raises UsageError."""
+    def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    try:
+        d = {k: tuples(v) if isinstance(v, Mapping) else v for k, v in tuples(said).items()}
+        if d.get("local_blend") is not None:
+            mask = d["local_blend"].get("mask")
+            mask = masks[whole("mask", mask, 0, len(masks) - 1)] if isinstance(mask, int) else mask
+            d["local_blend"] = LocalBlend(**d["local_blend"] | {"mask": None if mask is None else from_base64(mask)})
+        return Edit(**d)
+    except (AttributeError, TypeError) as error:   # no mapping, or unknown fields
+        raise UsageError(f"not an edit as settings hold it, {said!r:.80} ({error})") from None
+
+
+def to_settings(edits: Sequence[Edit], size: tuple[int, int], how: str = "crop") -> dict[str, Any]:
+    """Edits as the settings of a run hold them. Their masks are those that were decided at the latents' size (H, W), so that they
+    are decided alike again, and each is held once: targets have its number."""
+    masks: dict[str, int] = {}
+    targets = []
+    for e in edits:
+        number = None
+        if e.local_blend is not None and e.local_blend.mask is not None:
+            number = masks.setdefault(to_base64(Image.fromarray(fixed(e.local_blend.mask, size, how)[0].numpy())), len(masks))
+        targets.append(to_dict(e, number))
+    return {"targets": targets} | ({"masks": list(masks)} if masks else {})
+
+
+def from_settings(said: Mapping[str, Any]) -> list[Edit]:
+    """What `to_settings` made these from. Raises UsageError, KeyError."""
+    masks = said.get("masks", [])
+    if not isinstance(said["targets"], list) or not isinstance(masks, list):
+        raise UsageError("the targets and masks of settings are lists")
+    return [from_dict(t, masks) for t in said["targets"]]
 
 
 def check(edit: Edit) -> None:
@@ -94,37 +139,41 @@ def check(edit: Edit) -> None:
             ("prompt", isinstance(edit.prompt, str), "a string"),
             ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
             ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())), '{"source word": "target word"}'),
-            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words"),
-            ("self_max_tokens", isinstance(edit.self_max_tokens, Integral) and edit.self_max_tokens >= 0, "a number of pixels"),
-            ("renormalise", isinstance(edit.renormalise, bool), "True or False"),
-            ("local_blend", edit.local_blend is None or isinstance(edit.local_blend, LocalBlend), "a LocalBlend")):
+            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words")):
         if not fits:
-            raise UsageError(f"{name}: {getattr(edit, name)!r} is not {wanted}")
+            raise UsageError(f"{name}: {getattr(edit, name)!r:.60} is not {wanted}")
+    if edit.mode is not None:
+        choice("mode", edit.mode, MODES)
+    choice("aligner", edit.aligner, ("exact", "official"))
+    choice("windows_over", edit.windows_over, ("run", "schedule"))
+    whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
+    flag("renormalise", edit.renormalise)
+    if edit.local_blend is not None:
+        check_blend(edit.local_blend, edit.scope is not None)
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
-    """The mode of an edit whose `mode` is None: equal prompts are reweighted, equal word counts swapped, others refined."""
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place swapped, others refined."""
     if edit.mode is not None:
-        if edit.mode not in ("replace", "refine", "reweight"):
-            raise UsageError(f'mode "{edit.mode}" is not known; known: replace, refine, reweight')
+        choice("mode", edit.mode, MODES)
         if edit.mode == "reweight" and source.ids != target.ids:
             raise UsageError(f'mode "reweight" is for one and the same prompt: "{target.text}" differs from "{source.text}"; other '
                              "modes take weights too")
         return edit.mode
     if source.ids == target.ids:
         return "reweight"
-    return "replace" if align.same_word_count(source, target) else "refine"
+    return "replace" if align.is_swap(source, target) else "refine"
 
 
 def window(value: Window, what: str) -> tuple[float, float]:
     """A number or a pair as (start, end), checked to lie in 0..1."""
     pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
     try:
-        if isinstance(pair, str):
+        if not all(isinstance(v, Real) for v in pair):
             raise TypeError
-        lo, hi = (float(v) for v in pair)
-    except (TypeError, ValueError):
-        raise UsageError(f"{what}: {value!r} is neither a number nor a pair (start, end)") from None
+        lo, hi = map(float, pair)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{what}: {value!r:.60} is neither a number nor a pair (start, end)") from None
     if not 0 <= lo <= hi <= 1:
         raise UsageError(f"{what}: {value!r} must lie within 0 and 1, the start not after the end")
     return lo, hi
@@ -154,9 +203,7 @@ def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) 
     """c of every token of the target.  -> (length,) float64"""
     c = torch.ones(length, dtype=torch.float64)
     for word, value in (equalizer or {}).items():
-        if not isinstance(value, Real) or not abs(value) < 1e30:
-            raise UsageError(f'equalizer: the weight of "{word}" is {value!r}, a finite number (below 1e30) is needed')
-        c[align.word_tokens(target, word, length)] = float(value)
+        c[align.word_tokens(target, word, length)] = finite(f'equalizer: the weight of "{word}"', value)
     return c
 
 
@@ -169,9 +216,7 @@ def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple
 
 def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
     """Which source tokens a target token reads (M, G or the identity), and a.  -> (length, length), (length,) float64"""
-    if edit.aligner not in ("exact", "official"):
-        raise UsageError(f'aligner "{edit.aligner}" is not known; known: exact, official')
-    official = edit.aligner == "official"
+    official = choice("aligner", edit.aligner, ("exact", "official")) == "official"
     m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
     if mode == "replace":
         m = (align.official_replacement if official else align.replacement)(source, target, length)
@@ -189,16 +234,22 @@ def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int
     return m, a
 
 
-def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int) -> tuple[Tensor, Tensor]:
-    """mix (steps, L, L) and keep (steps, L) of one target, float64."""
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
+           ) -> tuple[Tensor, Tensor]:
+    """mix (steps, L, L) and keep (steps, L) of one target, float64; whole: steps of the schedule, if some are left out."""
     m, a = alignment(source, target, edit, mode, length)
-    alpha = cross_alpha(edit.cross_replace_steps, target, steps, length)
+    alpha = cross_alpha(edit.cross_replace_steps, target, counted(edit, steps, whole), length)[:steps]
     return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
 
 
 def idle(mix: Tensor, keep: Tensor) -> bool:
     """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every step."""
     return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))
+
+
+def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
+    """Is a word of the target, of those columns, new beside the source's?"""
+    return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
 
 
 def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:
@@ -211,14 +262,11 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) 
     def related(i: list[int], j: list[int]) -> bool:
         return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
 
-    def new(j: list[int]) -> bool:
-        return mode == "refine" and not any(bool(a[y]) for y in j if y < length)
-
     if edit.scope is not None:
         inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
                   for i in align.word_tokens(source, word, length)}
         old = [(name, i) for name, i in ours if inside & set(i)]
-        return [name for name, _ in old], [name for name, j in theirs if new(j) or any(related(i, j) for _, i in old)]
+        return [name for name, _ in old], [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
     weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
 
     def changed(i: list[int], j: list[int]) -> bool:
@@ -241,16 +289,23 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     return replace(edit, scope=None, local_blend=blend)
 
 
-def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int) -> list[bool]:
+def counted(edit: Edit, steps: int, whole: int | None) -> int:
+    """The steps that windows are shares of."""
+    return whole if whole is not None and edit.windows_over == "schedule" else steps
+
+
+def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int, whole: int | None = None) -> list[bool]:
     """For each step, whether any target borrows anything of the source."""
-    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, steps, length) for t, e in zip(targets, edits)]).any(2).any(0)
-    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps).any(1).tolist())]
+    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, counted(e, steps, whole), length)[:steps].any(1)
+                         for t, e in zip(targets, edits)]).any(0)
+    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps, whole).any(1).tolist())]
 
 
-def _self_injected(edits: Sequence[Edit], steps: int) -> Tensor:
+def _self_injected(edits: Sequence[Edit], steps: int, whole: int | None = None) -> Tensor:
     """(steps, N) bool"""
-    spans = [window(e.self_replace_steps, "self_replace_steps") for e in edits]
-    return torch.tensor([[int(lo * steps) <= i < int(hi * steps) for lo, hi in spans] for i in range(steps)])
+    spans = [[int(share * counted(e, steps, whole)) for share in window(e.self_replace_steps, "self_replace_steps")]
+             for e in edits]
+    return torch.tensor([[first <= i < end for first, end in spans] for i in range(steps)])
 
 
 def agreed(values: Iterable[Hashable]) -> Any:
@@ -267,11 +322,13 @@ def whose_text(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
 
 
 def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
-         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False) -> list[AttentionEdit]:
+         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False,
+         whole: int | None = None) -> list[AttentionEdit]:
     """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
-    targets alone, and the source is cached. Steps with equal tables share them: the same tensors."""
+    targets alone, and the source is cached; whole: steps of the schedule, if some are left out. Steps with equal tables share
+    them: the same tensors."""
     n = len(edits)
-    mix, keep = zip(*(tables(source, t, e, m, steps, length) for t, e, m in zip(targets, edits, modes)))
+    mix, keep = zip(*(tables(source, t, e, m, steps, length, whole) for t, e, m in zip(targets, edits, modes)))
     mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
     other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
     first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
@@ -280,7 +337,7 @@ def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes
     source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
     own = torch.arange(rows - n, rows, device=device)
     limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
-    inside = _self_injected(edits, steps)
+    inside = _self_injected(edits, steps, whole)
     injected = [agreed(e.self_max_tokens if on else 0 for e, on in zip(edits, each)) for each in inside.tolist()]
     inside = inside.to(device)
     renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None

@@ -1,5 +1,11 @@
+from weights.untrusted import printable
+
+
 class UsageError(ValueError):
-    """What was asked cannot be done: says what was found and what to do."""
+    """What was asked cannot be done: says what was found and what to do. What came from files is made harmless here."""
+
+    def __init__(self, message: object):
+        super().__init__(printable(message))
 
 
 class NumericsError(ArithmeticError):

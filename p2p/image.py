@@ -4,20 +4,24 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from p2p.aside import replacing
 from p2p.errors import NumericsError, UsageError
+from weights.untrusted import parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
+TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
+FITS = ("crop", "pad", "own")
 _INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
@@ -30,56 +34,119 @@ def to_pil(pictures: Tensor) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture of any mode -> (1, 3, H, W) in [-1, 1], turned upright by its EXIF tag."""
-    array = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    """A picture of any mode, as `shown`  ->  (1, 3, H, W) in [-1, 1]"""
+    return torch.from_numpy(np.array(shown(image))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture from a file, upright. Raises UsageError."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a picture that can be read ({error})") from None
+def shown(image: Image.Image, paper: str = "white") -> Image.Image:
+    """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper` where it is transparent.
 
-
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A picture of any size and mode as RGB of (height, width): upright, on white where it is transparent, scaled to cover
-    (Lanczos), cropped around its centre."""
-    image = ImageOps.exif_transpose(image)
+    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched; those of mode F count from 0 to 255, as
+    in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1: it is
+    refused. Colour profiles are left aside. Raises UsageError.
+    """
+    image = upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "La":   # premultiplied, which Pillow converts to its like alone
+        image = image.convert("LA")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:   # of a PNG of 16 bits a colour, of which Pillow reads the upper half
+        image.info["transparency"] = tuple(v >> 8 for v in key)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode in ("I", "I;16", "F"):   # 16 bits and more: as many as 8 hold
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((255 * (values - values.min()) / max(values.max() - values.min(), 1e-12)).astype(np.uint8))
-    return ImageOps.fit(image.convert("RGB"), size[::-1], Image.LANCZOS)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits, or floating-point ones, as L; with its alpha, LA, where one of them stands for transparency."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (0, 65535))
+    if not np.isfinite(values).all() or 0 < values.max() <= low:
+        raise UsageError(f"a picture of mode {image.mode} holds finite values from 0 to {high}, and this one none above "
+                         f"{values.max():g}; scale it, or convert it to mode L")
+    grey = Image.fromarray((values * 255 / high).clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
 
 
 def brightness(mask: Image.Image) -> Image.Image:
-    """A mask of any mode as 8-bit grey, black where it is transparent; 16 bits as 8."""
-    if mask.mode.startswith("I"):
-        return Image.fromarray((np.asarray(mask, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if mask.has_transparency_data:
-        mask = mask.convert("RGBA")
-        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
-    return mask.convert("L")
+    """A mask of any mode, as `shown`, as 8-bit grey; black where it is transparent."""
+    return shown(mask, "black").convert("L")
 
 
-def to_base64(image: Image.Image | Tensor) -> str:
-    """A picture, or a (H, W) mask, as a PNG in base64."""
-    if isinstance(image, Tensor):
-        image = Image.fromarray((image >= 0.5).cpu().numpy().astype(np.uint8) * 255)
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture from a file in one of FORMATS, upright; of an animation the first frame. Raises UsageError."""
+    try:
+        return _decoded(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except Exception as error:   # decoders raise anything over damaged bytes
+        raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are {', '.join(FORMATS)}") from None
+
+
+def _decoded(file: str | Path | BinaryIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:   # before it decodes, Pillow refuses more than 179 million pixels
+        found = upright(image)
+        found.format = image.format   # which a copy does not keep
+        return found
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as its EXIF tag says."""
+    return ImageOps.exif_transpose(image)
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.Image:
+    """A picture as such, or from the file that is named. Raises UsageError."""
+    if isinstance(given, (str, Path)):
+        return open_picture(given)
+    if not isinstance(given, Image.Image) or not all(given.size):
+        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not {given!r:.60}")
+    return given
+
+
+def fit(image: Image.Image, size: tuple[int, int], how: str = "crop", by: Image.Resampling = Image.LANCZOS) -> Image.Image:
+    """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it, cropped
+    around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a white margin is a thing that a
+    model would draw again; more of the same is not)."""
+    image, (height, width) = shown(image), size
+    if how != "pad":
+        return ImageOps.fit(image, (width, height), by)
+    scale = min(width / image.width, height / image.height)
+    inner = image.resize([max(1, round(side * scale)) for side in image.size], by)
+    top, left = (height - inner.height) // 2, (width - inner.width) // 2
+    margins = (top, height - inner.height - top), (left, width - inner.width - left), (0, 0)
+    return Image.fromarray(np.pad(np.asarray(inner), margins, mode="edge"))
+
+
+def own_size(image: Image.Image, size: tuple[int, int], unit: int, most: int) -> tuple[int, int]:
+    """(height, width) with the upright picture's aspect and about as many pixels as `size`, in multiples of `unit` up to `most`."""
+    scale = (size[0] * size[1] / (image.height * image.width)) ** 0.5
+    return tuple(min(max(round(side * scale / unit), 1) * unit, most // unit * unit) for side in image.size[::-1])
+
+
+def to_base64(image: Image.Image) -> str:
+    """A picture as a PNG in base64."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def from_base64(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text)))
+    """What `to_base64` wrote. Raises UsageError."""
+    if not isinstance(text, str) or len(text) > TEXT:
+        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not {text!r:.60}")
+    try:
+        return _decoded(io.BytesIO(base64.b64decode(text, validate=True)))
+    except Exception as error:   # decoders raise anything over damaged bytes
+        raise UsageError(f"a picture inside of settings cannot be read ({_why(error)})") from None
 
 
 def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 256) -> Image.Image:
@@ -169,16 +236,13 @@ def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[st
 
 
 def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole or not at all, with the settings in a text chunk."""
+    """Writes a PNG, whole or not at all, with the settings in a text chunk; without it where these are longer (TEXT) than Pillow
+    reads back, as it would then refuse the whole picture."""
     info = PngImagePlugin.PngInfo()
-    if settings is not None:
-        info.add_text(CHUNK, json.dumps(settings))   # ASCII: json escapes the rest
-    tmp = path.with_name(f".{path.name}.tmp")
-    try:
-        image.save(tmp, format="PNG", pnginfo=info)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    if settings is not None and len(text := json.dumps(settings)) < TEXT:
+        info.add_text(CHUNK, text)   # ASCII: json escapes the rest
+    with replacing(path) as made:
+        image.save(made, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -188,6 +252,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other programs "
                          "drop them when they save a picture again)")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_object(text)
+    except (ValueError, TypeError):
         raise UsageError(f"{path}: its settings are damaged") from None

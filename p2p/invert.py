@@ -14,33 +14,42 @@ Every method ends in an `Inversion`: the latents of the picture at each noise le
 """
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from models.layers import arranged
+from models.layers import keep_freed_memory
+from p2p import checks, stored
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
-from p2p.image import fit, from_base64, from_pil, to_base64
-from p2p.model import Conditioning, Model
+from p2p.image import to_base64
+from p2p.memory import check_run
+from p2p.model import Conditioning, Model, find_model
+from p2p.prompts import check as check_prompt
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
-from p2p.start import check_latents, draw, guidance
+from p2p.start import check_latents, check_seed, draw, fitted, guidance, late
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
+READ_BY = {   # settings that some methods alone read; the others refuse them
+    "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
+    "inner_steps": ("fixed-point", "null-text"),
+    "eta": ("edit-friendly",),
+    "seed": ("noise", "edit-friendly"),
+}
 FOLLOW = ("direct", "edit-friendly")           # the source row takes the stored latents at every step
 DEFAULT = "edit-friendly"                      # of `benchmarks.paired`: nearest to the true edits, with the fewest rows but noise's
 SKIPPED = {"edit-friendly": 0.24}              # share of the steps left out, unless told: 12 of 50, as in its PIE-Bench runs
@@ -60,7 +69,7 @@ class Inversion:
     inversion_guidance: float
     inner_steps: int | None
     eta: float
-    seed: int
+    seed: int | None
     family: str
     prediction: str
     sha256: str | None                     # of the model
@@ -69,34 +78,35 @@ class Inversion:
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
+    fit: str = "crop"                      # how the picture was fitted
+    final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
+    notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*TENSORS, "notes")}
         return said | {"picture": self.picture and to_base64(self.picture)}
 
     def save(self, file: str | Path) -> None:
-        """Writes a .safetensors file, its settings in the header."""
+        """Writes a .safetensors file, its settings in the header. Raises OSError."""
         tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
-                   **{f"queries.{k}": v for k, v in (self.queries or {}).items()}}
+                   **{stored.QUERIES + k: v for k, v in (self.queries or {}).items()}}
         tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
-        save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+        try:
+            save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+        except SafetensorError as error:   # of a full disk, say
+            raise OSError(errno.EIO, str(error)) from None
 
     @staticmethod
     def load(file: str | Path) -> Inversion:
-        """Reads what `save` wrote. Raises UsageError."""
+        """Reads what `save` wrote, and believes none of it. Raises UsageError."""
         try:
-            with safe_open(file, "pt") as f:
-                said = json.loads((f.metadata() or {})["inversion"])
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-            said["picture"] = said["picture"] and from_base64(said["picture"])
-            queries = {k.removeprefix("queries."): tensors.pop(k) for k in list(tensors) if k.startswith("queries.")}
-            return Inversion(**said, **tensors, queries=queries or None)
-        except FileNotFoundError:
-            raise UsageError(f"{file}: no such file") from None
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            found = Inversion(**stored.read(file))
+        except TypeError as error:
             raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
+        stored.check(file, found, METHODS, FOLLOW)
+        return replace(found, picture=stored.picture(file, found.picture, found.latents))
 
     def check(self, model: Model) -> None:
         """Raises UsageError unless it was made with this model."""
@@ -104,6 +114,8 @@ class Inversion:
             raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
                              f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
                              f"({model.file}). Invert the picture again")
+        check_latents("latents", self.latents, (len(self.latents),), model)
+        stored.check_for(model, self)
         if self.overrides != model.overrides:
             raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "
                              f"{model.overrides or 'the model as it is'}: load it as it was, or invert the picture again")
@@ -132,49 +144,62 @@ class _Run(NamedTuple):
         return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
 
 
-def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: str = DEFAULT, steps: int = 50,
-           skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float = 1.0,
-           inner_steps: int | None = None, eta: float = 1.0, seed: int = 0, height: int | None = None, width: int | None = None,
-           progress: bool = False) -> Inversion:
+def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these settings of `invert` that the method reads."""
+    return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
+
+
+def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *, method: str = DEFAULT,
+           steps: int = 50, skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float | None = None,
+           inner_steps: int | None = None, eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
+           height: int | None = None, width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
-    picture: fitted to height x width (see `image.fit`), or latents (1, C, H, W). method: see above. skip: steps left
+    picture: or its file; or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where None) or "pad", see
+    `image.fit`, or "own": to the size of its own shape that the model takes. method: see above. skip: steps left
     out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
-    made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting (ddim, fixed-point, belm,
-    edit-friendly); 0 is without the prompt here, as in PnPInversion's ablation. inner_steps: of the optimiser (null-text,
-    10) or the solver (fixed-point, 5). eta: edit-friendly,
-    1 for DDPM. seed: of the noise that noise and edit-friendly draw. Raises UsageError, NumericsError.
+    made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts
+    nothing); 0 is without the prompt here, as in PnPInversion's ablation.
+    inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the
+    noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
+    for the model's own (Stable Diffusion: that of its first timestep, in which it was trained to end), 1 for none of the noise, as
+    in O-BELM's code. A setting that a method does not read is refused. Raises UsageError, NumericsError.
     """
-    if method not in METHODS:
-        raise UsageError(f'inversion method "{method}" is not known; known: {", ".join(METHODS)}')
-    if not isinstance(steps, Integral) or steps < 1:
-        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
-    for name, value in (("guidance_scale", guidance_scale), ("inversion_guidance", inversion_guidance)):
-        if value is not None and (not isinstance(value, Real) or not abs(value) < float("inf")):
-            raise UsageError(f"{name} must be a finite number, not {value!r}")
-    if inner_steps is not None and (not isinstance(inner_steps, Integral) or inner_steps < 1):
-        raise UsageError(f"inner_steps must be a whole number from 1, not {inner_steps!r}")
+    model = find_model(model)
+    checks.choice("inversion method", method, METHODS)
+    given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
+    for name, value in given.items():
+        if value is not None and method not in READ_BY[name]:
+            raise UsageError(f"{name}: {method} inversion does not read it (read by {', '.join(READ_BY[name])}); leave it out")
+    whole = model.schedule(checks.whole("steps", steps))
+    if final_alpha is not None and checks.share("final_alpha", final_alpha) == 0:
+        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
+    whole = whole.ending(final_alpha)
+    guidance_scale = guidance(model, guidance_scale)
+    inversion_guidance = checks.finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
+    inner_steps = None if inner_steps is None else checks.whole("inner_steps", inner_steps, most=10**6)
+    seed, eta = check_seed(seed or 0), checks.share("eta", 1 if eta is None else eta)
+    checks.flag("progress", progress)
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
-    if isinstance(picture, Tensor) and (height, width) != (None, None):
-        raise UsageError("height, width: latents have their size; leave these out")
-    if not isinstance(prompt, str):
-        raise UsageError(f"a prompt is a string, not {prompt!r}")
-    skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
-    if not 0 <= skip < steps:
-        raise UsageError(f"skip must leave steps to run: from 0 to {steps - 1}, not {skip}")
-    if not 0 < eta <= 1:
-        raise UsageError(f"eta must lie within 0 and 1, above 0, not {eta}")
-    guidance_scale = guidance(model, guidance_scale)
-    _, *size = model.latent_shape(height, width)
-    if isinstance(picture, Image.Image):
-        picture = fit(picture, (size[0] * model.shrink, size[1] * model.shrink))
-        x_0, kept = model.encode(from_pil(picture)), picture
+    if isinstance(picture, Tensor) and (height, width, fit) != (None, None, None):
+        raise UsageError("height, width, fit: latents have their size; leave these out")
+    check_prompt(prompt)
+    skip = checks.whole("skip, which leaves steps to run,", int(SKIPPED.get(method, 0) * steps) if skip is None else skip, 0,
+                        steps - 1)
+    if eta == 0:
+        raise UsageError("eta must lie within 0 and 1, above 0, not 0")
+    notes = late(model, whole)
+    if not isinstance(picture, Tensor):
+        kept, cropped = fitted(model, picture, "crop" if fit is None else fit, height, width)
+        notes += cropped
+        _afford(model, (kept.height, kept.width), steps - skip, method, inversion_guidance)
+        x_0 = model.encode(kept)
     else:
         check_latents("latents", picture, (1,), model)
         x_0, kept = picture.to(model.device), None
         x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
-    whole = model.schedule(steps)
+        _afford(model, [side * model.shrink for side in x_0.shape[2:]], steps - skip, method, inversion_guidance)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
@@ -183,37 +208,43 @@ def invert(model: Model, picture: Image.Image | Tensor, prompt: str, *, method: 
     run = _Run(model, x_0, null, told, both, schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
-    with torch.no_grad(), _kernels(method, run):
+    keep_freed_memory(model.device)
+    exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
+    with torch.no_grad(), exactly:
         if method == "noise":
-            latents, rows = _noised(run, seed, independent=False), 0
+            latents, rows = _noised(run, seed or 0, independent=False), 0
         elif method == "edit-friendly":
-            latents = _noised(run, seed, independent=True)
+            latents = _noised(run, seed or 0, independent=True)
             offsets = _offsets(run, latents, inversion_guidance, eta)
         elif method == "belm":
             latents = _belm(run, inversion_guidance)
         else:
             solver = (inner_steps or 5) if method == "fixed-point" else 1
-            guided = inversion_guidance if method in ("ddim", "fixed-point") else 1.0
-            latents = _ddim(run, guided, solver)
-            rows = solver * (1 if guided == 1 else 2)
+            latents = _ddim(run, inversion_guidance, solver)
+            rows *= solver
     rows *= schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
     if method == "null-text":
-        with _kernels(method, run):
+        with _explicit_where_small(run):
             null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
         rows += more
     return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
-                     eta if method == "edit-friendly" else 0.0, seed, model.family, model.prediction, model.sha256, rows,
-                     null_context, None if offsets is None else offsets.cpu(), kept, overrides=model.overrides)
+                     eta if method == "edit-friendly" else 0.0, seed if method in READ_BY["seed"] else None, model.family,
+                     model.prediction, model.sha256, rows, null_context, None if offsets is None else offsets.cpu(), kept,
+                     fit=fit or "crop", final_alpha=final_alpha, overrides=model.overrides, notes=tuple(notes))
 
 
-def _kernels(method: str, run: _Run) -> AbstractContextManager:
-    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its
-    own size. Its kernels are therefore not arranged, as they are not where the gradient is taken, and where the maps are small
-    they are formed, which repeats the official code's numbers more closely."""
-    if method != "null-text":
-        return arranged(run.model.unet)
+def _afford(model: Model, size: Sequence[int], steps: int, method: str, inversion_guidance: float) -> None:
+    """Raises UsageError for an inversion that the machine has no memory for."""
+    independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
+    check_run(model, 1, model.latent_shape(*size), steps, guided=inversion_guidance != 1, noises=1 + steps * independent,
+              kept=(2 + independent) * (steps + 1), encodes=True)
+
+
+def _explicit_where_small(run: _Run) -> AbstractContextManager:
+    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its own
+    size. Where the maps are small they are formed, which repeats the official code's numbers more closely."""
     small = run.x_0.shape[2] * run.x_0.shape[3] <= 32 * 32
     return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
 
@@ -237,12 +268,13 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
 
 
 def _belm(run: _Run, guidance_scale: float) -> Tensor:
-    """O-BELM backwards: the first step is DDIM's, each further one the exact inverse of `belm_step`."""
+    """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a picture at the level of the
+    first timestep); each further one is the exact inverse of `belm_step`."""
     a = run.schedule.alphas[::-1]                                                # a[0] of the picture
     latents = [run.x_0]
     for i, (t, a_to, a_from) in enumerate(run.upwards()):
         x = latents[-1]
-        if i == 0:
+        if i == 0 or a[i] == a[i - 1]:
             out = run.predict(x, t, guidance_scale)
             _, eps = x0_and_eps(x, out, a_to, run.model.prediction)
             latents.append(ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to))

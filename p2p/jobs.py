@@ -2,30 +2,38 @@
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
-    OUT/results.jsonl                                  a line a job, in the order of the list; written when a run ends
+    OUT/results.jsonl                                  a row for each line of the list; written when a run
+    ends
 """
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from p2p.edit import Edit, check, from_dict, to_dict
+from p2p import lines
+from p2p.aside import appearing, finished, sweep
+from p2p.blend import LocalBlend
+from p2p.edit import Edit, check, to_dict
 from p2p.errors import UsageError
+from p2p.fields import checked
 from p2p.image import save_png
-from p2p.invert import DEFAULT, METHODS
+from p2p.invert import DEFAULT, READ_BY
+from p2p.lines import present, shown
 from p2p.model import Model
-from p2p.output import appearing, names, write
+from p2p.output import names, write
 from p2p.run import Result
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
-INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": 1.0, "inner_steps": None}
-OTHERS = ("proximal", "editor")
+INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
+             "fit": "cover", "path": "inverted"}   # the last two: see `protocol.square`, `protocol.resampled`
+OTHERS = ("proximal", "editor", "negative_prompt")
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
@@ -33,7 +41,7 @@ SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cros
 class Job(NamedTuple):
     """One line of the list, complete: every setting has its value."""
 
-    id: str                       # a hash of all below, of the picture's content and of the model
+    id: str                       # a hash of what is asked for, of the picture's content and of the model
     line: int
     source: str                   # the prompt, or what describes the picture
     targets: tuple[Edit, ...]
@@ -41,79 +49,115 @@ class Job(NamedTuple):
     image: Path | None
     inverting: dict[str, Any]     # INVERTING, if there is a picture
     others: dict[str, Any]        # OTHERS
+    own: str | int | None = None  # the user's id and tags: for the rows of results.jsonl, they change nothing
+    tags: Any = None
 
     def settings(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {"source": self.source, "targets": [to_dict(e) for e in self.targets], **self.sampling,
                 "image": self.image and str(self.image), **self.inverting, **self.others}
 
+    def row(self) -> dict[str, Any]:
+        """What is known of it before it has run, as a row of results.jsonl."""
+        return {"line": self.line, "id": self.id if self.own is None else self.own, "job": self.id,
+                "state": "open", "tags": self.tags, "source": self.source,
+                "targets": [e.prompt for e in self.targets], "seed": self.sampling["seed"], "images": [],
+                "seconds": None, "notes": [], "error": None}
 
-def read(file: Path, model: Model) -> list[Job]:
-    """The jobs of a .jsonl file; pictures lie relative to it. Of lines that ask for the same the first alone is kept.
+
+def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> list[Job]:
+    """The jobs of a list (see `lines.read`), one a line; lines that ask for the same have the same identity.
+    Pictures lie relative to the file. defaults: settings of lines without their own; INVERTING of pictures
+    alone.
 
     Raises UsageError naming every line that cannot be meant, before anything is computed.
     """
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error})") from None
-    jobs: dict[str, Job] = {}
-    wrong = []
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            job = parse(json.loads(text), number, file.parent, model)
-            jobs.setdefault(job.id, job)
-        except (UsageError, ValueError, TypeError) as error:
-            wrong.append(f"line {number}: {error}")
-    if wrong:
-        raise UsageError(f"{file}: " + "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
-    if not jobs:
-        raise UsageError(f'{file}: no job in it; a job is a line such as {{"source": "a cat", "targets": ["a dog"]}}')
-    return list(jobs.values())
+    defaults = present(dict(defaults or {})) or {}
+    for name, value in defaults.items():
+        checked(name, value)
+    jobs = lines.read(file, lambda said, number: parse(said, number, file.parent, model, defaults),
+                      'no job in it; a job is a line such as {"source": "a cat", "targets": ["a dog"]}')
+    if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
+        raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
+    return jobs
 
 
-def parse(said: Any, line: int, folder: Path, model: Model) -> Job:
+def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> Job:
     """A job from what its line says. Raises UsageError."""
     if not isinstance(said, dict):
         raise UsageError("a job is an object with source and targets")
-    said = {SHORT.get(k, k): v for k, v in said.items()}
-    known = {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}
-    if unknown := sorted(set(said) - known):
-        raise UsageError(f"{', '.join(unknown)}: no setting of an edit; known: {', '.join(sorted(known))}")
-    source, targets = said.get("source"), said.get("targets")
-    listed = [targets] if isinstance(targets, (str, dict)) else targets
-    if not isinstance(source, str) or not isinstance(listed, list) or not listed:
-        raise UsageError("a job needs source (a prompt; of a picture, what describes it) and targets (a prompt, an object with "
-                         "the fields of Edit, or a list of them)")
-    shared = {k: said[k] for k in EDITING if k in said}
-    edits = []
-    for target in listed:
-        edits.append(from_dict(shared | (target if isinstance(target, dict) else {"prompt": target})))
-        check(edits[-1])
-    image = said.get("image")
-    if image is None and (alone := [k for k in INVERTING if k in said]):
+    tags = said.get("tags")
+    said = present({k: v for k, v in said.items() if k != "tags"}) or {}
+    own = checked("id", said.pop("id")) if "id" in said else None
+    said = _long(said, {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}, "an edit")
+    pictured = "image" in said
+    if not pictured and (alone := [k for k in INVERTING if k in said]):
         raise UsageError(f"{', '.join(alone)}: of a picture; give image")
-    inverting = {k: said.get(k, v) for k, v in INVERTING.items()} if image is not None else {}
-    if inverting and inverting["method"] not in METHODS:
-        raise UsageError(f"method {inverting['method']!r} is not known; known: {', '.join(METHODS)}")
-    usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0, "eta": model.eta if image is None else 1.0,
-             "height": model.size[0], "width": model.size[1]}
-    sampling = {k: usual[k] if said.get(k) is None else said[k] for k in SAMPLING}
-    if lists := [k for k, v in sampling.items() if isinstance(v, (list, dict))]:
-        raise UsageError(f"{', '.join(lists)}: one number, not {sampling[lists[0]]!r}")
-    others = {k: said[k] for k in OTHERS if said.get(k) is not None}
-    job = Job("", line, source, tuple(edits), sampling, None if image is None else folder / image, inverting, others)
+    defaults = {k: v for k, v in (defaults or {}).items() if pictured or k not in INVERTING}
+    own_settings, said = said.keys(), defaults | said
+    targets = said.pop("targets", None)
+    listed = targets if isinstance(targets, list) else [targets]
+    if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
+        raise UsageError("a job needs source (a prompt; of a picture, what describes it) and targets (a "
+                         "prompt, an object with the fields of Edit, or a list of them)")
+    said = {k: checked(k, v) for k, v in said.items()}
+    method = said.get("method", DEFAULT)
+    if pictured and (unread := [k for k, methods in READ_BY.items() if k in own_settings and method not in methods]):
+        raise UsageError(f"{', '.join(unread)}: {method} inversion does not read it; leave it out")
+    edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
+    usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
+             "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
+    sampling = {k: said.get(k, usual[k]) for k in SAMPLING}
+    if sampling["steps"] > len(model.alphas_cumprod):
+        raise UsageError(f"steps: {sampling['steps']} is more than the model's {len(model.alphas_cumprod)}")
+    inverting = {k: said.get(k, v) for k, v in INVERTING.items()} if pictured else {}
+    others = {k: said[k] for k in OTHERS if k in said}
+    image = folder / said["image"] if pictured else None
+    job = Job("", line, said["source"], edits, sampling, image, inverting, others, own, tags)
     return job._replace(id=_identity(job, model))
 
 
+def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
+    own = _long({"prompt": said} if isinstance(said, str) else said, {"prompt", *EDITING}, "a target")
+    if "prompt" not in own:
+        raise UsageError("a target that is an object needs its prompt")
+    edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
+    check(edit)
+    blend = edit.local_blend
+    if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
+        raise UsageError("local_blend: give words or a mask, or the target's scope")
+    return edit
+
+
+def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[str, Any]:
+    """Settings by their full names. Raises UsageError for others, and for one given by both its names."""
+    if both := [f"{short} and {name}" for short, name in SHORT.items() if short in said and name in said]:
+        raise UsageError(f"{', '.join(both)}: two names of one setting; give one")
+    said = {SHORT.get(k, k): v for k, v in said.items()}
+    if unknown := sorted(set(said) - set(known)):
+        raise UsageError(f"{', '.join(shown(name)[1:-1] for name in unknown)}: no setting of {what}; known: "
+                         f"{', '.join(sorted(known))}")
+    return said
+
+
 def _identity(job: Job, model: Model) -> str:
-    content = None
-    if job.image is not None:   # a file that cannot be read is the job's own failure, when its turn comes
-        content = hashlib.sha256(job.image.read_bytes()).hexdigest() if job.image.is_file() else str(job.image)
+    content = None if job.image is None else _content(job.image)
     asked = job.settings() | {"image": content, "model": model.identity()}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(picture: Path) -> str:
+    """A hash of the file; of one that cannot be read its name: the job fails when its turn comes."""
+    with suppress(OSError, ValueError):
+        if picture.is_file():
+            found = picture.stat()
+            return _hash(picture, found.st_size, found.st_mtime_ns)
+    return str(picture)
+
+
+@lru_cache(10_000)   # lists ask for many edits of one picture
+def _hash(file: Path, size: int, changed: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class Store:
@@ -126,48 +170,62 @@ class Store:
             self.failures.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--out {root}: cannot be written ({error.strerror})") from None
+        for folder in (self.root, self.failures):
+            sweep(folder)
 
     def done(self, job: Job) -> bool:
-        return (self.root / job.id / "job.json").exists()
+        return finished(self.root / job.id / "job.json")
 
     def failed(self, job: Job) -> str | None:
-        try:
-            return json.loads((self.failures / f"{job.id}.json").read_text())["error"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
+        return _read(self.failures / f"{job.id}.json").get("error")
 
-    def finish(self, job: Job, result: Result) -> None:
+    def finish(self, job: Job, result: Result, seconds: float) -> None:
         """Writes all files aside, then moves them into place at once. Raises UsageError where the disk does not take them."""
-        said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows}
+        said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
+                                 "seconds": round(seconds, 3)}
         try:
-            with appearing(self.root / job.id) as aside:
+            with appearing(self.root / job.id, "job.json") as made:
                 for name, image in zip(names(len(result.images)), result.images):
-                    save_png(aside / f"{name}.png", image, result.settings)
-                (aside / "job.json").write_text(json.dumps(said, indent=1) + "\n")
+                    save_png(made / f"{name}.png", image, result.settings)
+                (made / "job.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
             (self.failures / f"{job.id}.json").unlink(missing_ok=True)
         except OSError as error:
             if not self.done(job):
                 raise UsageError(f"--out {self.root}: cannot be written ({error.strerror}); what is done is kept, start again "
                                  "to go on") from None
 
-    def fail(self, job: Job, error: str) -> None:
+    def fail(self, job: Job, error: str, trace: str | None = None) -> None:
+        """trace: where an error that nobody foresaw was raised."""
         said = job.settings() | {"id": job.id, "line": job.line, "error": error}
+        if trace:
+            said["traceback"] = trace
         write(self.failures / f"{job.id}.json", json.dumps(said, indent=1))
 
+    def row(self, job: Job) -> dict[str, Any]:
+        """What has become of a job."""
+        if self.done(job):
+            said = _read(self.root / job.id / "job.json")
+            images = [f"{job.id}/{name}.png" for name in names(1 + len(job.targets))]
+            known = {k: said[k] for k in ("seconds", "notes") if k in said}
+            return job.row() | {"state": "done", "images": images} | known
+        error = self.failed(job)
+        return job.row() | ({"state": "failed", "error": error} if error else {})
+
     def index(self, jobs: Sequence[Job], mine: Collection[str]) -> dict[str, int]:
-        """Writes results.jsonl, and clears away what killed runs left; how many of mine (identities) are done, failed and open."""
-        for part in self.root.glob(".part-*"):
-            if (self.root / part.name.split("-")[1] / "job.json").exists():
-                shutil.rmtree(part, ignore_errors=True)
-        lines, counts = [], {"done": 0, "failed": 0, "open": 0}
-        for job in jobs:
-            error = self.failed(job)
-            state = "done" if self.done(job) else "failed" if error else "open"
-            counts[state] += job.id in mine
-            why = {"error": error} if state == "failed" else {}
-            lines.append(json.dumps({"line": job.line, "id": job.id, "state": state} | why))
-        write(self.root / "results.jsonl", "\n".join(lines))
-        return counts
+        """Writes results.jsonl.  -> how many of `mine` (identities) are done, failed and open, repeats
+        counted"""
+        rows = [self.row(job) for job in jobs]
+        write(self.root / "results.jsonl", "\n".join(map(json.dumps, rows)))
+        states = [row["state"] for row in rows if row["job"] in mine]
+        return {state: states.count(state) for state in ("done", "failed", "open")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A file of ours; nothing where it is absent, or was damaged since."""
+    with suppress(OSError, ValueError):
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return said if isinstance(said, dict) else {}
+    return {}
 
 
 def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
@@ -191,7 +249,8 @@ def _shape(job: Job) -> tuple | None:
     """What jobs of one batch have in common; None for those that run alone."""
     if job.image is not None or job.others:
         return None
-    levels = {e.local_blend.level if e.local_blend else 4 for e in job.targets if e.local_blend or e.scope}
+    blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
+    levels = {(b.level, b.middle) for b in blends}
     s = job.sampling
     return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
 

@@ -1,6 +1,7 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from models.t5 import EncodedPrompts, T5Encoder
 from models.text import TextEncoder, Tokens
 from models.unet import Text, Time, UNet
 from models.vae import AutoencoderKL
+from p2p.checks import flag, whole
 from p2p.errors import UsageError
-from p2p.image import from_pil
+from p2p.image import as_picture, from_pil
 from p2p.sampler import Clip
 from p2p.schedule import Schedule, ddim_schedule
 from p2p.tiles import tiled
@@ -29,6 +31,8 @@ from weights.detect import FAMILY_RULE
 from weights.digest import together
 from weights.identity import files
 
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
 
 
@@ -91,13 +95,14 @@ class Model:
         if not self.offload:
             yield
             return
-        try:
-            for part in parts:
-                part.to(self.device)
-            yield
-        finally:
-            for part in parts:
-                part.to("cpu")
+        with MOVING:
+            try:
+                for part in parts:
+                    part.to(self.device)
+                yield
+            finally:
+                for part in parts:
+                    part.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,14 +119,18 @@ class Model:
         """Pixels per side that one latent stands for."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
 
+    @property
+    def unit(self) -> int:
+        """Sides of pictures are multiples of it."""
+        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
+        return self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
-        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
-        unit = self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
         for name, side in zip(("height", "width"), sides):
-            if not isinstance(side, Integral) or side % unit or not 0 < side <= LARGEST:
-                raise UsageError(f"{name} must be a positive multiple of {unit}, not {side!r}, and at most {LARGEST}")
+            if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
+                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {side!r}, and at most {LARGEST}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
@@ -202,6 +211,8 @@ class Model:
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
         """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise UsageError(f"prompts are a text or a list of texts, not {prompts!r:.60}")
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with self._at_work(*self.text_encoders):
@@ -239,8 +250,12 @@ class Model:
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:
-        """A picture, or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's mean)."""
-        x = from_pil(image) if isinstance(image, Image.Image) else image
+        """A picture (as `image.shown`) or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's
+        mean). Raises UsageError for a size that the model does not take."""
+        x = image if isinstance(image, Tensor) else from_pil(as_picture(image))
+        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+            raise UsageError(f"a picture as a tensor is (B, 3, height, width) in [-1, 1], not {x.dtype} {tuple(x.shape)}")
+        self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.quant_conv.weight.dtype)                  # one at a time: memory for one
@@ -273,6 +288,15 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     return device
 
 
+def find_model(model: Model | str | Path) -> Model:
+    """A model, or the one of that name, loaded for this call alone. Raises CheckpointError, UsageError."""
+    if isinstance(model, (str, Path)):
+        return load(model)
+    if not isinstance(model, Model):
+        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {model!r:.60}")
+    return model
+
+
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
          text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
@@ -294,9 +318,12 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     zero_snr: the noise schedule stretched to zero terminal SNR (Lin et al. 2023); it shows where t = 999 is visited.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
     """
-    _check_arguments(source, dtype, held, tile)
+    _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype, held=held)
+    flag("compile", compile), flag("offload", offload), flag("ema", ema), flag("zero_snr", zero_snr)
+    tile = None if tile is None else whole("tile, in latents,", tile, least=8)
+    clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
-    package = weights.load.find(source, family, prediction, vae, ema, clip_skip or 0, zero_snr)
+    package = weights.load.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
     dtype = dtype or (torch.float32 if device.type == "cpu" else weights.load.stored(package.unet))
     if held is not None and not held.itemsize < dtype.itemsize:
         raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
@@ -324,11 +351,15 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None}, **own)
 
 
-def _check_arguments(source: object, dtype: object, held: object, tile: object) -> None:
+def _check_arguments(source: object, **given: object) -> None:
     if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {source!r}")
-    for given, value in (("dtype", dtype), ("held", held)):
-        if value is not None and not isinstance(value, torch.dtype):
-            raise UsageError(f"{given} is one of torch's, such as torch.float16, not {value!r}")
-    if tile is not None and (not isinstance(tile, Integral) or tile < 8):
-        raise UsageError(f"tile is a whole number of latents from 8, not {tile!r}")
+        raise UsageError(f"a model is named by a string or a path, not {source!r:.60}")
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in ("dtype", "held") and not (isinstance(value, torch.dtype) and value in FLOATING):
+            raise UsageError(f"{name} is one of {', '.join(map(str, FLOATING))}, not {value!r:.60}")
+        if name in ("vae", "text") and not isinstance(value, (str, Path)):
+            raise UsageError(f"{name} is named by a string or a path, not {value!r:.60}")
+        if name in ("family", "prediction") and not isinstance(value, str):
+            raise UsageError(f"{name} is a name, not {value!r:.60}")

@@ -13,6 +13,7 @@ import torch
 import p2p
 from p2p.image import open_picture
 from p2p.model import find_device
+from weights.untrusted import printable
 
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
 
@@ -49,7 +50,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, An
 
 def say(notes: Sequence[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
@@ -74,6 +75,8 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
         given["cross_replace_steps"] = cross(args.cross)
     if args.self_ is not None:
         given["self_replace_steps"] = window(args.self_, "--self")
+    if args.windows_over is not None:
+        given["windows_over"] = args.windows_over
     if args.weight:
         given["equalizer"] = once([weight(w) for w in args.weight], "--weight")
     if args.swap:
@@ -83,10 +86,10 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     blend: dict[str, Any] = {}
     for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
         if items:
-            blend[field] = tuple(zip(*(pair(i if ":" in i else f"{i}:{i}", ":", option, "OLD:NEW") for i in items)))
+            blend[field] = sides(items, option)
     if args.blend_mask:
         blend["mask"] = open_picture(args.blend_mask)
-    for field in ("start", "level"):
+    for field in ("start", "level", "keep", "middle"):
         if getattr(args, f"blend_{field}") is not None:
             blend[field] = getattr(args, f"blend_{field}")
     if args.blend_threshold is not None:
@@ -136,6 +139,14 @@ def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
     if not (left and found and right):
         raise p2p.UsageError(f"{option} {item!r}: expected {form}")
     return left, right
+
+
+def sides(items: list[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them alone  ->  words of the source, words of the target"""
+    split = [item.partition(":") if ":" in item else (item, ":", item) for item in items]
+    if bad := [item for item, (old, _, new) in zip(items, split) if not (old or new) or ":" in new]:
+        raise p2p.UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or :NEW")
+    return tuple(old for old, _, _ in split if old), tuple(new for _, _, new in split if new)
 
 
 def weight(item: str) -> tuple[str, float]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError
 
+from p2p.aside import aside, replacing, sweep
 from p2p.errors import UsageError
 from p2p.image import save_png
 
@@ -24,26 +23,12 @@ def names(pictures: int) -> list[str]:
 
 
 def write(file: Path, text: str) -> None:
-    """In one step: readers see the old file or the new one. Raises UsageError."""
-    aside = file.with_name(f".{file.name}-{os.getpid()}")
+    """In one step, with a line's end. Raises UsageError."""
     try:
-        aside.write_text(text + "\n")
-        os.replace(aside, file)
+        with replacing(file) as made:
+            made.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror})") from None
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder to be filled aside, which is there in one step at the end; of its own name, for a worker that outlived its run
-    may be at the same one. A killed run leaves it as .part-NAME-..."""
-    aside = folder.with_name(f".part-{folder.name}-{secrets.token_hex(4)}")
-    aside.mkdir()
-    try:
-        yield aside
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Output:
@@ -58,7 +43,8 @@ class Output:
         made = [p for p in (parent, *parent.parents) if not p.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=parent):
+            sweep(parent)
+            with aside(parent):
                 pass
             for folder in made:   # a run that fails leaves nothing; one beside it may have put something there
                 with suppress(OSError):
@@ -75,29 +61,28 @@ class Output:
         self.add(f"{name}.png", lambda path: save_png(path, image, settings))
 
     def json(self, name: str, value: Any, listed: bool = False) -> None:
-        self.add(name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"), listed)
+        text = json.dumps(value, indent=2) + "\n"
+        self.add(name, lambda path: path.write_text(text, encoding="utf-8"), listed)
 
     def write(self, quiet: bool = False) -> Path:
         """Writes all of it and prints the paths.  -> the new folder. Raises UsageError."""
-        aside = None
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".p2p-", dir=self.parent))
-            for name, write in self.files.items():
-                write(aside / name)
-            aside.chmod(0o755)
-            folder = self._move(aside)
-        except OSError as error:
-            raise UsageError(f"--out {self.parent}: cannot be written ({error.strerror})") from None
-        finally:
-            if aside is not None:
-                shutil.rmtree(aside, ignore_errors=True)
+            with aside(self.parent) as own:
+                made = own / self.slug
+                made.mkdir()
+                for name, write in self.files.items():
+                    write(made / name)
+                folder = self._move(made)
+        except (OSError, SafetensorError) as error:   # the latter too where a disk is full
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"--out {self.parent}: cannot be written ({why})") from None
         if not quiet:
             for name in self.listed:
                 print(folder / name)
         return folder
 
-    def _move(self, aside: Path) -> Path:
+    def _move(self, made: Path) -> Path:
         taken = [int(m.group(1)) for p in self.parent.iterdir() if (m := re.match(r"(\d+)-", p.name))]
         number = max(taken, default=0) + 1
         while True:
@@ -107,5 +92,5 @@ class Output:
             except FileExistsError:
                 number += 1
                 continue
-            os.replace(aside, folder)        # an empty folder is replaced in one step
+            os.replace(made, folder)         # an empty folder is replaced in one step
             return folder

@@ -2,28 +2,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from models.attention import AttentionEdit
 from models.unet import UNet
-from p2p.masactrl import borrowing, halves
+from p2p.masactrl import borrowing
 
 
 @dataclass(frozen=True)
 class PlugAndPlay:
-    """features: share of the steps in which the targets take the source's features after one residual block, the second
-    of the first decoder level with attention; attention: the same for queries and keys of self-attention from there on
-    (the authors' choice of layers for Stable Diffusion)."""
+    """features: share of the steps in which the targets take the source's features: what one residual block, the second of the
+    first decoder level with attention, adds to its skip connection, which stays the target's own. attention: the same for
+    queries and keys of self-attention from there on (the authors' choice of layers for Stable Diffusion).
+    source_prompt: what the source is told while it is sampled; None for its own prompt (in the authors' code: "").
+
+    Both halves of a target take what is the source's with its prompt, as in the authors' code.
+    """
 
     features: float = 0.8
     attention: float = 0.5
+    source_prompt: str | None = None
+
+    guided_source: ClassVar[bool] = False
 
     def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device,
              dtype: torch.dtype) -> list[dict[str, AttentionEdit | Tensor]]:
-        """As `MasaCtrl.plan`. Until both shares end, a step has rows for both, the own ones where a share is over: one graph."""
-        own, source = halves(n, guided, device)
+        """An edit by site for every step of a source and n - 1 targets; guided: how many unconditional rows come first, n, or
+        n - 1 without the source's, or 0. Until both shares end, a step has rows for both, the own ones where a share is over:
+        one graph."""
+        own = torch.arange(guided + n, device=device)
+        source = torch.full_like(own, guided)
+        source[0] = 0 if guided == n else guided   # the source's own unconditional row
         decoder = list(dict.fromkeys(s for s in unet.sites() if s.startswith("up_blocks")))
         block, ends = decoder[1].replace("attentions", "resnets"), [int(share * steps) for share in (self.features, self.attention)]
 

@@ -20,7 +20,7 @@ def bounded(x_0: Tensor, clip: Clip) -> Tensor:
     picture within the quantile of its own size, at least 1 and at most `most`, and scaled to [-1, 1]."""
     if isinstance(clip, tuple):
         quantile, most = clip
-        s = x_0.flatten(1).abs().float().quantile(quantile, dim=1).clamp(1, most).to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))
+        s = _quantile(x_0.flatten(1).abs(), quantile).clamp(1, most).view(-1, *[1] * (x_0.ndim - 1))
         return x_0.maximum(-s).minimum(s) / s
     return x_0 if clip is None else x_0.clamp(-clip, clip)
 
@@ -91,13 +91,32 @@ def belm_step_up(x_prev: Tensor, x_t: Tensor, eps: Tensor, a_prev: float, a_t: f
     return (x_prev - near * x_t - slope * eps) / far
 
 
+def _quantile(sizes: Tensor, share: float) -> Tensor:
+    """Of each row (B, N), in single precision at least.  -> (B,)"""
+    return sizes.to(torch.promote_types(sizes.dtype, torch.float32)).quantile(share, dim=1).to(sizes.dtype)
+
+
+PROXIMAL = ("l0", "l1", "published", "published-l1")
+
+
 def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: str = "l0", quantile: float = 0.7) -> Tensor:
     """Guidance along the large differences alone (Han et al. 2024, ProxEdit): those from a quantile of their size on.
 
-    norm "l0": kept as they are (hard threshold); "l1": less the threshold (soft).  (B, C, H, W), quantile per row
+    norm "l0": kept as they are, and "l1": less the threshold, which are the proximal operators of these norms, with a threshold a
+    row. "published" and "published-l1": what ProxEdit's code (phymhan/prompt-to-prompt, PnPInversion) computes under the names l0
+    and l1, with one threshold for all rows: the first shrinks as "l1" does; the second takes the threshold off twice where the
+    difference is positive, adds it again where that is below 0, and so is neither monotonic nor odd.
+    (B, C, H, W), the source's row first
     """
     delta = cond - uncond
     size = delta.abs()
-    limit = size.flatten(1).float().quantile(quantile, dim=1).to(size.dtype).view(-1, *[1] * (delta.ndim - 1))
-    kept = delta if norm == "l0" else delta - delta.sign() * limit
-    return uncond + guidance_scale * torch.where(size >= limit, kept, torch.zeros_like(kept))
+    sizes = size.flatten(1) if norm in ("l0", "l1") else size.flatten()[None]
+    limit = _quantile(sizes, quantile).view(-1, *[1] * (delta.ndim - 1))
+    if norm == "l0":
+        kept = torch.where(size >= limit, delta, torch.zeros_like(delta))
+    else:
+        kept = delta - delta.clamp(-limit, limit)
+    if norm == "published-l1":
+        kept = torch.where(kept > 0, kept - limit, kept)
+        kept = torch.where(kept < 0, kept + limit, kept)
+    return uncond + guidance_scale * kept

@@ -2,15 +2,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from models.attention import Record
+from p2p.checks import choice, finite, share, whole
 from p2p.errors import UsageError
-from p2p.model import Model
+from p2p.image import FITS, as_picture, fit, own_size, upright
+from p2p.memory import check_run
+from p2p.model import LARGEST, Model
 from p2p.schedule import Schedule
 
 UPSCALING = 4   # of a super-resolution stage, per side
@@ -23,13 +29,18 @@ class Low(NamedTuple):
     noise_level: int             # timestep of the noise that is put on them first
 
 
+def check_seed(seed: object) -> int:
+    """Raises UsageError."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= seed < 2**64:
+        raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r:.60}")
+    return int(seed)
+
+
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
     """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
     neither device nor batch changes a picture."""
-    for seed in seeds:
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= seed < 2**64:
-            raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r}")
-    generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    seeds = [check_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
 
 
@@ -46,12 +57,48 @@ class Start(NamedTuple):
     level: Tensor | None = None # (B,)
 
 
+def fitted(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None, width: int | None = None
+           ) -> tuple[Image.Image, list[str]]:
+    """A picture in a size that the model takes, and a note of what that cuts off. how: "crop" or "pad" to height x width (None:
+    the model's own), see `image.fit`; "own": to about as many pixels as the model's own size has, in the picture's own shape.
+    Raises UsageError."""
+    choice("fit", how, FITS)
+    picture = upright(as_picture(picture))
+    if how == "own":
+        if (height, width) != (None, None):
+            raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
+        height, width = own_size(picture, model.size, model.unit, LARGEST)
+    _, *size = model.latent_shape(height, width)
+    height, width = (side * model.shrink for side in size)
+    shares = picture.height / height, picture.width / width
+    notes = []
+    if how != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
+        seen = [round(side * min(shares)) for side in (width, height)]
+        notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x {seen[1]} around its centre, "
+                     f"for the model's {width} x {height}: --pad (fit=\"pad\") keeps all of it, --fit own its shape")
+    return fit(picture, (height, width), how), notes
+
+
+def late(model: Model, schedule: Schedule) -> list[str]:
+    """A note where the first of evenly spaced steps lies far below the schedule's end: it takes pure noise for a picture of that
+    level, and an inversion ends there."""
+    total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
+    if first >= 0.9 * total:
+        return []
+    near = sorted(range(1, total + 1), key=lambda n: abs(n - steps))
+    better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
+    return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not reach the noisiest "
+            f"{(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
+
+
 def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
     """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes."""
     channels = model.unet.config.in_channels
     expected = f"expected ({' or '.join(str(n) for n in dict.fromkeys(rows))}, {channels}, height, width)"
     if not isinstance(x, Tensor):
         raise UsageError(f"{name}: {type(x).__name__} given; a tensor is {expected}")
+    if x.is_complex() or x.is_sparse:
+        raise UsageError(f"{name}: {x.dtype} in {x.layout} given; real and dense numbers are {expected}")
     if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
         raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; {expected}")
     model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
@@ -59,37 +106,50 @@ def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> 
 
 def guidance(model: Model, asked: float | None) -> float:
     """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it would be no prompt."""
-    return model.guidance_scale if asked is None else 1.0 if asked == 0 else asked
+    return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
 
 
 def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
-          height: int | None, width: int | None, low: Low | None = None) -> Start:
+          height: int | None, width: int | None, low: Low | None = None, targets: int = 0, record: Record = Record()) -> Start:
+    """n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, and before anything is allocated for
+    more than the machine has."""
     guidance_scale = guidance(model, guidance_scale)
-    eta = model.eta if eta is None else eta
+    eta = share("eta", model.eta if eta is None else eta)
     if bool(model.unet.config.low_channels) != (low is not None):
         raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
                          + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
-    if not isinstance(steps, Integral) or steps < 1:
-        raise UsageError(f"steps must be a whole number from 1, not {steps!r}")
-    if not isinstance(guidance_scale, Real) or not abs(guidance_scale) < float("inf"):
-        raise UsageError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
-    if not isinstance(eta, Real) or not 0 <= eta <= 1:
-        raise UsageError(f"eta must lie within 0 and 1, not {eta!r}")
+    schedule = model.schedule(whole("steps", steps))
+    made = None   # the size that x_T or the small pictures have
     if low is not None:
-        if len(low.pictures) != n or not 0 <= low.noise_level < len(model.alphas_cumprod):
-            raise UsageError(f"{len(low.pictures)} pictures to enlarge and {n} prompts; noise_level {low.noise_level} (from 0 to "
-                             f"{len(model.alphas_cumprod) - 1})")
-        height, width = (UPSCALING * side for side in low.pictures.shape[2:])
-    shape = model.latent_shape(height, width)
+        _check_low(low, n, model)
+        made = tuple(UPSCALING * side for side in low.pictures.shape[2:])
     if x_T is not None:
         check_latents("x_T", x_T, (1, n), model)
+        made = tuple(model.shrink * side for side in x_T.shape[2:])
+    for name, given, side in zip(("height", "width"), (height, width), made or ()):
+        if given is not None and whole(name, given) != side:
+            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; leave it out")
+    shape = model.latent_shape(*(made or (height, width)))
     count = 1 + (steps if eta else 0)
-    drawn = draw(shape if x_T is None else x_T.shape[1:], seeds, count + (low is not None))
+    drawn = [check_seed(seed) for seed in seeds]
+    check_run(model, n, shape, steps, guided=guidance_scale != 1, noises=len(drawn) * (count + (low is not None)), targets=targets,
+              record=record)
+    drawn = draw(shape, drawn, count + (low is not None))
     noise = [z.to(model.device) for z in drawn]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
-    start = Start(x.expand(n, -1, -1, -1), noise[1:count], model.schedule(steps), guidance_scale, eta,   # same noise in all
-                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))                            # (Algorithm 1, line 4)
+    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,   # the same noise in all rows
+                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))
     return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
+
+
+def _check_low(low: Low, n: int, model: Model) -> None:
+    """Raises UsageError."""
+    if not isinstance(low, Low):
+        raise UsageError(f"low: a Low is needed, see `upscale`, not {low!r:.60}")
+    whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
+    if not isinstance(low.pictures, Tensor) or low.pictures.ndim != 4 or low.pictures.shape[:2] != (n, 3):
+        raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
+                         f"{getattr(low.pictures, 'shape', low.pictures)!r:.60}")
 
 
 def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:

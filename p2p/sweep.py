@@ -3,15 +3,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from p2p.edit import Edit
+from p2p.checks import finite
+from p2p.edit import Edit, check
 from p2p.errors import UsageError
 from p2p.image import table
 from p2p.invert import Inversion
-from p2p.model import Model
+from p2p.memory import check_run
+from p2p.model import Model, find_model
 from p2p.run import Result, edit
 
 NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
@@ -36,24 +40,33 @@ def variant(base: Edit, name: str, value: float) -> Edit:
     raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
 
 
-def sweep(model: Model, source: str | Inversion, target: str | Edit, over: Mapping[str, Sequence[float]], *, seed: int = 0,
-          **sampling: Any) -> Sweep:
+def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
+          over: Mapping[str, Sequence[float]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """The edit with one or two settings varied, as a labelled table.
 
     over: one or two of {"cross" | "self" | "weight:WORD": values} and {"seed": numbers}: the first along the columns, the
     second along the rows (of seeds and another setting, the seeds). Without seeds everything is one batch with one source.
     sampling: as in `edit`. Raises UsageError.
     """
+    model = find_model(model)
+    if not isinstance(over, Mapping) or not all(isinstance(v, Sequence) and not isinstance(v, str) for v in over.values()):
+        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not {over!r:.60}")
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
+    for name, values in over.items():
+        for value in values:
+            finite(f"a value of {name}", value)
+    count = prod(len(values) for name, values in over.items() if name != "seed")
+    check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
     for name, values in over.items():
         if len(set(values)) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
-    if "seed" in over and isinstance(source, Inversion):
+    if "seed" in over and isinstance(source, (Inversion, Path)):
         raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its noise")
     base = target if isinstance(target, Edit) else Edit(target)
+    check(base)
     seeds = [int(s) for s in over.get("seed", [seed])]
     variants: list[dict[str, float]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):                      # the first named varies fastest

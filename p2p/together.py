@@ -33,7 +33,7 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use edit")
     what = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
              "guidance_scale 1, or not": r.start.guidance_scale == 1,
-             "sides of a blend's maps": r.how["blend"].side if r.how["blend"] else None} for r in ready]
+             "level and middle of blends": (r.how["blend"].side, r.how["blend"].middle) if r.how["blend"] else None} for r in ready]
     for name in what[0] if what else ():
         found = {w[name] for w in what} - {None}
         if len(found) > 1:
@@ -91,11 +91,13 @@ def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | N
     device, fixed = given.of.device, given.fixed[:1]
     parts = [b or Blend(given.side, given.columns.new_zeros(n, *given.columns.shape[1:]), given.threshold.new_zeros(n, 2),
                         given.start.new_zeros(n), torch.ones(n, dtype=torch.bool, device=device),
-                        torch.ones_like(fixed).expand(n, -1, -1, -1), given.of.new_zeros(n)) for b, n in zip(blends, targets)]
+                        torch.ones_like(fixed).expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.bool, device=device),
+                        given.of.new_zeros(n), given.middle) for b, n in zip(blends, targets)]
     columns = pad_sequence([row for b in parts for row in b.columns], batch_first=True)
     of = torch.cat([torch.full((n,), j, device=device) for j, n in enumerate(targets)])
     return Blend(given.side, columns, *(torch.cat([getattr(b, name) for b in parts])
-                                        for name in ("threshold", "start", "everywhere", "fixed")), of)
+                                        for name in ("threshold", "start", "everywhere", "fixed", "sampled")), of,
+                 given.middle)
 
 
 def _parted(ready: Sequence[Ready], whole: Result) -> list[Result]:

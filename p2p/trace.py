@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from tqdm import tqdm
 
 from models.attention import QK, Record
 from models.blocks import Maps
-from models.layers import arranged
-from models.unet import UNet
+from models.layers import keep_freed_memory
+from p2p.checks import flag
 from p2p.denoise import denoise
 from p2p.errors import UsageError
 from p2p.invert import FOLLOW, Inversion
-from p2p.model import Model
+from p2p.memory import afford, seen
+from p2p.model import Model, find_model
+from p2p.prompts import check as check_prompt
 from p2p.start import begin
 
 
@@ -36,20 +39,20 @@ class Queries(Sequence):
 
 def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
     """Bytes that `trace` of a picture will hold; dtype None: the model's."""
-    shape, length = model.latent_shape(height, width), model.length
-    wide = model.unet.config.text_dim or model.unet.config.context_dim
-    with torch.device("meta"):
-        told = dict(context=torch.zeros(1, length, wide))
-        if model.unet.config.vector_dim:
-            told["vector"] = torch.zeros(1, model.unet.config.vector_dim)
-        _, seen = UNet(model.unet.config)(torch.zeros(1, *shape), torch.zeros(1), record=Record(queries=True), **told)
-    one = sum(x.numel() for qk in seen.values() for x in qk) * (dtype or model.dtype).itemsize
+    shape = model.latent_shape(height, width)
+    one = sum(x.numel() for qk in seen(model, shape, Record(queries=True)).values() for x in qk) * (dtype or model.dtype).itemsize
     return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
 
 
+def _afford(model: Model, steps: int, dtype: torch.dtype, sides: Sequence[int]) -> None:
+    """Raises UsageError for more queries and keys than the machine has memory."""
+    height, width = (side * model.shrink for side in sides)
+    afford({"queries, keys and latents": size(model, steps, dtype, height, width)})
+
+
 @torch.no_grad()
-def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = None, latents_only: bool = False,
-          progress: bool = False, **sampling: object) -> Inversion:
+def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: torch.dtype | None = None,
+          latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
     """What edits of this source need of it, so that none computes it again: pass the result to `edit` in its place.
 
     source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or an inversion whose
@@ -57,25 +60,33 @@ def trace(model: Model, source: str | Inversion, *, dtype: torch.dtype | None = 
     guidance; latents_only: one more, the source's, and no queries are kept. dtype: of the queries and keys (None: the
     model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
     """
-    dtype = dtype or model.dtype
+    model = find_model(model)
+    if isinstance(source, Path):
+        source = Inversion.load(source)
+    if flag("latents_only", latents_only) and dtype is not None:
+        raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of them out")
+    dtype = model.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype: {dtype!r} is none of torch's floating types, such as torch.float16")
-    if not isinstance(source, (str, Inversion)):
-        raise UsageError(f"a source is a prompt or an inversion, not {source!r}")
+    if not isinstance(source, Inversion):
+        check_prompt(source)
     known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height", "width")
     if unknown := [name for name in sampling if name not in known]:
         raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
                          "an inverted source's trace: it was inverted with its own"))
-    with arranged(model.unet):
-        if isinstance(source, Inversion):
-            if source.method not in FOLLOW:
-                raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
-                                 f"use {' or '.join(FOLLOW)}")
-            source.check(model)
-            stored = {} if latents_only else _queries(model, source, dtype, progress)
-            found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
-        else:
-            found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+    flag("progress", progress)
+    keep_freed_memory(model.device)
+    if isinstance(source, Inversion):
+        if source.method not in FOLLOW:
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
+                             f"use {' or '.join(FOLLOW)}")
+        source.check(model)
+        if not latents_only:
+            _afford(model, len(source.latents) - 1, dtype, source.latents.shape[2:])
+        stored = {} if latents_only else _queries(model, source, dtype, progress)
+        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
+    else:
+        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
     return replace(found, queries=stored or None)
 
 
@@ -84,6 +95,9 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
              width: int | None = None) -> tuple[Inversion, dict[str, Tensor]]:
     """The path of a generated picture, as if it had been inverted; its queries and keys on the way."""
     start = begin(model, [seed], 1, x_T, steps, guidance_scale, 0.0, height, width)
+    steps = start.schedule.steps
+    if queries:
+        _afford(model, steps, dtype, start.x.shape[2:])
     null = model.null(1, *start.size) if start.guidance_scale != 1 else None
     text = model.condition([prompt], *start.size)
     loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, record=Record(queries=queries))
@@ -92,7 +106,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         path.append(step.x)
         rows += step.rows
         _keep(stored, step.index, steps, step.maps, dtype)
-    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, seed,
+    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, int(seed),
                       model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
     return found, stored
 

@@ -1,7 +1,9 @@
 """Shared models: the bundled one, and a small Stable Diffusion 1 checkpoint made from the names of its tensors."""
 import json
 import math
+import resource
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,18 @@ def single(made, tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
     convert(find(made[2]), path)
     return path
+
+
+@pytest.fixture
+def small_files():
+    """A context in which no file grows beyond 100 kB, as on a disk that is full."""
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited()

@@ -23,6 +23,8 @@ def test_tokens_are_the_tokenizers(prompt):
     ("a big cat on grass", "big cat", [2, 3]), ("a cat and a cat", "cat", [2, 5]), ("(cat)", "cat", [2]),
     ("a cat and a cat", "cat#2", [5]), ("a cat and a cat", "a cat#1", [1, 2]), ("room #2", "#2", [2, 3]),
     ("a schnauzer on grass", "schnauzer", [2, 3]), ("a cat on grass", "a cat on grass", [1, 2, 3, 4]),
+    ("a tiger on grass", "tiger,", [2]), ("a tiger on grass", '"tiger"', [2]), ("a tiger, on grass", "tiger on", [2, 3, 4]),
+    ("a tiger, on grass", "tiger,", [2, 3]), ("a t-shirt", "t shirt", [2, 3, 4]), ("a cat and a cat", "(cat)#2", [5]),
 ])
 def test_word_is_found(prompt, word, want):
     assert align.word_tokens(tokens(prompt), word, L) == want
@@ -92,16 +94,47 @@ def test_refinement_finds_the_kept_words():
     mapper, a = align.refinement(s, t, L)
     assert a[1:4].sum() == 0 and torch.equal(mapper[4:10], torch.arange(1, 7)) and a[4:10].all()
     assert mapper[10] == 7                                                    # the ends belong together
-    assert torch.equal(mapper[11:L], torch.arange(8, L - 3)) and a[11:].all()  # and so does the padding
+    assert torch.equal(mapper[11:L], torch.arange(11, L)) and a[11:].all()     # and so does padding in the same place
 
 
 def test_refinement_of_a_shorter_prompt():
-    """Removed words: every target token has its own source token, the last paddings have none."""
+    """Removed words: every target token has its own source token; padding where the source has words has none."""
     s, t = tokens("a big red cat on grass"), tokens("a cat on grass")
     mapper, a = align.refinement(s, t, L)
     assert mapper[:6].tolist() == [0, 1, 4, 5, 6, 7] and a[:6].all()
-    assert (a == 0).nonzero().flatten().tolist() == [75, 76]
+    assert (a == 0).nonzero().flatten().tolist() == [6, 7] and torch.equal(mapper[8:], torch.arange(8, L))
     assert len(set(mapper[a > 0].tolist())) == int(a.sum())
+
+
+ADDED = [("a cat", "a big cat"), ("a castle next to a river", "children drawing of a castle next to a river"),
+         ("a cat on grass", "a cat with a hat on grass, at night"), ("a photo of a house", "a photo of a house in the schnauzer park")]
+
+
+@pytest.mark.parametrize("source, target", ADDED)
+@pytest.mark.parametrize("length", [77, 32])
+def test_exact_is_official_where_words_are_added(source, target, length):
+    """The official mapper misplaces what follows removed words alone: added ones, the ends and all padding are right."""
+    exact, official = (f(tokens(source), tokens(target), length) for f in (align.refinement, align.official_refinement))
+    assert torch.equal(exact[1], official[1]) and torch.equal(exact[0] * exact[1], official[0] * official[1])
+
+
+def test_padding_of_a_swap_belongs_to_the_padding_in_the_same_place():
+    """As in the official mapper; where only one text is padded, the surplus stays with the first padding of both."""
+    for pair in (("a cat on hill", "a hippopotamus on hill"), ("a hippopotamus on hill", "a cat on hill")):
+        s, t = map(tokens, pair)
+        exact, official = align.replacement(s, t, L), align.official_replacement(s, t, L)
+        first = max(len(s.ids), len(t.ids)) + 1
+        assert torch.equal(exact[first:, first:], torch.eye(L - first, dtype=torch.float64))
+        shifted = abs(len(s.ids) - len(t.ids))
+        assert torch.equal(official[first:L - shifted, first:L - shifted], exact[first:L - shifted, first:L - shifted])
+
+
+@pytest.mark.parametrize("source, target, swap", [
+    ("a cat on grass", "a dog on grass", True), ("a cat on grass", "a dog on sand", True), ("cat", "dog", True),
+    ("a cat and a dog", "a dog and a cat", True), ("a huge dog on grass", "a dog on foggy grass", False),
+    ("a red cat on the beach", "a cat on the snowy beach", False), ("a cat", "a big cat", False), ("a cat", "", False)])
+def test_a_swap_changes_words_in_place(source, target, swap):
+    assert align.is_swap(tokens(source), tokens(target)) == swap
 
 
 def test_official_replacement_misplaces_the_tail():

@@ -6,7 +6,7 @@ from PIL import Image
 
 import p2p
 from models.attention import Record
-from p2p.blend import _fixed
+from p2p.blend import fixed
 from p2p.edit import plan
 from p2p.errors import UsageError
 from p2p.sampler import ddim_step, guide, x0_and_eps
@@ -183,6 +183,6 @@ def test_a_negative_weight_does_not_turn_the_mask_inside_out(emoji, weight):
 def test_masks_of_any_kind_are_bright_where_they_are_bright():
     grey = np.full((8, 8), 400, np.uint16)
     for mask, share in ((Image.fromarray(grey), 0), (Image.new("RGBA", (8, 8), (255, 255, 255, 0)), 0), (Image.new("1", (8, 8), 1), 1)):
-        assert _fixed(mask, (4, 4)).float().mean() == share
+        assert fixed(mask, (4, 4)).float().mean() == share
     with pytest.raises(UsageError, match="0 to 1"):
-        _fixed(torch.full((8, 8), 100, dtype=torch.uint8), (4, 4))
+        fixed(torch.full((8, 8), 100, dtype=torch.uint8), (4, 4))

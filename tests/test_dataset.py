@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from p2p import dataset
+from p2p import dataset, ip2p
 from p2p.cli import main
 
 PROMPTS = [("a cat on grass", "make it a dog", "a dog on grass"), ("a red car", "make it blue", "a blue car"),
@@ -18,12 +18,14 @@ PROMPTS = [("a cat on grass", "make it a dog", "a dog on grass"), ("a red car", 
 @pytest.fixture
 def prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(dict(zip(("caption", "edit", "output"), p))) + "\n" for p in PROMPTS))
+    entries = [dict(zip(("caption", "edit", "output"), p)) for p in PROMPTS]
+    entries[0] |= {"url": "https://example.org/cat.jpg", "input": PROMPTS[0][0]}
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return file
 
 
-def command(prompts, out, *more):
-    return ["dataset", "--recipe", "ip2p", str(prompts), "--out", str(out), "--steps", "6", "--samples", "8", "--keep", "2", *more]
+def command(prompts, out, *more, recipe="ip2p"):
+    return ["dataset", "--recipe", recipe, str(prompts), "--out", str(out), "--steps", "6", "--samples", "8", "--keep", "2", *more]
 
 
 def tree(out):
@@ -39,13 +41,15 @@ def test_pairs_are_kept_as_the_original_lays_them_out(prompts, tmp_path, capsys)
     for name, found in seeds:
         rows = [json.loads(line) for line in (out / name / "metadata.jsonl").read_text().splitlines()]
         assert sorted(str(r["seed"]) for r in rows) == sorted(found) and len(found) == 2
-        assert [r["sim_dir"] for r in rows] == sorted((r["sim_dir"] for r in rows), reverse=True)
+        assert [r["clip_sim_dir"] for r in rows] == sorted((r["clip_sim_dir"] for r in rows), reverse=True)
         for r in rows:
-            assert r["sim_image"] >= 0.5 and r["sim_dir"] >= 0.2 and r["sim_0"] >= 0.2 and r["sim_1"] >= 0.2
+            assert list(r) == ["seed", "p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"]
+            assert r["clip_sim_image"] >= 0.5 and min(r["clip_sim_dir"], r["clip_sim_0"], r["clip_sim_1"]) >= 0.2
             assert 0.1 <= r["p2p_threshold"] <= 0.9 and 3 <= r["cfg_scale"] <= 6
             assert all(Image.open(out / name / f"{r['seed']}_{k}.jpg").size == (64, 64) for k in (0, 1))
-        assert json.loads((out / name / "prompt.json").read_text())["edit"] == PROMPTS[int(name)][1]
-    assert json.loads((out / "0000002" / "counts.json").read_text())["kept"] == 0 and "kept 4" in said
+        assert json.loads((out / name / "prompt.json").read_text()) == json.loads(prompts.read_text().splitlines()[int(name)])
+    assert json.loads((out / "0000002" / "counts.json").read_text())["kept"] == 0 and "kept 4" in said and "samples 24" in said
+    assert not (out / "0000002" / "metadata.jsonl").exists()          # there it is opened when a pair is kept
     with tarfile.open(out / "shard-000000.tar") as tar:
         names = tar.getnames()
         assert len(names) == 12 and json.load(tar.extractfile(names[2]))["output"] == PROMPTS[0][2]
@@ -71,10 +75,10 @@ def test_a_stopped_run_goes_on_to_the_same_files(prompts, tmp_path, capsys, emoj
 
 
 def test_a_sample_depends_on_its_prompt_alone(emoji):
-    pair, recipe = dataset.Pair(0, *PROMPTS[0]), dataset.Recipe()
-    drawn = [dataset.draw(pair, j, recipe, emoji) for j in range(200)]
-    assert drawn[3] == dataset.draw(pair._replace(index=7), 3, recipe, emoji) != drawn[4]
-    assert len({d["seed"] for d in drawn}) == 200
+    recipe = ip2p.Recipe()
+    drawn = [ip2p.drawn(ip2p.Prompts(*PROMPTS[0][::2]), j, recipe, emoji) for j in range(200)]
+    assert drawn[3] == ip2p.drawn(ip2p.Prompts(*PROMPTS[0][::2]), 3, recipe, emoji) != drawn[4]
+    assert len({d["seed"] for d in drawn}) == 200 and 2**31 < max(d["seed"] for d in drawn) < 2**32
     for name, low, high in (("p2p_threshold", 0.1, 0.9), ("cfg_scale", 3.0, 6.0)):
         values = torch.tensor([d[name] for d in drawn])
         assert low <= values.min() < low + 0.05 * (high - low) and high >= values.max() > high - 0.05 * (high - low)
@@ -82,23 +86,29 @@ def test_a_sample_depends_on_its_prompt_alone(emoji):
 
 def test_filters_are_cosines():
     before, after = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    found = dataset.similarities(before, after, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    found = ip2p.similarities(before, after, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert {k: v.tolist() for k, v in found.items()} == {
-        "sim_0": [1, 1], "sim_1": [1, 0], "sim_image": [0, 1], "sim_dir": [pytest.approx(1), 0]}
-    recipe = dataset.Recipe()
-    assert dropped_by(recipe, found, 0) == "sim_image" and dropped_by(recipe, found, 1) == "sim_dir"
-    good = dict(sim_0=0.3, sim_1=0.3, sim_image=0.8, sim_dir=0.3)
-    assert dataset.dropped(good, recipe) is None and dataset.dropped(good | {"sim_1": float("nan")}, recipe) == "sim_1"
+        "clip_sim_0": [1, 1], "clip_sim_1": [1, 0], "clip_sim_image": [0, 1], "clip_sim_dir": [pytest.approx(1), 0]}
+    recipe, one, two = ip2p.Recipe(), *({k: v[i].item() for k, v in found.items()} for i in range(2))
+    assert ip2p.dropped(one, recipe) == "clip_sim_image" and ip2p.dropped(two, recipe) == "clip_sim_dir"
+    good = dict(clip_sim_0=0.2, clip_sim_1=0.2, clip_sim_image=0.7, clip_sim_dir=0.2)
+    assert ip2p.dropped(good, recipe) is None and ip2p.dropped(good | {"clip_sim_1": float("nan")}, recipe) == "clip_sim_1"
 
 
-def dropped_by(recipe, found, i):
-    return dataset.dropped({k: v[i].item() for k, v in found.items()}, recipe)
+def test_prompt_to_prompts_own_pairs_stop_early_and_mix_with_no_others(prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(prompts, out, recipe="p2p")) == 0
+    counts = json.loads((out / "0000000" / "counts.json").read_text())
+    assert counts["samples"] == 4 and json.loads((out / "recipe.json").read_text())["sampler"] == "p2p"
+    assert "clip_sim_dir" in json.loads((out / "0000000" / "metadata.jsonl").read_text().splitlines()[0])
+    assert main(command(prompts, out)) == 2 and "sampler 'p2p'" in capsys.readouterr().err
 
 
 def test_parquet_holds_the_same_pairs(prompts, tmp_path, capsys):
     assert main(command(prompts, tmp_path / "out", "--format", "parquet", "-q")) == 0
     rows = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
-    assert len(rows) == 4 and rows[0]["edit_prompt"] == PROMPTS[0][1]
+    assert len(rows) == 4 and rows[0]["edit_prompt"] == PROMPTS[0][1] and rows[0]["url"].endswith("cat.jpg")
+    assert rows[3]["url"] is None and rows[3]["caption"] == PROMPTS[1][0]
     assert Image.open(io.BytesIO(rows[3]["edited_image"])).size == (64, 64)
 
 

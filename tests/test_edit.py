@@ -142,7 +142,7 @@ def test_unknown_choices_are_errors():
     "swap": (lambda m: p2p.edit(m, SOURCE, SWAP, swap={"cat": 3}), "swap: "),
     "scope": (lambda m: p2p.edit(m, SOURCE, SWAP, scope=[]), "scope: "),
     "window": (lambda m: p2p.edit(m, SOURCE, SWAP, cross_replace_steps="01"), "cross_replace_steps: '01'"),
-    "self_max_tokens": (lambda m: p2p.edit(m, SOURCE, SWAP, self_max_tokens="abc"), "self_max_tokens: "),
+    "self_max_tokens": (lambda m: p2p.edit(m, SOURCE, SWAP, self_max_tokens="abc"), "self_max_tokens must be"),
     "blend": (lambda m: p2p.edit(m, SOURCE, SWAP, local_blend=("cat", "dog")), "local_blend: "),
     "seed": (lambda m: p2p.edit(m, SOURCE, SWAP, seed=10**30), "a seed is"),
     "height": (lambda m: p2p.generate(m, SOURCE, height=0), "height must be"),

@@ -16,7 +16,7 @@ from oracles import diffusers, transformers
 from models import layers
 from models.attention import Record
 from models.blocks import FeedForward, timestep_embedding
-from models.layers import ONEDNN, Conv2d, Linear, arranged
+from models.layers import ONEDNN, Conv2d, Linear
 from models.text import CLIP_L, TextConfig, TextEncoder, tokens
 from models.text import EMOJI as EMOJI_TEXT
 from models.unet import EMOJI, SD1, UNet
@@ -64,8 +64,8 @@ def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, b
     layer, products = Conv2d(6, 64, 3, stride, pads, bias=bias), []
     monkeypatch.setattr(layers, "_neighbourhoods", lambda x, of=layers._neighbourhoods: products.append(1) or of(x))
     first, last = torch.contiguous_format, torch.channels_last
-    for x, kernel in ((torch.randn(shape), first), (torch.randn(shape), last), (torch.randn(shape).contiguous(memory_format=last), last),
-                      (torch.randn(shape).double(), last)):
+    for x, kernel in ((torch.randn(shape), first), (torch.randn(shape), last), (torch.randn(shape).contiguous(memory_format=last), first),
+                      (torch.randn(shape).double(), first)):
         layer = layer.to(x.dtype, memory_format=kernel)
         with torch.no_grad():
             got = layer(x)
@@ -74,36 +74,7 @@ def test_convolution_is_the_plain_one_whatever_multiplies(shape, pads, stride, b
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert layer(x).requires_grad
     few = shape[0] * shape[2] * shape[3] <= 32 and (pads, stride) == (1, 1)
-    assert len(products) == (2 if few and ONEDNN else 0)                           # of float32, channels last
-
-
-@pytest.mark.parametrize("kept", [torch.contiguous_format, torch.channels_last])
-@torch.no_grad()
-def test_kernels_arranged_once_change_nothing_but_the_time(kept, monkeypatch):
-    """Whatever the batch, for as long as it is asked for; then weights may change again. Large networks are left alone."""
-    net = torch.nn.Sequential(Conv2d(6, 32, 3, padding=1), Conv2d(32, 64, 3, 2, 1, bias=False), Conv2d(64, 8, 1),
-                              torch.nn.Flatten(2), Linear(25, 40), Linear(40, 7, bias=False)).to(memory_format=kept)
-    inputs = [torch.randn(n, 6, 10, 10) for n in (4, 2, 4, 1)]
-    plain, state = [net(x) for x in inputs], {name: p.clone() for name, p in net.state_dict().items()}
-    calls = []
-    ops = torch.ops.mkldnn
-    if ONEDNN:
-        arrange = ops._reorder_convolution_weight
-        monkeypatch.setattr(ops, "_reorder_convolution_weight", lambda *a: calls.append(1) or arrange(*a))
-    with pytest.raises(KeyError), arranged(net):
-        for x, want in zip(inputs, plain):
-            torch.testing.assert_close(net(x), want, rtol=1e-5, atol=1e-6)
-        assert len(calls) == (3 if ONEDNN else 0)                                  # one a convolution
-        raise KeyError
-    assert {name: p.equal(state[name]) for name, p in net.state_dict().items()} == dict.fromkeys(state, True)
-    for p in net.parameters():
-        p *= 2
-    torch.testing.assert_close(net[:2](inputs[0]), F.conv2d(
-        F.conv2d(inputs[0], net[0].weight, net[0].bias, 1, 1), net[1].weight, None, 2, 1), rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(layers, "ARRANGED", 0)
-    with arranged(net):
-        net(inputs[0])
-    assert len(calls) == (3 if ONEDNN else 0)
+    assert len(products) == (3 if few and ONEDNN else 0)                           # of float32
 
 
 @pytest.mark.skipif(not ONEDNN or platform.libc_ver()[0] != "glibc", reason="the C library's own affair")
@@ -111,14 +82,14 @@ def test_memory_that_a_step_frees_stays_for_the_next():
     """Page faults of six steps that each hold 40 MB: the last ones get none of it from the system."""
     steps = """
 import resource, torch
-from models.layers import Conv2d, arranged
+from models.layers import keep_freed_memory
 
-with torch.no_grad(), arranged(Conv2d(1, 1, 1)):
-    for _ in range(6):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        held = [torch.ones(2**19) for _ in range(20)]
-        del held
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+keep_freed_memory(torch.device("cpu"))
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(2**19) for _ in range(20)]
+    del held
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
     ran = subprocess.run([sys.executable, "-c", steps], env=env, capture_output=True, text=True, check=True)
@@ -130,11 +101,9 @@ with torch.no_grad(), arranged(Conv2d(1, 1, 1)):
 def test_seamless_padding_is_kept(monkeypatch):
     """Forks make textures that tile by setting `padding_mode` on the loaded layers."""
     monkeypatch.setattr(Conv2d, "LARGE", 0)
-    layer, x = Conv2d(6, 64, 3, padding=1).to(memory_format=torch.channels_last), torch.randn(1, 6, 4, 4)
+    layer, x = Conv2d(6, 64, 3, padding=1), torch.randn(1, 6, 4, 4)
     plain, layer.padding_mode = layer(x), "circular"
     want = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.weight, layer.bias)
-    with arranged(layer):
-        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
     assert not plain.allclose(want, atol=1e-2)
 

@@ -24,7 +24,6 @@ class _Averaged(TensorFile):
     def __getitem__(self, key: str) -> Tensor:
         return self._file[self._twins.get(key, key)]
 
-
     @property
     def files(self) -> list[Path]:
         return self._file.files

@@ -1,16 +1,21 @@
 """A recognised model written anew: as a single file in LDM naming, or as a diffusers folder."""
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,22 +36,65 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     """Writes `out`: a single .safetensors file if it is named so, else a diffusers folder; whole or not at all."""
     if package.family in ("emoji", "if"):
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for Stable Diffusion.")
-    if out.exists():
+    if os.path.lexists(out):
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".convert-", dir=out.parent))
     try:
-        if out.suffix == ".safetensors":
-            metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction], "format": "pt"}
-            metadata |= scheduler.metadata(package.sampling)
-            save_file(single_file(package, half), aside / "model", metadata)
-            os.replace(aside / "model", out)
-        else:
-            _folder(package, aside, half)
-            aside.chmod(0o755)
-            os.replace(aside, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _aside(out.parent) as aside:
+            if out.suffix == ".safetensors":
+                metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
+                metadata |= scheduler.metadata(package.sampling)
+                _save(single_file(package, half).items(), aside / out.name, metadata)
+            else:
+                _folder(package, aside / out.name, half)
+            _appear(aside / out.name, out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
+                              ) from None
+
+
+@contextmanager
+def _aside(parent: Path) -> Iterator[Path]:
+    """A folder of this process in `parent`, gone at the end; those of this machine's killed ones are cleared away."""
+    own = f".convert-{re.sub(r'[^a-zA-Z0-9]', '_', platform.node())[:64]}"
+    for left in parent.glob(f"{own}-*-*"):
+        if not _alive(left.name.removeprefix(f"{own}-").split("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{own}-{os.getpid()}-", dir=parent))
+    try:
+        yield folder
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    """Whether that process runs; True where that cannot be told."""
+    try:
+        if os.name == "posix":
+            os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        pass
+    return True
+
+
+def _appear(made: Path, out: Path) -> None:
+    """Moves a file or a folder to its place, where nothing may be by now. Raises OSError, CheckpointError."""
+    try:
+        if made.is_dir():
+            out.mkdir()              # fails if something is there; an empty folder is replaced in one step
+            os.replace(made, out)
+            return
+        try:
+            os.link(made, out)       # fails if something is there; os.replace would not
+        except FileExistsError:
+            raise
+        except OSError:              # a file system without links
+            os.close(os.open(out, os.O_CREAT | os.O_EXCL))
+            os.replace(made, out)
+    except FileExistsError:
+        raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten") from None
 
 
 def _whole(part: Part, family: str, pooled: bool) -> Part:
@@ -136,11 +184,16 @@ def _folder(package: Package, out: Path, half: bool) -> None:
 
 def _write(path: Path, config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(state: Iterator[tuple[str, Tensor]], path: Path) -> None:
-    save_file({k: t.contiguous() for k, t in state}, path, {"format": "pt"})
+def _save(state: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises OSError."""
+    tensors = {k: t.contiguous() for k, t in state}
+    try:
+        save_file(tensors, path, {"format": "pt"} | (metadata or {}))
+    except (SafetensorError, RuntimeError) as error:   # of a full disk
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def _unet_config(package: Package) -> dict[str, Any]:
@@ -179,7 +232,7 @@ def _tokenizer(folder: Path, c: TextConfig) -> None:
     pad = end if c.pad_id == END else next(word for word, i in vocab.items() if i == c.pad_id)
     _write(folder / "vocab.json", vocab)
     merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     _write(folder / "special_tokens_map.json", special)
     _write(folder / "tokenizer_config.json", special | {

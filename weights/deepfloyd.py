@@ -1,24 +1,29 @@
 """DeepFloyd IF: what is in its diffusers folders, and in files under its own names."""
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from models.t5 import EncodedPrompts, T5Encoder
+from models.text import Tokens
 from models.unet import UNetConfig
 from weights import fields, scheduler
-from weights.detect import Package, Part, Shapes, count
+from weights.detect import Package, Part, Shapes, count, read_settings
 from weights.errors import CheckpointError
-from weights.files import TensorFile, open_file
+from weights.files import Renamed, TensorFile, open_file
 from weights.folder import read_index, read_json, weights_file
 from weights.scheduler import Sampling, squared_cosine
+from weights.sizes import check_sizes
+from weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF's own names hold, and no others
+
+# T5's, in transformers 4 and 5
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def find_folder(path: Path) -> Package:
@@ -82,7 +87,10 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
 def find_in_file(file: TensorFile) -> Package:
     """A stage under IF's own names: sizes from shapes; what shapes cannot say from config.yml beside it, or as released."""
     beside = file.path.with_name("config.yml")
-    config = unet_from_shapes(file.shapes, _settings(beside))
+    said = read_settings(beside) if beside.exists() else {}
+    sizes = [int(said[k]) for k in ("num_head_channels", "att_pool_heads") if k in said]
+    check_sizes(beside, {"heads": sizes or None})
+    config = unet_from_shapes(file.shapes, said)
     stray = () if config.text_dim else ("encoder_proj.",)
     side = 256 if config.low_channels else 64
     return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, _released(config), (side, side),
@@ -92,12 +100,6 @@ def find_in_file(file: TensorFile) -> Package:
 def find_own_folder(path: Path) -> Package:
     """A folder as DeepFloyd released it: config.yml and pytorch_model.bin."""
     return find_in_file(open_file(path / "pytorch_model.bin"))
-
-
-def _settings(path: Path) -> dict[str, str]:
-    """"key: value" lines of a YAML file, wherever they stand; none if there is no file."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return {k: v.strip("\"' ") for k, v in re.findall(r"^\s*(\w+)\s*:[ \t]*([^#\n]*)", text, re.MULTILINE)}
 
 
 def unet_from_shapes(s: Shapes, said: dict[str, str]) -> UNetConfig:
@@ -140,10 +142,7 @@ def load_text(package: Package, source: str | Path | None, device: torch.device,
     where = package.where if source is None else Path(source)
     wanted = package.unet.config.text_dim or package.unet.config.context_dim
     if where.is_file() and source is not None:
-        try:
-            text: T5Encoder | EncodedPrompts = EncodedPrompts.load(where).to(device, dtype)
-        except (KeyError, ValueError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{where}: not a file of encoded prompts ({error}); `p2p encode` writes one.") from None
+        text: T5Encoder | EncodedPrompts = load_prompts(where).to(device, dtype)
     elif (where / "text_encoder" / "config.json").exists():
         text = load_t5(where, device, dtype)
     else:
@@ -154,16 +153,82 @@ def load_text(package: Package, source: str | Path | None, device: torch.device,
     return text.eval().requires_grad_(False)
 
 
-def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
-    """T5 from the text_encoder and tokenizer folders of a model. Raises CheckpointError."""
+def load_prompts(path: Path) -> EncodedPrompts:
+    """Reads what `EncodedPrompts.save` wrote. Raises CheckpointError."""
+    file = open_file(path)
     try:
-        from transformers import AutoTokenizer, T5EncoderModel
+        prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
+        tokens = [Tokens(text, ids, [(a, b) for a, b in spans]) for text, ids, spans in listed]
+        embeddings = file["prompt_embeds"]
+        _check_prompts(prompts, tokens, embeddings)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."
+                              ) from None
+    return EncodedPrompts(prompts, tokens, embeddings)
+
+
+def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor) -> None:
+    """Raises ValueError or TypeError."""
+    if embeddings.ndim != 3 or not embeddings.is_floating_point() or not embeddings.numel():
+        raise ValueError(f"its embeddings are {embeddings.dtype} of the shape {list(embeddings.shape)}")
+    if not len(prompts) == len(tokens) == len(embeddings):
+        raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and {len(embeddings)} embeddings")
+    if not torch.stack(embeddings.aminmax()).isfinite().all():
+        raise ValueError("its embeddings are not finite")
+    texts = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not texts or len(set(prompts)) < len(prompts):
+        raise ValueError("its prompts are not texts, each there once")
+    if not all(isinstance(t.text, str) for t in tokens):
+        raise TypeError("its tokens are of no text")
+    for prompt, (text, ids, spans) in zip(prompts, tokens):
+        whole = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
+        if not whole or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
+            raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
+
+
+def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
+    """T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer, our reader.
+
+    Raises CheckpointError.
+    """
+    try:
+        from transformers import AutoTokenizer, T5Config, T5EncoderModel
     except ImportError:
         raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
                               "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+    config = read_json(folder / "text_encoder" / "config.json")
+    for where in (folder / "text_encoder", folder / "tokenizer"):
+        for file in where.glob("*config.json"):
+            said = read_json(file)
+            if "auto_map" in said or said.get("tokenizer_class") not in (None, *TOKENIZERS):
+                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
+                                      f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
     try:
-        tower = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True)
-    except Exception as error:   # of transformers, tokenizers or safetensors; they vary from release to release
-        raise CheckpointError(f"{folder}: its T5 cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}).") from None
-    return T5Encoder(tower.to(device), tokenizer)
+        with torch.device("meta"):
+            tower = T5EncoderModel(T5Config.from_dict(config))
+    except Exception as error:   # of transformers; they vary from release to release
+        raise CheckpointError(f"{folder}: no T5 has its config ({type(error).__name__}: {error}).") from None
+    _fill_t5(tower, weights_file(folder / "text_encoder", []), device, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True, trust_remote_code=False,
+                                                  local_files_only=True)
+    except Exception as error:   # of transformers or tokenizers
+        raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
+                              ) from None
+    return T5Encoder(tower.eval(), tokenizer)
+
+
+def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does not fit."""
+    from weights.load import read_tensors  # which imports this module
+
+    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, by either name or both
+    if shared in file.shapes:
+        file = Renamed(file, {embedding: shared})
+    state = {}
+    for name, tensor in read_tensors(Part(file, "encoder.", "own", None), lambda _: tower.encoder, "T5"):
+        # transformers keeps these wide too: the values that they give overflow float16
+        wide = dtype == torch.float16 and name.endswith(".wo.weight")
+        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if wide else dtype)
+    tower.load_state_dict(state | {shared: state[embedding]}, strict=True, assign=True)
+    tower.tie_weights()

@@ -4,8 +4,6 @@ Only headers and configs are read here. What is recognised but not supported is 
 """
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +20,8 @@ from weights.averages import averaged
 from weights.errors import CheckpointError
 from weights.files import TensorFile
 from weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
+from weights.sizes import check_sizes
+from weights.untrusted import parse_object, parse_settings, read_text
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
@@ -124,10 +124,17 @@ def usual_size(package: Package) -> tuple[int, int]:
     return side, side
 
 
+def _parsed(file: TensorFile, said: str) -> dict[str, Any]:
+    try:
+        return parse_object(said)
+    except ValueError as error:
+        raise CheckpointError(f"{file.path}: its metadata hold no scheduler's config ({error}).") from None
+
+
 def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     prediction, why = _prediction(file, family)
     if said := file.metadata.get(scheduler.METADATA):   # by `weights.convert`
-        found = scheduler.read(file.path, json.loads(said), family)
+        found = scheduler.read(file.path, _parsed(file, said), family)
         notes += found.notes
         return replace(found, prediction=prediction, why=why)
     abar = scaled_linear()
@@ -160,8 +167,8 @@ def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
     """What the UNet was trained to predict, and how we know: no tensor says it for certain."""
     sidecar = file.path.with_suffix(".yaml")
-    if sidecar.is_file() and (m := re.search(r"parameterization:\s*[\"']?(\w+)", sidecar.read_text(errors="replace"))):
-        return SAID.get(m.group(1), m.group(1)), f"{sidecar.name} beside it"
+    if sidecar.is_file() and (said := read_settings(sidecar).get("parameterization")):
+        return SAID.get(said, said), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"
     said = file.metadata.get("modelspec.prediction_type", "").lower()
@@ -267,7 +274,8 @@ def for_family(config: TextConfig, layers: int, family: str, pooled: int | None)
 def _emoji(file: TensorFile) -> Package:
     """Our own file: the modules' own names; the UNet's sizes in the metadata."""
     try:
-        sizes = json.loads(file.metadata["unet"])
+        sizes = parse_object(file.metadata["unet"])
+        check_sizes(file.path, sizes)
         unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a UNet ({error!r}); it is damaged, or of "
@@ -281,6 +289,14 @@ def _emoji(file: TensorFile) -> Package:
         check_widths(file.path, unet.context_dim, text)
     said = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata", final_alpha=1.0, clip=1.0)
     return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, said, (256, 256) if large else (64, 64))
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The "key: value" lines of a YAML file. Raises CheckpointError."""
+    try:
+        return parse_settings(read_text(path, 2**20, errors="replace"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
 
 
 def listed(what: str, names: list[str], most: int = 5) -> str:

@@ -4,21 +4,19 @@ Each reader knows names, shapes and types before a tensor is read, and hands out
 """
 from __future__ import annotations
 
-import json
+import mmap
 import re
-import warnings
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights import refuse
+from weights import pickles, refuse
 from weights.errors import CheckpointError
+from weights.untrusted import parse_object, read_text
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 INDEX = ".index.json"
@@ -49,7 +47,7 @@ class _MappedFile(TensorFile, ABC):
     """Hands out copies. What was read of a mapping counts as the process's memory until it is closed, so it is now and then."""
 
     RESIDENT = 2**27   # bytes to read before that
-    _read, _mapped = 0, True
+    _read = 0
 
     @abstractmethod
     def _open(self) -> None:
@@ -60,8 +58,6 @@ class _MappedFile(TensorFile, ABC):
         raise KeyError(key)
 
     def __getitem__(self, key: str) -> Tensor:
-        if not self._mapped:
-            return self._tensor(key)
         if self._read > self.RESIDENT:
             self._open()
             self._read = 0
@@ -71,6 +67,8 @@ class _MappedFile(TensorFile, ABC):
 
 
 class SafetensorsFile(_MappedFile):
+    HEADER = 2**24     # most bytes of names, shapes and metadata: of Stable Diffusion XL, a quarter of a million
+
     def __init__(self, path: Path):
         self.path = path
         self._open()
@@ -81,6 +79,10 @@ class SafetensorsFile(_MappedFile):
 
     def _open(self) -> None:
         try:
+            with self.path.open("rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+            if size > self.HEADER:
+                raise CheckpointError(f"{self.path}: damaged: its header is said to have {size:,} bytes.")
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: damaged or cut short ({error}); {self.path.stat().st_size:,} bytes were found. "
@@ -94,27 +96,33 @@ class SafetensorsFile(_MappedFile):
         return self._file.get_tensor(key)
 
 
+def weight_map(index: Path) -> dict[str, list[str]]:
+    """The shards that an index names, plain files beside it, and the tensors of each. Raises CheckpointError."""
+    found: dict[str, list[str]] = defaultdict(list)
+    try:
+        for key, name in parse_object(read_text(index))["weight_map"].items():
+            found[name].append(key)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error}).") from None
+    for name in found:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or _is_index(name):
+            raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the index are "
+                                  "read.")
+    return found
+
+
 class ShardedFile(TensorFile):
     """The shards that an index names; every tensor must be in the shard it is said to be in, and in no other."""
 
     def __init__(self, index: Path):
         self.path = index
-        try:
-            where = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(where.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of shards ({error}).") from None
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the index are read.")
-        self._shards = {name: open_file(index.with_name(name)) for name in names}
+        where = weight_map(index)
+        self._shards = {name: open_file(index.with_name(name)) for name in sorted(where)}
         for name, shard in self._shards.items():
-            listed = {k for k, v in where.items() if v == name}
-            if listed != shard.shapes.keys():
-                odd = sorted(listed ^ shard.shapes.keys())
+            if odd := sorted(set(where[name]) ^ shard.shapes.keys()):
                 raise CheckpointError(f"{index}: {name} does not hold what the index says ({len(odd)} tensors differ, "
                                       f"first {odd[0]}).")
-        self._where = where
+        self._where = {key: name for name, keys in where.items() for key in keys}
         self.shapes = {k: s for f in self._shards.values() for k, s in f.shapes.items()}
         self.dtypes = {k: s for f in self._shards.values() for k, s in f.dtypes.items()}
         self.metadata = {}
@@ -128,36 +136,53 @@ class ShardedFile(TensorFile):
 
 
 class PickledFile(_MappedFile):
-    """A PyTorch pickle, read with `weights_only=True` and a short list of harmless names."""
+    """A PyTorch pickle; see `weights.pickles`."""
 
     def __init__(self, path: Path):
-        self.path, self.metadata = path, {}
-        self._mapped = is_zipfile(path)   # the oldest format is not: it is all in memory
+        self.path = path
+        self._stored, self.metadata = pickles.read(path)
         self._open()
-        self.shapes = {k: tuple(v.shape) for k, v in self._tensors.items()}
-        self.dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in self._tensors.items()}
+        self.shapes = {k: s.shape for k, s in self._stored.items()}
+        self.dtypes = {k: str(s.dtype).removeprefix("torch.") for k, s in self._stored.items()}
 
     def _open(self) -> None:
-        self._tensors = {}   # closes the mapping
-        state = _unpickle(self.path)
-        for _ in range(3):
-            if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-                if isinstance(state.get("global_step"), int):
-                    self.metadata["global_step"] = str(state["global_step"])
-                state = state["state_dict"]
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not a dictionary of tensors.")
-        if kind := refuse.by_structure(state):
-            raise CheckpointError(f"{self.path}: {kind}.")
-        self._tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        try:
+            with self.path.open("rb") as f:
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error}).") from None
 
     def _tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
+        s = self._stored[key]
+        if not s.nbytes:
+            return torch.empty(s.shape, dtype=s.dtype)
+        if s.start + s.nbytes > len(self._map):
+            raise CheckpointError(f"{self.path}: was cut short while it was read.")
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=s.nbytes, offset=s.start)
+        raw = raw.clone() if s.start % s.dtype.itemsize else raw   # the oldest format aligns nothing
+        return raw.view(s.dtype).as_strided(s.shape, s.stride)
+
+
+class Renamed(TensorFile):
+    """A file some of whose tensors go by further names."""
+
+    def __init__(self, file: TensorFile, names: dict[str, str]):
+        self._file, self._names = file, names
+        self.path, self.metadata = file.path, file.metadata
+        self.shapes = file.shapes | {new: file.shapes[old] for new, old in names.items()}
+        self.dtypes = file.dtypes | {new: file.dtypes[old] for new, old in names.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return self._file.files
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file[self._names.get(key, key)]
 
 
 def open_file(path: Path) -> TensorFile:
     """The reader for a file, chosen by its first bytes; its name must agree. Raises CheckpointError."""
-    if path.name.endswith(INDEX) or re.search(r"\.index\.\w+\.json$", path.name):
+    if _is_index(path.name):
         return ShardedFile(path)
     kind = _sniff(path)
     if kind == "safetensors":
@@ -169,6 +194,10 @@ def open_file(path: Path) -> TensorFile:
         raise CheckpointError(f"{path}: not a safetensors file but a PyTorch pickle; if it comes from a source you trust, "
                               f"rename it to {path.with_suffix('.ckpt').name}.")
     return PickledFile(path)
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(INDEX) or re.search(r"\.index\.\w+\.json$", name) is not None
 
 
 def _sniff(path: Path) -> str:
@@ -193,60 +222,3 @@ def _sniff(path: Path) -> str:
         found = "a git-lfs pointer: run `git lfs pull` where it lies"
     found = refuse.by_format(path, head) or found
     raise CheckpointError(f"{path}: {found}.")
-
-
-# ------------------------------------------------------------------------------------------------------- pickles
-
-def _stub(module: str, name: str) -> type:
-    """An empty class under a foreign name: Lightning checkpoints mention theirs, and nothing of it is needed."""
-    return type(name, (), {"__module__": module, "__qualname__": name})
-
-
-def _allowed() -> list[Any]:
-    """What a checkpoint may name beside tensors: numbers by numpy, old and new, and Lightning's callback."""
-    from _codecs import encode
-
-    core = getattr(np, "_core", None) or np.core
-    scalar = core.multiarray.scalar
-    stub = _stub("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
-    return [stub, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, encode,
-            *(getattr(np.dtypes, n) for n in ("Float64DType", "Float32DType", "Int64DType", "Int32DType"))]
-
-
-def _unpickle(path: Path) -> Any:
-    """torch.load with weights_only=True, and every way it fails said in words; there is no other way to load."""
-    version = tuple(int(x) for x in re.findall(r"\d+", torch.__version__)[:2])
-    if version < (2, 10):
-        raise CheckpointError(f"{path}: pickles are only read by torch 2.10 or newer (this is {torch.__version__}): older ones "
-                              "can be made to run code even so (CVE-2025-32434, CVE-2026-24747). Use a .safetensors file.")
-    try:
-        with torch.serialization.safe_globals(_allowed()):
-            try:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            except ValueError:      # not a zip archive: the oldest format; loading itself will name the globals
-                unsafe = []
-            if unsafe:
-                raise CheckpointError(_malicious(path, unsafe))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")   # of pickle protocols, about files that are about to be refused
-                try:
-                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError as error:
-                    if "mmap" not in str(error):
-                        raise
-                    return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:   # the reader of pickles fails in many ways on damaged files
-        named = re.findall(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
-        if named:
-            raise CheckpointError(_malicious(path, [a or b for a, b in named])) from None
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({text}); {path.stat().st_size:,} bytes were "
-                              "found. Download or copy it again.") from None
-
-
-def _malicious(path: Path, names: list[str]) -> str:
-    return (f"{path}: wants to use {', '.join(sorted(set(names))[:5])}, which no weights need; it may be malicious and was not "
-            "loaded. Ask its author for a .safetensors file.")
-

@@ -1,7 +1,6 @@
 """What is in a diffusers folder. Its configs say the sizes; a field that changes the math and is not known is refused."""
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,24 @@ from weights.errors import CheckpointError
 from weights.files import INDEX, TensorFile, open_file
 from weights.refuse import DISTILLED
 from weights.scheduler import Sampling, scaled_linear
+from weights.sizes import check_sizes
+from weights.untrusted import parse_json, read_text
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a config. Raises CheckpointError."""
-    return parsed(path)
+    """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
+    found = parsed(path)
+    check_sizes(path, found)
+    return found
 
 
 def parsed(path: Path) -> dict[str, Any]:
     """A file of one JSON object. Raises CheckpointError."""
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
     except (OSError, ValueError) as error:

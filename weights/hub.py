@@ -1,13 +1,12 @@
 """Models by their name on the Hugging Face Hub: only what is needed is downloaded, and never code."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from weights.errors import CheckpointError
-from weights.files import PICKLES
+from weights.files import PICKLES, weight_map
 from weights.folder import candidates
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -110,9 +109,7 @@ def _component(repo: str, names: list[str], part: str) -> Path:
         raise CheckpointError(f"{repo}: no weights of its {part.strip('/') or 'model'} found.")
     path = _get(repo, part + chosen)
     if chosen.endswith(".json"):
-        for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-            if PurePosixPath(shard).name != shard:
-                raise CheckpointError(f"{repo}: {part}{chosen} names the shard {shard!r}; only plain file names are read.")
+        for shard in sorted(weight_map(path)):
             _get(repo, part + shard)
     return config.parent
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.layers import channels_last, wide
+from models.layers import wide
 from models.text import TextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL
@@ -25,6 +25,7 @@ from weights.files import open_file
 from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
 from weights.keys import Source
 from weights.scheduler import zero_terminal_snr
+from weights.sizes import check_bill
 
 LATENT = ("sd1", "sd2", "sdxl")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}   # safetensors' words for torch's
@@ -114,7 +115,7 @@ def _found(path: Path, find: Callable[[Path], T]) -> T:
         return find(path)
     except KeyError as error:
         raise CheckpointError(f"{path}: 1 missing: {error.args[0]}. It is not complete.") from None
-    except (IndexError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its sizes are those of no model known here ({error}). Is it damaged?") from None
     except CheckpointError as error:
         if str(path) in str(error):
@@ -219,13 +220,14 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     large, state = wide(module), {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         wanted = held if held and name in large else dtype
-        tensor = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
-        state[name] = channels_last(tensor)
+        state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
+    if part.config is not None:
+        check_bill(part.file.path, part.config, sum(k.startswith(part.prefix) for k in part.file.shapes))
     try:
         return build(part.config)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

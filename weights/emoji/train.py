@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
             row = {"pictures": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(rate, 7),
                    "pictures_per_s": round((seen - first) / (time.time() - started), 1)}
             losses = []
-            with (a.folder / "log.jsonl").open("a") as log:
+            with (a.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
             save_state(state, model, ema, steppers, seen)

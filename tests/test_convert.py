@@ -1,0 +1,146 @@
+"""`p2p convert` writes all of a model or nothing, over nothing, and clears away what killed runs left."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from p2p import CheckpointError
+from p2p.cli import main
+from weights import convert as module
+from weights.convert import convert
+from weights.load import find
+
+OUTS = ["out.safetensors", "out"]
+
+
+def left(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_a_full_disk_leaves_nothing(tmp_path, sd1_file, small_files, name, capsys):
+    with small_files:
+        assert main(["convert", str(sd1_file), str(tmp_path / name)]) == 3
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / name}: cannot be written (" in said
+        and "File too large" in said
+        and "nothing is left" in said
+    )
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("No space left on device"),
+        OSError(28, "No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("name", OUTS)
+def test_whatever_the_writer_raises(tmp_path, sd1_file, monkeypatch, name, error):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(CheckpointError, match="cannot be written .*No space left on device"):
+        convert(find(sd1_file), tmp_path / name)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_a_place_that_cannot_be_written(tmp_path, sd1_file, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written .(Not a directory|File exists)"):
+        convert(find(sd1_file), tmp_path / "file" / name)
+
+
+def links(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize("links_", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("name", OUTS)
+@pytest.mark.parametrize(
+    "appear",
+    [lambda p: p.write_text("mine"), lambda p: p.mkdir(), links],
+    ids=["file", "folder", "dead link"],
+)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_nothing_is_overwritten(tmp_path, sd1_file, monkeypatch, name, appear, when, links_):
+    out, written = tmp_path / name, module.save_file
+
+    def meanwhile(*args):
+        written(*args)
+        if not os.path.lexists(out):
+            appear(out)
+
+    if when == "before":
+        appear(out)
+    monkeypatch.setattr(module, "save_file", meanwhile)
+    if not links_:
+        monkeypatch.setattr(os, "link", refuses)
+    with pytest.raises(
+        CheckpointError,
+        match=f"{name}: (is there already|appeared while it was written); nothing is overwritten",
+    ):
+        convert(find(sd1_file), out)
+    assert left(tmp_path) == [name]
+    assert (
+        (out.is_file() and out.read_text() == "mine")
+        or (out.is_dir() and left(out) == [])
+        or out.is_symlink()
+    )
+
+
+def refuses(*args):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_disk_without_links_is_written_all_the_same(tmp_path, sd1_file, monkeypatch, sd1_tensors):
+    monkeypatch.setattr(os, "link", refuses)
+    convert(find(sd1_file), tmp_path / "out.safetensors")
+    assert (
+        left(tmp_path) == ["out.safetensors"]
+        and len(find(tmp_path / "out.safetensors").unet.file.shapes) > 100
+    )
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path, sd1_file):
+    own = (
+        "import sys, os, signal; from pathlib import Path; from weights.convert import _aside\n"
+        "with _aside(Path(sys.argv[1])) as a: (a / 'model').write_bytes(bytes(9)); print(a.name, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", own, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    )
+    dead = done.stdout.strip()
+    host = dead.removeprefix(".convert-").split("-")[0]
+    living, foreign, old = f".convert-{host}-{os.getppid()}-abc", ".convert-elsewhere-1-abc", ".convert-abc"
+    for name in (living, foreign, old):
+        (tmp_path / name).mkdir()
+    assert (tmp_path / dead / "model").exists()
+    convert(find(sd1_file), tmp_path / "out.safetensors")
+    assert left(tmp_path) == sorted([living, foreign, old, "out.safetensors"])
+
+
+def test_modes_are_those_of_any_file(tmp_path, sd1_file):
+    before = os.umask(0o022)
+    try:
+        convert(find(sd1_file), tmp_path / "out")
+        convert(find(sd1_file), tmp_path / "out.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755 and (
+        tmp_path / "out/unet/config.json"
+    ).stat().st_mode & 0o777 == 0o644
+    assert torch.tensor((tmp_path / "out.safetensors").stat().st_mode & 0o400).bool()

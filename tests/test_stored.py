@@ -1,0 +1,362 @@
+"""Inversions and encoded prompts from files: what was changed in them is named before anything is computed."""
+
+import base64
+import io
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import p2p
+from models.t5 import EncodedPrompts
+from models.text import Tokens
+from p2p import CheckpointError, UsageError
+from p2p.invert import METHODS, Inversion
+from p2p.output import Output
+from weights.deepfloyd import load_prompts
+
+T, C, H, W = 3, 3, 8, 8
+PICTURE = Image.new("RGB", (W, H), "red")
+
+
+def inversion(method="edit-friendly", **changed):
+    """A small one, complete, of a model that maps pixels to pixels."""
+    return replace(
+        Inversion(
+            "a cat",
+            method,
+            torch.randn(T + 1, C, H, W),
+            4,
+            1,
+            7.5,
+            1.0,
+            None,
+            1.0 if method == "edit-friendly" else 0.0,
+            0,
+            "emoji",
+            "x0",
+            "0" * 64,
+            7,
+            torch.randn(T, 77, 5) if method == "null-text" else None,
+            torch.randn(T, C, H, W) if method == "edit-friendly" else None,
+            PICTURE,
+        ),
+        **changed,
+    )
+
+
+def read(path):
+    with safe_open(path, "pt") as f:
+        return json.loads(f.metadata()["inversion"]), {k: f.get_tensor(k) for k in f.keys()}
+
+
+def refused(path, said):
+    began = time.process_time()
+    with pytest.raises(UsageError, match=said) as error:
+        Inversion.load(path)
+    message = str(error.value)
+    assert (
+        str(path) in message
+        and len(message) < 800
+        and message.isprintable()
+        and time.process_time() - began < 5
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_is_loaded(tmp_path, method):
+    want = inversion(method)
+    want.save(tmp_path / "i.safetensors")
+    got = Inversion.load(tmp_path / "i.safetensors")
+    assert got.settings() == want.settings() and torch.equal(got.latents, want.latents)
+    assert got.picture.tobytes() == PICTURE.tobytes()
+
+
+FIELDS = {
+    "prompt": [3, None, ["a"], {"a": 1}],
+    "method": ["magic", 3, None, ["ddim"], "noise", "null-text", "direct", "ddim"],
+    "steps": [0, -4, 4.0, "4", None, True, 5, 10**30, [4]],
+    "skip": [0, 2, 4, -1, 0.5, "1", None, True],
+    "guidance_scale": ["7", None, [7], True, 10**400],
+    "inversion_guidance": ["x", None],
+    "inner_steps": [0, -1, 1.5, "3", []],
+    "eta": [0.0, 2, -1, "1", None],
+    "seed": [0.5, "x", 2**64, [0]], "final_alpha": [0, 1.5, "1", [1]],
+    "family": [1, None],
+    "prediction": [None, []],
+    "sha256": [3, [1]],
+    "rows": [-1, 0.5, None],
+    "picture": [3, "", "no base64!", "AAAA", ["x"], {"a": 1}],
+    "colour": ["red"],
+    "latents": [[1, 2]],
+    "notes": ["x"],
+    "bad\x1b[2Jname": [1],
+}
+
+
+@pytest.mark.parametrize(
+    "field, value", [(k, v) for k, vs in FIELDS.items() for v in vs], ids=lambda x: repr(x)[:20]
+)
+def test_fields_that_somebody_changed(tmp_path, field, value):
+    inversion().save(tmp_path / "i.safetensors")
+    said, tensors = read(tmp_path / "i.safetensors")
+    save_file(tensors, tmp_path / "i.safetensors", {"inversion": json.dumps(said | {field: value})})
+    refused(tmp_path / "i.safetensors", "not an inversion|its picture is damaged")
+
+
+@pytest.mark.parametrize("field", ["prompt", "method", "steps", "skip", "guidance_scale", "seed", "eta"])
+def test_fields_that_somebody_left_out(tmp_path, field):
+    inversion().save(tmp_path / "i.safetensors")
+    said, tensors = read(tmp_path / "i.safetensors")
+    del said[field]
+    save_file(tensors, tmp_path / "i.safetensors", {"inversion": json.dumps(said)})
+    refused(tmp_path / "i.safetensors", f"not an inversion.*{field}")
+
+
+def nan(x):
+    return x.clone().index_fill_(0, torch.tensor(1), float("nan"))
+
+
+TENSORS = {  # method, what somebody did to its tensors, what is said
+    "latents cut": (
+        "ddim",
+        lambda t: t.update(latents=t["latents"][:2]),
+        r"latents are float32 of \(2, 3, 8, 8\)",
+    ),
+    "latents without steps": ("ddim", lambda t: t.update(latents=t["latents"][:0].clone()), "latents are"),
+    "flat latents": ("ddim", lambda t: t.update(latents=t["latents"].flatten()), "latents are"),
+    "latents of integers": ("ddim", lambda t: t.update(latents=t["latents"].long()), "latents are int64"),
+    "latents of halves": ("ddim", lambda t: t.update(latents=t["latents"].half()), "latents are float16"),
+    "latents of complex numbers": (
+        "ddim",
+        lambda t: t.update(latents=t["latents"].to(torch.complex64)),
+        "latents are complex64",
+    ),
+    "latents of NaN": (
+        "ddim",
+        lambda t: t.update(latents=nan(t["latents"])),
+        "latents: values that are not finite",
+    ),
+    "infinite latents": (
+        "ddim",
+        lambda t: t.update(latents=t["latents"] / 0),
+        "latents: values that are not finite",
+    ),
+    "no latents": ("ddim", lambda t: t.update(other=t.pop("latents")), "other belongs to none"),
+    "latents of another size": (
+        "edit-friendly",
+        lambda t: t.update(latents=torch.zeros(T + 1, C, H, 16)),
+        "offsets are",
+    ),
+    "latents of no width": (
+        "noise",
+        lambda t: t.update(latents=torch.zeros(T + 1, C, H, 0)),
+        "picture is damaged",
+    ),
+    "another picture's latents": (
+        "noise",
+        lambda t: t.update(latents=torch.zeros(T + 1, C, 5, 7)),
+        "picture is damaged",
+    ),
+    "no offsets": ("edit-friendly", lambda t: t.pop("offsets"), "offsets: missing"),
+    "offsets cut": ("edit-friendly", lambda t: t.update(offsets=t["offsets"][1:]), "offsets are"),
+    "offsets to be broadcast": (
+        "edit-friendly",
+        lambda t: t.update(offsets=torch.zeros(T, 1, 1, 1)),
+        "offsets are",
+    ),
+    "offsets of integers": (
+        "edit-friendly",
+        lambda t: t.update(offsets=t["offsets"].int()),
+        "offsets are int32",
+    ),
+    "offsets of NaN": (
+        "edit-friendly",
+        lambda t: t.update(offsets=nan(t["offsets"])),
+        "offsets: values that are not finite",
+    ),
+    "strange offsets": ("direct", lambda t: t.update(offsets=torch.zeros(T, C, H, W)), "offsets: there"),
+    "no null context": ("null-text", lambda t: t.pop("null_context"), "null_context: missing"),
+    "null context cut": (
+        "null-text",
+        lambda t: t.update(null_context=t["null_context"][:1]),
+        "null_context are",
+    ),
+    "flat null context": (
+        "null-text",
+        lambda t: t.update(null_context=t["null_context"][:, 0].clone()),
+        "null_context are",
+    ),
+    "null context of NaN": (
+        "null-text",
+        lambda t: t.update(null_context=nan(t["null_context"])),
+        "null_context: values",
+    ),
+    "strange null context": (
+        "negative-prompt",
+        lambda t: t.update(null_context=torch.zeros(T, 7, 5)),
+        "null_context: there",
+    ),
+    "a traced sampler": ("ddim", lambda t: t.update({"queries.a.q": torch.zeros(T, 4, 4)}), "it is traced"),
+    "queries cut": (
+        "direct",
+        lambda t: t.update({"queries.a.q": torch.zeros(T - 1, 4, 4)}),
+        "a.q is float32",
+    ),
+    "flat queries": ("direct", lambda t: t.update({"queries.a.q": torch.zeros(T)}), "a.q is float32"),
+    "queries of integers": (
+        "direct",
+        lambda t: t.update({"queries.a.q": torch.zeros(T, 4, 4).int()}),
+        "a.q is int32",
+    ),
+    "queries of NaN": (
+        "direct",
+        lambda t: t.update({"queries.a.q": nan(torch.zeros(T, 4, 4))}),
+        "a.q: values",
+    ),
+    "another tensor": ("direct", lambda t: t.update({"\x1b[2Jevil": torch.zeros(1)}), "evil belongs to none"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_somebody_changed(tmp_path, case):
+    method, change, said = TENSORS[case]
+    inversion(method).save(tmp_path / "i.safetensors")
+    settings, tensors = read(tmp_path / "i.safetensors")
+    change(tensors)
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        tmp_path / "i.safetensors",
+        {"inversion": json.dumps(settings)},
+    )
+    refused(tmp_path / "i.safetensors", said)
+
+
+def other_picture(size=(W, H), form="PNG"):
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, form)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        other_picture((16, 8)),
+        other_picture((9, 9)),
+        other_picture((2000, 2000)),
+        other_picture(form="BMP"),
+        other_picture(form="GIF"),
+        other_picture()[:60],
+        base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n").decode(),
+    ],
+)
+def test_pictures_that_somebody_changed(tmp_path, picture):
+    inversion("ddim").save(tmp_path / "i.safetensors")
+    said, tensors = read(tmp_path / "i.safetensors")
+    save_file(tensors, tmp_path / "i.safetensors", {"inversion": json.dumps(said | {"picture": picture})})
+    refused(tmp_path / "i.safetensors", "its picture is damaged")
+
+
+def test_what_fits_no_model_is_refused_with_one(emoji, tmp_path):
+    made = p2p.invert(emoji, torch.zeros(1, 3, 16, 16), "a cat", method="null-text", steps=2, inner_steps=1)
+    for field, value, said in (
+        ("null_context", torch.zeros(2, 4, 4), "null_context is .* this model's text has"),
+        ("latents", torch.zeros(3, 4, 16, 16), "latents have the shape"),
+        ("latents", torch.zeros(3, 3, 15, 16), "must be a positive multiple"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            p2p.edit(emoji, replace(made, **{field: value}), "a dog")
+    traced = p2p.trace(emoji, p2p.invert(emoji, torch.zeros(1, 3, 16, 16), "a cat", method="direct", steps=2))
+    first = next(iter(traced.queries))
+    for queries in (
+        {k: v for k, v in traced.queries.items() if k != first},
+        traced.queries | {"x.q": torch.zeros(2, 4, 4)},
+        traced.queries | {first: traced.queries[first][:, :1]},
+        traced.queries | {first: traced.queries[first][..., :1]},
+    ):
+        with pytest.raises(UsageError, match="its queries are not those of this model at its size"):
+            p2p.edit(emoji, replace(traced, queries=queries), "a dog")
+
+
+def test_a_full_disk_is_the_folders_fault(tmp_path, monkeypatch, small_files):
+    """safetensors raises an error of its own: the one that `Output` knows is made of it."""
+    out = Output(tmp_path, "x")
+    out.add("inversion.safetensors", inversion(latents=torch.zeros(T + 1, C, 128, 128)).save)
+    with small_files, pytest.raises(UsageError, match="cannot be written .*File too large"):
+        out.write()
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------- encoded prompts
+
+
+def prompts(**changed):
+    text = {
+        "prompts": ["", "a cat"],
+        "tokens": [["", [1], [[0, 0]]], ["a cat", [3, 4, 1], [[0, 1], [2, 5], [0, 0]]]],
+    }
+    return {k: json.dumps(v) for k, v in (text | changed).items()}
+
+
+def test_encoded_prompts_are_loaded_as_saved(tmp_path):
+    want = EncodedPrompts(
+        ["", "a cat"],
+        [Tokens("", [1], [(0, 0)]), Tokens("a cat", [3, 4, 1], [(0, 1), (2, 5), (0, 0)])],
+        torch.randn(2, 7, 5),
+    )
+    want.save(tmp_path / "p.safetensors")
+    got = load_prompts(tmp_path / "p.safetensors")
+    assert (
+        got.prompts == want.prompts
+        and got.split == want.split
+        and torch.equal(got.embeddings, want.embeddings)
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompts": ["a", "a"]},
+        {"prompts": [""]},
+        {"prompts": [1, 2]},
+        {"prompts": "ab"},
+        {"prompts": 3},
+        {"tokens": []},
+        {"tokens": 3},
+        {"tokens": [["", [1], [[0, 0]]]] * 3},
+        {"tokens": [["", [1], [[0, 9]]], ["a cat", [3], [[0, 1]]]]},
+        {"tokens": [[1, 2, 3]] * 2},
+        {"tokens": [["", [1.5], [[0, 0]]], ["a", [3], [[0, 1]]]]},
+        {"tokens": [["", [-1], [[0, 0]]], ["a", [3], [[0, 1]]]]},
+        {"tokens": [["", [1, 2], [[0, 0]]], ["a", [3], [[0, 1]]]]},
+        {"tokens": [["", [1], [[1, 0]]], ["a", [3], [[0, 1]]]]},
+        {"tokens": [["", [1], [["a", "b"]]], ["a", [3], [[0, 1]]]]},
+        {"tokens": [[["x"], [1], [[0, 0]]], ["a", [3], [[0, 1]]]]},
+    ],
+)
+def test_prompts_that_somebody_changed(tmp_path, changed):
+    save_file({"prompt_embeds": torch.zeros(2, 7, 5)}, tmp_path / "p.safetensors", prompts(**changed))
+    with pytest.raises(CheckpointError, match="p.safetensors: not a file of encoded prompts") as error:
+        load_prompts(tmp_path / "p.safetensors")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        torch.zeros(3, 7, 5),
+        torch.zeros(2, 7),
+        torch.zeros(2, 7, 5).int(),
+        torch.full((2, 7, 5), float("nan")),
+        torch.zeros(2, 0, 5),
+    ],
+)
+def test_embeddings_that_somebody_changed(tmp_path, embeddings):
+    save_file({"prompt_embeds": embeddings}, tmp_path / "p.safetensors", prompts())
+    with pytest.raises(CheckpointError, match="not a file of encoded prompts"):
+        load_prompts(tmp_path / "p.safetensors")

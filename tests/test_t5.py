@@ -1,0 +1,191 @@
+"""DeepFloyd's T5 from a stranger's folder: every tensor is the file's, nothing in it runs or is unpickled."""
+
+import builtins
+import json
+import os
+
+import pytest
+import torch
+from oracles import transformers
+from safetensors.torch import load_file, save_file
+from test_deepfloyd import t5
+
+from p2p import CheckpointError
+from p2p.cli import main
+from weights.deepfloyd import load_t5
+
+CPU, F32 = torch.device("cpu"), torch.float32
+WEIGHTS, CONFIG = "text_encoder/model.safetensors", "text_encoder/config.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    t5(tmp_path)
+    return tmp_path
+
+
+def change(file, **fields):
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | fields))
+
+
+@pytest.mark.parametrize("how", ["safetensors", "bin", "shards", "embed_tokens", "with a decoder"])
+def test_it_is_transformers_own(folder, how):
+    theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=F32)
+    state = load_file(folder / WEIGHTS)
+    if how == "bin":
+        (folder / WEIGHTS).unlink()
+        torch.save(state, folder / "text_encoder/pytorch_model.bin")
+    elif how == "shards":
+        (folder / WEIGHTS).unlink()
+        theirs.save_pretrained(folder / "text_encoder", max_shard_size="10KB")
+        assert (folder / f"{WEIGHTS}.index.json").exists()
+    elif how == "embed_tokens":
+        save_file(
+            {("encoder.embed_tokens.weight" if k == "shared.weight" else k): v for k, v in state.items()},
+            folder / WEIGHTS,
+        )
+    elif how == "with a decoder":
+        save_file(
+            state | {"decoder.final_layer_norm.weight": torch.zeros(3), "lm_head.weight": torch.zeros(3)},
+            folder / WEIGHTS,
+        )
+    ours = load_t5(folder, CPU, F32)
+    ids = ours.tokenize(["a cat on grass", ""])
+    with torch.no_grad():
+        want = theirs(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+        assert not ours.tower.training and torch.equal(ours.encode(ids)[0], want)
+
+
+def test_halves_keep_wide_what_transformers_keeps_wide(folder):
+    theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float16)
+    ours = load_t5(folder, CPU, torch.float16).tower
+    assert {k: v.dtype for k, v in ours.state_dict().items()} == {
+        k: v.dtype for k, v in theirs.state_dict().items()
+    }
+    assert ours.shared.weight.data_ptr() == ours.encoder.embed_tokens.weight.data_ptr()
+
+
+def rewritten(edit):
+    def damage(folder):
+        state = load_file(folder / WEIGHTS)
+        edit(state)
+        save_file(state, folder / WEIGHTS)
+
+    return damage
+
+
+LAYER = "encoder.block.1.layer.0.SelfAttention.q.weight"
+DAMAGES = {  # what happened to the folder, what is said
+    "a tensor is missing": (rewritten(lambda s: s.pop(LAYER)), f"T5 does not fit. 1 missing: {LAYER}"),
+    "the embedding is missing": (
+        rewritten(lambda s: s.pop("shared.weight")),
+        "1 missing: encoder.embed_tokens.weight",
+    ),
+    "a tensor has another shape": (
+        rewritten(lambda s: s.update({LAYER: torch.zeros(32, 31)})),
+        rf"{LAYER} is \[32, 31\], expected \[32, 32\]",
+    ),
+    "a tensor is turned": (
+        rewritten(lambda s: s.update({LAYER: torch.zeros(16, 64)})),
+        rf"{LAYER} is \[16, 64\]",
+    ),
+    "a tensor too many": (
+        rewritten(lambda s: s.update({"encoder.block.7.x": torch.zeros(2)})),
+        "1 unexpected: encoder.block.7.x",
+    ),
+    "a tensor of integers": (
+        rewritten(lambda s: s.update({LAYER: torch.zeros(32, 32).int()})),
+        f"{LAYER} holds torch.int32",
+    ),
+    "a tensor of NaN": (
+        rewritten(lambda s: s.update({LAYER: torch.full((32, 32), float("nan"))})),
+        f"{LAYER} holds values that are not finite",
+    ),
+    "more layers": (lambda f: change(f / CONFIG, num_layers=3), r"9 missing: encoder.block.2"),
+    "10^6 layers": (lambda f: change(f / CONFIG, num_layers=10**6), "num_layers = 1000000"),
+    "half a layer": (lambda f: change(f / CONFIG, num_layers=1.5), "num_layers = 1.5"),
+    "no heads": (lambda f: change(f / CONFIG, num_heads=0), "num_heads = 0"),
+    "a wide one": (lambda f: change(f / CONFIG, d_model=2**60), "d_model"),
+    "an unknown activation": (
+        lambda f: change(f / CONFIG, feed_forward_proj="evil", dense_act_fn="evil"),
+        "no T5 has its config",
+    ),
+    "code of its own, for the network": (
+        lambda f: change(f / CONFIG, auto_map={"AutoModel": "evil.Evil"}),
+        "no auto_map",
+    ),
+    "code of its own, for the tokenizer": (
+        lambda f: change(
+            f / "tokenizer/tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["evil.Evil", None]},
+            tokenizer_class="Evil",
+        ),
+        "asks for code",
+    ),
+    "code of its own, in a second config": (
+        lambda f: change(
+            f / "tokenizer/config.json", auto_map={"AutoConfig": "evil.Evil"}, model_type="evil"
+        ),
+        "no auto_map",
+    ),
+    "another tokenizer": (
+        lambda f: change(f / "tokenizer/tokenizer_config.json", tokenizer_class="RagTokenizer"),
+        "asks for code",
+    ),
+    "no tokenizer": (lambda f: [x.unlink() for x in (f / "tokenizer").iterdir()], "tokenizer cannot be read"),
+    "a tokenizer that is none": (
+        lambda f: (f / "tokenizer/tokenizer.json").write_text("{"),
+        "tokenizer cannot be read",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("["), "not readable as JSON"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "no weights found"),
+    "cut weights": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]),
+        "damaged or cut short",
+    ),
+}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch mark",)
+
+
+@pytest.fixture
+def alarmed(monkeypatch):
+    """Nothing may be asked, unpickled by torch, or imported from the folder."""
+
+    def alarm(*args, **kw):
+        raise AssertionError("asked, or unpickled")
+
+    monkeypatch.setattr(builtins, "input", alarm)
+    monkeypatch.setattr(torch, "load", alarm)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_or_hostile_folder_is_refused(folder, case, alarmed):
+    damage, said = DAMAGES[case]
+    for where in ("text_encoder", "tokenizer"):
+        (folder / where / "evil.py").write_text("raise AssertionError('run')")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=said) as error:
+        load_t5(folder, CPU, F32)
+    assert str(folder) in str(error.value) and len(str(error.value)) < 700
+
+
+def test_a_malicious_pickle_is_not_loaded(folder, alarmed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(state | {"x": Evil()}, folder / "text_encoder/pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="wants to use posix.system.*malicious"):
+        load_t5(folder, CPU, F32)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_it_is_a_model_file_that_the_exit_code_blames(folder, capsys):
+    rewritten(lambda s: s.pop(LAYER))(folder)
+    assert main(["encode", "a cat", "--model", str(folder), "--out", str(folder / "out")]) == 3
+    assert LAYER in capsys.readouterr().err and not (folder / "out").exists()

@@ -1,0 +1,60 @@
+"""The numbers that a stranger's config holds: whole, and such as networks have, before anything is built of them."""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from models.text import TextConfig
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from weights.errors import CheckpointError
+
+LEVELS = 16   # most numbers of a list, one a level of the network
+# The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
+_WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels channels "
+           "context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size in_channels "
+           "intermediate_size latent_channels max_position_embeddings num_attention_heads num_heads out_channels "
+           "pool_heads projection_class_embeddings_input_dim projection_dim sample_size temb_dim text_dim "
+           "time_embedding_dim vector_dim")
+_DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers patch"
+_MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
+         "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
+         "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
+_MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10, "transformer_layers_per_block": 256}
+_FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "mid_block_scale_factor", "mid_scale",
+           "out_scale", "resnet_out_scale_factor", "sample_max_value", "scaling_factor", "shift_factor")
+
+
+def check_sizes(path: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError that names the field."""
+    for name, value in config.items():
+        least, most = (0, _MOST_FROM_0[name]) if name in _MOST_FROM_0 else (1, _MOST.get(name))
+        wanted = None
+        if most is not None and not _whole(value, least, most):
+            wanted = f"a whole number from {least} to {most:,}, or a list of 1 to {LEVELS} of them"
+        if name in _FINITE and (type(value) not in (int, float) or not math.isfinite(value)):
+            wanted = "a finite number"
+        if wanted and value is not None:
+            raise CheckpointError(f"{path}: no network has the sizes that it names: {name} = {value!r}; expected "
+                                  f"{wanted}.")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    values = value if isinstance(value, list) else [value]
+    values = [v for each in values[:LEVELS + 1] for v in (each if isinstance(each, list) else [each])]   # of blocks, in a level
+    return 0 < len(values) <= LEVELS and all(type(v) is int and least <= v <= most for v in values)
+
+
+def check_bill(path: Path, config: UNetConfig | VAEConfig | TextConfig, tensors: int) -> None:
+    """Raises CheckpointError where a network of this config has more blocks than its file has tensors: it would be
+    built, layer by layer, before its names could be compared."""
+    if isinstance(config, UNetConfig):
+        blocks = sum(n * (1 + depth) for n, depth in zip(config.layers, config.depth))
+    elif isinstance(config, VAEConfig):
+        blocks = config.layers_per_block * len(config.channels)
+    else:
+        blocks = config.layers
+    if blocks > tensors:
+        raise CheckpointError(f"{path}: its config asks for {blocks:,} blocks, but the file holds {tensors:,} "
+                              "tensors.")
