@@ -136,7 +136,8 @@ def test_an_edit_of_a_picture_of_another_size_is_made_again(capsys, tmp_path, ph
 
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "belm", "noise"])
 def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method):
-    options = ["--method", method, "--inner-steps", "2", "--proximal", "l1:0.5", *(["--skip", "1"] if method == "noise" else [])]
+    own = {"noise": ["--skip", "1"], "null-text": ["--inner-steps", "2"]}.get(method, [])
+    options = ["--method", method, "--proximal", "l1:0.5", *own]
     code, out, _ = run(capsys, "edit", "--image", photo, *EDIT[1:], *options, "-o", tmp_path / "out")
     assert code == 0
     code, again, _ = run(capsys, "edit", "--from", out.split()[1], "-o", tmp_path / "out")
