@@ -31,7 +31,8 @@ class Schedule(NamedTuple):
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,
                   spacing: str = "leading") -> Schedule:
-    """Evenly spaced timesteps, each step ending at the level where the next begins.
+    """Evenly spaced timesteps, each step ending at the level where the next begins (not 1000 // N below, as in diffusers,
+    which is another level where N does not divide 1000 and the spacing is not leading).
 
     alphas_cumprod (1000,). spacing, as Lin et al. 2023, table 2, and diffusers name it, with the same timesteps: "leading":
     offset, offset + 1000 // N, ..., as Stable Diffusion samples; "trailing": ..., 999 - 1000 / N, 999, from pure noise (models

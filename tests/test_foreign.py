@@ -68,7 +68,9 @@ EMBEDDING = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.randn
 HYPERNETWORK = {768: [{"linear.0.weight": torch.ones(9, 9)}] * 2, 320: [{"linear.0.weight": torch.ones(9, 9)}] * 2, "step": 9,
                 "name": "anime", "layer_structure": [1, 2, 1], "activation_func": "relu"}
 PICKLED = {
-    "a textual-inversion embedding": [EMBEDDING, {"<cat>": torch.randn(768)}],
+    "a textual-inversion embedding": [
+        EMBEDDING, {"<cat>": torch.randn(768)},
+        EMBEDDING | {"string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(2, 768))})}],
     "a hypernetwork": [HYPERNETWORK],
     "an IP-Adapter": [{"image_proj": {"proj.weight": torch.ones(9, 9)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(9, 9)}}],
 }

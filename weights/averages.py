@@ -9,13 +9,15 @@ EMA = "model_ema."
 
 
 def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
-    """The file as it is; wanted: with the averages in place of the UNet's plain weights. Which of them, where there are both, is
-    noted. Unless asked for they are left alone, as elsewhere: a merge may still carry those of the model it was made from.
+    """The file as it is; wanted: with the averages in place of the UNet's plain weights. Which of them, where there are
+    both, is noted. Unless asked for the averages are left alone, as elsewhere: a merge may still carry those of its base.
 
-    Their names are those of the plain ones with every dot left out, as LDM saves them, or with the dots. Raises CheckpointError.
+    Their names are those of the plain ones with every dot left out, as LDM saves them, or with the dots.
+    Raises CheckpointError.
     """
     plain = {k: k.removeprefix("model.") for k in file.shapes if k.startswith(keys.UNET)}
-    both = [{k: EMA + form(name) for k, name in plain.items()} for form in (lambda n: n.replace(".", ""), str)]
+    forms = (lambda name: name.replace(".", ""), str)
+    both = [{k: EMA + form(name) for k, name in plain.items()} for form in forms]
     twins = max(both, key=lambda names: sum(t in file.shapes for t in names.values()))
     there = sum(t in file.shapes for t in twins.values())
     if not wanted:
@@ -25,7 +27,7 @@ def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
     if not there:
         raise CheckpointError(f"{file.path}: no averaged weights (EMA) in it; leave out ema.")
     if there < len(twins):
-        raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {there} of {len(twins)} UNet tensors; leave out "
-                              "ema to use the plain ones.")
+        raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {there} of {len(twins)} UNet tensors; "
+                              "leave out ema to use the plain ones.")
     notes.append("averaged weights (EMA) used")
     return Renamed(file, {k: k for k in file.shapes} | twins)

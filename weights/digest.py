@@ -1,4 +1,4 @@
-"""What files hold, as sha256: read once, then remembered in the user's cache by place, size, times and inode."""
+"""What files hold, as sha256: read once, then remembered in the user's cache by place, size, times, inode."""
 from __future__ import annotations
 
 import hashlib
@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-SETTLED = 0.1   # seconds that a file must have lain unchanged to be remembered: more than a tick of any kernel's clock
+SETTLED = 0.1   # seconds that a file has lain unchanged to be remembered: more than a tick of any kernel's clock
 
 
 def sha256(path: Path) -> str:
@@ -31,7 +31,7 @@ def sha256(path: Path) -> str:
 
 
 def together(files: Mapping[str, Path]) -> str | None:
-    """Of files by their names: of one, its own sha256; of more, one over names and contents. None where one is gone."""
+    """Of files by their names: of one its own sha256, of more one over names and contents. None if one is gone."""
     try:
         each = sorted((name, sha256(path)) for name, path in files.items())
     except OSError:

@@ -146,7 +146,8 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     kinds = []
     for name in c.get("down_block_types", ("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",)):
         if name not in ("CrossAttnDownBlock2D", "DownBlock2D"):
-            raise CheckpointError(f"{path}: down_block_types holds {name}; supported: CrossAttnDownBlock2D, DownBlock2D.")
+            raise CheckpointError(f"{path}: down_block_types holds {fields.short(name)}; supported: CrossAttnDownBlock2D, "
+                                  "DownBlock2D.")
         kinds.append("cross" if name.startswith("Cross") else None)
     ups = [{"CrossAttnUpBlock2D": "cross", "UpBlock2D": None}.get(name, name) for name in
            c.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1))]

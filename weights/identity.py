@@ -8,9 +8,10 @@ from weights.detect import Package, Part
 from weights.folder import weights_file
 
 Files = dict[str, Path]
+Place = str | Path | None
 
 
-def files(package: Package, vae: str | Path | None = None, text: str | Path | None = None) -> dict[str, Files]:
+def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, Files]:
     """Those of the "model" itself, and of the "vae" and "text" that were given in place of its own."""
     root = package.where if package.where.is_dir() else package.where.parent
     parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
@@ -42,4 +43,5 @@ def _tower(folder: Path) -> list[Path]:
     tower, tokenizer = folder / "text_encoder", folder / "tokenizer"
     if not (tower / "config.json").exists():
         return []
-    return [tower / "config.json", *weights_file(tower, []).files, *(p for p in sorted(tokenizer.glob("*")) if p.is_file())]
+    words = [p for p in sorted(tokenizer.glob("*")) if p.is_file()]
+    return [tower / "config.json", *weights_file(tower, []).files, *words]

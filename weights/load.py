@@ -20,6 +20,7 @@ from models.vae import AutoencoderKL
 from weights import deepfloyd, hub, keys, refuse
 from weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, listed, usual_size
 from weights.errors import CheckpointError
+from weights.fields import short
 from weights.files import open_file
 from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
 from weights.keys import Source
@@ -66,7 +67,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     if prediction:
         package.sampling.prediction, package.sampling.why = prediction, "as asked"
     elif package.prediction not in PREDICTIONS:
-        raise CheckpointError(f"{path}: said to predict {package.prediction!r} (by {package.why}), which is not known; give "
+        raise CheckpointError(f"{path}: said to predict {short(package.prediction)} (by {package.why}), which is not known; give "
                               f"prediction, one of {', '.join(PREDICTIONS)}.")
     if zero_snr:
         package.sampling.alphas_cumprod = zero_terminal_snr(package.alphas_cumprod)

@@ -33,7 +33,8 @@ _STORAGES = {"torch.storage.UntypedStorage": torch.uint8,
 # What checkpoints name beside weights, all of it unneeded: numbers by numpy, old and new, and what Lightning keeps.
 _HARMLESS = {"collections.Counter", "collections.OrderedDict", "collections.defaultdict", "_codecs.encode",
              *(f"builtins.{n}" for n in ("bytearray", "bytes", "complex", "dict", "frozenset", "list", "set")),
-             "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "numpy.dtype", "numpy.ndarray",
+             "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter",
+             "torch.nn.modules.container.ParameterDict", "numpy.dtype", "numpy.ndarray",
              "torch._tensor._rebuild_from_type_v2", "torch.serialization._get_layout",
              *(f"numpy.{core}.{n}" for core in ("core", "_core")
                for n in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")),

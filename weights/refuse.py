@@ -23,40 +23,45 @@ IP_ADAPTER = "an IP-Adapter, which steers a model by a picture; this project doe
 MERGE = ": it changes a model and is none; merge it into its base model first"
 NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_fp8",), FP8),
-    (("ln_model_n.", "to_model_dim_n.", "clip_to_seq.", "encoder_hid_proj.image_embeds", "add_embedding.image_"),
-     "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
+    (("ln_model_n.", "to_model_dim_n.", "clip_to_seq.", "encoder_hid_proj.image_embeds",
+      "add_embedding.image_"), "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
     (("image_proj.", "ip_adapter."), IP_ADAPTER),
     (("lora_controlnet",), "a Control-LoRA; use the Stable Diffusion model that it steers"),
-    (("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs", "input_hint_block"),
-     "a ControlNet; use the Stable Diffusion model that it steers"),
+    (("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs",
+      "input_hint_block"), "a ControlNet; use the Stable Diffusion model that it steers"),
     (("adapter.body.", "adapter.conv_in"), "a T2I-Adapter; use the Stable Diffusion model that it steers"),
-    (("motion_modules.", "temporal_transformer."), "a motion module (AnimateDiff), which makes films; use the plain model"),
+    (("motion_modules.", "temporal_transformer."),
+     "a motion module (AnimateDiff), which makes films; use the plain model"),
     (("hada_w1",), "a LoHa (a kind of LoRA)" + MERGE),
     (("lokr_w",), "a LoKr (a kind of LoRA)" + MERGE),
     (("oft_blocks", "oft_diag", "oft_R", "boft_"), "an OFT (turns of a model's weights)" + MERGE),
     (("ia3_l", "on_input"), "an (IA)3 (scales of a model's activations)" + MERGE),
     ((".a1.weight", ".b1.weight"), "a GLoRA" + MERGE),
-    (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_", "lora_linear_layer",
-      "lora_magnitude", "dora_scale"), "a LoRA" + MERGE),
+    (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
+      "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + MERGE),
     ((".diff$", ".diff_b$", ".w_norm$"), "full differences from a model, as LyCORIS saves them" + MERGE),
     (("joint_blocks.", "double_blocks.", "single_transformer_blocks.", "attn.add_q_proj"),
      "a transformer model (Stable Diffusion 3, FLUX or the like); this project has UNets only"),
     (("adaln_single.", "t_block.1.", "double_layers.", "cap_embedder.", "blocks.0.adaLN_modulation"),
      "a transformer model (PixArt, AuraFlow, Lumina or the like); this project has UNets only"),
-    (("clip_txt_mapper", "clip_txt_pooled_mapper", "effnet_mapper"), "a stage of Stable Cascade, whose networks are others"),
-    (("time_stack.", "time_mixer."), "a model of films (Stable Video Diffusion or the like); use a model of pictures"),
-    (("cond_proj.",), "a latent consistency model, whose network is told the guidance; use the model that it was distilled from"),
+    (("clip_txt_mapper", "clip_txt_pooled_mapper", "effnet_mapper"),
+     "a stage of Stable Cascade, whose networks are others"),
+    (("time_stack.", "time_mixer."),
+     "a model of films (Stable Video Diffusion or the like); use a model of pictures"),
+    (("cond_proj.",),
+     "a latent consistency model, whose network is told the guidance; use the model that it was distilled from"),
     (("emb_params", "string_to_param", "string_to_token", "clip_g$", "clip_l$"), EMBEDDING),
     (("embedder.model.visual", "noise_augmentor."),
      "an unCLIP model, driven by pictures; use the text-to-image model that it was made from"),
     (("edm_mean", "edm_vpred."),
      "an EDM model (Playground 2.5, CosXL or the like), whose noise levels this project does not know"),
     (("concept_embeds", "special_care_embeds"), "a safety checker; give the model that it belongs to"),
-    (("RDB1.", "rdb1.conv", "upconv1.", "HRconv."), "an enlarger of pictures (ESRGAN or the like); give a text-to-image model"),
+    (("RDB1.", "rdb1.conv", "upconv1.", "HRconv."),
+     "an enlarger of pictures (ESRGAN or the like); give a text-to-image model"),
 )
-INPUTS = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}   # model, by its UNet's channels
-DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its blocks are not those of its base model, which "
-             "this project has; use that one")
+INPUTS = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}   # by channels
+DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its blocks are not those of its base "
+             "model, which this project has; use that one")
 
 
 def by_name(file: TensorFile) -> None:
@@ -71,8 +76,8 @@ def by_name(file: TensorFile) -> None:
     kind = kind or next((what for parts, what in NAMED if has(*parts)), None) or _by_shapes(s)
     unet_in = s.get(keys.UNET + "input_blocks.0.0.weight", (0, 4))[1:2]
     if kind is None and unet_in and unet_in[0] in INPUTS:
-        kind = (f"{INPUTS[unet_in[0]]} model (its UNet takes {unet_in[0]} channels, not 4); use the text-to-image model that it "
-                "was made from")
+        kind = (f"{INPUTS[unet_in[0]]} model (its UNet takes {unet_in[0]} channels, not 4); use the text-to-image model "
+                "that it was made from")
     elif kind is None and has(keys.TEXT_SGM2) and not has(keys.TEXT_SDXL[1]) and has("label_emb."):
         kind = "an SDXL refiner, made for pictures that are nearly done; use the SDXL base model"
     elif kind is None and not whole:
@@ -89,8 +94,9 @@ def _by_shapes(s: Shapes) -> str | None:
     if words and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
         return EMBEDDING
     tiny = bool(s) and all(re.fullmatch(r"\d+\.(conv\.\d+\.|skip\.)?(weight|bias)", k) for k in s)
-    if tiny or any(k.startswith(("decoder.layers.", "encoder.layers.")) and len(v) == 4 for k, v in s.items()):
-        return "a tiny autoencoder (TAESD), which gives previews; --vae takes autoencoders of Stable Diffusion's own kind"
+    sides = ("decoder.layers.", "encoder.layers.")
+    if tiny or any(k.startswith(sides) and len(v) == 4 for k, v in s.items()):
+        return "a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's own kind"
     return None
 
 
@@ -108,18 +114,21 @@ def _part_alone(s: Shapes, autoencoder: bool) -> str | None:
     return None
 
 
+TRANSFORMER = re.compile(r"(input_blocks|output_blocks|middle_block)\.(\d+)\.(?:1\.)?transformer_blocks\.(\d+)\.")
+
+
 def _distilled(s: Shapes) -> bool:
-    """A network in LDM naming without attention in its middle, or with other depths going up than going down."""
+    """LDM naming, but no attention in the middle, or other depths going up than going down."""
     depths: dict[tuple[str, str], int] = {}
     for k in s:
-        if m := re.match(r"(input_blocks|output_blocks|middle_block)\.(\d+)\.(?:1\.)?transformer_blocks\.(\d+)\.",
-                         k.removeprefix(keys.UNET)):
+        if m := TRANSFORMER.match(k.removeprefix(keys.UNET)):
             at = m.group(1), m.group(2)
             depths[at] = max(depths.get(at, 0), int(m.group(3)) + 1)
     if not depths:
         return False
-    sides = [{d for (where, _), d in depths.items() if where == side} for side in ("input_blocks", "output_blocks")]
-    return not any(where == "middle_block" for where, _ in depths) or sides[0] != sides[1]
+    down, middle, up = ({d for (where, _), d in depths.items() if where == side}
+                        for side in ("input_blocks", "middle_block", "output_blocks"))
+    return not middle or down != up
 
 
 def by_structure(state: Mapping[object, object]) -> str | None:
@@ -135,7 +144,8 @@ def by_structure(state: Mapping[object, object]) -> str | None:
 
 
 FORMATS = {   # by suffix
-    ".onnx": "an ONNX network", ".engine": "a TensorRT engine", ".trt": "a TensorRT engine", ".plan": "a TensorRT engine",
+    ".onnx": "an ONNX network", ".engine": "a TensorRT engine", ".trt": "a TensorRT engine",
+    ".plan": "a TensorRT engine",
     ".msgpack": "weights for Flax", ".h5": "weights for Keras", ".mlmodel": "a Core ML network",
     ".tflite": "a network for TensorFlow Lite", ".gguf": "a GGUF file",
 }

@@ -20,9 +20,9 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 # Classes over the same noise schedule: any model of one of them can be sampled by DDIM.
 ALIKE = {f"{name}Scheduler" for name in (
-    "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete",
-    "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE",
-    "DEISMultistep", "UniPCMultistep", "SASolver", "IPNDM")}
+    "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
+    "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
+    "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "IPNDM")}
 OTHERS = {
     "LCMScheduler": "of a model that consistency distillation made for few steps",
     "TCDScheduler": "of a model that trajectory consistency distillation made for few steps",
@@ -54,7 +54,10 @@ def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000)
 
 
 def squared_cosine(steps: int = 1000) -> Tensor:
-    """alphas_cumprod of the cosine schedule, its betas at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).  -> (steps,) float64"""
+    """alphas_cumprod of the cosine schedule, its betas at most 0.999 (Nichol and Dhariwal 2021, Eq. 17).
+
+    -> (steps,) float64
+    """
     f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), dim=0)
 
@@ -68,8 +71,9 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
 def read(where: Path, c: Mapping[str, Any], family: str) -> Sampling:
     """What the config c, of the file `where`, says. Raises CheckpointError for what this project does not do.
 
-    Absent fields are those of diffusers' DDIMScheduler, but for the betas (the family's) and the offset of Stable Diffusion 1
-    and 2, which is 1, as in StableDiffusionPipeline. That pipeline also takes clip_sample for false whatever it says.
+    Absent fields are those of diffusers' DDIMScheduler, but for the betas (the family's) and the offset of Stable
+    Diffusion 1 and 2, which is 1, as in StableDiffusionPipeline. That pipeline also takes clip_sample for false whatever
+    the config says.
     """
     fields.check(where, c, fields.SCHEDULER)
     notes: list[str] = []
@@ -83,12 +87,12 @@ def read(where: Path, c: Mapping[str, Any], family: str) -> Sampling:
     spacing = _one_of(where, c, "timestep_spacing", "leading", SPACINGS)
     offset = c.get("steps_offset", 0 if family in ("sdxl", "if") else 1)
     if not isinstance(offset, Integral) or isinstance(offset, bool) or not 0 <= offset < len(abar):
-        raise CheckpointError(f"{where}: steps_offset {fields.short(offset)}; a whole number from 0 to {len(abar) - 1} is "
-                              "expected.")
+        raise CheckpointError(f"{where}: steps_offset {fields.short(offset)}; a whole number from 0 to {len(abar) - 1} "
+                              "is expected.")
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
-    return Sampling(abar, SAID[said], "scheduler_config.json", spacing, int(offset), final, _clip(where, c, family), learned,
-                    notes)
+    return Sampling(abar, SAID[said], "scheduler_config.json", spacing, int(offset), final, _clip(where, c, family),
+                    learned, notes)
 
 
 def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tuple[str, ...]) -> str:
@@ -99,25 +103,26 @@ def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tup
 
 def _check_class(where: Path, c: Mapping[str, Any], sampler: str, notes: list[str]) -> None:
     kind = c.get("_class_name")
-    if kind is not None and kind not in ALIKE:
-        why = OTHERS.get(kind, "which this project does not know") if isinstance(kind, str) else "which is no name"
-        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. {sampler} samples here: if that is what you want, put "
-                              "the scheduler_config.json of the base model in its place.")
+    named = isinstance(kind, str)
+    if kind is not None and not (named and kind in ALIKE):
+        why = OTHERS.get(kind, "which this project does not know") if named else "which is no name"
+        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. {sampler} samples here: if that is what you want, "
+                              "put the scheduler_config.json of the base model in its place.")
     if kind is not None and not kind.startswith(sampler):
         notes.append(f"the folder's sampler is {kind}; {sampler} samples here")
 
 
 def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) -> Tensor:
     if (betas := c.get("trained_betas")) is not None:
-        good = isinstance(betas, list) and len(betas) == 1000 and all(_number(b) and 0 < b <= 1 for b in betas)
-        if not good:
-            raise CheckpointError(f"{where}: trained_betas {fields.short(betas)}; 1000 numbers above 0 and at most 1 are "
-                              "expected.")
+        many = isinstance(betas, list) and len(betas) == 1000
+        if not many or not all(_number(b) and 0 < b <= 1 for b in betas):
+            raise CheckpointError(f"{where}: trained_betas {fields.short(betas)}; 1000 numbers above 0 and at most 1 "
+                                  "are expected.")
         return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     usual = "squaredcos_cap_v2" if family == "if" else "scaled_linear"
     if (said := c.get("beta_schedule", usual)) != usual:
-        raise CheckpointError(f"{where}: beta_schedule {fields.short(said)}; supported of this family: {usual}, or "
-                              "trained_betas.")
+        raise CheckpointError(f"{where}: beta_schedule {fields.short(said)}; supported of this family: {usual}, "
+                              "or trained_betas.")
     if family == "if":
         return squared_cosine()
     wanted = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -125,7 +130,8 @@ def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) ->
         notes.append(f"the scheduler config lacks {', '.join(absent)}: Stable Diffusion's taken")
     start, end = (c.get(name, value) for name, value in wanted.items())
     if not _number(start) or not _number(end) or not 0 < start < end < 1:
-        raise CheckpointError(f"{where}: betas from {fields.short(start)} to {fields.short(end)} are no noise schedule.")
+        raise CheckpointError(f"{where}: betas from {fields.short(start)} to {fields.short(end)} are no noise "
+                              "schedule.")
     return scaled_linear(start, end)
 
 
@@ -138,8 +144,8 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
     if family != "if":
         for name in ("thresholding", *(["clip_sample"] if family == "sdxl" else [])):
             if c.get(name):
-                raise CheckpointError(f"{where}: {name} = {fields.short(c[name])}, a bound of x_0, which latents do not "
-                                      "have.")
+                raise CheckpointError(f"{where}: {name} = {fields.short(c[name])}, a bound of x_0, which latents do "
+                                      "not have.")
         return None
     if c.get("thresholding"):
         bound: Any = (c.get("dynamic_thresholding_ratio", 0.995), c.get("sample_max_value", 1.0))
@@ -147,17 +153,17 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
         bound = c.get("clip_sample_range", 1.0) if c.get("clip_sample", True) else None
     numbers = bound if isinstance(bound, tuple) else (0, 1.0 if bound is None else bound)
     if not all(map(_number, numbers)) or not 0 <= numbers[0] <= 1 or not numbers[1] > 0:
-        raise CheckpointError(f"{where}: x_0 is bounded by {fields.short(bound)}; a share and a positive number are "
-                              "expected.")
+        raise CheckpointError(f"{where}: x_0 is bounded by {fields.short(bound)}; a share and a positive number "
+                              "are expected.")
     return bound
 
 
 def config(s: Sampling) -> dict[str, Any]:
     """The scheduler_config.json that says so, where x_0 has no bound."""
     said = {v: k for k, v in SAID.items()}
-    out = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-           "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": said[s.prediction],
-           "set_alpha_to_one": s.final_alpha is not None, "steps_offset": s.offset}
+    out = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+           "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
+           "prediction_type": said[s.prediction], "set_alpha_to_one": s.final_alpha is not None, "steps_offset": s.offset}
     if s.timestep_spacing != "leading":
         out["timestep_spacing"] = s.timestep_spacing
     abar, usual = s.alphas_cumprod, scaled_linear()
@@ -174,5 +180,5 @@ METADATA = "p2p.scheduler_config"
 def metadata(s: Sampling) -> dict[str, str]:
     """The same for the header of a single file, where it is not that of every Stable Diffusion model."""
     said, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
-    plain = usual.items() <= said.items() and not said.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
-    return {} if plain else {METADATA: json.dumps(said)}
+    more = said.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
+    return {} if usual.items() <= said.items() and not more else {METADATA: json.dumps(said)}
