@@ -186,8 +186,7 @@ def _said(way: Way, model: Model, data: str) -> dict[str, Any]:
     """All that decides what a row's figures are, but for the items and the judges; as JSON gives it back."""
     said = {"way": way.said, "data": data}
     if way.job is not None:
-        said["model"] = {"sha256": model.sha256, "family": model.family, "prediction": model.prediction,
-                         "dtype": str(model.dtype), "size": model.size}
+        said["model"] = {**model.identity(), "size": model.size}
     return json.loads(json.dumps(said, default=str))
 
 
