@@ -50,6 +50,15 @@ def controlled(control):
         yield
 
 
+@contextmanager
+def injected(convolution):
+    """All rows take what the first row's convolution gives (not its skip connection)."""
+    hook = convolution and convolution.register_forward_hook(lambda m, given, out: out[[0, 0, 0]])
+    yield
+    if hook:
+        hook.remove()
+
+
 def probs(q, k):
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
@@ -201,10 +210,8 @@ class Published:
 
         for i, (t, a, b) in enumerate(self.schedule):
             seen.clear()
-            hook = block.register_forward_hook(lambda m, g, out: out[[0, 0, 0]] if i < int(0.8 * STEPS) else out)
-            with controlled(control):
+            with controlled(control), injected(block if i < int(0.8 * STEPS) else None):
                 _, u, c = self.eps(torch.cat([path[-1 - i], x, x]), t, text).chunk(3)
-            hook.remove()
             x = self.ddim(x, u + 7.5 * (c - u), a, b)
         return x
 
