@@ -3,8 +3,9 @@ with explicit maps (models/p2p, models/edit_friendly_ddm, models/masactrl, run_e
 
 Token mappers are `align.official_*`, which other tests hold against the original.
 """
+import copy
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,15 +17,25 @@ from models.attention import CrossAttention, Record, SelfAttention
 from p2p import align, batch, pie, protocol
 from p2p.image import from_pil
 from p2p.jobs import parse
+from p2p.model import Model
 from p2p.start import draw
 
 STEPS = 5
 SOURCE, TARGET, LONGER = "a cat on red grass", "a dog on red grass", "a big dog on red grass"
 
 
+class Double(Model):
+    """In float64: the random network multiplies rounding, of 6e-8 in single precision to 5e-2 of a deviation."""
+
+    def encode(self, x):
+        return super().encode(x).double()
+
+
 @pytest.fixture(scope="module")
 def model(sd1):
-    return replace(sd1, size=(256, 256))
+    said = {f.name: getattr(sd1, f.name) for f in fields(sd1)}
+    return Double(**said | {"size": (128, 128), "unet": copy.deepcopy(sd1.unet).double(),
+                            "text_encoders": [copy.deepcopy(t).double() for t in sd1.text_encoders]})
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +81,14 @@ class PromptToPrompt:
         source, edited = model.tokens(SOURCE), model.tokens(target)
         if mode == "refine":
             mapper, a = align.official_refinement(source, edited, 77)
-            self.edit = lambda p, q: p[:, :, mapper] * a.float() + q * (1 - a.float())
+            self.edit = lambda p, q: p[:, :, mapper] * a + q * (1 - a)
         else:
-            m = align.official_replacement(source, edited, 77).float()
+            m = align.official_replacement(source, edited, 77)
             self.edit = lambda p, q: p @ m
         self.limit, self.side, self.step, self.seen = limit, side, 0, 0.0
         self.words = [[i + 1 for i, w in enumerate(t.split(" ")) if w == word]     # every word here is one token
                       for t, word in zip((SOURCE, target), words)] if words else None
-        self.weights = torch.ones(77)
+        self.weights = torch.ones(77, dtype=torch.float64)
         if words:
             self.weights[self.words[1]] = 2
 
@@ -103,7 +114,7 @@ class PromptToPrompt:
         m = torch.stack([s[:, w].sum(-1) for s, w in zip(self.seen, self.words)]).view(2, 1, self.side, self.side)
         m = F.interpolate(F.max_pool2d(m, 3, 1, 1), size=x.shape[2:])
         m = (m / m.amax((2, 3), keepdim=True)).gt(0.3)
-        m = (m[:1] + m).float()
+        m = (m[:1] + m).double()
         return x[:1] + m * (x - x[:1])
 
 
@@ -113,7 +124,7 @@ class Published:
     def __init__(self, model, picture, inverted_with=SOURCE):
         self.model, self.schedule = model, list(model.schedule(STEPS))
         self.text = lambda *prompts: model.text(list(prompts))
-        x = model.encode(from_pil(Image.open(picture)))
+        x = model.encode(from_pil(Image.open(picture).resize(model.size, Image.BICUBIC)))
         self.path, c = [x], self.text(inverted_with)
         for t, a_t, a_prev in self.schedule[::-1]:
             self.path.append(self.ddim(self.path[-1], self.eps(self.path[-1], t, c), a_prev, a_t))
@@ -227,12 +238,11 @@ def ours(model, picture, name, target, blended):
 
 
 def agree(found, wanted, *others):
-    """To rounding, which this random network multiplies (6e-8 in the first inverted latents are 1e-4 in the last, and guidance of
-    7.5 makes 5e-3 of a deviation of that where nothing is edited); and what it is not differs by ten times as much."""
+    """But for sinusoids of timesteps, which are in single precision; and what the row is not differs from it."""
     deviation = wanted.std()
-    assert (found - wanted).abs().max() < 0.02 * deviation, ((found - wanted).abs().max() / deviation).item()
+    assert (found - wanted).abs().max() < 1e-4 * deviation
     for other in others:
-        assert (found - other).abs().max() > 0.2 * deviation
+        assert (found - other).abs().max() > 0.1 * deviation
 
 
 @torch.no_grad()
@@ -240,14 +250,14 @@ def agree(found, wanted, *others):
     ("ddim+p2p", dict(scale=7.5)), ("directinversion+p2p", dict(scale=7.5, direct=True)),
     ("negative-prompt-inversion+p2p", dict(scale=7.5, null=SOURCE)),
     ("negative-prompt-inversion+proximal-guidance", dict(scale=7.5, null=SOURCE, proximal=0.75))])
-@pytest.mark.parametrize("target, blended", [(TARGET, "cat dog"), (TARGET, ""), (LONGER, "cat dog big")])
+@pytest.mark.parametrize("target, blended", [(TARGET, ""), (LONGER, "cat dog big")])
 def test_rows_of_run_editing_p2p(model, picture, name, told, target, blended):
     run = Published(model, picture)
     null = {"null": run.text(SOURCE, SOURCE)} if "null" in told else {}
     words = blended.split(" ")[:2] if blended else None
-    control = PromptToPrompt(model, target, words, "refine", 32**2, 8)
+    control = PromptToPrompt(model, target, words, "refine", 32**2, 4)
     wanted = run.p2p(control, target, **told | null)
-    plain = run.p2p(PromptToPrompt(model, target, None, "refine", 0, 8), target, **told | null)
+    plain = run.p2p(PromptToPrompt(model, target, None, "refine", 0, 4), target, **told | null)
     agree(ours(model, picture, name, target, blended), wanted, plain)
 
 
@@ -255,14 +265,15 @@ def test_rows_of_run_editing_p2p(model, picture, name, told, target, blended):
 def test_words_of_neither_prompt_make_the_source_of_it(model, picture):
     """0 / 0 > 0.3 nowhere: after int(0.2 N) steps the target is the source's row."""
     run = Published(model, picture)
-    control = PromptToPrompt(model, TARGET, ("sky", "lion"), "refine", 32**2, 8)
+    control = PromptToPrompt(model, TARGET, ("sky", "lion"), "refine", 32**2, 4)
     agree(ours(model, picture, "directinversion+p2p", TARGET, "sky lion"), run.p2p(control, TARGET, 7.5, direct=True))
-    assert torch.equal(ours(model, picture, "directinversion+p2p", TARGET, "sky lion"), run.path[0])
+    assert (ours(model, picture, "directinversion+p2p", TARGET, "sky lion") - run.path[0]).abs().max() < 1e-9
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("target, mode", [(TARGET, "replace"), (LONGER, "refine")])
 def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode):
+    model = replace(model, size=(256, 256))                       # self-attention with 32 x 32 pixels is left alone
     run = Published(model, picture)
     control = PromptToPrompt(model, target, None, mode, 16**2, 8)
     agree(ours(model, picture, "edit-friendly-inversion+p2p", target, "cat dog"), run.edit_friendly(control, target))
@@ -289,6 +300,6 @@ def test_the_guidance_grid_inverts_with_guidance(model, picture):
     for x, (t, a_t, a_prev) in zip(range(STEPS), run.schedule[::-1]):   # ddim_with_guidance_scale_loop
         eps = run.both(run.path[x], t, run.text(""), run.text(SOURCE), 2.5)
         run.path[x + 1] = run.ddim(run.path[x], eps, a_prev, a_t)
-    control = PromptToPrompt(model, TARGET, None, "refine", 32**2, 8)
+    control = PromptToPrompt(model, TARGET, None, "refine", 32**2, 4)
     wanted = run.p2p(control, TARGET, 5.0, direct=True)
     agree(ours(model, picture, "directinversion+p2p_guidance_25_5", TARGET, ""), wanted)
