@@ -58,6 +58,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise p2p.UsageError(f"--limit must be a whole number from 1, not {args.limit}")
+    if args.workers is not None and args.workers < 1:
+        raise p2p.UsageError(f"--workers must be a whole number from 1, not {args.workers}")
     ways = _ways(args)
     items = pie.read(args.data, args.limit, args.types and args.types.split(","))
     metrics.torchmetrics()
@@ -74,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> int:
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
         store = Store(folder)
-        while rank == 0 and any(not store.done(job) and not store.failed(job) for job in jobs):
+        while args.engine == "torchrun" and rank == 0 and any(not store.done(j) and not store.failed(j) for j in jobs):
             time.sleep(1)   # for the other ranks
 
     data = hashlib.sha256((args.data / "mapping_file.json").read_bytes()).hexdigest()[:16]

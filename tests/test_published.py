@@ -1,0 +1,305 @@
+"""The published rows of PIE-Bench, end to end: jobs of `p2p.protocol` against the loops of PnPInversion's scripts written out
+with explicit maps (models/p2p, models/edit_friendly_ddm, models/masactrl, run_editing_pnp.py), on a small random model.
+
+Token mappers are `align.official_*`, which other tests hold against the original.
+"""
+import copy
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from models.attention import CrossAttention, Record, SelfAttention
+from p2p import align, batch, pie, protocol
+from p2p.image import from_pil
+from p2p.jobs import parse
+from p2p.model import Model
+from p2p.start import draw
+
+STEPS = 5
+SOURCE, TARGET, LONGER = "a cat on red grass", "a dog on red grass", "a big dog on red grass"
+
+
+class Double(Model):
+    """In float64: the random network multiplies rounding, of 6e-8 in single precision to 5e-2 of a deviation."""
+
+    def encode(self, x):
+        return super().encode(x).double()
+
+
+@pytest.fixture(scope="module")
+def model(sd1):
+    said = {f.name: getattr(sd1, f.name) for f in fields(sd1)}
+    return Double(**said | {"size": (128, 128), "unet": copy.deepcopy(sd1.unet).double(),
+                            "text_encoders": [copy.deepcopy(t).double() for t in sd1.text_encoders]})
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    file = tmp_path_factory.mktemp("picture") / "k.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((256, 256), Image.BICUBIC).save(file)
+    return file
+
+
+@contextmanager
+def controlled(control):
+    """All attention by explicit maps: `control` gets q, k, v (B, h, N, d) and gives what is attended to."""
+    def forward(self, x, context, edit=None, record=Record()):
+        text = self.text(context) if isinstance(self, CrossAttention) and torch.is_tensor(context) else context
+        k, v = (text.k, text.v) if isinstance(self, CrossAttention) else (self.to_k(x), self.to_v(x))
+        q, k, v = self._split(self.to_q(x), k, v)
+        return self._out(control(q, k, v, isinstance(self, CrossAttention)), x.dtype), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (SelfAttention, CrossAttention):
+            patch.setattr(kind, "forward", forward)
+        yield
+
+
+@contextmanager
+def injected(convolution):
+    """All rows take what the first row's convolution gives (not its skip connection)."""
+    hook = convolution and convolution.register_forward_hook(lambda m, given, out: out[[0, 0, 0]])
+    yield
+    if hook:
+        hook.remove()
+
+
+def probs(q, k):
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+class PromptToPrompt:
+    """AttentionRefine or AttentionReplace, AttentionReweight and LocalBlend for rows [uncond, uncond, source, target]."""
+
+    def __init__(self, model, target, words, mode, limit, side):
+        source, edited = model.tokens(SOURCE), model.tokens(target)
+        if mode == "refine":
+            mapper, a = align.official_refinement(source, edited, 77)
+            self.edit = lambda p, q: p[:, :, mapper] * a + q * (1 - a)
+        else:
+            m = align.official_replacement(source, edited, 77)
+            self.edit = lambda p, q: p @ m
+        self.limit, self.side, self.step, self.seen = limit, side, 0, 0.0
+        self.words = [[i + 1 for i, w in enumerate(t.split(" ")) if w == word]     # every word here is one token
+                      for t, word in zip((SOURCE, target), words)] if words else None
+        self.weights = torch.ones(77, dtype=torch.float64)
+        if words:
+            self.weights[self.words[1]] = 2
+
+    def __call__(self, q, k, v, cross):
+        p = probs(q, k)
+        if cross:
+            if self.step < int(0.4 * (STEPS + 1)):
+                p[3] = self.edit(p[2], p[3]) * self.weights
+            if p.shape[2] == self.side**2:
+                self.maps.append(p[2:])                                           # stored, and edited in place
+        elif p.shape[2] <= self.limit and self.step < int(0.6 * STEPS):
+            p[3] = p[2]
+        return p @ v
+
+    def blend(self, x):
+        """After each step, x (2, C, H, W): the maps of the decoder and encoder at a quarter of the latents' side."""
+        if self.words is None:
+            return x
+        maps = self.maps[:2] + self.maps[2:][-3:]                                  # the middle block has another size
+        self.seen = self.seen + torch.stack(maps).mean((0, 2))                     # (2, pixels, 77)
+        if self.step + 1 <= int(0.2 * STEPS):
+            return x
+        m = torch.stack([s[:, w].sum(-1) for s, w in zip(self.seen, self.words)]).view(2, 1, self.side, self.side)
+        m = F.interpolate(F.max_pool2d(m, 3, 1, 1), size=x.shape[2:])
+        m = (m / m.amax((2, 3), keepdim=True)).gt(0.3)
+        m = (m[:1] + m).double()
+        return x[:1] + m * (x - x[:1])
+
+
+class Published:
+    """The scripts' loops on one picture."""
+
+    def __init__(self, model, picture, inverted_with=SOURCE):
+        self.model, self.schedule = model, list(model.schedule(STEPS))
+        self.text = lambda *prompts: model.text(list(prompts))
+        x = model.encode(from_pil(Image.open(picture).resize(model.size, Image.BICUBIC)))
+        self.path, c = [x], self.text(inverted_with)
+        for t, a_t, a_prev in self.schedule[::-1]:
+            self.path.append(self.ddim(self.path[-1], self.eps(self.path[-1], t, c), a_prev, a_t))
+
+    def eps(self, x, t, context):
+        return self.model.unet(x, t, context)[0]
+
+    @staticmethod
+    def ddim(x, eps, a, b):
+        return b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+
+    def both(self, x, t, null, text, scale):
+        u, c = self.eps(torch.cat([x, x]), t, torch.cat([null, text])).chunk(2)
+        return u + scale * (c - u)
+
+    def p2p(self, control, target, scale, null=None, direct=False, proximal=None, scale_up=1.0):
+        """p2p_guidance_forward, direct_inversion_p2p_guidance_forward, proximal_guidance_forward ("l0")."""
+        null = self.text("", "") if null is None else null
+        text, x, path = self.text(SOURCE, target), self.path[-1].repeat(2, 1, 1, 1), self.path[::-1]
+        for i, (t, a, b) in enumerate(self.schedule):
+            control.step, control.maps = i, []
+            with controlled(control):
+                u, c = self.eps(torch.cat([x, x]), t, torch.cat([null, text])).chunk(2)
+            delta = c - u
+            if proximal:
+                limit = delta.abs().quantile(proximal)
+                delta = delta - delta.clamp(-limit, limit)
+            x = self.ddim(x, u + scale * delta, a, b)
+            if direct:                                     # noise_loss: what leads back to the inverted latents
+                x = torch.cat([path[i + 1], x[1:]])
+            x = control.blend(x)
+        return x[1:]
+
+    def edit_friendly(self, control, target, scale=7.5):
+        noise = draw(self.path[0].shape[1:], [1234], 1 + STEPS)
+        levels = [self.path[0]] + [a**0.5 * self.path[0] + (1 - a) ** 0.5 * z
+                                   for (_, a, _), z in zip(self.schedule[::-1], noise[1:])]
+        text, zs = self.text(SOURCE), {}
+
+        def mean(x, eps, a, b):
+            variance = (1 - b) / (1 - a) * (1 - a / b)
+            return b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b - variance) ** 0.5 * eps, variance**0.5
+
+        for i, (t, a, b) in enumerate(self.schedule):
+            x = levels[STEPS - i]
+            mu, sigma = mean(x, self.eps(x, t, text), a, b)
+            zs[i] = (levels[STEPS - i - 1] - mu) / sigma if i < STEPS - 1 else torch.zeros_like(x)
+        skip, null, text = int(0.24 * STEPS), self.text("", ""), self.text(SOURCE, target)
+        x = levels[STEPS - skip].repeat(2, 1, 1, 1)
+        scales = torch.tensor([1.0, scale]).view(-1, 1, 1, 1)
+        for i in range(skip, STEPS):
+            t, a, b = self.schedule[i]
+            control.step, control.maps = i - skip, []              # the windows' table is that of all steps
+            with controlled(control):
+                mu, sigma = mean(x, self.both(x, t, null, text, scales), a, b)
+            x = mu + (sigma * zs[i] if i < STEPS - 1 else 0)
+        return x[1:]
+
+    def masactrl(self, target, direct):
+        text, null, path = self.text("", target), self.text("", ""), self.path[::-1]
+        x, seen = path[0].repeat(2, 1, 1, 1), []
+
+        def control(q, k, v, cross):
+            seen.append(cross)
+            if not cross and seen.count(False) > 10:
+                k, v = k[[0, 0, 2, 2]], v[[0, 0, 2, 2]]
+            return probs(q, k) @ v
+
+        for i, (t, a, b) in enumerate(self.schedule):
+            seen.clear()
+            with controlled(control):
+                x = self.ddim(x, self.both(x, t, null, text, 7.5), a, b)
+            if direct:
+                x = torch.cat([path[i + 1], x[1:]])
+        return x[1:]
+
+    def pnp(self, target, direct):
+        path, c = self.path, self.text(SOURCE)
+        if not direct:                                             # ddim_sample: a list without the noise itself
+            x, path = self.path[-1], []
+            for t, a, b in self.schedule:
+                x = self.ddim(x, self.eps(x, t, c), a, b)
+                path.append(x)
+            path.reverse()
+        text = self.text("", "ugly, blurry, black, low res, unrealistic", target)
+        x, seen = path[-1], []
+        block = self.model.unet.up_blocks[1].resnets[1].conv2
+
+        def control(q, k, v, cross):
+            seen.append(cross)
+            if not cross and seen.count(False) > 8 and i < int(0.5 * STEPS):   # 6 + 1, and the first of the decoder
+                q, k = q[[0, 0, 0]], k[[0, 0, 0]]
+            return probs(q, k) @ v
+
+        for i, (t, a, b) in enumerate(self.schedule):
+            seen.clear()
+            with controlled(control), injected(block if i < int(0.8 * STEPS) else None):
+                _, u, c = self.eps(torch.cat([path[-1 - i], x, x]), t, text).chunk(3)
+            x = self.ddim(x, u + 7.5 * (c - u), a, b)
+        return x
+
+
+def ours(model, picture, name, target, blended):
+    """Latents of the target, by the published row cut down to few steps."""
+    method = replace(protocol.find(name), steps=STEPS)
+    item = pie.Item("k", picture, SOURCE, target, blended, [], "", "k.png")
+    job = parse(protocol.job(method, item, model), 1, picture.parent, model)
+    (_, result, _), = batch.compute(model, [job])
+    assert not isinstance(result, batch.Failure), result
+    return result.latents[1:]
+
+
+def agree(found, wanted, *others):
+    """But for sinusoids of timesteps, which are in single precision; and what the row is not differs from it."""
+    deviation = wanted.std()
+    assert (found - wanted).abs().max() < 1e-4 * deviation
+    for other in others:
+        assert (found - other).abs().max() > 0.1 * deviation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, told", [
+    ("ddim+p2p", dict(scale=7.5)), ("directinversion+p2p", dict(scale=7.5, direct=True)),
+    ("negative-prompt-inversion+p2p", dict(scale=7.5, null=SOURCE)),
+    ("negative-prompt-inversion+proximal-guidance", dict(scale=7.5, null=SOURCE, proximal=0.75))])
+@pytest.mark.parametrize("target, blended", [(TARGET, ""), (LONGER, "cat dog big")])
+def test_rows_of_run_editing_p2p(model, picture, name, told, target, blended):
+    run = Published(model, picture)
+    null = {"null": run.text(SOURCE, SOURCE)} if "null" in told else {}
+    words = blended.split(" ")[:2] if blended else None
+    control = PromptToPrompt(model, target, words, "refine", 32**2, 4)
+    wanted = run.p2p(control, target, **told | null)
+    plain = run.p2p(PromptToPrompt(model, target, None, "refine", 0, 4), target, **told | null)
+    agree(ours(model, picture, name, target, blended), wanted, plain)
+
+
+@torch.no_grad()
+def test_words_of_neither_prompt_make_the_source_of_it(model, picture):
+    """0 / 0 > 0.3 nowhere: after int(0.2 N) steps the target is the source's row."""
+    run = Published(model, picture)
+    control = PromptToPrompt(model, TARGET, ("sky", "lion"), "refine", 32**2, 4)
+    agree(ours(model, picture, "directinversion+p2p", TARGET, "sky lion"), run.p2p(control, TARGET, 7.5, direct=True))
+    assert (ours(model, picture, "directinversion+p2p", TARGET, "sky lion") - run.path[0]).abs().max() < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target, mode", [(TARGET, "replace"), (LONGER, "refine")])
+def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode):
+    model = replace(model, size=(256, 256))                       # self-attention with 32 x 32 pixels is left alone
+    run = Published(model, picture)
+    control = PromptToPrompt(model, target, None, mode, 16**2, 8)
+    agree(ours(model, picture, "edit-friendly-inversion+p2p", target, "cat dog"), run.edit_friendly(control, target))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direct", [False, True])
+def test_rows_of_run_editing_masactrl(model, picture, direct):
+    wanted = Published(model, picture, "").masactrl(TARGET, direct)
+    agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+masactrl", TARGET, "cat dog"), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direct", [False, True])
+def test_rows_of_run_editing_pnp(model, picture, direct):
+    run = Published(model, picture)
+    wanted, other = (run.pnp(TARGET, d) for d in (direct, not direct))
+    agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+pnp", TARGET, "cat dog"), wanted, other)
+
+
+@torch.no_grad()
+def test_the_guidance_grid_inverts_with_guidance(model, picture):
+    run = Published(model, picture)
+    for x, (t, a_t, a_prev) in zip(range(STEPS), run.schedule[::-1]):   # ddim_with_guidance_scale_loop
+        eps = run.both(run.path[x], t, run.text(""), run.text(SOURCE), 2.5)
+        run.path[x + 1] = run.ddim(run.path[x], eps, a_prev, a_t)
+    control = PromptToPrompt(model, TARGET, None, "refine", 32**2, 4)
+    wanted = run.p2p(control, TARGET, 5.0, direct=True)
+    agree(ours(model, picture, "directinversion+p2p_guidance_25_5", TARGET, ""), wanted)
