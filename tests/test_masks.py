@@ -37,13 +37,13 @@ def test_a_large_mask_is_kept_small_and_once(emoji):
     blends = [p2p.LocalBlend(mask=large), p2p.LocalBlend(words=("cat", "dog"), mask=large.copy()), p2p.LocalBlend(mask=Image.new("L", (9, 9), 255))]
     r = p2p.edit(emoji, SOURCE, [Edit(TARGET, local_blend=b) for b in blends], steps=1)
     text = json.dumps(r.settings)
-    assert len(text) < 5000 and [t["local_blend"]["mask"] for t in r.settings["targets"]] == [0, 0, 1] and len(r.settings["masks"]) == 2
+    assert len(text) < 8000 and [t["local_blend"]["mask"] for t in r.settings["targets"]] == [0, 0, 1] and len(r.settings["masks"]) == 2
     done = p2p.edit(emoji, SOURCE, from_settings(json.loads(text)), steps=1)
     assert torch.equal(done.latents, r.latents) and torch.equal(done.masks, r.masks) and done.settings == r.settings
 
 
 @pytest.mark.parametrize("mask", [torch.rand(7, 5, generator=torch.Generator().manual_seed(1)), torch.rand(200, 3), torch.eye(64) > 0.5,
-                                  Image.new("LA", (30, 90), (255, 128)), Image.new("CMYK", (5, 5)), Image.new("1", (1, 1), 1)], ids=str)
+                                  Image.new("LA", (30, 90), (255, 128)), Image.new("CMYK", (5, 5)), Image.new("1", (1, 1), 1)])
 def test_an_edit_with_a_mask_runs_again_to_the_same_latents(emoji, mask):
     r = p2p.edit(emoji, SOURCE, TARGET, steps=1, local_blend=p2p.LocalBlend(mask=mask))
     done = p2p.edit(emoji, SOURCE, from_settings(json.loads(json.dumps(r.settings))), steps=1)
@@ -97,14 +97,14 @@ def test_an_upscaled_edit_with_a_mask_runs_again_to_the_same_pixels(capsys, tmp_
 @pytest.mark.parametrize("items, words", [([":dog"], ([], ["dog"])), (["cat:"], (["cat"], [])), (["cat:dog", ":grass"], (["cat"], ["dog", "grass"])),
                                           (["grass"], (["grass"], ["grass"]))])
 @pytest.mark.parametrize("option, name", [("--blend", "words"), ("--blend-without", "substruct")])
-def test_a_blend_takes_the_word_of_one_prompt_alone(capsys, tmp_path, items, words, option, name):
+def test_a_blend_takes_the_word_of_one_prompt_alone(emoji, capsys, tmp_path, items, words, option, name):
     given = [x for item in items for x in (option, item)] + (["--blend", "on"] if name == "substruct" else [])
     assert main(["edit", SOURCE, TARGET, *given, "--steps", "1", "--seed", "1", "-o", str(tmp_path), "-q"]) == 0
     (file,) = tmp_path.glob("*/edit.png")
     said = read_settings(file)["targets"][0]["local_blend"]
     assert said[name] == list(words)
     wanted = p2p.LocalBlend(**{"words": (["on"], ["on"]), name: words})
-    r = p2p.edit(p2p.load("emoji", device="cpu"), SOURCE, TARGET, steps=1, seed=1, local_blend=wanted)
+    r = p2p.edit(emoji, SOURCE, TARGET, steps=1, seed=1, local_blend=wanted)
     assert np.array_equal(np.asarray(r.images[1]), np.asarray(Image.open(file)))
 
 

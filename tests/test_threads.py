@@ -15,12 +15,13 @@ SOURCE = "a cat on grass"
 
 def runs(model):
     """Different edits, inversions and pictures, each with what of it must be the same again."""
+    blend = p2p.LocalBlend(words=("cat", "cat"), level=4 if model.vae is None else 1)
     picture = Image.effect_noise((64, 64), 100).convert("RGB")
     size = dict(height=64, width=64)
     return [
         lambda: p2p.edit(model, SOURCE, "a dog on grass", steps=3, seed=1, **size).latents,
         lambda: p2p.edit(model, SOURCE, ["a cat on grass at night", "a red cat on grass"], steps=2, seed=2, **size).latents,
-        lambda: p2p.edit(model, SOURCE, SOURCE, steps=2, equalizer={"cat": 2.0}, local_blend=p2p.LocalBlend(words=("cat", "cat")), **size).latents,
+        lambda: p2p.edit(model, SOURCE, SOURCE, steps=2, equalizer={"cat": 2.0}, local_blend=blend, **size).latents,
         lambda: p2p.generate(model, ["a house", "a boat"], steps=3, seed=3, **size).latents,
         lambda: p2p.edit(model, p2p.invert(model, picture, SOURCE, method="direct", steps=2, **size), "a dog on grass").latents,
         lambda: p2p.edit(model, p2p.trace(model, SOURCE, steps=2, seed=4, **size), "a dog on grass").latents,
