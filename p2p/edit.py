@@ -149,6 +149,12 @@ def check(edit: Edit) -> None:
     choice("windows_over", edit.windows_over, ("run", "schedule"))
     whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
     flag("renormalise", edit.renormalise)
+    cross = edit.cross_replace_steps
+    if isinstance(cross, Mapping) and not mapping(cross):
+        raise UsageError(f"cross_replace_steps: {brief(cross)} is not a mapping of words to windows")
+    for value in cross.values() if isinstance(cross, Mapping) else [cross]:
+        window(value, "cross_replace_steps")
+    window(edit.self_replace_steps, "self_replace_steps")
     if edit.local_blend is not None:
         check_blend(edit.local_blend, edit.scope is not None)
 

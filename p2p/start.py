@@ -119,8 +119,8 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
     guidance_scale = guidance(model, guidance_scale)
     eta = share("eta", model.eta if eta is None else eta)
     if bool(model.unet.config.low_channels) != (low is not None):
-        raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
-                         + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
+        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone" if low is not None else
+                         "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
     schedule = model.schedule(whole("steps", steps))
     made = None   # the size that x_T or the small pictures have
     if low is not None:
@@ -150,7 +150,8 @@ def _check_low(low: Low, n: int, model: Model) -> None:
     if not isinstance(low, Low):
         raise UsageError(f"low: a Low is needed, see `upscale`, not {brief(low)}")
     whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
-    if not isinstance(low.pictures, Tensor) or low.pictures.ndim != 4 or low.pictures.shape[:2] != (n, 3):
+    if not isinstance(low.pictures, Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
+            low.pictures.ndim != 4:
         raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
                          f"{brief(getattr(low.pictures, 'shape', low.pictures))}")
 
