@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.text import Tokens, tokenizer
 from p2p.errors import UsageError
+from weights.untrusted import brief
 
 READ = 77   # words of a prompt that are compared; no text tower reads more tokens
 
@@ -25,7 +26,7 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises UsageError where none is left.
     """
     if not isinstance(phrase, str):
-        raise UsageError(f"a word or phrase is needed, not {phrase!r}")
+        raise UsageError(f"a word or phrase is needed, not {brief(phrase)}")
     places = _occurrences(prompt, phrase)
     word, _, number = phrase.strip().rpartition("#")
     if not places and word and number.isdecimal():

@@ -25,6 +25,7 @@ from p2p.align import word_tokens
 from p2p.checks import choice, flag, share, whole
 from p2p.errors import UsageError
 from p2p.image import as_picture, brightness, fit, to_base64
+from weights.untrusted import brief
 
 Words = str | Sequence[str]
 
@@ -156,7 +157,7 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
 def check(b: LocalBlend, scoped: bool = False) -> None:
     """scoped: the words are still to be found. Raises UsageError."""
     if not isinstance(b, LocalBlend):
-        raise UsageError(f"local_blend: a LocalBlend is needed, not {b!r:.60}")
+        raise UsageError(f"local_blend: a LocalBlend is needed, not {brief(b)}")
     if b.words is None and b.mask is None and not scoped:
         raise UsageError("local_blend: give words or a mask")
     if b.words is None and b.rivals is not None:
@@ -165,11 +166,11 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
                 isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side) for side in pair)
                 or not any(pair)):
-            raise UsageError(f"local_blend: {name} {pair!r:.60}: words, substruct and rivals are pairs (of the source prompt, of "
+            raise UsageError(f"local_blend: {name} {brief(pair)}: words, substruct and rivals are pairs (of the source prompt, of "
                              "the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
-        raise UsageError(f"local_blend: threshold {b.threshold!r:.60} must lie within 0 and 1, one number or two")
+        raise UsageError(f"local_blend: threshold {brief(b.threshold)} must lie within 0 and 1, one number or two")
     share("local_blend: start", b.start)
     whole("local_blend: level", b.level, most=2**31)
     choice("local_blend: keep", b.keep, ("stored", "sampled"))

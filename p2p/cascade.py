@@ -13,6 +13,7 @@ from p2p.image import from_pil
 from p2p.model import Model, find_model
 from p2p.run import Result, edit, generate
 from p2p.start import Low
+from weights.untrusted import brief
 
 
 def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None, guidance_scale: float | None = None,
@@ -25,7 +26,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     """
     model = find_model(model)
     if not isinstance(small, Result):
-        raise UsageError(f"what is enlarged is a Result, as edit and generate give it, not {small!r:.60}")
+        raise UsageError(f"what is enlarged is a Result, as edit and generate give it, not {brief(small)}")
     pictures = torch.cat([from_pil(i) for i in small.images])
     noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0, len(model.alphas_cumprod) - 1)
     seed = small.settings["seed"]

@@ -30,6 +30,7 @@ from p2p.blend import check as check_blend
 from p2p.checks import choice, finite, flag, whole
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
+from weights.untrusted import brief
 
 Window = float | tuple[float, float]
 MODES = ("replace", "refine", "reweight")
@@ -103,7 +104,7 @@ def from_dict(said: Mapping[str, Any], masks: Sequence[str] = ()) -> Edit:
             d["local_blend"] = LocalBlend(**d["local_blend"] | {"mask": None if mask is None else from_base64(mask)})
         return Edit(**d)
     except (AttributeError, TypeError) as error:   # no mapping, or unknown fields
-        raise UsageError(f"not an edit as settings hold it, {said!r:.80} ({error})") from None
+        raise UsageError(f"not an edit as settings hold it, {brief(said)} ({error})") from None
 
 
 def to_settings(edits: Sequence[Edit], size: tuple[int, int], how: str = "crop") -> dict[str, Any]:
@@ -141,13 +142,19 @@ def check(edit: Edit) -> None:
             ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())), '{"source word": "target word"}'),
             ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words")):
         if not fits:
-            raise UsageError(f"{name}: {getattr(edit, name)!r:.60} is not {wanted}")
+            raise UsageError(f"{name}: {brief(getattr(edit, name))} is not {wanted}")
     if edit.mode is not None:
         choice("mode", edit.mode, MODES)
     choice("aligner", edit.aligner, ("exact", "official"))
     choice("windows_over", edit.windows_over, ("run", "schedule"))
     whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
     flag("renormalise", edit.renormalise)
+    cross = edit.cross_replace_steps
+    if isinstance(cross, Mapping) and not mapping(cross):
+        raise UsageError(f"cross_replace_steps: {brief(cross)} is not a mapping of words to windows")
+    for value in cross.values() if isinstance(cross, Mapping) else [cross]:
+        window(value, "cross_replace_steps")
+    window(edit.self_replace_steps, "self_replace_steps")
     if edit.local_blend is not None:
         check_blend(edit.local_blend, edit.scope is not None)
 
@@ -169,13 +176,13 @@ def window(value: Window, what: str) -> tuple[float, float]:
     """A number or a pair as (start, end), checked to lie in 0..1."""
     pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
     try:
-        if not all(isinstance(v, Real) for v in pair):
+        if not isinstance(pair, (list, tuple)) or not all(isinstance(v, Real) for v in pair):
             raise TypeError
         lo, hi = map(float, pair)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{what}: {value!r:.60} is neither a number nor a pair (start, end)") from None
+        raise UsageError(f"{what}: {brief(value)} is neither a number nor a pair (start, end)") from None
     if not 0 <= lo <= hi <= 1:
-        raise UsageError(f"{what}: {value!r} must lie within 0 and 1, the start not after the end")
+        raise UsageError(f"{what}: {brief(value)} must lie within 0 and 1, the start not after the end")
     return lo, hi
 
 

@@ -92,8 +92,8 @@ def _blend(edit: Edit, source: Tokens, target: Tokens, mode: str, length: int) -
     if b is None:
         return said
     maps = b.words is not None or b.substruct is not None or edit.scope is not None
-    said += [f"local_blend: {name} changes nothing: it is of maps of words, and none are named" for name in ("threshold", "level")
-             if getattr(b, name) != DEFAULT[name] and not maps]
+    said += [f"local_blend: {name} changes nothing: it is of maps of words, and none are named" for name in
+             ("threshold", "level", "middle") if getattr(b, name) != DEFAULT[name] and not maps]
     pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if b.substruct is None and pair[0] != pair[-1]:
         said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not given")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p2p.aside import replacing
 from p2p.errors import NumericsError, UsageError
-from weights.untrusted import parse_object
+from weights.untrusted import brief, parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
@@ -108,7 +108,7 @@ def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.
     if isinstance(given, (str, Path)):
         return open_picture(given)
     if not isinstance(given, Image.Image) or not all(given.size):
-        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not {given!r:.60}")
+        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not {brief(given)}")
     return given
 
 
@@ -142,7 +142,7 @@ def to_base64(image: Image.Image) -> str:
 def from_base64(text: str) -> Image.Image:
     """What `to_base64` wrote. Raises UsageError."""
     if not isinstance(text, str) or len(text) > TEXT:
-        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not {text!r:.60}")
+        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not {brief(text)}")
     try:
         return _decoded(io.BytesIO(base64.b64decode(text, validate=True)))
     except Exception as error:   # decoders raise anything over damaged bytes

@@ -35,13 +35,14 @@ from models.layers import keep_freed_memory
 from p2p import checks, stored
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
+from p2p.image import fit as fit_picture
 from p2p.image import to_base64
 from p2p.memory import check_run
 from p2p.model import Conditioning, Model, find_model
 from p2p.prompts import check as check_prompt
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 from p2p.schedule import Schedule
-from p2p.start import check_latents, check_seed, draw, fitted, guidance, late
+from p2p.start import check_latents, check_seed, draw, fitting, guidance, late
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 READ_BY = {   # settings that some methods alone read; the others refuse them
@@ -178,11 +179,11 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     guidance_scale = guidance(model, guidance_scale)
     inversion_guidance = checks.finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
     inner_steps = None if inner_steps is None else checks.whole("inner_steps", inner_steps, most=10**6)
-    seed, eta = check_seed(seed or 0), checks.share("eta", 1 if eta is None else eta)
+    seed, eta = check_seed(0 if seed is None else seed), checks.share("eta", 1 if eta is None else eta)
     checks.flag("progress", progress)
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
-    if isinstance(picture, Tensor) and (height, width, fit) != (None, None, None):
+    if isinstance(picture, Tensor) and any(given is not None for given in (height, width, fit)):
         raise UsageError("height, width, fit: latents have their size; leave these out")
     check_prompt(prompt)
     skip = checks.whole("skip, which leaves steps to run,", int(SKIPPED.get(method, 0) * steps) if skip is None else skip, 0,
@@ -191,9 +192,11 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
         raise UsageError("eta must lie within 0 and 1, above 0, not 0")
     notes = late(model, whole)
     if not isinstance(picture, Tensor):
-        kept, cropped = fitted(model, picture, "crop" if fit is None else fit, height, width)
+        fit = "crop" if fit is None else fit
+        picture, size, cropped = fitting(model, picture, fit, height, width)
         notes += cropped
-        _afford(model, (kept.height, kept.width), steps - skip, method, inversion_guidance)
+        _afford(model, size, steps - skip, method, inversion_guidance)
+        kept = fit_picture(picture, size, fit)
         x_0 = model.encode(kept)
     else:
         check_latents("latents", picture, (1,), model)
@@ -212,9 +215,9 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":
-            latents, rows = _noised(run, seed or 0, independent=False), 0
+            latents, rows = _noised(run, seed, independent=False), 0
         elif method == "edit-friendly":
-            latents = _noised(run, seed or 0, independent=True)
+            latents = _noised(run, seed, independent=True)
             offsets = _offsets(run, latents, inversion_guidance, eta)
         elif method == "belm":
             latents = _belm(run, inversion_guidance)

@@ -30,6 +30,7 @@ from p2p.tiles import tiled
 from weights.detect import FAMILY_RULE
 from weights.digest import together
 from weights.identity import files
+from weights.untrusted import brief
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
@@ -130,7 +131,7 @@ class Model:
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
         for name, side in zip(("height", "width"), sides):
             if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
-                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {side!r}, and at most {LARGEST}")
+                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {brief(side)}, and at most {LARGEST}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
@@ -159,7 +160,7 @@ class Model:
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise UsageError(f"the prompt {prompt!r} is not valid text (UTF-8 is expected)") from None
+            raise UsageError(f"the prompt {brief(prompt)} is not valid text (UTF-8 is expected)") from None
         try:
             return self.text_encoders[0].tokens(prompt)
         except ValueError as error:   # prompts encoded beforehand: another one was asked for
@@ -212,7 +213,7 @@ class Model:
         """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-            raise UsageError(f"prompts are a text or a list of texts, not {prompts!r:.60}")
+            raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with self._at_work(*self.text_encoders):
@@ -283,8 +284,8 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, TypeError) as error:   # what torch raises for one that it lacks
-        raise UsageError(f"{what} {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, TypeError, ValueError, ArithmeticError) as error:   # of what is none, or not there
+        raise UsageError(f"{what} {name if isinstance(name, str) else brief(name)}: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -293,7 +294,7 @@ def find_model(model: Model | str | Path) -> Model:
     if isinstance(model, (str, Path)):
         return load(model)
     if not isinstance(model, Model):
-        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {model!r:.60}")
+        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {brief(model)}")
     return model
 
 
@@ -353,13 +354,13 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
 
 def _check_arguments(source: object, **given: object) -> None:
     if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {source!r:.60}")
+        raise UsageError(f"a model is named by a string or a path, not {brief(source)}")
     for name, value in given.items():
         if value is None:
             continue
         if name in ("dtype", "held") and not (isinstance(value, torch.dtype) and value in FLOATING):
-            raise UsageError(f"{name} is one of {', '.join(map(str, FLOATING))}, not {value!r:.60}")
+            raise UsageError(f"{name} is one of {', '.join(map(str, FLOATING))}, not {brief(value)}")
         if name in ("vae", "text") and not isinstance(value, (str, Path)):
-            raise UsageError(f"{name} is named by a string or a path, not {value!r:.60}")
+            raise UsageError(f"{name} is named by a string or a path, not {brief(value)}")
         if name in ("family", "prediction") and not isinstance(value, str):
-            raise UsageError(f"{name} is a name, not {value!r:.60}")
+            raise UsageError(f"{name} is a name, not {brief(value)}")

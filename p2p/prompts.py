@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from p2p.errors import UsageError
+from weights.untrusted import brief
 
 _EMPHASIS = "write the words alone, and weigh them in an edit: --weight {0}=1.2 (equalizer={{\"{0}\": 1.2}})"
 _WEIGHT = "write the words alone, and weigh them in an edit: --weight {0}={1} (equalizer={{\"{0}\": {1}}})"
@@ -35,7 +36,11 @@ _TEXT = re.compile(r"(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[(
 def check(prompt: object) -> list[str]:
     """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other programs' syntax."""
     if not isinstance(prompt, str):
-        raise UsageError(f"a prompt is text, not {prompt!r:.60}")
+        raise UsageError(f"a prompt is text, not {brief(prompt)}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the prompt {brief(prompt)} is not valid text (UTF-8 is expected)") from None
     for pattern, what, instead in _SYNTAX:
         for found in pattern.finditer(prompt):
             groups = [g.strip() for g in found.groups() if g is not None] or ["WORD"]

@@ -35,6 +35,7 @@ from p2p.sampler import PROXIMAL, proximal_guide
 from p2p.schedule import Schedule
 from p2p.start import Low, Start, begin, late
 from p2p.trace import Queries
+from weights.untrusted import brief
 
 EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
 
@@ -187,7 +188,7 @@ def find_editor(said: MasaCtrl | PlugAndPlay | str | Mapping[str, Any] | None) -
             how = {"name": said} if isinstance(said, str) else dict(said)
             made = (EDITORS | {kind.__name__: kind for kind in EDITORS.values()})[how.pop("name")](**how)
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"editor {said!r:.60} is not known, or has no such fields; known: {', '.join(EDITORS)}") from None
+        raise UsageError(f"editor {brief(said)} is not known, or has no such fields; known: {', '.join(EDITORS)}") from None
     for f in fields(made):
         if isinstance(f.default, float):
             share(f"editor: {f.name}", getattr(made, f.name))
@@ -199,7 +200,7 @@ def find_editor(said: MasaCtrl | PlugAndPlay | str | Mapping[str, Any] | None) -
 def _check_record(record: Record) -> None:
     """Raises UsageError."""
     if not isinstance(record, Record):
-        raise UsageError(f"record: a Record is needed, not {record!r:.60}")
+        raise UsageError(f"record: a Record is needed, not {brief(record)}")
     for name, value in record._asdict().items():
         if isinstance(Record._field_defaults[name], bool):
             flag(f"record.{name}", value)
@@ -225,7 +226,7 @@ def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any])
         raise UsageError(f"{', '.join(unknown)}: no setting of an edit; known: {', '.join(known)}")
     listed = [targets] if isinstance(targets, (str, Edit)) else targets
     if not isinstance(listed, (list, tuple)) or not all(isinstance(t, (str, Edit)) for t in listed):
-        raise UsageError(f"targets: {targets!r:.60} is neither a prompt nor an Edit, nor a list of them")
+        raise UsageError(f"targets: {brief(targets)} is neither a prompt nor an Edit, nor a list of them")
     if not listed:
         raise UsageError("no target prompt given")
     if settings and all(isinstance(t, Edit) for t in listed):
@@ -291,11 +292,11 @@ def _null(model: Model, inversion: Inversion | None, n: int, size: tuple[int, in
 
 def _proximal(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
     try:
-        norm, quantile = proximal
+        norm, quantile = proximal if isinstance(proximal, (list, tuple)) else ()
         if choice("norm", norm, PROXIMAL) and share("quantile", quantile) == 1:
             raise ValueError
     except (TypeError, ValueError):
-        raise UsageError(f"proximal: {proximal!r:.60} must be a norm ({', '.join(PROXIMAL)}) and a quantile from 0 to below "
+        raise UsageError(f"proximal: {brief(proximal)} must be a norm ({', '.join(PROXIMAL)}) and a quantile from 0 to below "
                          "1") from None
     return lambda uncond, cond, scale: proximal_guide(uncond, cond, scale, norm, quantile)
 
@@ -312,7 +313,7 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, steps: 
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seed] if not isinstance(seed, (list, tuple)) else list(seed)
     if not isinstance(prompts, (list, tuple)):
-        raise UsageError(f"prompts are a text or a list of texts, not {prompts!r:.60}")
+        raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
     if not prompts or len(seeds) not in (1, len(prompts)):
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
     start = begin(model, seeds, len(prompts), x_T, steps, guidance_scale, eta, height, width, low, record=record)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
+from weights.untrusted import brief
 
 
 class Schedule(NamedTuple):
@@ -51,7 +52,7 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
     elif spacing == "linspace":
         rising = np.linspace(0, total - 1, steps).round()
     else:
-        raise UsageError(f"timestep_spacing {spacing!r} is not known; known: leading, trailing, linspace")
+        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, linspace")
     timesteps = [int(t) for t in rising[::-1]]
     table = alphas_cumprod.tolist()
     alphas = [table[t] for t in timesteps]

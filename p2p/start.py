@@ -14,10 +14,11 @@ from torch import Tensor
 from models.attention import Record
 from p2p.checks import choice, finite, share, whole
 from p2p.errors import UsageError
-from p2p.image import FITS, as_picture, fit, own_size, upright
+from p2p.image import FITS, as_picture, own_size, upright
 from p2p.memory import check_run
 from p2p.model import LARGEST, Model
 from p2p.schedule import Schedule
+from weights.untrusted import brief
 
 UPSCALING = 4   # of a super-resolution stage, per side
 
@@ -32,7 +33,7 @@ class Low(NamedTuple):
 def check_seed(seed: object) -> int:
     """Raises UsageError."""
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= seed < 2**64:
-        raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r:.60}")
+        raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {brief(seed)}")
     return int(seed)
 
 
@@ -57,15 +58,17 @@ class Start(NamedTuple):
     level: Tensor | None = None # (B,)
 
 
-def fitted(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None, width: int | None = None
-           ) -> tuple[Image.Image, list[str]]:
-    """A picture in a size that the model takes, and a note of what that cuts off. how: "crop" or "pad" to height x width (None:
-    the model's own), see `image.fit`; "own": to about as many pixels as the model's own size has, in the picture's own shape.
-    Raises UsageError."""
+def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None, width: int | None = None
+            ) -> tuple[Image.Image, tuple[int, int], list[str]]:
+    """A picture upright, the size (height, width) to which `image.fit` brings it, and a note of what that cuts off.
+
+    how: "crop" or "pad" to height x width (None: the model's own), see `image.fit`; "own": to about as many pixels as the model's
+    own size has, in the picture's own shape. Raises UsageError.
+    """
     choice("fit", how, FITS)
     picture = upright(as_picture(picture))
     if how == "own":
-        if (height, width) != (None, None):
+        if height is not None or width is not None:
             raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
         height, width = own_size(picture, model.size, model.unit, LARGEST)
     _, *size = model.latent_shape(height, width)
@@ -76,7 +79,7 @@ def fitted(model: Model, picture: Image.Image | str | Path, how: str, height: in
         seen = [round(side * min(shares)) for side in (width, height)]
         notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x {seen[1]} around its centre, "
                      f"for the model's {width} x {height}: --pad (fit=\"pad\") keeps all of it, --fit own its shape")
-    return fit(picture, (height, width), how), notes
+    return picture, (height, width), notes
 
 
 def late(model: Model, schedule: Schedule) -> list[str]:
@@ -85,7 +88,7 @@ def late(model: Model, schedule: Schedule) -> list[str]:
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []
-    near = sorted(range(1, total + 1), key=lambda n: abs(n - steps))
+    near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
     better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
     return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not reach the noisiest "
             f"{(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
@@ -116,8 +119,8 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
     guidance_scale = guidance(model, guidance_scale)
     eta = share("eta", model.eta if eta is None else eta)
     if bool(model.unet.config.low_channels) != (low is not None):
-        raise UsageError(f"{model.name} is {'no' if low else 'a'} super-resolution stage: "
-                         + ("it takes prompts alone" if low else "it enlarges the pictures of another model, see `upscale`"))
+        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone" if low is not None else
+                         "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
     schedule = model.schedule(whole("steps", steps))
     made = None   # the size that x_T or the small pictures have
     if low is not None:
@@ -145,11 +148,12 @@ def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int
 def _check_low(low: Low, n: int, model: Model) -> None:
     """Raises UsageError."""
     if not isinstance(low, Low):
-        raise UsageError(f"low: a Low is needed, see `upscale`, not {low!r:.60}")
+        raise UsageError(f"low: a Low is needed, see `upscale`, not {brief(low)}")
     whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
-    if not isinstance(low.pictures, Tensor) or low.pictures.ndim != 4 or low.pictures.shape[:2] != (n, 3):
+    if not isinstance(low.pictures, Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
+            low.pictures.ndim != 4:
         raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
-                         f"{getattr(low.pictures, 'shape', low.pictures)!r:.60}")
+                         f"{brief(getattr(low.pictures, 'shape', low.pictures))}")
 
 
 def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:

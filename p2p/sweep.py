@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from p2p.invert import Inversion
 from p2p.memory import check_run
 from p2p.model import Model, find_model
 from p2p.run import Result, edit
+from p2p.start import check_seed
+from weights.untrusted import brief
 
 NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
 
@@ -40,6 +43,12 @@ def variant(base: Edit, name: str, value: float) -> Edit:
     raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
 
 
+def _number(name: str, value: object) -> int | float:
+    """Seeds may have more digits than a float."""
+    number = finite(f"a value of {name}", value)
+    return int(value) if isinstance(value, Integral) else number
+
+
 def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
           over: Mapping[str, Sequence[float]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """The edit with one or two settings varied, as a labelled table.
@@ -49,15 +58,15 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)
-    if not isinstance(over, Mapping) or not all(isinstance(v, Sequence) and not isinstance(v, str) for v in over.values()):
-        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not {over!r:.60}")
+    listed = [isinstance(k, str) and isinstance(v, Sequence) and not isinstance(v, str) for k, v in dict(over).items()] \
+        if isinstance(over, Mapping) else [False]
+    if not all(listed):
+        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not {brief(over)}")
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
-    for name, values in over.items():
-        for value in values:
-            finite(f"a value of {name}", value)
     count = prod(len(values) for name, values in over.items() if name != "seed")
     check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
+    over = {name: [_number(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
         if len(set(values)) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
@@ -67,7 +76,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
         raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its noise")
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
-    seeds = [int(s) for s in over.get("seed", [seed])]
+    seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
     variants: list[dict[str, float]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):                      # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]

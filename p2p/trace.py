@@ -21,6 +21,7 @@ from p2p.memory import afford, seen
 from p2p.model import Model, find_model
 from p2p.prompts import check as check_prompt
 from p2p.start import begin
+from weights.untrusted import brief
 
 
 class Queries(Sequence):
@@ -67,7 +68,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of them out")
     dtype = model.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype: {dtype!r} is none of torch's floating types, such as torch.float16")
+        raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
     if not isinstance(source, Inversion):
         check_prompt(source)
     known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height", "width")

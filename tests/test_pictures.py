@@ -9,8 +9,23 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+import p2p
+from p2p.cli import main
 from p2p.errors import UsageError
-from p2p.image import CHUNK, TEXT, as_picture, brightness, fit, from_base64, from_pil, open_picture, read_settings, save_png, shown
+from p2p.image import (
+    CHUNK,
+    TEXT,
+    as_picture,
+    brightness,
+    fit,
+    from_base64,
+    from_pil,
+    open_picture,
+    own_size,
+    read_settings,
+    save_png,
+    shown,
+)
 
 GREYS = np.array([[0, 90, 150, 255]])
 COLOURS = Image.fromarray(np.array([[[255, 0, 0], [10, 200, 30], [0, 0, 255], [90, 90, 90]]], np.uint8))
@@ -195,3 +210,37 @@ def test_a_model_encodes_what_is_shown(emoji, sd1):
     for bad in (Image.new("RGB", (65, 64)), torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 64, 64).long()):
         with pytest.raises(UsageError):
             sd1.encode(bad)
+
+
+# -------------------------------------------------------------------------------------------------- what does not fit is said
+
+@pytest.mark.parametrize("size, fit_, said, made", [
+    ((1600, 900), None, "1600 x 900 is cropped to the 900 x 900", (64, 64)), ((900, 1600), "crop", "cropped to the 900 x 900", (64, 64)),
+    ((1600, 900), "pad", None, (64, 64)), ((1600, 900), "own", None, (86, 48)), ((64, 64), None, None, (64, 64)),
+    ((640, 642), None, None, (64, 64)), ((900, 1600), "own", None, (48, 86))])
+def test_a_picture_that_is_cropped_says_so(emoji, size, fit_, said, made):
+    found = p2p.invert(emoji, Image.new("RGB", size), "a cat", method="noise", steps=10, fit=fit_)
+    notes = [n for n in found.notes if "cropped" in n]
+    assert found.picture.size == made and found.settings()["fit"] == (fit_ or "crop")
+    assert notes == [] if said is None else said in notes[0] and "--pad" in notes[0] and 'fit="pad"' in notes[0]
+    assert all(n in p2p.edit(emoji, found, "a dog").notes for n in notes)
+
+
+def test_own_sizes_are_those_that_models_take():
+    for size in ((1600, 900), (1, 5000), (5000, 1), (513, 512), (3, 2)):
+        for unit in (2, 8, 64):
+            height, width = own_size(Image.new("L", size), (512, 512), unit, 8192)
+            assert height % unit == width % unit == 0 and 0 < height <= 8192 and 0 < width <= 8192
+    assert own_size(Image.new("L", (1600, 900)), (512, 512), 8, 8192) == (384, 680)
+
+
+@pytest.mark.parametrize("options, wanted", [([], "is cropped to the 90 x 90"), (["--pad"], None), (["--fit", "own"], None), (["--fit", "pad"], None)])
+def test_the_command_line_offers_to_keep_all_of_a_picture(capsys, tmp_path, options, wanted):
+    Image.effect_noise((160, 90), 100).save(tmp_path / "x.png")
+    assert main(["invert", str(tmp_path / "x.png"), "a cat", "--method", "noise", "--steps", "10", "-o", str(tmp_path), *options]) == 0
+    err = capsys.readouterr().err
+    assert "cropped" not in err if wanted is None else wanted in err
+    assert main(["edit", "a cat", "a dog", "--pad", "-o", str(tmp_path)]) == 2
+    assert "--fit: not with a source prompt alone" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="leave these out"):
+        p2p.invert(p2p.load("emoji", device="cpu"), Image.new("RGB", (64, 64)), "a cat", fit="own", height=64)

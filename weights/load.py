@@ -26,6 +26,7 @@ from weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
 from weights.keys import Source
 from weights.scheduler import zero_terminal_snr
 from weights.sizes import check_bill
+from weights.untrusted import brief
 
 LATENT = ("sd1", "sd2", "sdxl")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}   # safetensors' words for torch's
@@ -76,7 +77,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         _autoencoder(package, vae, given)
     elif vae is not None:
         raise CheckpointError(f"{path}: works on pixels and has no autoencoder that {vae} could replace; leave out vae.")
-    if clip_skip:
+    if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
     package.size = package.size or usual_size(package)
     return package
@@ -102,7 +103,7 @@ def skip_layers(package: Package, clip_skip: int) -> None:
     towers = [part.config for part in package.text] if package.family in LATENT else []
     most = min((c.layers - c.skip for c in towers), default=0)
     if not isinstance(clip_skip, Integral) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
-        raise CheckpointError(f"{package.where}: clip_skip {clip_skip!r}; a whole number from 0 to {most} is expected of this "
+        raise CheckpointError(f"{package.where}: clip_skip {brief(clip_skip)}; a whole number from 0 to {most} is expected of this "
                               "model.")
     for part in package.text:
         part.config = replace(part.config, skip=part.config.skip + clip_skip)

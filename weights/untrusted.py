@@ -123,5 +123,14 @@ def _is_number(part: str) -> bool:
         return part.strip(" \n()[]{}") in ("nan", "inf", "-inf", "True", "False", "None")
 
 
+def brief(value: object) -> str:
+    """What was given, as a message shows it: short, whatever it is (what is nested deeply has no repr, nor have many digits)."""
+    try:
+        text = " ".join(repr(value).split())
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most * 2 // 3]} ... {text[len(text) - most // 4:]}"

@@ -1,0 +1,96 @@
+"""Settings inside a picture may be a stranger's: damaged, of the wrong kind or huge, they are refused; whole ones are exact."""
+import copy
+import json
+
+import pytest
+from PIL import Image
+
+import p2p
+from p2p.cli import main
+from p2p.image import CHUNK, read_settings, save_png
+
+SOURCE, TARGET = "a cat on grass", "a dog on grass"
+VALUES = [None, True, -1, 10**12, 1e300, "x", [], ["x"], {"x": 1}]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The settings of an edit of a picture, cropped, with a blend and a mask, and enlarged."""
+    folder = tmp_path_factory.mktemp("made")
+    Image.effect_noise((160, 90), 100).save(folder / "photo.png")
+    assert main(["edit", "--image", str(folder / "photo.png"), SOURCE, TARGET, "--blend", "cat:dog", "--blend-mask", str(folder / "photo.png"),
+                 "--weight", "dog=2", "--steps", "2", "--pad", "--upscale", "--upscale-steps", "1", "-q", "-o", str(folder)]) == 0
+    (file,) = folder.glob("*/edit.png")
+    return read_settings(file), file
+
+
+def places(value, at=()):
+    """All paths into nested settings."""
+    if at:
+        yield at
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for k, v in inside:
+        yield from places(v, (*at, k))
+
+
+def test_an_edit_of_a_padded_picture_runs_again_to_the_same_pixels(made, tmp_path, capsys):
+    settings, file = made
+    assert settings["inversion"]["fit"] == "pad"
+    assert main(["edit", "--from", str(file), "-o", str(tmp_path), "-q"]) == 0
+    for a in sorted(file.parent.glob("*.png")):
+        (b,) = tmp_path.glob(f"*/{a.name}")
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_no_setting_of_a_stranger_ends_in_anything_but_a_refusal(made, tmp_path, capsys, monkeypatch):
+    """Each value replaced by each of many, or left out: the run is refused, or is the network's to do."""
+    class Accepted(Exception):
+        pass
+
+    def reached(*_, **__):
+        raise Accepted
+
+    model, stage = p2p.load("emoji", device="cpu"), p2p.load("emoji-upscaler", device="cpu")
+    models = {"emoji": model, "emoji-upscaler": stage}
+
+    def load(source, *args, **kwargs):   # the same two, loaded once
+        return models[source] if isinstance(source, str) and source in models else p2p.model.load(source, *args, **kwargs)
+
+    monkeypatch.setattr(p2p, "load", load)
+    monkeypatch.setattr(p2p.Model, "predict", reached)
+    settings, _ = made
+    file, tried = tmp_path / "x.png", 0
+    for at in places(settings):
+        for value in [*VALUES, "left out"]:
+            changed = copy.deepcopy(settings)
+            holder = changed
+            for k in at[:-1]:
+                holder = holder[k]
+            if value == "left out":
+                del holder[at[-1]]
+            else:
+                holder[at[-1]] = value
+            save_png(file, Image.new("L", (1, 1)), changed)
+            try:
+                assert main(["edit", "--from", str(file), "-o", str(tmp_path / "out"), "-q"]) in (2, 3), (at, value)
+            except Accepted:
+                pass
+            except Exception as error:
+                pytest.fail(f"{at} = {value!r}: {type(error).__name__}: {error}")
+            tried += 1
+    assert tried > 400
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "{}", '{"command": "edit"}', '{"command": "invert"}', "{" * 9999])
+def test_settings_that_are_none_are_refused(text, tmp_path, capsys):
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo()
+    info.add_text(CHUNK, text)
+    Image.new("L", (1, 1)).save(tmp_path / "x.png", pnginfo=info)
+    assert main(["edit", "--from", str(tmp_path / "x.png"), "-o", str(tmp_path)]) == 2
+    assert str(tmp_path / "x.png") in capsys.readouterr().err
+
+
+def test_settings_are_those_of_json(made):
+    settings, file = made
+    assert json.loads((file.parent / "settings.json").read_text()) == settings
