@@ -231,6 +231,14 @@ def test_pictures_of_another_program_and_strips(data, tmp_path, capsys):
     assert report["copies"]["official"]["PSNR"] == [None] * 3 and len(report["panels"]["failed"]) == 1
 
 
+def test_workers_make_the_same_rows(data, tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    asked = ("--methods", "noise", "--steps", "2", "--limit", "2")
+    assert main(command(data, here, *asked)) == main(command(data, there, *asked, "--workers", "2")) == 0
+    assert (here / "pie.csv").read_bytes() == (there / "pie.csv").read_bytes()
+    assert main(command(data, there, *asked, "--workers", "0")) == 2 and "--workers" in capsys.readouterr().err
+
+
 def test_rows_of_ones_own(data, tmp_path, capsys):
     out, ways = tmp_path / "out", tmp_path / "ways.json"
     ways.write_text(json.dumps({"mine": {"method": "noise", "steps": 2, "cross": 0.2},
