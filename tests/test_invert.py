@@ -40,7 +40,10 @@ def test_inversions_of_the_original_code(sd1, golden):
 
     close(p2p.invert(sd1, g["z0"], "a cat on grass", method="ddim", **common).latents, g["ddim_latents"], 1e-3)
     null = p2p.invert(sd1, g["z0"], "a cat on grass", method="null-text", inner_steps=3, **common)
-    close(null.null_context, g["null_text_3_inner"], 1e-2)   # through Adam, which turns rounding into its rate of 0.01
+    # Adam's steps keep their size however small a gradient is: where that is rounding alone, so is the step's sign, and
+    # machines differ by up to two steps of 0.01 an iteration. Nearly all numbers agree; none is further off than that.
+    off = (null.null_context.reshape(g["null_text_3_inner"].shape) - g["null_text_3_inner"]).abs()
+    assert off.max() <= 2 * 0.01 * 3 and off.mean() <= 5e-4
     direct = p2p.invert(sd1, g["z0"], "a cat on grass", method="direct", **common)
     r = p2p.edit(sd1, direct, "a dog on grass", mode="replace", cross_replace_steps=0.6, self_replace_steps=0.4)
     close(r.latents, g["direct_p2p"], 1e-3)
