@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 
 from p2p import lines
-from p2p.aside import appearing, aside, finished, sweep
 from p2p.errors import UsageError
 from p2p.ip2p import Kept, Prompts, Recipe
 from p2p.ip2p import samples as samples_of
 from p2p.metrics import Embedder
 from p2p.model import Model
 from p2p.output import write
+from weights.aside import appearing, aside, finished, sweep
+from weights.untrusted import brief, parse_json, read_text
 
 WHOLE = "counts.json"   # the file by which a finished folder is known
 
@@ -47,7 +48,7 @@ def read(file: Path) -> list[Pair]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         said = lines.present(said)
         if not isinstance(said, dict) or ("input" in said and said.get("caption", said["input"]) != said["input"]):
-            raise UsageError(f'expected {form}, or "input" instead of "caption"; not {lines.shown(said)}')
+            raise UsageError(f'expected {form}, or "input" instead of "caption"; not {brief(said)}')
         texts = {"caption": said.get("input")} | said
         if absent := [k for k in ("caption", "edit", "output") if texts.get(k) is None]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
@@ -122,7 +123,7 @@ def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -
 def _json(file: Path) -> Any:
     """A file of an earlier run. Raises UsageError."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read ({error}); give another --out") from None
 
@@ -143,8 +144,7 @@ def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], bytes, bytes]]:
     for name, seeds in _json(out / "seeds.json"):
         folder = out / name
         prompt = _json(folder / "prompt.json")
-        rows = (folder / "metadata.jsonl").read_text(encoding="utf-8").split("\n")
-        known = {str(d["seed"]): d for d in map(json.loads, filter(None, rows))}
+        known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d, "no pair in it")}
         for seed in seeds:
             yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes() for k in (0, 1))
 

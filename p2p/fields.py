@@ -13,8 +13,8 @@ from p2p.blend import LocalBlend
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
 from p2p.invert import METHODS
-from p2p.lines import shown
 from p2p.run import _proximal, find_editor
+from weights.untrusted import brief
 
 # The value as the library takes it (ValueError or TypeError if it cannot), and what it must be, in words.
 Check = tuple[Callable[[Any], Any], str]
@@ -31,7 +31,7 @@ def checked(name: str, value: Any, table: Mapping[str, Check] | None = None) -> 
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"{name}: {wanted}, not {shown(value)}") from None
+        raise UsageError(f"{name}: {wanted}, not {brief(value)}") from None
 
 
 def _require(fits: bool) -> None:
@@ -121,7 +121,7 @@ def _mask(value: Any) -> Image.Image:
 def _blend(value: Any) -> LocalBlend:
     _require(isinstance(value, Mapping))
     if unknown := sorted(set(value) - set(BLEND)):
-        raise UsageError(f"{', '.join(map(shown, unknown))}: no field of it; known: {', '.join(BLEND)}")
+        raise UsageError(f"{', '.join(map(brief, unknown))}: no field of it; known: {', '.join(BLEND)}")
     return LocalBlend(**{name: checked(name, each, BLEND) for name, each in value.items()})
 
 

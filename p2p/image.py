@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from p2p.aside import replacing
 from p2p.errors import NumericsError, UsageError
+from weights.aside import replacing
 from weights.untrusted import brief, parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p2p import lines
-from p2p.aside import appearing, finished, sweep
 from p2p.blend import LocalBlend
 from p2p.edit import Edit, check, to_dict
 from p2p.errors import UsageError
 from p2p.fields import checked
 from p2p.image import save_png
 from p2p.invert import DEFAULT, READ_BY
-from p2p.lines import present, shown
+from p2p.lines import present
 from p2p.model import Model
 from p2p.output import names, write
 from p2p.run import Result
+from weights.aside import appearing, finished, sweep
+from weights.untrusted import brief, parse_object, read_text
 
 EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
@@ -137,7 +138,7 @@ def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[st
         raise UsageError(f"{', '.join(both)}: two names of one setting; give one")
     said = {SHORT.get(k, k): v for k, v in said.items()}
     if unknown := sorted(set(said) - set(known)):
-        raise UsageError(f"{', '.join(shown(name)[1:-1] for name in unknown)}: no setting of {what}; known: "
+        raise UsageError(f"{', '.join(brief(name)[1:-1] for name in unknown)}: no setting of {what}; known: "
                          f"{', '.join(sorted(known))}")
     return said
 
@@ -225,8 +226,7 @@ class Store:
 def _read(file: Path) -> dict[str, Any]:
     """A file of ours; nothing where it is absent, or was damaged since."""
     with suppress(OSError, ValueError):
-        said = json.loads(file.read_text(encoding="utf-8"))
-        return said if isinstance(said, dict) else {}
+        return parse_object(read_text(file))
     return {}
 
 

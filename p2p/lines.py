@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from p2p.errors import UsageError
+from weights.untrusted import parse_json
 
 T = TypeVar("T")
 NAMED = 100   # faults, at most
-DEPTH = 32    # of objects and arrays in one another
 
 
 def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
@@ -58,44 +57,12 @@ def _text(file: Path) -> str:
 
 
 def decoded(text: str) -> Any:
-    """JSON as people's programs write it: NaN (pandas' sign for what is missing) is null. Names that stand
-    twice in one object, numbers beyond float64 and what nests too deeply are a ValueError."""
+    """JSON as people's programs write it: NaN (pandas' sign for what is missing) is null. Raises ValueError."""
     try:
-        value = json.loads(text, parse_constant=_constant, parse_float=_finite, object_pairs_hook=_object)
+        return parse_json(text, nan=True)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if "\n" in text else ""
         raise ValueError(f"not JSON ({error.msg} at {where}character {error.colno})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    _bounded(value, DEPTH)
-    return value
-
-
-def _bounded(value: Any, depth: int) -> None:
-    if depth == 0:
-        raise ValueError(f"nested too deeply (over {DEPTH} levels)")
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _bounded(each, depth - 1)
-
-
-def _constant(name: str) -> None:
-    if name != "NaN":
-        raise ValueError(f"{name} is no finite number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"given twice: {', '.join(sorted({shown(n) for n in names if names.count(n) > 1}))}")
-    return out
 
 
 def present(value: Any) -> Any:
@@ -106,9 +73,3 @@ def present(value: Any) -> Any:
     if not isinstance(value, dict) or not value:
         return value
     return {k: kept for k, v in value.items() if (kept := present(v)) is not None} or None
-
-
-def shown(value: Any) -> str:
-    """A value of a stranger's file for a message: short, and its control characters escaped."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from safetensors import SafetensorError
 
-from p2p.aside import aside, replacing, sweep
 from p2p.errors import UsageError
 from p2p.image import save_png
+from weights.aside import aside, replacing, sweep
 
 
 def names(pictures: int) -> list[str]:

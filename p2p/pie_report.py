@@ -16,6 +16,7 @@ from p2p.errors import UsageError
 from p2p.metrics import COLUMNS, CONVENTIONS, NAMES, interval
 from p2p.output import write
 from p2p.published import FIGURES, SOURCES
+from weights.untrusted import parse_json, read_text
 
 SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP": 1.0}   # as the tables are published
 TOLD = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges")
@@ -31,7 +32,7 @@ def scale(column: str) -> float:
 def read_json(file: Path) -> Any:
     """Raises UsageError."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read ({error}); remove it, or give another --out") from None
 

@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from test_batch import ENV, listed
 
-from p2p import UsageError, aside, dataset
+from p2p import UsageError, dataset
 from p2p.cli import main
 from p2p.output import Output, write
+from weights import aside
 
 FULL = OSError(28, "No space left on device")
 PROMPTS = [{"caption": "a cat on grass", "edit": "make it a dog", "output": "a dog on grass"},

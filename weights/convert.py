@@ -4,12 +4,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
-import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from models.text import END, START, TextConfig, TextEncoder, tokenizer
 from models.unet import UNet
 from models.vae import AutoencoderKL
 from weights import keys, scheduler
+from weights.aside import aside, sweep
 from weights.detect import Package, Part
 from weights.errors import CheckpointError
 from weights.keys import Source
@@ -40,43 +36,18 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _aside(out.parent) as aside:
+        sweep(out.parent)
+        with aside(out.parent) as own:
             if out.suffix == ".safetensors":
                 metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
                 metadata |= scheduler.metadata(package.sampling)
-                _save(single_file(package, half).items(), aside / out.name, metadata)
+                _save(single_file(package, half).items(), own / out.name, metadata)
             else:
-                _folder(package, aside / out.name, half)
-            _appear(aside / out.name, out)
+                _folder(package, own / out.name, half)
+            _appear(own / out.name, out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
                               ) from None
-
-
-@contextmanager
-def _aside(parent: Path) -> Iterator[Path]:
-    """A folder of this process in `parent`, gone at the end; those of this machine's killed ones are cleared away."""
-    own = f".convert-{re.sub(r'[^a-zA-Z0-9]', '_', platform.node())[:64]}"
-    for left in parent.glob(f"{own}-*-*"):
-        if not _alive(left.name.removeprefix(f"{own}-").split("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{own}-{os.getpid()}-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: str) -> bool:
-    """Whether that process runs; True where that cannot be told."""
-    try:
-        if os.name == "posix":
-            os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError, OverflowError):
-        pass
-    return True
 
 
 def _appear(made: Path, out: Path) -> None:
