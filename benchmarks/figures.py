@@ -21,11 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 import p2p
 from benchmarks import paired
 from benchmarks.quality import GUIDANCE, ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
-from p2p.image import grid, heat, save_png, table, to_pil
-from p2p.invert import DEFAULT
-from p2p.leakage import NOTICED
-from weights.emoji.recogniser import iou
-from weights.emoji.world import OBJECTS, PLACES, caption, render
+from p2p.image import to_pil
+from p2p.show.leakage import NOTICED
+from p2p.show.pictures import grid, heat, save_png, table
+from p2p.sources.methods import DEFAULT
+from p2p.weights.emoji.recogniser import iou
+from p2p.weights.emoji.world import OBJECTS, PLACES, caption, render
 
 PLAIN = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

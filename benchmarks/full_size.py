@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import resident
-from models.text import CLIP_L, TextEncoder  # before diffusers: it defines operators that a CPU build of torch lacks
-from models.unet import SD1, UNet
-from models.vae import SD, AutoencoderKL
-from weights import keys
+from p2p.models.text import CLIP_L, TextEncoder  # before diffusers: it defines operators that a CPU build of torch lacks
+from p2p.models.unet import SD1, UNet
+from p2p.models.vae import SD, AutoencoderKL
+from p2p.weights import keys
 
 X_SEED, T, LATENT = 5, 500, 64
 

@@ -24,9 +24,9 @@ from torch import Tensor
 import p2p
 from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
-from p2p.invert import settings_read
-from weights.emoji import recogniser
-from weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
+from p2p.sources.methods import settings_read
+from p2p.weights.emoji import recogniser
+from p2p.weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
 # How each is inverted, and what else invert (skip: a share of the steps) and edit are told.
 METHODS: dict[str, tuple[str, dict, dict]] = {

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import AttentionEdit
-from models.layers import wide
-from models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
-from models.unet import SD1, UNet
-from p2p.edit import whose_text
+from p2p.edits import whose_text
+from p2p.models.attention import AttentionEdit
+from p2p.models.layers import wide
+from p2p.models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
+from p2p.models.unet import SD1, UNet
 
 TOKENS = 77
 KINDS = ("swap", "refine", "reweight")

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.paired import KINDS, may_change, pairs
-from p2p.image import save_png, to_pil
-from p2p.pie import runs
-from weights.emoji.world import OBJECTS, caption, render
+from p2p.image import to_pil
+from p2p.lists.pie import runs
+from p2p.show.pictures import save_png
+from p2p.weights.emoji.world import OBJECTS, caption, render
 
 
 def make(folder: Path, n: int) -> None:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import p2p
-from p2p.start import Low
-from weights.emoji import recogniser
-from weights.emoji.recogniser import Reading, iou
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
+from p2p.request.start import Low
+from p2p.weights.emoji import recogniser
+from p2p.weights.emoji.recogniser import Reading, iou
+from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
 INJECTED = 2 / 3   # share of the steps with cross-attention injected in the word swaps
 ONE = Mix(two=0, style=0, weather=0, size=0, named=1)   # one object, its place named

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import p2p
 from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
-from models.attention import AttentionEdit, Record
-from models.blocks import Maps
-from models.layers import keep_freed_memory
-from models.unet import Time, UNet
-from p2p.batch import Batch, run
 from p2p.blend import Blend, local_blend, word_maps
+from p2p.lists.batch import Batch, run
+from p2p.models.attention import AttentionEdit, Record
+from p2p.models.blocks import Maps
+from p2p.models.layers import keep_freed_memory
+from p2p.models.unet import Time, UNet
 
 SOURCE = "a cat on grass"
 SWAP = p2p.Edit("a dog on grass")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import Linear
+from p2p.models.layers import Linear
 
 QK = tuple[Tensor, Tensor]   # queries and keys, (B, N, h d) and (B, K, h d): the heads are split last, rows are chosen before
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, attend, inside
-from models.layers import Conv2d, Linear
+from p2p.models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, attend, inside
+from p2p.models.layers import Conv2d, Linear
 
 Maps = dict[str, Tensor | QK]
 

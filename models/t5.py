@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.text import Tokens
+from p2p.models.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class T5Config:
 
 
 class T5Encoder(nn.Module):
-    """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of `models.text.TextEncoder`.
+    """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of `p2p.models.text.TextEncoder`.
 
     Padding is masked inside T5 alone: the UNet attends to all `context_length` tokens.
     """
@@ -62,7 +62,7 @@ class T5Encoder(nn.Module):
 
 
 class EncodedPrompts(nn.Module):
-    """Prompts with their embeddings and tokens, in place of the tower that made them (read by `weights.deepfloyd`).
+    """Prompts with their embeddings and tokens, in place of the tower that made them (read by `p2p.weights.deepfloyd`).
 
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its text and
     [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.

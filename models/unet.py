@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, inside
-from models.blocks import (
+from p2p.models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, inside
+from p2p.models.blocks import (
     ACTIVATIONS,
     AddedAttention,
     Downsample,
@@ -23,7 +23,7 @@ from models.blocks import (
     Upsample,
     timestep_embedding,
 )
-from models.layers import Conv2d, Linear
+from p2p.models.layers import Conv2d, Linear
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
-from models.blocks import Downsample, ResnetBlock, Upsample
-from models.layers import Conv2d, Linear
+from p2p.models.attention import attend
+from p2p.models.blocks import Downsample, ResnetBlock, Upsample
+from p2p.models.layers import Conv2d, Linear
 
 
 @dataclass(frozen=True)

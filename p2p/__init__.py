@@ -5,18 +5,23 @@
     r = p2p.edit(model, "a cat on grass", "a dog on grass")
     r.images[1].show()
 """
-from models.attention import Record
+from pathlib import Path
+
+if not (Path(__file__).parent / "models").is_dir():   # a clone: models/ and weights/ lie beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
+
 from p2p.blend import LocalBlend
 from p2p.cascade import upscale
-from p2p.edit import Edit
-from p2p.errors import NumericsError, UsageError
-from p2p.invert import Inversion, invert
-from p2p.masactrl import MasaCtrl
+from p2p.editors.masactrl import MasaCtrl
+from p2p.editors.plug_and_play import PlugAndPlay
+from p2p.edits import Edit
+from p2p.errors import CheckpointError, NumericsError, UsageError
 from p2p.model import Model, load
-from p2p.plug_and_play import PlugAndPlay
+from p2p.models.attention import Record
+from p2p.request.source import Inversion
 from p2p.run import Result, edit, generate
-from p2p.trace import trace
-from weights.errors import CheckpointError
+from p2p.sources.methods import invert
+from p2p.sources.trace import trace
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError", "PlugAndPlay", "Record",

@@ -1,5 +1,5 @@
 import sys
 
-from p2p.cli import main
+from p2p.cli.parser import main
 
 sys.exit(main())

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.text import Tokens, tokenizer
 from p2p.errors import UsageError
-from weights.untrusted import brief
+from p2p.models.text import Tokens, tokenizer
+from p2p.weights.untrusted import brief
 
 READ = 77   # words of a prompt that are compared; no text tower reads more tokens
 

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from models.text import Tokens
 from p2p.align import word_tokens
-from p2p.checks import choice, flag, share, whole
 from p2p.errors import UsageError
 from p2p.image import as_picture, brightness, fit, to_base64
-from weights.untrusted import brief
+from p2p.models.text import Tokens
+from p2p.request.checks import choice, flag, share, whole
+from p2p.weights.untrusted import brief
 
 Words = str | Sequence[str]
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from p2p.checks import flag, whole
-from p2p.edit import from_settings
+from p2p.edits import from_settings
 from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.model import Model, find_model
+from p2p.request.checks import flag, whole
+from p2p.request.start import Low
 from p2p.run import Result, edit, generate
-from p2p.start import Low
-from weights.untrusted import brief
+from p2p.weights.untrusted import brief
 
 
 def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None, guidance_scale: float | None = None,

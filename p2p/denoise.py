@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.attention import QK, AttentionEdit, Record, same_tables
-from models.blocks import Maps
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
 from p2p.model import Conditioning, Model
-from p2p.sampler import belm_step, ddim_step, ddpm_step, guide, x0_and_eps
-from p2p.schedule import Schedule
+from p2p.models.attention import QK, AttentionEdit, Record, same_tables
+from p2p.models.blocks import Maps
+from p2p.sampler import Schedule, belm_step, ddim_step, ddpm_step, guide, x0_and_eps
 
 
 class Step(NamedTuple):

@@ -1,4 +1,8 @@
-from weights.untrusted import printable
+"""What a caller may catch."""
+from p2p.weights.errors import CheckpointError
+from p2p.weights.untrusted import printable
+
+__all__ = ["CheckpointError", "NumericsError", "UsageError"]
 
 
 class UsageError(ValueError):

@@ -1,28 +1,22 @@
-"""Tensors to pictures and back, captioned grids, and settings kept inside PNG files."""
+"""Tensors to pictures and back, and whatever a picture may come as: files, base64, any mode, any shape."""
 from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from p2p.errors import NumericsError, UsageError
-from weights.aside import replacing
-from weights.untrusted import brief, parse_object
+from p2p.weights.untrusted import brief
 
-CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
 TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
 FITS = ("crop", "pad", "own")
-_INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -147,111 +141,3 @@ def from_base64(text: str) -> Image.Image:
         return _decoded(io.BytesIO(base64.b64decode(text, validate=True)))
     except Exception as error:   # decoders raise anything over damaged bytes
         raise UsageError(f"a picture inside of settings cannot be read ({_why(error)})") from None
-
-
-def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 256) -> Image.Image:
-    """Pictures in a row, captions below; words that the first caption does not have are set in colour."""
-    font = ImageFont.load_default(15)
-    gap, line = 12, 20
-    shown = [_at_height(p, side) for p in pictures]
-    lines = [_wrap(_marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
-    height = side + 3 * gap + line * max(map(len, lines))
-    sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
-    draw, x = ImageDraw.Draw(sheet), gap
-    for picture, rows in zip(shown, lines):
-        sheet.paste(picture, (x, gap))
-        for k, row in enumerate(rows):
-            at = float(x)
-            for word, new in row:
-                draw.text((at, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK, font=font)
-                at += font.getlength(word + " ")
-        x += picture.width + gap
-    return sheet
-
-
-def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str] = ("",), side: int = 160,
-          corner: str = "") -> Image.Image:
-    """Rows of pictures under column labels, row labels at the left; `corner` names the axes."""
-    font = ImageFont.load_default(14)
-    gap, line = 6, 18
-    width = max(round(side * p.width / p.height) for row in pictures for p in row)
-    heads = [_wrap([(w, False) for w in c.split()], font, width) for c in columns]
-    top = gap + line * max(1, *map(len, heads))
-    left = gap + round(max((font.getlength(r) for r in [*rows, corner]), default=0)) + (gap if any(rows) or corner else 0)
-    sheet = Image.new("RGB", (left + (width + gap) * len(columns), top + (side + gap) * len(pictures)), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), corner, fill=_ACCENT, font=font)
-    for j, head in enumerate(heads):
-        for k, words in enumerate(head):
-            text = " ".join(w for w, _ in words)
-            draw.text((left + j * (width + gap) + (width - font.getlength(text)) / 2, gap + k * line), text, fill=_INK, font=font)
-    for i, (label, row) in enumerate(zip(rows, pictures)):
-        y = top + gap // 2 + i * (side + gap)
-        draw.text((gap, y + side / 2 - line / 2), label, fill=_INK, font=font)
-        for j, picture in enumerate(row):
-            sheet.paste(_at_height(picture, side), (left + j * (width + gap), y))
-    return sheet
-
-
-# Anchors of a dark-to-bright colour scale, evenly spaced.
-_HEAT = torch.tensor([[0.0, 0.0, 0.02], [0.25, 0.04, 0.41], [0.58, 0.15, 0.40], [0.87, 0.32, 0.23], [0.99, 0.65, 0.04],
-                      [0.99, 1.0, 0.64]])
-
-
-def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None = None) -> Image.Image:
-    """A map (h, w) in colours, black 0 and below, bright `top` (None: its maximum); enlarged smoothly to size (width, height)."""
-    v = values.float().cpu().clamp(min=0)
-    v = (v / (v.max() if top is None else top)).nan_to_num().clamp(0, 1)
-    at = v * (len(_HEAT) - 1)
-    low = at.floor().long().clamp(max=len(_HEAT) - 2)
-    colours = torch.lerp(_HEAT[low], _HEAT[low + 1], (at - low)[..., None])
-    picture = Image.fromarray((colours * 255).round().byte().numpy())
-    return picture.resize(size, Image.BICUBIC) if size else picture
-
-
-def overlay(picture: Image.Image, values: Tensor, strength: float = 0.65) -> Image.Image:
-    """A map (h, w) laid over the picture it belongs to."""
-    return Image.blend(picture.convert("RGB"), heat(values, picture.size), strength)
-
-
-def _at_height(picture: Image.Image, side: int) -> Image.Image:
-    size = (round(picture.width * side / picture.height), side)
-    return picture.resize(size, Image.BICUBIC if picture.height < side else Image.LANCZOS)
-
-
-def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
-    """The words of a caption, each with whether it is new."""
-    a, b = source.split(), caption.split()
-    kept = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() for j in range(m.b, m.b + m.size)}
-    return [(word, j not in kept) for j, word in enumerate(b)]
-
-
-def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[str, bool]]]:
-    rows: list[list[tuple[str, bool]]] = [[]]
-    for word in words:
-        if rows[-1] and font.getlength(" ".join(w for w, _ in [*rows[-1], word])) > width:
-            rows.append([])
-        rows[-1].append(word)
-    return rows
-
-
-def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole or not at all, with the settings in a text chunk; without it where these are longer (TEXT) than Pillow
-    reads back, as it would then refuse the whole picture."""
-    info = PngImagePlugin.PngInfo()
-    if settings is not None and len(text := json.dumps(settings)) < TEXT:
-        info.add_text(CHUNK, text)   # ASCII: json escapes the rest
-    with replacing(path) as made:
-        image.save(made, format="PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `save_png` left in a picture. Raises UsageError."""
-    text = open_picture(path).info.get(CHUNK)
-    if text is None:
-        raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other programs "
-                         "drop them when they save a picture again)")
-    try:
-        return parse_object(text)
-    except (ValueError, TypeError):
-        raise UsageError(f"{path}: its settings are damaged") from None

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.text import Tokens
 from p2p.align import named_words, word_tokens
 from p2p.errors import UsageError
+from p2p.models.text import Tokens
 
 
 @dataclass

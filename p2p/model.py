@@ -14,23 +14,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import weights.load
-from models.attention import Record
-from models.blocks import timestep_embedding
-from models.t5 import EncodedPrompts, T5Encoder
-from models.text import TextEncoder, Tokens
-from models.unet import Text, Time, UNet
-from models.vae import AutoencoderKL
-from p2p.checks import flag, whole
 from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
-from p2p.sampler import Clip
-from p2p.schedule import Schedule, ddim_schedule
-from p2p.tiles import tiled
-from weights.detect import FAMILY_RULE
-from weights.digest import together
-from weights.identity import files
-from weights.untrusted import brief
+from p2p.models.attention import Record
+from p2p.models.blocks import timestep_embedding
+from p2p.models.t5 import EncodedPrompts, T5Encoder
+from p2p.models.text import TextEncoder, Tokens
+from p2p.models.tiles import tiled
+from p2p.models.unet import Text, Time, UNet
+from p2p.models.vae import AutoencoderKL
+from p2p.request.checks import flag, whole
+from p2p.sampler import Clip, Schedule, ddim_schedule
+from p2p.weights import load as loading
+from p2p.weights.detect import FAMILY_RULE
+from p2p.weights.digest import together
+from p2p.weights.fill import stored
+from p2p.weights.identity import files
+from p2p.weights.untrusted import brief
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
@@ -309,8 +309,8 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
     `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
     SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
-    `weights.load.find_vae`). text: for IF, a folder that holds T5 (the model's own where None), or a file of encoded prompts
-    (see `models.t5.EncodedPrompts`). compile: the UNet by torch.compile, one graph for all words, weights and windows of a
+    `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the model's own where None), or a file of encoded prompts
+    (see `p2p.models.t5.EncodedPrompts`). compile: the UNet by torch.compile, one graph for all words, weights and windows of a
     batch's shape (another where maps are read, or renormalised, or nothing of a known source is read any more); its first step
     takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens its
     own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU. tile: side in latents
@@ -324,11 +324,11 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     tile = None if tile is None else whole("tile, in latents,", tile, least=8)
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
-    package = weights.load.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else weights.load.stored(package.unet))
+    package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else stored(package.unet))
     if held is not None and not held.itemsize < dtype.itemsize:
         raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
-    c = weights.load.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
+    c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
     if offload:
         for part in filter(None, [*c.text, c.vae]):
             part.to("cpu")

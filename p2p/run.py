@@ -7,37 +7,44 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.attention import Record
-from models.layers import keep_freed_memory
-from models.text import Tokens
 from p2p.blend import idle as blend_idle
 from p2p.blend import prepare
-from p2p.checks import choice, finite, flag, share, whole
 from p2p.denoise import Known, denoise
-from p2p.edit import Edit, check, choose_mode, idle, plan, readers, scoped, tables, to_settings
-from p2p.effect import without
+from p2p.edits import Edit, check, choose_mode, idle, plan, readers, scoped, tables, to_settings
 from p2p.errors import UsageError
 from p2p.image import to_pil
-from p2p.invert import FOLLOW, Inversion
 from p2p.maps import AttentionMaps, Collector
-from p2p.masactrl import MasaCtrl
 from p2p.model import Conditioning, Model, find_model
-from p2p.plug_and_play import PlugAndPlay
-from p2p.prompts import check as check_prompt
-from p2p.sampler import PROXIMAL, proximal_guide
-from p2p.schedule import Schedule
-from p2p.start import Low, Start, begin, late
-from p2p.trace import Queries
-from weights.untrusted import brief
+from p2p.models.attention import Record
+from p2p.models.layers import keep_freed_memory
+from p2p.models.text import Tokens
+from p2p.models.unet import UNet
+from p2p.request.checks import choice, finite, flag, share, whole
+from p2p.request.effect import without
+from p2p.request.prompts import check as check_prompt
+from p2p.request.source import FOLLOW, Inversion, Queries
+from p2p.request.start import Low, Start, begin, late
+from p2p.sampler import PROXIMAL, Schedule, proximal_guide
+from p2p.weights.untrusted import brief
 
-EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
+
+@runtime_checkable
+class Editor(Protocol):
+    """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`."""
+
+    guided_source: bool          # a known source is run unconditionally too
+    source_prompt: str | None    # what the source is told; None: its own prompt
+
+    def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device, dtype: torch.dtype
+             ) -> list[Any]:
+        """For each step an edit, or one by site, of a source and n - 1 targets; guided: the unconditional rows before them."""
 
 
 @dataclass
@@ -58,7 +65,7 @@ class Result:
 def edit(model: Model | str | Path, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
          steps: int | None = None, guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None,
          eta: float | None = None, height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-         editor: MasaCtrl | PlugAndPlay | str | Mapping[str, Any] | None = None, negative_prompt: str | None = None,
+         editor: Editor | None = None, negative_prompt: str | None = None,
          low: Low | None = None, record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
@@ -69,8 +76,8 @@ def edit(model: Model | str | Path, source: str | Inversion | Path, targets: str
     steps: 50 where None. guidance_scale: None for the model's own (7.5 for Stable Diffusion). seed: of the shared initial
     noise, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the
     pictures in pixels, None for the size that the model was made for. proximal: guidance along the large differences
-    alone, see `proximal_guide`: (norm, quantile). editor: another way to inject than Prompt-to-Prompt's, an object or the command
-    line's name of it, which takes no windows or weights. negative_prompt: what guidance leads away from, in place of the empty
+    alone, see `proximal_guide`: (norm, quantile). editor: another way to inject than Prompt-to-Prompt's, which takes no windows
+    or weights. negative_prompt: what guidance leads away from, in place of the empty
     prompt. low: what a super-resolution stage enlarges, see `upscale`.
     record: which attention maps to keep in `maps`.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
@@ -96,13 +103,15 @@ class Ready(NamedTuple):
 def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequence[str | Edit], *, steps: int | None = None,
              guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, eta: float | None = None,
              height: int | None = None, width: int | None = None, proximal: tuple[str, float] | None = None,
-             editor: MasaCtrl | PlugAndPlay | None = None, negative_prompt: str | None = None, low: Low | None = None,
+             editor: Editor | None = None, negative_prompt: str | None = None, low: Low | None = None,
              record: Record = Record(), **settings: Any) -> Ready:
     """The arguments of `edit`, checked. Raises UsageError."""
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
     _check_record(record)
-    editor, source = find_editor(editor), Inversion.load(source) if isinstance(source, Path) else source
+    if editor is not None and not isinstance(editor, Editor):
+        raise UsageError(f"editor: an object is needed, such as p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
+    source = Inversion.load(source) if isinstance(source, Path) else source
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves those of text alone")
     how: dict[str, Any] = {} if proximal is None else dict(guide=_proximal(proximal))
@@ -176,25 +185,6 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     if editor is not None and editor.source_prompt is not None:
         prompts[0] = editor.source_prompt
     return Ready(prompts, start, null, said, notes, how | dict(plan=edit_plan, blend=blend, known=known))
-
-
-def find_editor(said: MasaCtrl | PlugAndPlay | str | Mapping[str, Any] | None) -> MasaCtrl | PlugAndPlay | None:
-    """An editor, also by the command line's name, or as settings record it: its class's name and its fields. Raises UsageError."""
-    if said is None:
-        return None
-    try:
-        made = said
-        if not isinstance(said, tuple(EDITORS.values())):
-            how = {"name": said} if isinstance(said, str) else dict(said)
-            made = (EDITORS | {kind.__name__: kind for kind in EDITORS.values()})[how.pop("name")](**how)
-    except (KeyError, TypeError, ValueError):
-        raise UsageError(f"editor {brief(said)} is not known, or has no such fields; known: {', '.join(EDITORS)}") from None
-    for f in fields(made):
-        if isinstance(f.default, float):
-            share(f"editor: {f.name}", getattr(made, f.name))
-    if made.source_prompt is not None:
-        check_prompt(made.source_prompt)
-    return made
 
 
 def _check_record(record: Record) -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import p2p
-from weights.convert import convert
-from weights.load import find
+from p2p.weights.convert import convert
+from p2p.weights.load import find
 
 GOLDEN = Path(__file__).with_name("golden") / "sd1_small"
 

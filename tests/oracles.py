@@ -4,7 +4,7 @@ from importlib import import_module
 import diffusers
 import transformers
 
-import models.text  # noqa: F401  (defines the missing torchvision operators first)
+import p2p.models.text  # noqa: F401  (defines the missing torchvision operators first)
 
 attention_processor = import_module("diffusers.models.attention_processor")
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from models.text import tokenizer, tokens
 from p2p import align
 from p2p.errors import UsageError
+from p2p.models.text import tokenizer, tokens
 
 L = 77
 PROMPTS = ["a photo of a cat riding a bicycle", "Ünïcode & émojis: 2 cats!", "  a   cat,on\tgrass ", "don’t &amp; x", "", "𝔘😀 !?"]

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 import p2p
-import weights.load
+from p2p.request.start import Low
 from p2p.run import Result
-from p2p.start import Low
-from p2p.sweep import sweep
+from p2p.show.sweep import sweep
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 PICTURE = Image.new("RGB", (64, 64), (90, 150, 20))
@@ -45,7 +44,7 @@ def stopped(monkeypatch):
         raise Accepted
 
     monkeypatch.setattr(p2p.Model, "predict", reached)
-    monkeypatch.setattr(weights.load, "load", reached)
+    monkeypatch.setattr("p2p.weights.load.load", reached)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from models.attention import (
+from p2p.edits import mix_keep
+from p2p.models.attention import (
     AttentionEdit,
     CrossAttention,
     HybridAttention,
@@ -14,7 +15,6 @@ from models.attention import (
     edited_attend,
     edited_probs,
 )
-from p2p.edit import mix_keep
 
 E, HEADS, N, L, D = 3, 2, 20, 11, 8
 PIXELS = 7
@@ -232,7 +232,7 @@ def test_maps_that_nobody_reads_are_not_attended_to(kind, only, rows, monkeypatc
     module, x, context = module_and_inputs(kind)
     sure, _ = known_or_not(only or "source", True)
     seen = []
-    monkeypatch.setattr("models.attention.attend", lambda q, k, v: seen.append(len(q)) or attend(q, k, v))
+    monkeypatch.setattr("p2p.models.attention.attend", lambda q, k, v: seen.append(len(q)) or attend(q, k, v))
     module(x, context, sure._replace(only=only))
     assert seen == rows
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from p2p import jobs
-from p2p.cli import main
+from p2p.cli.parser import main
+from p2p.lists import jobs
 
 WORDS = ["cat", "dog", "house", "car", "boat", "tree", "cake", "lemon"]
 

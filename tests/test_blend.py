@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 import p2p
-from models.attention import Record
 from p2p.blend import fixed
-from p2p.edit import plan
+from p2p.edits import plan
 from p2p.errors import UsageError
+from p2p.models.attention import Record
 from p2p.sampler import ddim_step, guide, x0_and_eps
 
 SOURCE, SWAP, REFINED = (f"a red {words}" for words in (

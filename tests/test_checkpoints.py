@@ -11,14 +11,14 @@ from oracles import diffusers, transformers
 from safetensors.torch import load_file, save_file
 
 import p2p
-from models.text import CLIP_L, OPENCLIP_G, OPENCLIP_H, SDXL_L, TextEncoder
-from models.unet import SD2, SDXL, UNet
-from models.vae import SD, AutoencoderKL
 from p2p import CheckpointError
-from weights import keys
-from weights.convert import convert, single_file
-from weights.detect import scaled_linear, zero_terminal_snr
-from weights.load import find
+from p2p.models.text import CLIP_L, OPENCLIP_G, OPENCLIP_H, SDXL_L, TextEncoder
+from p2p.models.unet import SD2, SDXL, UNet
+from p2p.models.vae import SD, AutoencoderKL
+from p2p.weights import keys
+from p2p.weights.convert import convert, single_file
+from p2p.weights.detect import scaled_linear, zero_terminal_snr
+from p2p.weights.load import find
 
 PROMPTS = ["a cat on grass, riding a (bicycle)!", "Ünïcode & émojis: 2 cats 😀 日本語", "", "cat " * 100]
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 import p2p
-from p2p.cli import main, parsers
-from p2p.image import CHUNK, grid, read_settings, save_png
-from p2p.invert import METHODS
-from p2p.run import EDITORS
-from weights.detect import FAMILIES, PREDICTIONS
+from p2p.cli.parser import main, parsers
+from p2p.editors import EDITORS
+from p2p.request.source import METHODS
+from p2p.show.pictures import CHUNK, grid, read_settings, save_png
+from p2p.weights.detect import FAMILIES, PREDICTIONS
 
 EDIT = ["edit", "a red cat on grass", "a red dog on grass", "--steps", "3"]
 
@@ -221,7 +221,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(capsys, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         path.write_bytes(b"half")
 
-    monkeypatch.setattr("p2p.output.save_png", full)
+    monkeypatch.setattr("p2p.cli.output.save_png", full)
     code, out, err = run(capsys, *EDIT, "-o", tmp_path)
     assert code == 2 and "No space left on device" in err and out == "" and not list(tmp_path.iterdir())
 

@@ -47,6 +47,6 @@ def test_an_inversion_is_one_graph(traced):
 
 def test_load_compiles_on_request(monkeypatch):
     asked = []
-    monkeypatch.setattr("models.unet.UNet.compile", lambda self: asked.append(self))
+    monkeypatch.setattr("p2p.models.unet.UNet.compile", lambda self: asked.append(self))
     assert p2p.load("emoji").unet not in asked and asked == []
     assert p2p.load("emoji", compile=True).unet in asked

@@ -12,13 +12,13 @@ from oracles import diffusers, transformers
 from safetensors.torch import save_file
 
 import p2p
-from models.text import END, START, tokenizer
 from p2p import CheckpointError
-from p2p.schedule import ddim_schedule
-from weights import fields, scheduler
-from weights.convert import convert
-from weights.detect import scaled_linear
-from weights.load import find
+from p2p.models.text import END, START, tokenizer
+from p2p.sampler import ddim_schedule
+from p2p.weights import fields, scheduler
+from p2p.weights.convert import convert
+from p2p.weights.detect import scaled_linear
+from p2p.weights.load import find
 
 
 def laid_out(folder, files, **changed):

@@ -4,12 +4,13 @@ import torch
 
 import p2p
 import p2p.sampler
-from models.text import tokens
 from p2p.blend import prepare, word_maps
-from p2p.edit import Edit, tables
-from p2p.invert import METHODS, READ_BY, settings_read
+from p2p.edits import Edit, tables
+from p2p.models.text import tokens
+from p2p.request.source import METHODS
 from p2p.sampler import proximal_guide
-from weights.emoji.world import render, sample
+from p2p.sources.methods import READ_BY, settings_read
+from p2p.weights.emoji.world import render, sample
 
 SOURCE, TARGET, STEPS = "a red cat on grass", "a red dog on grass", 4
 VALUES = {"inversion_guidance": 2.0, "inner_steps": 2, "eta": 0.5, "seed": 3}

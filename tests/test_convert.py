@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError
 
 from p2p import CheckpointError
-from p2p.cli import main
-from weights import aside
-from weights import convert as module
-from weights.convert import convert
-from weights.load import find
+from p2p.cli.parser import main
+from p2p.weights import aside
+from p2p.weights import convert as module
+from p2p.weights.convert import convert
+from p2p.weights.load import find
 
 OUTS = ["out.safetensors", "out"]
 

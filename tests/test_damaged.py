@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from models.vae import AutoencoderKL
 from p2p import CheckpointError
-from weights import keys
-from weights.files import open_file
-from weights.load import BUNDLED, fill, find
-from weights.load import load as build
+from p2p.models.vae import AutoencoderKL
+from p2p.weights import keys
+from p2p.weights.files import open_file
+from p2p.weights.fill import fill
+from p2p.weights.load import BUNDLED, find
+from p2p.weights.load import load as build
 
 CPU = torch.device("cpu")
 

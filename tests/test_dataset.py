@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from p2p import dataset, ip2p
-from p2p.cli import main
+from p2p.cli.parser import main
+from p2p.lists import dataset, ip2p
 
 PROMPTS = [("a cat on grass", "make it a dog", "a dog on grass"), ("a red car", "make it blue", "a blue car"),
            ("a house on grass", "keep it", "a house on grass")]

@@ -10,13 +10,13 @@ from oracles import attention_processor, diffusers, transformers
 from PIL import Image
 
 import p2p
-from models.attention import AttentionEdit, Record
-from models.blocks import AddedAttention
-from models.unet import UNet, UNetConfig, deepfloyd
 from p2p.align import word_tokens, words
-from p2p.cli import main
-from p2p.image import read_settings
+from p2p.cli.parser import main
+from p2p.models.attention import AttentionEdit, Record
+from p2p.models.blocks import AddedAttention
+from p2p.models.unet import UNet, UNetConfig, deepfloyd
 from p2p.sampler import ddpm_step, x0_and_eps
+from p2p.show.pictures import read_settings
 
 TINY = UNetConfig(
     in_channels=3, out_channels=6, channels=(32, 64, 128), layers_per_block=1, down_attention=(None, "added", "added"),

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import p2p
-from models import attention
 from p2p.errors import NumericsError, UsageError
-from p2p.start import draw
+from p2p.models import attention
+from p2p.request.start import draw
 
 SETTINGS = dict(steps=6, seed=3)
 PAIR = ("a red cat on grass", "a red dog on grass")

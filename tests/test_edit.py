@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import p2p
-from models.text import tokens
 from p2p.align import word_tokens
-from p2p.edit import Edit, choose_mode, cross_alpha, plan, tables, weights, window
+from p2p.edits import Edit, choose_mode, cross_alpha, plan, tables, weights, window
 from p2p.errors import UsageError
+from p2p.models.text import tokens
 
 SOURCE, SWAP = "a cat on grass", "a dog on grass"
 

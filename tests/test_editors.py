@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import p2p
-from models.attention import SelfAttention, attend
-from p2p.masactrl import borrowing
-from weights.emoji.world import render, sample
+from p2p.editors.masactrl import borrowing
+from p2p.models.attention import SelfAttention, attend
+from p2p.weights.emoji.world import render, sample
 
 SOURCE, TARGET = "a red cat on grass", "a red dog on grass"
 EDITORS = [p2p.MasaCtrl(), p2p.PlugAndPlay()]

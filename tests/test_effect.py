@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 
 import p2p
-from p2p.edit import choose_mode
-from p2p.effect import left_out, without
+from p2p.edits import choose_mode
 from p2p.errors import UsageError
+from p2p.request.effect import left_out, without
 
 SOURCE, SWAPPED, REFINED, L = "a cat on grass", "a dog on grass", "a cat on grass at night", 77
 
@@ -103,7 +103,7 @@ def test_a_scope_with_nothing_of_the_change_in_it_is_refused(emoji, target, sett
 
 @pytest.mark.parametrize("steps, first, better", [(400, 799, 500), (300, 898, 250), (501, 501, 500), (4, 751, 10), (1, 1, 10)])
 def test_steps_that_start_late_are_said_to(emoji, steps, first, better):
-    from p2p.start import late
+    from p2p.request.start import late
     schedule = emoji.schedule(steps)
     (note,) = late(emoji, schedule)
     assert schedule.timesteps[0] == first and f"{steps} steps start at t = {first} of 1000" in note

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from p2p import CheckpointError
-from weights import keys
-from weights.load import find
+from p2p.weights import keys
+from p2p.weights.load import find
 
 U, LAYER = keys.UNET, "lora_unet_mid_block_attentions_0_proj_in"
 NAMES = {   # tensors' names and shapes -> what the message calls them

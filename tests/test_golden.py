@@ -4,7 +4,7 @@ import torch
 
 import p2p
 from p2p.denoise import denoise
-from p2p.edit import plan
+from p2p.edits import plan
 
 CASES = ["plain", "replace", "replace_multitoken", "refine", "reweight", "blend"]
 

@@ -43,8 +43,8 @@ READER = """
 import json, resource, sys, time
 from pathlib import Path
 import torch
-from weights.errors import CheckpointError
-from weights.load import find
+from p2p.weights.errors import CheckpointError
+from p2p.weights.load import find
 
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))

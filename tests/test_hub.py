@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import families
 import pytest
 
-from weights.hub import is_id
+from p2p.weights.hub import is_id
 
 COMMIT = "0" * 39 + "1"
 UNREACHABLE = "http://127.0.0.1:9"
@@ -101,7 +101,7 @@ import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
 
 sys.modules["transformers"] = None   # open_clip would import it, which takes seconds
-from p2p.cli import main
+from p2p.cli.parser import main
 
 def run(repo):
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:

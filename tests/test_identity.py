@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import p2p
-from p2p import CheckpointError, UsageError, jobs
-from p2p.cli import main
-from p2p.image import read_settings, save_png
-from weights import digest, hub
-from weights.convert import single_file
-from weights.load import find
+from p2p import CheckpointError, UsageError
+from p2p.cli.parser import main
+from p2p.lists import jobs
+from p2p.show.pictures import read_settings, save_png
+from p2p.weights import digest, hub
+from p2p.weights.convert import single_file
+from p2p.weights.load import find
 
 SMALL = ["--steps", "2", "--height", "16", "--width", "16", "--seed", "3"]
 EDIT = ["edit", "a red cat on grass", "a red dog on grass", *SMALL]

@@ -9,9 +9,9 @@ from PIL import Image
 import p2p
 from p2p.errors import UsageError
 from p2p.image import fit, from_pil
-from p2p.invert import METHODS
+from p2p.request.source import METHODS
 from p2p.sampler import belm_step, belm_step_up, guide, proximal_guide
-from weights.emoji.world import caption, render, sample
+from p2p.weights.emoji.world import caption, render, sample
 
 STEPS = 5
 SOURCE, TARGET = "a red cat on grass", "a red dog on grass"

@@ -1,37 +1,78 @@
-"""models <- weights <- p2p: imports run one way, and the files stay readable."""
+"""models <- weights <- p2p, and inside p2p: root <- sources, editors, show <- lists <- cli. Imports run one way."""
 import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"models", "weights", "p2p", "tests", "benchmarks"}
-MAY_IMPORT = {"models": {"models"}, "weights": {"models", "weights"}, "p2p": {"models", "weights", "p2p"}}
-FILES = [f for package in MAY_IMPORT for f in sorted((ROOT / package).rglob("*.py"))]
+ROOMS = {   # what each may import of ours besides itself; the root of p2p is "p2p", and what is asked belongs to it
+    "models": set(),
+    "weights": {"models"},
+    "p2p": {"models", "weights", "request"},
+    "request": {"models", "weights", "p2p"},
+    "sources": {"models", "weights", "p2p", "request"},
+    "editors": {"models", "weights", "p2p", "request"},
+    "show": {"models", "weights", "p2p", "request"},
+    "lists": {"models", "weights", "p2p", "request", "sources", "editors", "show"},
+    "cli": {"models", "weights", "p2p", "request", "sources", "editors", "show", "lists"},
+}
+FACADE = {"p2p/__init__.py", "p2p/__main__.py"}   # what a user imports, and the program: they reach into every room
+FILES = [f for folder in ("models", "weights", "p2p") for f in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def room(name):
+    """Of a module, "p2p.show.report"."""
+    first = name.split(".")[1:2]
+    return first[0] if first and first[0] in ROOMS else "p2p"
 
 
 def imported(file):
+    """Names of our modules, as they would be written after `import`."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in ROOMS)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield node.module
+            if node.module.split(".")[0] in ROOMS:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_run_one_way(file):
-    package = file.relative_to(ROOT).parts[0]
-    assert {name.split(".")[0] for name in imported(file)} & OURS <= MAY_IMPORT[package]
+    where = str(file.relative_to(ROOT))
+    names = list(imported(file))
+    assert all(name.split(".")[0] == "p2p" for name in names), "models and weights are p2p.models and p2p.weights"
+    own = room("p2p." + where.removeprefix("p2p/").replace("/", "."))
+    assert where in FACADE or {room(name) for name in names} <= ROOMS[own] | {own}
 
 
-def test_only_the_facade_and_the_command_line_know_weights():
-    """What reads files that strangers wrote stands with the weights, and serves all."""
-    shared = {"weights.untrusted", "weights.files", "weights.errors", "weights.aside"}
-    users = {f.name for f in (ROOT / "p2p").glob("*.py") for name in imported(f) if name.split(".")[0] == "weights" and name not in shared}
-    assert users == {"model.py", "commands.py", "bulk.py", "metrics.py"}
+def test_no_circles():
+    known = {}
+    for file in FILES:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "p2p" else ("p2p", *parts)
+        known[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    wants = {name: {m if m in known else m.rpartition(".")[0] for m in imported(file)} - {name, "p2p"}
+             for name, file in known.items()}
+    while free := [name for name, needed in wants.items() if not needed & wants.keys()]:
+        for name in free:
+            del wants[name]
+    assert not wants
+
+
+def test_no_module_is_hidden_by_a_function():
+    import p2p
+
+    for file in FILES:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "p2p" and len(parts) == 2:
+            assert parts[1] not in p2p.__all__
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_a_file_holds_one_idea(file):
     assert len(file.read_text().splitlines()) <= 400
+
+
+def test_the_method_is_found_by_ls():
+    assert len(list((ROOT / "p2p").glob("*.py"))) <= 13

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from p2p import UsageError, batch, dataset, jobs
-from p2p.cli import main
+from p2p import UsageError
+from p2p.cli.parser import main
+from p2p.lists import batch, dataset, jobs
 
 ROOT = Path(__file__).parents[1]
 JOB = {"source": "a cat on grass", "targets": ["a dog on grass"], "steps": 1, "cfg": 1}
@@ -108,7 +109,7 @@ def test_every_text_file_is_opened_in_one_encoding():
     for file in [f for folder in ("p2p", "weights", "benchmarks") for f in (ROOT / folder).rglob("*.py")]:
         for call in (n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
             owner = getattr(getattr(call.func, "value", None), "id", "")
-            method = isinstance(call.func, ast.Attribute)   # `weights.untrusted.read_text`, a function, has the one encoding
+            method = isinstance(call.func, ast.Attribute)   # `p2p.weights.untrusted.read_text`, a function, has the one encoding
             if (method and named(call) in ("read_text", "write_text")) or (
                     named(call) == "open" and owner not in ("Image", "tarfile", "os")):
                 seen += 1
@@ -170,7 +171,7 @@ def test_what_cannot_be_meant_is_named_before_anything_runs(emoji, tmp_path):
 
 
 def test_every_setting_of_an_edit_has_its_check():
-    from p2p.fields import FIELDS
+    from p2p.lists.fields import FIELDS
     assert {*jobs.EDITING, *jobs.SAMPLING, *jobs.INVERTING, *jobs.OTHERS, "prompt", "source", "image"} <= set(FIELDS)
 
 

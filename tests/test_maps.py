@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 import p2p
-from p2p.cli import main
+from p2p.cli.parser import main
 from p2p.errors import UsageError
-from p2p.image import heat, overlay
+from p2p.show.pictures import heat, overlay
 
 SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
 STEPS = 4

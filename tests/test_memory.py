@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 import p2p
-from models.unet import SD1, SDXL, UNet
-from models.vae import SD, AutoencoderKL
-from p2p import memory
-from p2p.sweep import sweep
+from p2p.models.unet import SD1, SDXL, UNet
+from p2p.models.vae import SD, AutoencoderKL
+from p2p.request import memory
+from p2p.show.sweep import sweep
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 PICTURE = Image.new("RGB", (64, 64))

@@ -14,7 +14,8 @@ from torchvision import transforms
 from torchvision.models import squeezenet1_1
 from transformers import CLIPImageProcessor
 
-from p2p import UsageError, metrics, pie
+from p2p import UsageError
+from p2p.lists import metrics, pie
 
 VIT = "vit_tiny_patch16_224"
 

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from oracles import diffusers, transformers
 
-from models import layers
-from models.attention import Record
-from models.blocks import FeedForward, timestep_embedding
-from models.layers import ONEDNN, Conv2d, Linear
-from models.text import CLIP_L, TextConfig, TextEncoder, tokens
-from models.text import EMOJI as EMOJI_TEXT
-from models.unet import EMOJI, SD1, UNet
-from models.vae import SD, AutoencoderKL, VAEConfig
-from weights.keys import hf_sources, ldm_sources, unet_prefixes, vae_prefixes
+from p2p.models import layers
+from p2p.models.attention import Record
+from p2p.models.blocks import FeedForward, timestep_embedding
+from p2p.models.layers import ONEDNN, Conv2d, Linear
+from p2p.models.text import CLIP_L, TextConfig, TextEncoder, tokens
+from p2p.models.text import EMOJI as EMOJI_TEXT
+from p2p.models.unet import EMOJI, SD1, UNet
+from p2p.models.vae import SD, AutoencoderKL, VAEConfig
+from p2p.weights.keys import hf_sources, ldm_sources, unet_prefixes, vae_prefixes
 
 
 def randomised(module, seed=0):
@@ -82,7 +82,7 @@ def test_memory_that_a_step_frees_stays_for_the_next():
     """Page faults of six steps that each hold 40 MB: the last ones get none of it from the system."""
     steps = """
 import resource, torch
-from models.layers import keep_freed_memory
+from p2p.models.layers import keep_freed_memory
 
 keep_freed_memory(torch.device("cpu"))
 for _ in range(6):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from weights.files import open_file
+from p2p.weights.files import open_file
 
 
 def tensors():

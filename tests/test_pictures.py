@@ -10,22 +10,10 @@ import torch
 from PIL import Image, ImageCms
 
 import p2p
-from p2p.cli import main
+from p2p.cli.parser import main
 from p2p.errors import UsageError
-from p2p.image import (
-    CHUNK,
-    TEXT,
-    as_picture,
-    brightness,
-    fit,
-    from_base64,
-    from_pil,
-    open_picture,
-    own_size,
-    read_settings,
-    save_png,
-    shown,
-)
+from p2p.image import TEXT, as_picture, brightness, fit, from_base64, from_pil, open_picture, own_size, shown
+from p2p.show.pictures import CHUNK, read_settings, save_png
 
 GREYS = np.array([[0, 90, 150, 255]])
 COLOURS = Image.fromarray(np.array([[[255, 0, 0], [10, 200, 30], [0, 0, 255], [90, 90, 90]]], np.uint8))

@@ -10,8 +10,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchvision.models import squeezenet1_1
 
 from benchmarks.pie_shaped import make
-from p2p import UsageError, metrics, pie
-from p2p.cli import main
+from p2p import UsageError
+from p2p.cli.parser import main
+from p2p.lists import metrics, pie
 
 NONE = metrics.Judges()
 

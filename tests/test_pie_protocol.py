@@ -10,9 +10,10 @@ from PIL import Image
 
 import p2p
 from benchmarks.pie_shaped import make
-from p2p import UsageError, metrics, pie, pie_report, protocol
-from p2p.cli import main
+from p2p import UsageError
+from p2p.cli.parser import main
 from p2p.image import from_base64
+from p2p.lists import metrics, pie, pie_report, protocol
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def item(source="a red cat on grass", target="a red dog on grass", blended="cat dog"):
-    return pie.Item("k", pie.Path("k.png"), source, target, blended, [], "1", "k.png")
+    return protocol.Item("k", pie.Path("k.png"), source, target, blended, [], "1", "k.png")
 
 
 def told(name, model, *given, **changed):

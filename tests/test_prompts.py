@@ -6,7 +6,7 @@ from PIL import Image
 
 import p2p
 from p2p.errors import UsageError
-from p2p.prompts import check
+from p2p.request.prompts import check
 
 SYNTAX = {
     "a (dog:1.4) on grass": "--weight dog=1.4", "a (big dog: .5)": "--weight big dog=.5", "(a cat:2)": "--weight a cat=2",

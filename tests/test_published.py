@@ -1,4 +1,4 @@
-"""The published rows of PIE-Bench, end to end: jobs of `p2p.protocol` against the loops of PnPInversion's scripts written out
+"""The published rows of PIE-Bench, end to end: jobs of `p2p.lists.protocol` against the loops of PnPInversion's scripts written out
 with explicit maps (models/p2p, models/edit_friendly_ddm, models/masactrl, run_editing_pnp.py), on a small random model.
 
 Token mappers are `align.official_*`, which other tests hold against the original.
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from models.attention import CrossAttention, Record, SelfAttention
-from p2p import align, batch, pie, protocol
+from p2p import align
 from p2p.image import from_pil
-from p2p.jobs import parse
+from p2p.lists import batch, protocol
+from p2p.lists.jobs import parse
 from p2p.model import Model
-from p2p.start import draw
+from p2p.models.attention import CrossAttention, Record, SelfAttention
+from p2p.request.start import draw
 
 STEPS = 5
 SOURCE, TARGET, LONGER = "a cat on red grass", "a dog on red grass", "a big dog on red grass"
@@ -230,7 +231,7 @@ class Published:
 def ours(model, picture, name, target, blended):
     """Latents of the target, by the published row cut down to few steps."""
     method = replace(protocol.find(name), steps=STEPS)
-    item = pie.Item("k", picture, SOURCE, target, blended, [], "", "k.png")
+    item = protocol.Item("k", picture, SOURCE, target, blended, [], "", "k.png")
     job = parse(protocol.job(method, item, model), 1, picture.parent, model)
     (_, result, _), = batch.compute(model, [job])
     assert not isinstance(result, batch.Failure), result

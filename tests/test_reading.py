@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import p2p
 from p2p import CheckpointError
-from p2p.cli import main
-from p2p.image import read_settings
-from weights import keys
-from weights.convert import single_file
-from weights.detect import zero_terminal_snr
-from weights.load import find, stored
-from weights.load import load as build
+from p2p.cli.parser import main
+from p2p.show.pictures import read_settings
+from p2p.weights import keys
+from p2p.weights.convert import single_file
+from p2p.weights.detect import zero_terminal_snr
+from p2p.weights.fill import stored
+from p2p.weights.load import find
+from p2p.weights.load import load as build
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on grass, riding a bicycle", ""]

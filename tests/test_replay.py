@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 import p2p
-from p2p.cli import main
-from p2p.image import CHUNK, read_settings, save_png
+from p2p.cli.parser import main
+from p2p.show.pictures import CHUNK, read_settings, save_png
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 VALUES = [None, True, -1, 10**12, 1e300, "x", [], ["x"], {"x": 1}]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageChops
 
 import p2p
-from p2p.leakage import leakage
-from p2p.report import report
+from p2p.show.leakage import leakage
+from p2p.show.report import report
 
 HOSTILE = 'a <script>document.title="owned"</script> cat & "dog" </p>'
 

@@ -4,9 +4,8 @@ import torch
 from oracles import diffusers
 
 from p2p.errors import UsageError
-from p2p.sampler import ddim_step, ddpm_step, guide, x0_and_eps
-from p2p.schedule import ddim_schedule
-from weights.detect import scaled_linear
+from p2p.sampler import ddim_schedule, ddim_step, ddpm_step, guide, x0_and_eps
+from p2p.weights.detect import scaled_linear
 
 ABAR = scaled_linear()
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -5,12 +5,12 @@ import pytest
 from PIL import ImageOps
 
 import p2p
-from p2p.cli import main
-from p2p.edit import choose_mode, scoped, subject, tables
+from p2p.cli.parser import main
+from p2p.edits import choose_mode, scoped, subject, tables
 from p2p.errors import UsageError
-from p2p.image import read_settings
-from p2p.leakage import leakage
-from p2p.sweep import sweep, variant
+from p2p.show.leakage import leakage
+from p2p.show.pictures import read_settings
+from p2p.show.sweep import sweep, variant
 
 SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
 L = 32

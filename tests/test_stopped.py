@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from test_batch import ENV, listed
 
-from p2p import UsageError, dataset
-from p2p.cli import main
-from p2p.output import Output, write
-from weights import aside
+from p2p import UsageError
+from p2p.cli.output import Output
+from p2p.cli.parser import main
+from p2p.lists import dataset
+from p2p.lists.lines import write
+from p2p.weights import aside
 
 FULL = OSError(28, "No space left on device")
 PROMPTS = [{"caption": "a cat on grass", "edit": "make it a dog", "output": "a dog on grass"},
@@ -76,7 +78,7 @@ def test_a_killed_run_is_cleared_away_by_the_next(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
-from p2p.output import Output
+from p2p.cli.output import Output
 out = Output(Path({str(tmp_path / 'out')!r}), "run")
 out.add("half.txt", lambda path: (path.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
 out.write()
@@ -88,7 +90,7 @@ out.write()
 
 @pytest.mark.parametrize("stop, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_a_signal_in_the_midst_of_writing_leaves_nothing(tmp_path, monkeypatch, capsys, stop, code):
-    monkeypatch.setattr("p2p.output.save_png", lambda path, *_: (path.write_text("half"), os.kill(os.getpid(), stop)))
+    monkeypatch.setattr("p2p.cli.output.save_png", lambda path, *_: (path.write_text("half"), os.kill(os.getpid(), stop)))
     assert main(["generate", "a cat", "--steps", "1", "--out", str(tmp_path / "out"), "-q"]) == code
     assert not list((tmp_path / "out").iterdir()) and "interrupted" in capsys.readouterr().err
 
@@ -97,7 +99,7 @@ def test_signals_that_are_ignored_stay_so(tmp_path, monkeypatch, capsys):
     """nohup p2p ...: it goes on when the terminal is closed."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr("p2p.output.save_png", lambda path, *_: (path.write_text("x"), os.kill(os.getpid(), signal.SIGHUP)))
+        monkeypatch.setattr("p2p.cli.output.save_png", lambda path, *_: (path.write_text("x"), os.kill(os.getpid(), signal.SIGHUP)))
         assert main(["generate", "a cat", "--steps", "1", "--out", str(tmp_path / "out"), "-q"]) == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import p2p
-from models.t5 import EncodedPrompts
-from models.text import Tokens
 from p2p import CheckpointError, UsageError
-from p2p.invert import METHODS, Inversion
-from p2p.output import Output
-from weights.deepfloyd import load_prompts
+from p2p.cli.output import Output
+from p2p.models.t5 import EncodedPrompts
+from p2p.models.text import Tokens
+from p2p.request.source import METHODS, Inversion
+from p2p.weights.deepfloyd import load_prompts
 
 T, C, H, W = 3, 3, 8, 8
 PICTURE = Image.new("RGB", (W, H), "red")

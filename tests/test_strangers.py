@@ -9,14 +9,15 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from p2p import CheckpointError, UsageError, pie
-from p2p.cli import main
-from p2p.image import CHUNK, read_settings
-from p2p.invert import Inversion
-from weights.deepfloyd import load_prompts
-from weights.load import BUNDLED, find
-from weights.load import load as build
-from weights.untrusted import parse_json, parse_settings
+from p2p import CheckpointError, UsageError
+from p2p.cli.parser import main
+from p2p.lists import pie
+from p2p.request.source import Inversion
+from p2p.show.pictures import CHUNK, read_settings
+from p2p.weights.deepfloyd import load_prompts
+from p2p.weights.load import BUNDLED, find
+from p2p.weights.load import load as build
+from p2p.weights.untrusted import parse_json, parse_settings
 
 SECONDS = 5
 JSON = {  # what is no JSON, or would be none that can be held, and what is said of it

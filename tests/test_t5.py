@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_deepfloyd import t5
 
 from p2p import CheckpointError
-from p2p.cli import main
-from weights.deepfloyd import load_t5
+from p2p.cli.parser import main
+from p2p.weights.deepfloyd import load_t5
 
 CPU, F32 = torch.device("cpu"), torch.float32
 WEIGHTS, CONFIG = "text_encoder/model.safetensors", "text_encoder/config.json"

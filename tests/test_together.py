@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import p2p
-from p2p.together import edit_together
+from p2p.lists.together import edit_together
 
 BLEND = p2p.LocalBlend(words=("cat", "dog"), substruct=("grass", "grass"), start=0.3)
 JOBS = [

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import p2p
-from p2p.sweep import sweep
-from p2p.trace import size
+from p2p.show.sweep import sweep
+from p2p.sources.trace import size
 
 SOURCE = "a cat on grass"
 EDITS = [

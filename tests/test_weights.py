@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import p2p
-from models import layers
 from p2p import CheckpointError
 from p2p.model import tiled
-from weights import files
-from weights.files import open_file
+from p2p.models import layers
+from p2p.weights import files
+from p2p.weights.files import open_file
 
 
 def saved(tensors, path, **metadata):

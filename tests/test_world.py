@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import p2p
-from weights.emoji import recogniser
-from weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
-from weights.emoji.train import main as train
-from weights.emoji.upscale import main as train_upscaler
-from weights.emoji.upscale import pairs
-from weights.emoji.world import (
+from p2p.weights.emoji import recogniser
+from p2p.weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
+from p2p.weights.emoji.train import main as train
+from p2p.weights.emoji.upscale import main as train_upscaler
+from p2p.weights.emoji.upscale import pairs
+from p2p.weights.emoji.world import (
     ATLAS,
     COLOURS,
     OBJECTS,
@@ -63,7 +63,7 @@ def test_splits_do_not_meet():
 
 
 def test_every_caption_is_in_the_vocabulary():
-    from models.text import tokens
+    from p2p.models.text import tokens
 
     known = set(vocabulary().tolist())
     assert all(set(tokens(c).ids) <= known for c in caption(sample(3000, 2, None)))

@@ -1,9 +1,9 @@
 """Averaged weights (EMA) of the UNet, which some files hold beside the plain ones."""
 from __future__ import annotations
 
-from weights import keys
-from weights.errors import CheckpointError
-from weights.files import Renamed, TensorFile
+from p2p.weights import keys
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import Renamed, TensorFile
 
 EMA = "model_ema."
 

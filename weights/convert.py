@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.text import END, START, TextConfig, TextEncoder, tokenizer
-from models.unet import UNet
-from models.vae import AutoencoderKL
-from weights import keys, scheduler
-from weights.aside import aside, sweep
-from weights.detect import Package, Part
-from weights.errors import CheckpointError
-from weights.keys import Source
-from weights.load import read_tensors
+from p2p.models.text import END, START, TextConfig, TextEncoder, tokenizer
+from p2p.models.unet import UNet
+from p2p.models.vae import AutoencoderKL
+from p2p.weights import keys, scheduler
+from p2p.weights.aside import aside, sweep
+from p2p.weights.detect import Package, Part
+from p2p.weights.errors import CheckpointError
+from p2p.weights.fill import read_tensors
+from p2p.weights.keys import Source
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 State = dict[str, Tensor]
@@ -83,7 +83,7 @@ def _tensors(part: Part, build: Any, half: bool) -> Iterator[tuple[str, Tensor]]
 
 
 def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], prefix: str = "") -> State:
-    """Own names -> those of a naming: `weights.keys` read from right to left."""
+    """Own names -> those of a naming: `p2p.weights.keys` read from right to left."""
     out: State = {}
     for name, tensor in state:
         source = sources[name]

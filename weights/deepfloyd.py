@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.t5 import EncodedPrompts, T5Encoder
-from models.text import Tokens
-from models.unet import UNetConfig
-from weights import fields, scheduler
-from weights.detect import Package, Part, Shapes, count, read_settings
-from weights.errors import CheckpointError
-from weights.files import Renamed, TensorFile, open_file
-from weights.folder import read_index, read_json, weights_file
-from weights.scheduler import Sampling, squared_cosine
-from weights.sizes import check_sizes
-from weights.untrusted import parse_json
+from p2p.models.t5 import EncodedPrompts, T5Encoder
+from p2p.models.text import Tokens
+from p2p.models.unet import UNetConfig
+from p2p.weights import fields, scheduler
+from p2p.weights.detect import Package, Part, Shapes, count, read_settings
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import Renamed, TensorFile, open_file
+from p2p.weights.fill import read_tensors
+from p2p.weights.folder import read_index, read_json, weights_file
+from p2p.weights.scheduler import Sampling, squared_cosine
+from p2p.weights.sizes import check_sizes
+from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF's own names hold, and no others
@@ -220,8 +221,6 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
 
 def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
     """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does not fit."""
-    from weights.load import read_tensors  # which imports this module
-
     shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, by either name or both
     if shared in file.shapes:
         file = Renamed(file, {k: k for k in file.shapes} | {embedding: shared})

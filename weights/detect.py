@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from models.text import CLIP_L, OPENCLIP_H, TextConfig
-from models.text import EMOJI as EMOJI_TEXT
-from models.unet import UNetConfig
-from models.vae import VAEConfig
-from weights import keys, refuse, scheduler
-from weights.averages import averaged
-from weights.errors import CheckpointError
-from weights.files import TensorFile
-from weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
-from weights.sizes import check_sizes
-from weights.untrusted import parse_object, parse_settings, read_text
+from p2p.models.text import CLIP_L, OPENCLIP_H, TextConfig
+from p2p.models.text import EMOJI as EMOJI_TEXT
+from p2p.models.unet import UNetConfig
+from p2p.models.vae import VAEConfig
+from p2p.weights import keys, refuse, scheduler
+from p2p.weights.averages import averaged
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import TensorFile
+from p2p.weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
+from p2p.weights.sizes import check_sizes
+from p2p.weights.untrusted import parse_object, parse_settings, read_text
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
@@ -87,7 +87,7 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
     """A single file in LDM naming, or a trained emoji model. Its autoencoder may be missing. ema: see `averaged`."""
     if file.metadata.get("format") == "p2p-emoji":
         return _emoji(file)
-    refuse.by_name(file)
+    refuse.by_name(file.path, file.shapes, file.is_fp8())
     s = file.shapes
     text_sd1 = next((p for p in (keys.TEXT_SD1, "cond_stage_model.transformer.")
                      if p + "embeddings.token_embedding.weight" in s), None)
@@ -133,7 +133,7 @@ def _parsed(file: TensorFile, said: str) -> dict[str, Any]:
 
 def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     prediction, why = _prediction(file, family)
-    if said := file.metadata.get(scheduler.METADATA):   # by `weights.convert`
+    if said := file.metadata.get(scheduler.METADATA):   # by `p2p.weights.convert`
         found = scheduler.read(file.path, _parsed(file, said), family)
         notes += found.notes
         return replace(found, prediction=prediction, why=why)
@@ -237,7 +237,7 @@ def _open_clip_text(file: TensorFile, prefix: str, family: str, notes: list[str]
     """OpenCLIP H or bigG in their own names.
 
     Stable Diffusion 2 reads H after 23 of its 24 layers. Its own files hold the 24th, which is idle; those that were made from
-    a diffusers folder may not, or (those of `weights.convert`) hold one of zeros in its place. So the 24th layer is left out,
+    a diffusers folder may not, or (those of `p2p.weights.convert`) hold one of zeros in its place. So the 24th layer is left out,
     and a last one of zeros; every other is used, as in diffusers and ComfyUI, which count from the front too. Of a file of
     fewer layers that is a guess, and noted: `clip_skip` leaves out what is idle nevertheless.
     """

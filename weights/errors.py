@@ -1,4 +1,4 @@
-from weights.untrusted import printable
+from p2p.weights.untrusted import printable
 
 
 class CheckpointError(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weights.errors import CheckpointError
+from p2p.weights.errors import CheckpointError
 
 
 class Fields(NamedTuple):

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights import pickles, refuse
-from weights.errors import CheckpointError
-from weights.untrusted import parse_object, read_text
+from p2p.weights import pickles, refuse
+from p2p.weights.errors import CheckpointError
+from p2p.weights.untrusted import parse_object, read_text
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 INDEX = ".index.json"
@@ -136,7 +136,7 @@ class ShardedFile(TensorFile):
 
 
 class PickledFile(_MappedFile):
-    """A PyTorch pickle; see `weights.pickles`."""
+    """A PyTorch pickle; see `p2p.weights.pickles`."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.text import CLIP_L, END, START, TextConfig, tokenizer
-from models.unet import UNetConfig
-from models.vae import VAEConfig
-from weights import fields, scheduler
-from weights.detect import Package, Part, check_widths, count, for_family, unused_hf
-from weights.errors import CheckpointError
-from weights.files import INDEX, Renamed, TensorFile, open_file
-from weights.refuse import DISTILLED
-from weights.scheduler import Sampling, scaled_linear
-from weights.sizes import check_sizes
-from weights.untrusted import parse_json, read_text
+from p2p.models.text import CLIP_L, END, START, TextConfig, tokenizer
+from p2p.models.unet import UNetConfig
+from p2p.models.vae import VAEConfig
+from p2p.weights import fields, scheduler
+from p2p.weights.detect import Package, Part, check_widths, count, for_family, unused_hf
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
+from p2p.weights.refuse import DISTILLED
+from p2p.weights.scheduler import Sampling, scaled_linear
+from p2p.weights.sizes import check_sizes
+from p2p.weights.untrusted import parse_json, read_text
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with

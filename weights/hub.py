@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from weights.errors import CheckpointError
-from weights.files import PICKLES, weight_map
-from weights.folder import candidates
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import PICKLES, weight_map
+from p2p.weights.folder import candidates
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 BESIDE = ("scheduler/scheduler_config.json", *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (

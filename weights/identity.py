@@ -4,8 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from weights.detect import Package, Part
-from weights.folder import weights_file
+from p2p.weights.detect import Package, Part
+from p2p.weights.folder import weights_file
 
 Files = dict[str, Path]
 Place = str | Path | None

@@ -6,15 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from weights.detect import Part
-from weights.digest import together
-from weights.identity import files
-from weights.load import find
+from p2p.weights.detect import Part
+from p2p.weights.digest import together
+from p2p.weights.identity import files
+from p2p.weights.load import find
 
 
 def report(source: str | Path, family: str | None = None, prediction: str | None = None, vae: str | Path | None = None,
            digest: bool = False, **how: Any) -> list[str]:
-    """Lines for a person. how: as in `weights.load.find`. Raises CheckpointError with what the file is, where it is refused."""
+    """Lines for a person. how: as in `p2p.weights.load.find`. Raises CheckpointError with what the file is, where it is refused."""
     p = find(source, family, prediction, vae, **how)
     lines = [f"{p.where}", f"family      {p.family}", f"prediction  {p.prediction} ({p.why})",
              f"size        {p.size[0]} x {p.size[1]} pixels"]

@@ -1,15 +1,15 @@
 """Names, as tables: from the modules' own (diffusers' for UNet and autoencoder, open_clip's for text) to those in files.
 
 Each `*_sources` function lists, for every tensor of a module, where it comes from in a file of some naming. A mapping is
-complete by construction; the loader checks the rest, and `weights.convert` runs the same tables the other way.
+complete by construction; the loader checks the rest, and `p2p.weights.convert` runs the same tables the other way.
 """
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from models.unet import UNetConfig
-from models.vae import VAEConfig
+from p2p.models.unet import UNetConfig
+from p2p.models.vae import VAEConfig
 
 # Prefixes in single files (LDM; SDXL and late SD 2 files by Stability's "sgm" code).
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -16,8 +16,8 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 
-from weights import refuse
-from weights.errors import CheckpointError
+from p2p.weights import refuse
+from p2p.weights.errors import CheckpointError
 
 BYTES, OPCODES = 2**24, 2**20   # most of a pickle: Stable Diffusion XL with averages takes a tenth
 REPEATED = 2**20                # most numbers of a tensor that repeats its own by a stride of 0, as positions may

@@ -4,13 +4,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from weights import keys
-from weights.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from weights.files import TensorFile
+from p2p.weights import keys
+from p2p.weights.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -64,15 +60,14 @@ DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its
              "model, which this project has; use that one")
 
 
-def by_name(file: TensorFile) -> None:
+def by_name(path: Path, s: Shapes, fp8: bool) -> None:
     """Raises CheckpointError for the kinds that are known and not loaded."""
-    s = file.shapes
 
     def has(*parts: str) -> bool:
         return any(k.endswith(part[:-1]) if part[-1] == "$" else part in k for k in s for part in parts)
 
     whole = has(keys.UNET)
-    kind = FP8 if file.is_fp8() else None
+    kind = FP8 if fp8 else None
     kind = kind or next((what for parts, what in NAMED if has(*parts)), None) or _by_shapes(s)
     unet_in = s.get(keys.UNET + "input_blocks.0.0.weight", (0, 4))[1:2]
     if kind is None and unet_in and unet_in[0] in INPUTS:
@@ -85,7 +80,7 @@ def by_name(file: TensorFile) -> None:
     elif kind is None and _distilled(s):
         kind = DISTILLED
     if kind:
-        raise CheckpointError(f"{file.path}: {kind}.")
+        raise CheckpointError(f"{path}: {kind}.")
 
 
 def _by_shapes(s: Shapes) -> str | None:

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from models.text import TextConfig
-from models.unet import UNetConfig
-from models.vae import VAEConfig
-from weights.errors import CheckpointError
+from p2p.models.text import TextConfig
+from p2p.models.unet import UNetConfig
+from p2p.models.vae import VAEConfig
+from p2p.weights.errors import CheckpointError
 
 LEVELS = 16   # most numbers of a list, one a level of the network
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.

@@ -1,13 +1,13 @@
 """Draws the sprite atlas from Noto Color Emoji; needed once, the atlas itself ships with the package.
 
-    python -m weights.emoji.atlas NotoColorEmoji.ttf
+    python -m p2p.weights.emoji.atlas NotoColorEmoji.ttf
 """
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from weights.emoji.world import ATLAS, OBJECTS, SPRITE
+from p2p.weights.emoji.world import ATLAS, OBJECTS, SPRITE
 
 
 def draw(font_file: str) -> Image.Image:

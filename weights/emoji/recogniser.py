@@ -1,6 +1,6 @@
 """Names what an emoji-world picture shows and where: the yardstick of the bundled model, trained on renders alone.
 
-    python -m weights.emoji.recogniser OUTPUT.safetensors      # trains it, then judges it on held-out renders
+    python -m p2p.weights.emoji.recogniser OUTPUT.safetensors      # trains it, then judges it on held-out renders
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, render, sample
+from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, render, sample
 
 FILE = Path(__file__).with_name("recogniser.safetensors")
 SIDE = 32          # of the map of objects
@@ -185,7 +185,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="python -m weights.emoji.recogniser", description=__doc__.splitlines()[0])
+    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.recogniser", description=__doc__.splitlines()[0])
     ap.add_argument("output", type=Path)
     ap.add_argument("--pictures", type=int, default=200_000)
     ap.add_argument("--batch", type=int, default=64)

@@ -1,6 +1,6 @@
 """Trains the bundled text-to-image model on renders of the emoji world. Resumes where it stopped.
 
-    python -m weights.emoji.train RUN_FOLDER --pictures 600000
+    python -m p2p.weights.emoji.train RUN_FOLDER --pictures 600000
 
 The folder holds state.pt (to resume), emoji.safetensors (the averaged weights, as shipped), log.jsonl and, from time to
 time, sample grids (drawn by `p2p generate` in a process of its own: nothing here imports the method).
@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models.text import EMOJI as TEXT
-from models.text import END, START, TextEncoder, tokenizer
-from models.unet import EMOJI, UNet
-from weights.emoji.world import COLOURS, OBJECTS, PLACES, SIZES, STYLES, WEATHERS, caption, curriculum, render, sample
+from p2p.models.text import EMOJI as TEXT
+from p2p.models.text import END, START, TextEncoder, tokenizer
+from p2p.models.unet import EMOJI, UNet
+from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, SIZES, STYLES, WEATHERS, caption, curriculum, render, sample
 
 SHARPNESS = 6.0      # of the queries and keys of text at the start
 WEIGHT_LIMIT = 16.0   # bound of the loss weight 1 / sigma^2: below sigma = 1/4 the error counts as it is
@@ -200,7 +200,7 @@ def draw_samples(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="python -m weights.emoji.train", description=__doc__.splitlines()[0])
+    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.train", description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
     ap.add_argument("--pictures", type=int, default=600_000, help="in all; the last fifth cools the learning rate down")
     ap.add_argument("--stop", type=int, help="stop after this many, to go on later")

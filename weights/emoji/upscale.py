@@ -1,6 +1,6 @@
 """Trains the bundled super-resolution stage, 64 to 256 pixels, on renders of the emoji world. Resumes where it stopped.
 
-    python -m weights.emoji.upscale RUN_FOLDER --pictures 100000
+    python -m p2p.weights.emoji.upscale RUN_FOLDER --pictures 100000
 
 A diffusion model like the first stage (predicts x_0, error weighted as for v), told the small picture with noise of a level
 up to `LEVEL` on it, as in `p2p.upscale`. It has no attention: what it learns is edges and texture. It sees whole pictures,
@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.unet import EMOJI_UPSCALER, UNet
-from weights.emoji.train import descend, export, load_state, mixed, optimizers, save_state, set_rate, shifted_cosine_alphas_cumprod
-from weights.emoji.world import render, sample
+from p2p.models.unet import EMOJI_UPSCALER, UNet
+from p2p.weights.emoji.train import (
+    descend,
+    export,
+    load_state,
+    mixed,
+    optimizers,
+    save_state,
+    set_rate,
+    shifted_cosine_alphas_cumprod,
+)
+from p2p.weights.emoji.world import render, sample
 
 LEVEL, SIDE = 250, 256
 
@@ -45,7 +54,7 @@ def pairs(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="python -m weights.emoji.upscale", description=__doc__.splitlines()[0])
+    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.upscale", description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
     ap.add_argument("--pictures", type=int, default=100_000, help="in all; the last fifth cools the learning rate down")
     ap.add_argument("--stop", type=int, help="stop after this many, to go on later")

@@ -1,0 +1,4 @@
+"""The command line."""
+from p2p.cli.parser import main
+
+__all__ = ["main"]

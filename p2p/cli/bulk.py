@@ -1,0 +1,177 @@
+"""What the commands for many edits do, given their parsed arguments: batch, eval, dataset."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import p2p
+from p2p.cli import options
+from p2p.editors import EDITORS
+from p2p.edits import to_dict
+from p2p.lists import dataset, metrics, pie, pie_report
+from p2p.lists.batch import Batch, load_for, run_jobs
+from p2p.lists.batch import run as run_batch
+from p2p.lists.ip2p import Recipe
+from p2p.lists.jobs import Job, Store
+from p2p.lists.pie_report import read_json
+from p2p.lists.protocol import GROUPS, PUBLISHED
+from p2p.lists.protocol import find as find_method
+from p2p.request.source import METHODS
+from p2p.sources.methods import DEFAULT, READ_BY
+from p2p.weights.emoji import recogniser
+
+
+def batch(args: argparse.Namespace) -> int:
+    for name in ("workers", "together"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {value}")
+    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
+                 args.quiet, _defaults(args))
+    counts = run_batch(what, args.engine, args.workers)
+    if not args.quiet:
+        print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
+        if counts["failed"]:
+            print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
+    print(args.out / "results.jsonl")
+    return 1 if counts["failed"] or counts["open"] else 0
+
+
+def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the jobs that do not say otherwise, by the names and in the form of a list."""
+    usual, given = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
+    said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
+            "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
+            "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
+            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor, "proximal": options.proximal(args),
+            "negative_prompt": args.negative}
+    return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise p2p.UsageError(f"--limit must be a whole number from 1, not {args.limit}")
+    if args.workers is not None and args.workers < 1:
+        raise p2p.UsageError(f"--workers must be a whole number from 1, not {args.workers}")
+    ways = _ways(args)
+    items = pie.read(args.data, args.limit, args.types and args.types.split(","))
+    metrics.torchmetrics()
+    judges = metrics.Judges(args.lpips and metrics.lpips(args.lpips), args.clip and metrics.clip(args.clip),
+                            args.dino and metrics.structure(args.dino),
+                            tuple(filter(None, (args.lpips, args.clip, args.dino))))
+    what = Batch(None, args.out, options.loading(args), args.device, 1, args.retry_failed, args.quiet)
+    model = load_for(what, args.engine)
+    options.say(model.notes)
+    rank = int(os.environ["RANK"]) if args.engine == "torchrun" else 0
+    if args.engine == "torchrun" and args.retry_failed:
+        raise p2p.UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which jobs ran again")
+
+    def run(jobs: Sequence[Job], folder: Path) -> None:
+        run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
+        store = Store(folder)
+        while args.engine == "torchrun" and rank == 0 and any(not store.done(j) and not store.failed(j) for j in jobs):
+            time.sleep(1)   # for the other ranks
+
+    data = hashlib.sha256((args.data / "mapping_file.json").read_bytes()).hexdigest()[:16]
+    report = pie.evaluate(model, items, ways, args.out, judges, run=run, data=data, figures=rank == 0, progress=not args.quiet)
+    if rank:
+        return 0
+    for convention in metrics.CONVENTIONS:
+        print(f"{convention}\n{pie_report.table(report, convention, published=args.compare is not None)}\n")
+    if args.compare is not None:
+        print(pie_report.published_table({name.split(", ")[0] for name in report}) + "\n")
+    for name in ways:
+        for key, why in list(report[name]["failed"].items())[:5]:
+            print(f"{name}, {key} failed: {why}", file=sys.stderr)
+    for file in ("pie.md", "pie.csv", "pie.json"):
+        print(args.out / file)
+    return 1 if any(report[name]["failed"] for name in ways) else 0
+
+
+def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
+    """The rows that are asked for, by name. Raises UsageError."""
+    elsewhere = [options.pair(said, "=", "--pictures", "NAME=FOLDER") for said in args.pictures or ()]
+    if args.strips and not elsewhere:
+        raise p2p.UsageError("--strips: of --pictures NAME=FOLDER, which is not given")
+    found = [] if args.methods is None and (elsewhere or args.ways) else _methods(args)
+    if args.ways is not None:
+        said = read_json(args.ways)
+        if not isinstance(said, dict) or not all(isinstance(settings, dict) for settings in said.values()):
+            raise p2p.UsageError(f'--ways {args.ways}: expected {{"NAME": {{settings of a job, "like": a row of --methods}}, ...}}')
+        found += [(name, pie.own(settings)) for name, settings in said.items()]
+    found += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
+    for name, _ in found:
+        if [n for n, _ in found].count(name) > 1 or Path(name).name != name or name.startswith("."):
+            raise p2p.UsageError(f"{name!r}: a row's name is that of its folder in --out, and no other row has it")
+    return dict(found)
+
+
+OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed", "cross": "cross", "self_": "self_"}   # of `Method`
+
+
+def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
+    """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed as they are
+    asked for. Raises UsageError."""
+    editors = (args.editors or "p2p").split(",")
+    if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
+        raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
+    names: list[str] = []
+    for name in (args.methods or DEFAULT).split(","):
+        edited = [name if e == "p2p" else f"{name}, {e}" for e in editors]
+        names += GROUPS.get(name) or (edited if name in METHODS else [name])
+    if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
+        raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its own")
+    given = {field: value for field, option in OPTIONS.items() if (value := getattr(args, option)) is not None}
+    given |= {"blend": None} if args.no_blend else {}
+    out, read = [], set()
+    for name in dict.fromkeys(names):
+        found = find_method(name)
+        idle = {"cross", "self_", "blend"} if found.editor else set()
+        idle |= set() if found.inversion in READ_BY["seed"] else {"seed"}
+        changed = {field: value for field, value in given.items() if field not in idle}
+        read |= set(changed)
+        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {v:g}" for k, v in changed.items())
+        out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
+    if unread := [f"--{OPTIONS.get(field, 'no-blend').strip('_')}" for field in given if field not in read]:
+        raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are "
+                             f"Prompt-to-Prompt's, and seeds are read by {' and '.join(READ_BY['seed'])})")
+    return out
+
+
+def make_dataset(args: argparse.Namespace) -> None:
+    for name in ("samples", "keep", "steps", "together"):
+        if getattr(args, name) < 1:
+            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {getattr(args, name)}")
+    pairs, model = dataset.read(args.prompts), options.load(args)
+    options.say(model.notes)
+    if args.clip is not None:
+        embedder = metrics.clip(args.clip, prepare=metrics.squeezed)
+    elif model.family == "emoji":
+        eye = recogniser.load()
+        embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1, 64, mode="area")),
+                                    recogniser.embed_captions)
+    else:
+        raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of OpenAI's ViT-L/14")
+    least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
+    recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction, text=args.min_text,
+                    together=args.together, seed=args.seed, sampler=args.recipe)
+    todo = len(dataset.remaining(pairs, args.out))
+    bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt", disable=args.quiet)
+    for pair, counts in bar:
+        if why := next((name for name in counts if name.startswith("failed")), None):
+            tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)
+    total = dataset.finish(args.out)
+    if not args.quiet:
+        print(", ".join(f"{name} {n}" for name, n in total.items()), file=sys.stderr)
+    export = {"webdataset": dataset.webdataset, "parquet": dataset.parquet}.get(args.format)
+    for file in [args.out / "seeds.json", *(export(args.out) if export else [])]:
+        print(file)

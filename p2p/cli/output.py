@@ -1,0 +1,82 @@
+"""What a command leaves on disk: a new numbered folder for every run, filled aside and moved into place whole."""
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+
+from p2p.errors import UsageError
+from p2p.show.pictures import save_png
+from p2p.weights.aside import aside, sweep
+
+
+class Output:
+    """Files of one run, gathered in memory; nothing is ever overwritten, and nothing half-written stays."""
+
+    def __init__(self, parent: Path, title: str):
+        """Raises UsageError if the folder cannot be written: before minutes of sampling, not after."""
+        self.parent = parent
+        self.slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48] or "run"
+        self.files: dict[str, Callable[[Path], None]] = {}
+        self.listed: list[str] = []
+        made = [p for p in (parent, *parent.parents) if not p.exists()]
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            sweep(parent)
+            with aside(parent):
+                pass
+            for folder in made:   # a run that fails leaves nothing; one beside it may have put something there
+                with suppress(OSError):
+                    folder.rmdir()
+        except OSError as error:
+            raise UsageError(f"--out {parent}: cannot be written ({error.strerror})") from None
+
+    def add(self, name: str, write: Callable[[Path], None], listed: bool = True) -> None:
+        """`write` makes the file at the path it is given."""
+        self.files[name] = write
+        self.listed += [name] * listed
+
+    def picture(self, name: str, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
+        self.add(f"{name}.png", lambda path: save_png(path, image, settings))
+
+    def json(self, name: str, value: Any, listed: bool = False) -> None:
+        text = json.dumps(value, indent=2) + "\n"
+        self.add(name, lambda path: path.write_text(text, encoding="utf-8"), listed)
+
+    def write(self, quiet: bool = False) -> Path:
+        """Writes all of it and prints the paths.  -> the new folder. Raises UsageError."""
+        try:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            with aside(self.parent) as own:
+                made = own / self.slug
+                made.mkdir()
+                for name, write in self.files.items():
+                    write(made / name)
+                folder = self._move(made)
+        except (OSError, SafetensorError) as error:   # the latter too where a disk is full
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"--out {self.parent}: cannot be written ({why})") from None
+        if not quiet:
+            for name in self.listed:
+                print(folder / name)
+        return folder
+
+    def _move(self, made: Path) -> Path:
+        taken = [int(m.group(1)) for p in self.parent.iterdir() if (m := re.match(r"(\d+)-", p.name))]
+        number = max(taken, default=0) + 1
+        while True:
+            folder = self.parent / f"{number:04}-{self.slug}"
+            try:
+                folder.mkdir()               # fails if another run took the number meanwhile
+            except FileExistsError:
+                number += 1
+                continue
+            os.replace(made, folder)         # an empty folder is replaced in one step
+            return folder

@@ -1,0 +1,352 @@
+"""What the user asks (`Edit`) -> one `AttentionEdit` per sampling step: the table of the identity, as code.
+
+    edit                      mix             keep
+    replace                   M diag(alpha)   1 - alpha
+    refine                    G diag(a alpha) 1 - a alpha
+    reweight                  diag(c alpha)   1 - alpha
+    replace, then reweight    M diag(c alpha) 1 - alpha
+    refine, then reweight     G diag(a c alpha)  (1 - a) c alpha + 1 - alpha
+
+alpha: which tokens are injected at this step, M: word-swap matrix, G: gather by the alignment A(j), a: 1 where A(j)
+is not None, c: the word weights.
+"""
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from p2p import align
+from p2p.blend import LocalBlend, Words, fixed, picture_of
+from p2p.blend import check as check_blend
+from p2p.errors import UsageError
+from p2p.image import from_base64, to_base64
+from p2p.models.attention import AttentionEdit
+from p2p.models.text import Tokens
+from p2p.request.checks import choice, finite, flag, whole
+from p2p.weights.untrusted import brief
+
+Window = float | tuple[float, float]
+MODES = ("replace", "refine", "reweight")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One target: its prompt and how the source's attention is injected (paper section 3.2).
+
+    mode: "replace" (word swap), "refine" (added phrases) or "reweight" (only the weights); None: chosen from the prompts.
+    cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of the
+        target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
+    self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
+    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion leaves some out;
+        they are counted from the first that is run, as in the edit-friendly code. (With 12 of 50 skipped, 0.6 then ends after
+        30 of the 38.) "run" is what a share says: 0.6 means the same whatever is skipped.
+    equalizer: {"word": c}: the attention of that word times c.
+    renormalise: divide the edited maps by their row sums (the paper and the official code do not).
+    swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
+    local_blend: where the target may differ from the source; None: everywhere.
+    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where these words and
+        what replaces or joins them attend, and no other thing of the prompts attracts more.
+    aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
+    """
+
+    prompt: str
+    mode: Literal["replace", "refine", "reweight"] | None = None
+    cross_replace_steps: Window | Mapping[str, Window] = 0.8
+    self_replace_steps: Window = 0.4
+    self_max_tokens: int = 32 * 32
+    windows_over: Literal["run", "schedule"] = "run"
+    equalizer: Mapping[str, float] | None = None
+    renormalise: bool = False
+    swap: Mapping[str, str] | None = None
+    local_blend: LocalBlend | None = None
+    scope: Words | None = None
+    aligner: Literal["exact", "official"] = "exact"
+
+
+def to_dict(edit: Edit, mask: int | None = None) -> dict[str, Any]:
+    """An edit as JSON can hold it; a mask becomes a PNG in base64, or the number that stands for it."""
+    out = {f.name: _plain(getattr(edit, f.name)) for f in fields(edit) if f.name != "local_blend"}
+    blend = edit.local_blend
+    if blend is not None:
+        blend = {f.name: _plain(getattr(blend, f.name)) for f in fields(blend) if f.name != "mask"}
+        blend["mask"] = picture_of(edit.local_blend.mask) if mask is None else mask
+    return out | {"local_blend": blend}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy's kinds as Python's own."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def from_dict(said: Mapping[str, Any], masks: Sequence[str] = ()) -> Edit:
+    """The edit that `to_dict` made this from; lists stand for tuples. masks: the ones that numbers stand for. Raises UsageError."""
+    def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    try:
+        d = {k: tuples(v) if isinstance(v, Mapping) else v for k, v in tuples(said).items()}
+        if d.get("local_blend") is not None:
+            mask = d["local_blend"].get("mask")
+            mask = masks[whole("mask", mask, 0, len(masks) - 1)] if isinstance(mask, int) else mask
+            d["local_blend"] = LocalBlend(**d["local_blend"] | {"mask": None if mask is None else from_base64(mask)})
+        return Edit(**d)
+    except (AttributeError, TypeError) as error:   # no mapping, or unknown fields
+        raise UsageError(f"not an edit as settings hold it, {brief(said)} ({error})") from None
+
+
+def to_settings(edits: Sequence[Edit], size: tuple[int, int], how: str = "crop") -> dict[str, Any]:
+    """Edits as the settings of a run hold them. Their masks are those that were decided at the latents' size (H, W), so that they
+    are decided alike again, and each is held once: targets have its number."""
+    masks: dict[str, int] = {}
+    targets = []
+    for e in edits:
+        number = None
+        if e.local_blend is not None and e.local_blend.mask is not None:
+            number = masks.setdefault(to_base64(Image.fromarray(fixed(e.local_blend.mask, size, how)[0].numpy())), len(masks))
+        targets.append(to_dict(e, number))
+    return {"targets": targets} | ({"masks": list(masks)} if masks else {})
+
+
+def from_settings(said: Mapping[str, Any]) -> list[Edit]:
+    """What `to_settings` made these from. Raises UsageError, KeyError."""
+    masks = said.get("masks", [])
+    if not isinstance(said["targets"], list) or not isinstance(masks, list):
+        raise UsageError("the targets and masks of settings are lists")
+    return [from_dict(t, masks) for t in said["targets"]]
+
+
+def check(edit: Edit) -> None:
+    """Raises UsageError for fields of the wrong kind; words and windows are checked where the prompts are known."""
+    def words(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(w, str) for w in value)
+
+    def mapping(value: Any) -> bool:
+        return value is None or (isinstance(value, Mapping) and words(tuple(value) or ("",)))
+
+    for name, fits, wanted in (
+            ("prompt", isinstance(edit.prompt, str), "a string"),
+            ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
+            ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())), '{"source word": "target word"}'),
+            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words")):
+        if not fits:
+            raise UsageError(f"{name}: {brief(getattr(edit, name))} is not {wanted}")
+    if edit.mode is not None:
+        choice("mode", edit.mode, MODES)
+    choice("aligner", edit.aligner, ("exact", "official"))
+    choice("windows_over", edit.windows_over, ("run", "schedule"))
+    whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
+    flag("renormalise", edit.renormalise)
+    cross = edit.cross_replace_steps
+    if isinstance(cross, Mapping) and not mapping(cross):
+        raise UsageError(f"cross_replace_steps: {brief(cross)} is not a mapping of words to windows")
+    for value in cross.values() if isinstance(cross, Mapping) else [cross]:
+        window(value, "cross_replace_steps")
+    window(edit.self_replace_steps, "self_replace_steps")
+    if edit.local_blend is not None:
+        check_blend(edit.local_blend, edit.scope is not None)
+
+
+def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place swapped, others refined."""
+    if edit.mode is not None:
+        choice("mode", edit.mode, MODES)
+        if edit.mode == "reweight" and source.ids != target.ids:
+            raise UsageError(f'mode "reweight" is for one and the same prompt: "{target.text}" differs from "{source.text}"; other '
+                             "modes take weights too")
+        return edit.mode
+    if source.ids == target.ids:
+        return "reweight"
+    return "replace" if align.is_swap(source, target) else "refine"
+
+
+def window(value: Window, what: str) -> tuple[float, float]:
+    """A number or a pair as (start, end), checked to lie in 0..1."""
+    pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    try:
+        if not isinstance(pair, (list, tuple)) or not all(isinstance(v, Real) for v in pair):
+            raise TypeError
+        lo, hi = map(float, pair)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{what}: {brief(value)} is neither a number nor a pair (start, end)") from None
+    if not 0 <= lo <= hi <= 1:
+        raise UsageError(f"{what}: {brief(value)} must lie within 0 and 1, the start not after the end")
+    return lo, hi
+
+
+def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
+    """alpha of every step and token of the target.  -> (steps, length) float64, 0 or 1
+
+    With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the rounding of
+    the official code.
+    """
+    by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
+    alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
+
+    def fill(columns, bounds: Window, what: str) -> None:
+        lo, hi = window(bounds, what)
+        alpha[:, columns] = 0
+        alpha[int(lo * (steps + 1)):int(hi * (steps + 1)), columns] = 1
+
+    fill(list(range(length)), by_word.pop("default_", (0.0, 1.0)), "cross_replace_steps")
+    for word, bounds in by_word.items():
+        fill(align.word_tokens(target, word, length), bounds, f'cross_replace_steps of "{word}"')
+    return alpha[:steps]
+
+
+def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) -> Tensor:
+    """c of every token of the target.  -> (length,) float64"""
+    c = torch.ones(length, dtype=torch.float64)
+    for word, value in (equalizer or {}).items():
+        c[align.word_tokens(target, word, length)] = finite(f'equalizer: the weight of "{word}"', value)
+    return c
+
+
+def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """One row of the table above. alpha (T, L), c (L,), m (L, L): M, G or the identity, a (L,)  ->  (T, L, L), (T, L)"""
+    if mode == "refine":
+        return m * (a * c * alpha)[:, None, :], (1 - a) * c * alpha + 1 - alpha
+    return m * (c * alpha)[:, None, :], 1 - alpha
+
+
+def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
+    """Which source tokens a target token reads (M, G or the identity), and a.  -> (length, length), (length,) float64"""
+    official = choice("aligner", edit.aligner, ("exact", "official")) == "official"
+    m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
+    if mode == "replace":
+        m = (align.official_replacement if official else align.replacement)(source, target, length)
+    elif mode == "refine":
+        mapper, a = (align.official_refinement if official else align.refinement)(source, target, length)
+        m = m[:, mapper]                                                   # G[A(j), j] = 1
+    for old, new in (edit.swap or {}).items():
+        s, t = align.word_tokens(source, old, length), align.word_tokens(target, new, length)
+        m[:, t] = 0
+        a[t] = 1
+        if len(s) == len(t):
+            m[s, t] = 1
+        else:
+            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+    return m, a
+
+
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
+           ) -> tuple[Tensor, Tensor]:
+    """mix (steps, L, L) and keep (steps, L) of one target, float64; whole: steps of the schedule, if some are left out."""
+    m, a = alignment(source, target, edit, mode, length)
+    alpha = cross_alpha(edit.cross_replace_steps, target, counted(edit, steps, whole), length)[:steps]
+    return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
+
+
+def idle(mix: Tensor, keep: Tensor) -> bool:
+    """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every step."""
+    return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))
+
+
+def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
+    """Is a word of the target, of those columns, new beside the source's?"""
+    return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
+
+
+def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:
+    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins that;
+    without a scope the words that differ and those with weights."""
+    m, a = alignment(source, target, edit, mode, length)
+    ours, theirs = align.named_words(source), align.named_words(target)
+    reads = (m * a).bool()                                                 # (L, L): source token i, target token j
+
+    def related(i: list[int], j: list[int]) -> bool:
+        return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
+
+    if edit.scope is not None:
+        inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
+                  for i in align.word_tokens(source, word, length)}
+        old = [(name, i) for name, i in ours if inside & set(i)]
+        return [name for name, _ in old], [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
+    weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
+
+    def changed(i: list[int], j: list[int]) -> bool:
+        return [source.ids[x] for x in i] != [target.ids[y] for y in j] or bool(weighted & set(j))
+
+    old = [name for name, i in ours if not any(related(i, j) and not changed(i, j) for _, j in theirs)]
+    return old, [name for name, j in theirs if not any(related(i, j) and not changed(i, j) for _, i in ours)]
+
+
+def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
+    """An edit with its scope written out as a LocalBlend: its words, and all others as their rivals."""
+    if edit.scope is None:
+        return edit
+    blend = edit.local_blend or LocalBlend()
+    if blend.words is None:
+        own = subject(source, target, edit, mode, length)
+        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words and max(columns) < length - 1]
+                       for prompt, words in zip((source, target), own))
+        blend = replace(blend, words=own, rivals=rivals)
+    return replace(edit, scope=None, local_blend=blend)
+
+
+def counted(edit: Edit, steps: int, whole: int | None) -> int:
+    """The steps that windows are shares of."""
+    return whole if whole is not None and edit.windows_over == "schedule" else steps
+
+
+def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int, whole: int | None = None) -> list[bool]:
+    """For each step, whether any target borrows anything of the source."""
+    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, counted(e, steps, whole), length)[:steps].any(1)
+                         for t, e in zip(targets, edits)]).any(0)
+    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps, whole).any(1).tolist())]
+
+
+def _self_injected(edits: Sequence[Edit], steps: int, whole: int | None = None) -> Tensor:
+    """(steps, N) bool"""
+    spans = [[int(share * counted(e, steps, whole)) for share in window(e.self_replace_steps, "self_replace_steps")]
+             for e in edits]
+    return torch.tensor([[first <= i < end for first, end in spans] for i in range(steps)])
+
+
+def agreed(values: Iterable[Hashable]) -> Any:
+    """The one value that all of them are; None where they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def whose_text(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
+    """`AttentionEdit.only`: whose columns alone these tables read."""
+    if not keep.any():
+        return "source"
+    return "own" if not mix.any() and bool((keep == 1).all()) else None
+
+
+def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
+         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False,
+         whole: int | None = None) -> list[AttentionEdit]:
+    """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
+    targets alone, and the source is cached; whole: steps of the schedule, if some are left out. Steps with equal tables share
+    them: the same tensors."""
+    n = len(edits)
+    mix, keep = zip(*(tables(source, t, e, m, steps, length, whole) for t, e, m in zip(targets, edits, modes)))
+    mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
+    other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
+    first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
+    only = {j: whose_text(mix[j], keep[j]) for j in set(first)}
+    mix, keep = (x.to(device, dtype).unbind() for x in (mix, keep))
+    source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
+    own = torch.arange(rows - n, rows, device=device)
+    limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
+    inside = _self_injected(edits, steps, whole)
+    injected = [agreed(e.self_max_tokens if on else 0 for e, on in zip(edits, each)) for each in inside.tolist()]
+    inside = inside.to(device)
+    renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
+    return [AttentionEdit(source_row, mix[j], keep[j], torch.where(inside[i], source_row, own), limit, renormalise,
+                          only=only[j], injected=injected[i]) for i, j in enumerate(first)]

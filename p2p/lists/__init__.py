@@ -1,0 +1,1 @@
+"""Many edits: jobs, engines, PIE-Bench, data sets, metrics."""

@@ -1,0 +1,116 @@
+"""Engines that run groups of jobs in other processes. They hand out groups; the store keeps the results."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from p2p.errors import UsageError
+from p2p.lists.jobs import Job, Store
+from p2p.lists.stop import deaf, stoppable
+from p2p.lists.work import Batch, Group, loaded, work
+
+Finished = tuple[Job, str | None]
+PATIENCE = 10   # seconds in which a worker that is told to stop clears away what is half done
+
+
+def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -> Iterator[Finished]:
+    """One process a GPU, or so many on the CPU; each is handed the next group when it is free. A pipe each,
+    and no queue: by its pipe a worker sees that this process has died, and nothing is left to be sent when
+    this one ends."""
+    context = torch.multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    crew: dict[Connection, Any] = {}   # our end of a pipe -> the worker at the other
+    waiting, lost = iter(todo), []
+    try:
+        for i in range(workers):
+            ours, theirs = context.Pipe()
+            device = f"cuda:{i % gpus}" if gpus else batch.device
+            worker = context.Process(target=_worker, args=(batch, theirs, device, threads), daemon=True)
+            with deaf():   # Ctrl-C reaches the whole group of processes; who started them ends them
+                worker.start()
+            crew[ours] = worker
+            theirs.close()
+        busy = set(crew)
+        while busy:
+            for pipe in wait(busy):
+                try:
+                    kind, value = pipe.recv()
+                    if kind == "free" and (group := next(waiting, None)) is not None:
+                        pipe.send(group)
+                        continue
+                except (EOFError, OSError):   # the end of it
+                    crew[pipe].join()
+                    raise UsageError(f"a worker died (exit code {crew[pipe].exitcode}); what is done is "
+                                     "kept, start again to go on") from None
+                if kind == "job":
+                    yield value
+                else:   # nothing is left for it, or it has no model
+                    busy.remove(pipe)
+                    pipe.close()
+                    lost += [value] if kind == "lost" else []
+        for process in crew.values():
+            process.join(PATIENCE)
+    finally:
+        _dismiss(list(crew.values()))
+    if len(lost) == workers:
+        raise UsageError(f"every worker failed: {lost[0]}")
+    if lost:   # the others did its share
+        print(f"{len(lost)} of {workers} workers failed: {lost[0]}", file=sys.stderr)
+
+
+def _dismiss(crew: Sequence[Any]) -> None:
+    for end in ("terminate", "kill"):
+        for process in crew:
+            if process.is_alive():
+                getattr(process, end)()
+        for process in crew:
+            process.join(PATIENCE)
+
+
+def _worker(batch: Batch, pipe: Connection, device: str | None, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        with stoppable():
+            try:
+                model, store = loaded(batch, device), Store(batch.out)
+                while True:
+                    pipe.send(("free", None))
+                    for each in work(model, [pipe.recv()], store, batch.retry_failed):
+                        pipe.send(("job", each))
+            except (EOFError, BrokenPipeError, ConnectionResetError):   # nothing is left, or the parent died
+                pass
+            except Exception as error:
+                pipe.send(("lost", str(error)))
+    except (OSError, KeyboardInterrupt):   # told to end
+        pass
+
+
+def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finished]:
+    """Ray Data with one actor a device (extra "ray"); whatever cluster this process is connected to."""
+    try:
+        import ray
+    except ImportError:
+        raise UsageError('--engine ray needs Ray: pip install "prompt-to-prompt[ray]"') from None
+
+    class Actor:
+        def __init__(self):
+            self.model, self.store = loaded(batch, None), Store(batch.out)
+
+        def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+            found = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store, batch.retry_failed))
+            return {"id": [job.id for job, _ in found], "error": [error or "" for _, error in found]}
+
+    jobs = {job.id: job for group in todo for job in group}
+    data = ray.data.from_items([{"group": i} for i in range(len(todo))])
+    gpus = 1 if torch.cuda.is_available() else 0
+    done = data.map_batches(Actor, batch_size=1, concurrency=workers, num_gpus=gpus)
+    try:
+        for row in done.iter_rows():
+            yield jobs[row["id"]], row["error"] or None
+    except ray.exceptions.RayError as error:   # an actor has no model, or nowhere to write
+        why = str(error).strip().splitlines()[-1]
+        raise UsageError(f"Ray ended the run ({why}); what is done is kept, start again to go on") from None

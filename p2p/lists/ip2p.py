@@ -1,0 +1,172 @@
+"""InstructPix2Pix's samples (Brooks et al. 2023, section 3.1): two captions become many pairs of pictures, the best of
+which are kept.
+
+Two ways to sample a pair, each pair with a seed, a share of injected steps and a guidance of its own:
+
+    ip2p   as the authors' `generate_img_dataset.py`: Euler ancestral with the same noise for both pictures, the second
+           with the first one's self-attention (queries and keys) in both halves, at every size, while
+           i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the best by direction kept
+    p2p    Prompt-to-Prompt itself: DDIM, cross- and self-attention injected; no more samples once enough have passed
+
+Random numbers come from the prompt, not from the order of the list: they are distributed as the authors', not equal.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from p2p.denoise import denoise, too_large
+from p2p.editors.masactrl import borrowing
+from p2p.errors import NumericsError, UsageError
+from p2p.image import from_pil
+from p2p.lists.metrics import Embedder
+from p2p.lists.together import edit_together
+from p2p.model import Model
+from p2p.models.attention import AttentionEdit
+from p2p.request.start import draw
+from p2p.sampler import guide, sigma_schedule
+
+Kept = tuple[dict[str, Any], Sequence[Image.Image]]                      # what is known of a sample, and its two pictures
+Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]   # both (B, 3, H, W) in 0..1, and with 8 bits
+
+
+class Prompts(NamedTuple):
+    caption: str
+    output: str      # the edited caption
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The authors' numbers (for Stable Diffusion, whose guidance is 7.5; other models scale theirs)."""
+
+    steps: int = 100
+    samples: int = 100                  # a prompt; with sampler "p2p" at most
+    keep: int = 4                       # of these
+    threshold: tuple[float, float] = (0.1, 0.9)     # share of the steps injected
+    guidance: tuple[float, float] = (1.0, 2.0)      # times the model's own
+    image: float = 0.7                  # least cosine between the two pictures
+    direction: float = 0.2              # ... between their difference and that of the captions
+    text: float = 0.2                   # ... between each picture and its caption
+    together: int = 4                   # samples in a batch
+    seed: int = 0
+    sampler: Literal["ip2p", "p2p"] = "ip2p"
+
+
+def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
+    """Seed, injected share and guidance of a prompt's sample j: whatever else is in the list."""
+    digest = hashlib.sha256(json.dumps([*prompts, recipe.seed, j]).encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    u, v = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    (a, b), (c, d) = recipe.threshold, recipe.guidance
+    return {"seed": seed, "p2p_threshold": a + (b - a) * u,
+            "cfg_scale": (c + (d - c) * v) * model.guidance_scale}
+
+
+def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Embedded pictures (B, D) and captions (2, D)  ->  the four cosines of the authors' `ClipSimilarity`, (B,) each
+
+    All embeddings have length 1 before differences are taken: a direction is that of unit vectors.
+    """
+    before, after, texts = (F.normalize(x, dim=-1) for x in (before, after, texts))
+    return {"clip_sim_0": F.cosine_similarity(before, texts[:1]),
+            "clip_sim_1": F.cosine_similarity(after, texts[1:]),
+            "clip_sim_dir": F.cosine_similarity(after - before, texts[1:] - texts[:1]),
+            "clip_sim_image": F.cosine_similarity(before, after)}
+
+
+def dropped(found: dict[str, float], recipe: Recipe) -> str | None:
+    """The first filter that a sample does not pass."""
+    least = {"clip_sim_image": recipe.image, "clip_sim_dir": recipe.direction, "clip_sim_0": recipe.text,
+             "clip_sim_1": recipe.text}
+    return next((name for name, value in least.items() if not found[name] >= value), None)
+
+
+def samples(model: Model, prompts: Prompts, embedder: Embedder,
+            recipe: Recipe) -> tuple[list[Kept], Counter[str]]:
+    """The best of a prompt's samples, and how many were drawn, dropped by each filter and kept."""
+    texts, counts = embedder.texts(list(prompts)), Counter(samples=0)
+    passed: list[Kept] = []
+    for first in range(0, recipe.samples, recipe.together):
+        last = min(first + recipe.together, recipe.samples)
+        some = [drawn(prompts, j, recipe, model) for j in range(first, last)]
+        try:
+            before, after, images = SAMPLERS[recipe.sampler](model, prompts, some, recipe.steps)
+        except (NumericsError, UsageError) as error:
+            counts[f"failed: {error}"] += len(some)
+            break
+        found = similarities(embedder.pictures(before), embedder.pictures(after), texts)
+        for i, (d, pair) in enumerate(zip(some, images)):
+            each = {name: values[i].item() for name, values in found.items()}
+            why = dropped(each, recipe)
+            counts.update(["samples", why or "passed"])
+            if why is None:
+                passed.append((d | each, pair))
+        if recipe.sampler == "p2p" and len(passed) >= recipe.keep:
+            break
+    passed.sort(key=lambda p: (p[0]["clip_sim_dir"], p[0]["seed"]), reverse=True)
+    counts["kept"] = len(passed[:recipe.keep])
+    return passed[:recipe.keep], counts
+
+
+def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
+    """Pairs as InstructPix2Pix draws them, in one batch: all first pictures, then all second ones.
+
+    k-diffusion's Euler ancestral is DDIM with eta 1 in other coordinates (x_t = x / sqrt(1 + sigma^2)), so `denoise` does it.
+    Raises NumericsError.
+    """
+    n, device = len(some), model.device
+    schedule = sigma_schedule(model.alphas_cumprod, steps)
+    seeds, shares, scales = ([d[name] for d in some] for name in ("seed", "p2p_threshold", "cfg_scale"))
+    x_T, *noise = (z.repeat(2, 1, 1, 1).to(device) for z in draw(model.latent_shape(), seeds, 1 + steps))
+    scale = torch.tensor(scales, device=device).repeat(2).view(-1, 1, 1, 1)
+    plan = first_pictures_attention(shares, steps, model.length, device, model.dtype)
+    x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
+    told = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
+    for step in denoise(model, x, *told, schedule, guidance_scale=2.0,    # any but 1: each row has its own
+                        guide=lambda u, c, _: guide(u, c, scale), plan=plan, eta=1.0, noise=noise):
+        x = step.x
+    pictures = (model.decode(x).cpu() / 2 + 0.5).clamp(0, 1)
+    if not pictures.isfinite().all():
+        raise NumericsError(f"a decoded picture holds values that are not finite: {too_large(model)}")
+    images = [Image.fromarray(p) for p in (255 * pictures).byte().permute(0, 2, 3, 1).numpy()]   # truncated, as there
+    return pictures[:n], pictures[n:], list(zip(images, images[n:]))
+
+
+def first_pictures_attention(thresholds: Sequence[float], steps: int, length: int, device: torch.device,
+                             dtype: torch.dtype) -> list[AttentionEdit]:
+    """Whose queries and keys the rows of self-attention use, step by step.
+
+    The batch: n first and n second pictures without prompts, then the same with prompts. A second picture uses the first
+    one's of its half while i / (steps - 1) < threshold.
+    """
+    n = len(thresholds)
+    own = torch.arange(4 * n, device=device)
+    first = own - n * (own // n % 2)
+    edit = borrowing(torch.stack([own, own, own]), length, dtype)
+    out = []
+    for i in range(steps):
+        injected = torch.tensor([share > i / max(1, steps - 1) for share in thresholds], device=device).repeat(4)
+        rows = torch.where(injected, first, own)
+        out.append(edit._replace(rows=torch.stack([rows, rows, own])))
+    return out
+
+
+def prompt_to_prompt(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
+    """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
+    results = edit_together(model, [dict(
+        source=prompts.caption, targets=prompts.output, seed=d["seed"], guidance_scale=d["cfg_scale"], steps=steps,
+        cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"]) for d in some])
+    before, after = (torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2))
+    return before, after, [(r.images[0], r.images[1]) for r in results]
+
+
+SAMPLERS = {"ip2p": ancestral, "p2p": prompt_to_prompt}

@@ -1,0 +1,261 @@
+"""A list of edits and what has become of each: a job is known by what it asks for, and is finished when its folder is there.
+
+    OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
+    OUT/failed/ID.json                                 one that failed, and why
+    OUT/results.jsonl                                  a row for each line of the list; written when a run
+    ends
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p2p.blend import LocalBlend
+from p2p.edits import Edit, check, to_dict
+from p2p.errors import UsageError
+from p2p.lists import lines
+from p2p.lists.fields import checked
+from p2p.lists.lines import present, write
+from p2p.model import Model
+from p2p.run import Result
+from p2p.show.pictures import names, save_png
+from p2p.sources.methods import DEFAULT, READ_BY
+from p2p.weights.aside import appearing, finished, sweep
+from p2p.weights.untrusted import brief, parse_object, read_text
+
+EDITING = tuple(f.name for f in fields(Edit))[1:]
+SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
+INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
+             "fit": "crop", "path": "inverted"}   # see `invert`; "square" and the last: `protocol.square`, `protocol.resampled`
+OTHERS = ("proximal", "editor", "negative_prompt")
+SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
+         "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
+
+
+class Job(NamedTuple):
+    """One line of the list, complete: every setting has its value."""
+
+    id: str                       # a hash of what is asked for, of the picture's content and of the model
+    line: int
+    source: str                   # the prompt, or what describes the picture
+    targets: tuple[Edit, ...]
+    sampling: dict[str, Any]      # SAMPLING
+    image: Path | None
+    inverting: dict[str, Any]     # INVERTING, if there is a picture
+    others: dict[str, Any]        # OTHERS
+    own: str | int | None = None  # the user's id and tags: for the rows of results.jsonl, they change nothing
+    tags: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"source": self.source, "targets": [to_dict(e) for e in self.targets], **self.sampling,
+                "image": self.image and str(self.image), **self.inverting, **self.others}
+
+    def row(self) -> dict[str, Any]:
+        """What is known of it before it has run, as a row of results.jsonl."""
+        return {"line": self.line, "id": self.id if self.own is None else self.own, "job": self.id,
+                "state": "open", "tags": self.tags, "source": self.source,
+                "targets": [e.prompt for e in self.targets], "seed": self.sampling["seed"], "images": [],
+                "seconds": None, "notes": [], "error": None}
+
+
+def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> list[Job]:
+    """The jobs of a list (see `lines.read`), one a line; lines that ask for the same have the same identity.
+    Pictures lie relative to the file. defaults: settings of lines without their own; INVERTING of pictures
+    alone.
+
+    Raises UsageError naming every line that cannot be meant, before anything is computed.
+    """
+    defaults = present(dict(defaults or {})) or {}
+    for name, value in defaults.items():
+        checked(name, value)
+    jobs = lines.read(file, lambda said, number: parse(said, number, file.parent, model, defaults),
+                      'no job in it; a job is a line such as {"source": "a cat", "targets": ["a dog"]}')
+    if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
+        raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
+    return jobs
+
+
+def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> Job:
+    """A job from what its line says. Raises UsageError."""
+    if not isinstance(said, dict):
+        raise UsageError("a job is an object with source and targets")
+    tags = said.get("tags")
+    said = present({k: v for k, v in said.items() if k != "tags"}) or {}
+    own = checked("id", said.pop("id")) if "id" in said else None
+    said = _long(said, {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}, "an edit")
+    pictured = "image" in said
+    if not pictured and (alone := [k for k in INVERTING if k in said]):
+        raise UsageError(f"{', '.join(alone)}: of a picture; give image")
+    defaults = {k: v for k, v in (defaults or {}).items() if pictured or k not in INVERTING}
+    own_settings, said = said.keys(), defaults | said
+    targets = said.pop("targets", None)
+    listed = targets if isinstance(targets, list) else [targets]
+    if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
+        raise UsageError("a job needs source (a prompt; of a picture, what describes it) and targets (a "
+                         "prompt, an object with the fields of Edit, or a list of them)")
+    said = {k: checked(k, v) for k, v in said.items()}
+    method = said.get("method", DEFAULT)
+    if pictured and (unread := [k for k, methods in READ_BY.items() if k in own_settings and method not in methods]):
+        raise UsageError(f"{', '.join(unread)}: {method} inversion does not read it; leave it out")
+    if said.get("fit") == "own" and {"height", "width"} & said.keys():
+        raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
+    edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
+    usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
+             "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
+    sampling = {k: said.get(k, usual[k]) for k in SAMPLING}
+    if sampling["steps"] > len(model.alphas_cumprod):
+        raise UsageError(f"steps: {sampling['steps']} is more than the model's {len(model.alphas_cumprod)}")
+    inverting = {k: said.get(k, v) for k, v in INVERTING.items()} if pictured else {}
+    others = {k: said[k] for k in OTHERS if k in said}
+    image = folder / said["image"] if pictured else None
+    job = Job("", line, said["source"], edits, sampling, image, inverting, others, own, tags)
+    return job._replace(id=_identity(job, model))
+
+
+def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
+    own = _long({"prompt": said} if isinstance(said, str) else said, {"prompt", *EDITING}, "a target")
+    if "prompt" not in own:
+        raise UsageError("a target that is an object needs its prompt")
+    edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
+    check(edit)
+    blend = edit.local_blend
+    if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
+        raise UsageError("local_blend: give words or a mask, or the target's scope")
+    return edit
+
+
+def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[str, Any]:
+    """Settings by their full names. Raises UsageError for others, and for one given by both its names."""
+    if both := [f"{short} and {name}" for short, name in SHORT.items() if short in said and name in said]:
+        raise UsageError(f"{', '.join(both)}: two names of one setting; give one")
+    said = {SHORT.get(k, k): v for k, v in said.items()}
+    if unknown := sorted(set(said) - set(known)):
+        raise UsageError(f"{', '.join(brief(name)[1:-1] for name in unknown)}: no setting of {what}; known: "
+                         f"{', '.join(sorted(known))}")
+    return said
+
+
+def _identity(job: Job, model: Model) -> str:
+    content = None if job.image is None else _content(job.image)
+    asked = job.settings() | {"image": content, "model": model.identity()}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(picture: Path) -> str:
+    """A hash of the file; of one that cannot be read its name: the job fails when its turn comes."""
+    with suppress(OSError, ValueError):
+        if picture.is_file():
+            found = picture.stat()
+            return _hash(picture, found.st_size, found.st_mtime_ns)
+    return str(picture)
+
+
+@lru_cache(10_000)   # lists ask for many edits of one picture
+def _hash(file: Path, size: int, changed: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Store:
+    """The output folder. Its files are the truth: nothing else remembers what is done."""
+
+    def __init__(self, root: Path):
+        """Raises UsageError if it cannot be written."""
+        self.root, self.failures = root, root / "failed"
+        try:
+            self.failures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {root}: cannot be written ({error.strerror})") from None
+        for folder in (self.root, self.failures):
+            sweep(folder)
+
+    def done(self, job: Job) -> bool:
+        return finished(self.root / job.id / "job.json")
+
+    def failed(self, job: Job) -> str | None:
+        return _read(self.failures / f"{job.id}.json").get("error")
+
+    def finish(self, job: Job, result: Result, seconds: float) -> None:
+        """Writes all files aside, then moves them into place at once. Raises UsageError where the disk does not take them."""
+        said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
+                                 "seconds": round(seconds, 3)}
+        try:
+            with appearing(self.root / job.id, "job.json") as made:
+                for name, image in zip(names(len(result.images)), result.images):
+                    save_png(made / f"{name}.png", image, result.settings)
+                (made / "job.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            (self.failures / f"{job.id}.json").unlink(missing_ok=True)
+        except OSError as error:
+            if not self.done(job):
+                raise UsageError(f"--out {self.root}: cannot be written ({error.strerror}); what is done is kept, start again "
+                                 "to go on") from None
+
+    def fail(self, job: Job, error: str, trace: str | None = None) -> None:
+        """trace: where an error that nobody foresaw was raised."""
+        said = job.settings() | {"id": job.id, "line": job.line, "error": error}
+        if trace:
+            said["traceback"] = trace
+        write(self.failures / f"{job.id}.json", json.dumps(said, indent=1))
+
+    def row(self, job: Job) -> dict[str, Any]:
+        """What has become of a job."""
+        if self.done(job):
+            said = _read(self.root / job.id / "job.json")
+            images = [f"{job.id}/{name}.png" for name in names(1 + len(job.targets))]
+            known = {k: said[k] for k in ("seconds", "notes") if k in said}
+            return job.row() | {"state": "done", "images": images} | known
+        error = self.failed(job)
+        return job.row() | ({"state": "failed", "error": error} if error else {})
+
+    def index(self, jobs: Sequence[Job], mine: Collection[str]) -> dict[str, int]:
+        """Writes results.jsonl.  -> how many of `mine` (identities) are done, failed and open, repeats
+        counted"""
+        rows = [self.row(job) for job in jobs]
+        write(self.root / "results.jsonl", "\n".join(map(json.dumps, rows)))
+        states = [row["state"] for row in rows if row["job"] in mine]
+        return {state: states.count(state) for state in ("done", "failed", "open")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A file of ours; nothing where it is absent, or was damaged since."""
+    with suppress(OSError, ValueError):
+        return parse_object(read_text(file))
+    return {}
+
+
+def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
+    """Jobs that may share a batch, at most so many in one. It depends on the whole list alone, not on what is done: a run that
+    was stopped forms the same batches again, and so the same pixels."""
+    open_: dict[tuple, list[Job]] = {}
+    out: list[list[Job]] = []
+    for job in jobs:
+        shape = _shape(job)
+        group = open_.get(shape) if shape is not None else None
+        if group is None or len(group) >= together:
+            group = []
+            out.append(group)
+            if shape is not None:
+                open_[shape] = group
+        group.append(job)
+    return out
+
+
+def _shape(job: Job) -> tuple | None:
+    """What jobs of one batch have in common; None for those that run alone."""
+    if job.image is not None or job.others:
+        return None
+    blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
+    levels = {(b.level, b.middle) for b in blends}
+    s = job.sampling
+    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
+
+
+def arguments(job: Job) -> Mapping[str, Any]:
+    """Of `edit`, for a job without a picture."""
+    return {"source": job.source, "targets": list(job.targets), **job.sampling}

@@ -1,0 +1,39 @@
+"""Single arguments, checked: each function gives the value back as Python's own kind, which JSON can hold, or raises a UsageError
+that names the argument."""
+from __future__ import annotations
+
+from collections.abc import Collection
+from numbers import Integral, Real
+
+from p2p.errors import UsageError
+from p2p.weights.untrusted import brief
+
+
+def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise UsageError(f"{name} must be a whole number from {least}{'' if most is None else f' to {most}'}, not {brief(value)}")
+    return int(value)
+
+
+def finite(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) < 1e30:
+        raise UsageError(f"{name} must be a finite number (below 1e30), not {brief(value)}")
+    return float(value)
+
+
+def share(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UsageError(f"{name} must lie within 0 and 1, not {brief(value)}")
+    return float(value)
+
+
+def choice(name: str, value: object, known: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise UsageError(f"{name} {brief(value)} is not known; known: {', '.join(known)}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, not {brief(value)}")
+    return value

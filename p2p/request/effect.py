@@ -1,0 +1,123 @@
+"""Which options of an edit change nothing: its tables with and without each are compared, so that no list of cases is needed."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2p import align
+from p2p.blend import LocalBlend
+from p2p.edits import Edit, added, alignment, counted, cross_alpha, subject, tables, window
+from p2p.errors import UsageError
+from p2p.models.text import Tokens
+
+DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
+
+
+def without(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
+            ) -> list[str]:
+    """For each option that does nothing in so many steps (`whole`: see `tables`), which one and why, in words."""
+    mix, keep = tables(source, target, edit, mode, steps, length, whole)
+    alpha = cross_alpha(edit.cross_replace_steps, target, counted(edit, steps, whole), length)[:steps]
+
+    def same(**changed: Any) -> bool:
+        return all(map(torch.equal, (mix, keep), tables(source, target, replace(edit, **changed), mode, steps, length, whole)))
+
+    said = _windows(edit, steps, counted(edit, steps, whole))
+    if edit.windows_over != DEFAULT["windows_over"] and whole in (None, steps):
+        said.append("windows_over changes nothing: no step of the schedule is left out")
+    empty = "the source's attention is injected in none of the steps there, and it acts in those alone: see cross_replace_steps"
+    for word, c in (edit.equalizer or {}).items():
+        if c != 1 and same(equalizer=_less(edit.equalizer, word)):
+            said.append(f'the weight of "{word}" (equalizer) changes nothing: {empty}')
+    for old, new in (edit.swap or {}).items():
+        if same(swap=_less(edit.swap, old)):
+            closed = not alpha[:, align.word_tokens(target, new, length)].any()
+            why = empty if closed else f'mode {mode} pairs it with "{new}" anyhow'
+            said.append(f'swap of "{old}" changes nothing: {why}')
+    by_word = edit.cross_replace_steps
+    if isinstance(by_word, Mapping):
+        for word, bounds in by_word.items():
+            other = window(by_word.get("default_", (0.0, 1.0)), word)
+            if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=_less(by_word, word)):
+                said.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has no attention for it, or '
+                            "it covers the same steps as that of the other words")
+    if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
+        said.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
+    if edit.renormalise and _whole(mix, keep):
+        said.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
+    return said + _blend(edit, source, target, mode, length)
+
+
+def _less(mapping: Mapping[str, Any] | None, word: str) -> dict[str, Any]:
+    return {k: v for k, v in (mapping or {}).items() if k != word}
+
+
+def _windows(edit: Edit, steps: int, of: int) -> list[str]:
+    """Of the windows, shares of so many steps: those that cover no step, and what limits self-attention that is not injected."""
+    said, cross = [], edit.cross_replace_steps
+    named = {"cross_replace_steps": (cross if isinstance(cross, Mapping) else {"default_": cross}, of + 1),
+             "self_replace_steps": ({"default_": edit.self_replace_steps}, of)}
+    covers = {}
+    for name, (windows, n) in named.items():
+        for word, bounds in windows.items():
+            lo, hi = window(bounds, name)
+            covers[name] = int(lo * n) < min(int(hi * n), steps)
+            if lo < hi and not covers[name]:
+                said.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none of the {steps} steps")
+    if edit.self_max_tokens != DEFAULT["self_max_tokens"] and edit.self_max_tokens and not covers["self_replace_steps"]:
+        said.append("self_max_tokens changes nothing: self_replace_steps covers no step")
+    if edit.self_replace_steps != DEFAULT["self_replace_steps"] and not edit.self_max_tokens and covers["self_replace_steps"]:
+        said.append("self_replace_steps changes nothing: self_max_tokens is 0")
+    return said
+
+
+def _whole(mix: Tensor, keep: Tensor) -> bool:
+    """Do the rows of P_src mix + P diag(keep) sum to 1, whatever the maps?"""
+    borrowed, kept = mix.sum(-1), keep                                           # (T, L) each
+    return bool((borrowed - borrowed[:, :1]).abs().max() < 1e-9 and (kept - kept[:, :1]).abs().max() < 1e-9 and
+                (borrowed[:, 0] + kept[:, 0] - 1).abs().max() < 1e-9)
+
+
+def _blend(edit: Edit, source: Tokens, target: Tokens, mode: str, length: int) -> list[str]:
+    """Of the local blend's options, and of the scope."""
+    said, b = [], edit.local_blend
+    if b is not None and edit.scope is not None and b.words is not None:
+        said.append("scope changes nothing in the picture: local_blend names words of its own")
+    elif edit.scope is not None:
+        said += left_out(source, target, edit, mode, length)
+    if b is None:
+        return said
+    maps = b.words is not None or b.substruct is not None or edit.scope is not None
+    said += [f"local_blend: {name} changes nothing: it is of maps of words, and none are named" for name in
+             ("threshold", "level", "middle") if getattr(b, name) != DEFAULT[name] and not maps]
+    pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
+    if b.substruct is None and pair[0] != pair[-1]:
+        said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not given")
+    return said
+
+
+def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> list[str]:
+    """A note of the words whose change the scope of an edit leaves out. Raises UsageError where that is all that changes.
+
+    A word that is added belongs to the scope where it stands before one of the scope's words ("a big cat"); of others ("a cat at
+    night", "a cat with a hat") nobody can tell: they act inside of it.
+    """
+    old, new = subject(source, target, replace(edit, scope=None), mode, length)
+    ours, theirs = subject(source, target, edit, mode, length)
+    a = alignment(source, target, edit, mode, length)[1]
+    loose, joins = [], False
+    for name, columns in reversed(align.named_words(target)):
+        if not added(mode, a, columns):
+            joins = name in theirs
+        elif not joins:
+            loose.insert(0, name)
+    scope = ", ".join([edit.scope] if isinstance(edit.scope, str) else edit.scope)
+    if (old or new) and not {*ours, *theirs} & {*old, *new}:
+        raise UsageError(f'"{target.text}": nothing of what changes ({", ".join(dict.fromkeys([*old, *new]))}) is in the scope '
+                         f"({scope}), and outside of it the picture stays as it is: name the words that change, or leave it out")
+    outside = [*(w for w in new if w not in theirs), *loose]
+    return [f"what {', '.join(outside)} would change outside of the scope ({scope}) is left out"] if outside else []

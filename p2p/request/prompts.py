@@ -1,0 +1,64 @@
+"""Prompts in the syntax of other programs, which a text tower would read as text: refused, with what to write instead.
+
+What can only be syntax is refused: weights "(dog:1.4)", schedules "[dog:cat:0.4]", alternatives "[dog|cat]" and "{dog|cat}",
+nested emphasis "((dog))" and "[[dog]]", add-ons "<lora:name:1>" and "embedding:name", and the words BREAK and AND in capitals
+among words that are not (nothing is lost: CLIP reads small letters alone). What may also be meant as it
+stands, as in "a cat (photo)", is text, and a note says so; "(ratio 16:9)" and "(at 10:30)" are ordinary text.
+Syntax of AUTOMATIC1111's web UI, ComfyUI, NovelAI and Compel.
+"""
+from __future__ import annotations
+
+import re
+
+from p2p.errors import UsageError
+from p2p.weights.untrusted import brief
+
+_EMPHASIS = "write the words alone, and weigh them in an edit: --weight {0}=1.2 (equalizer={{\"{0}\": 1.2}})"
+_WEIGHT = "write the words alone, and weigh them in an edit: --weight {0}={1} (equalizer={{\"{0}\": {1}}})"
+_SCHEDULE = "write one of the words, and the other in an edit of that prompt; --cross WORD=0.4 (cross_replace_steps) says from " \
+    "when on the new word acts"
+_ADDED = "add-ons are not read from prompts"
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+# Each repetition excludes the mark that ends it, so that no prompt takes more than linear time.
+_SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead in (
+    (rf"\(([^():\[\]]*[^\s():\[\]])\s*:\s*({_NUMBER})\s*\)", "a weight", _WEIGHT),
+    (rf"\(([^():\[\]]*[^\s():\[\]])\)({_NUMBER})(?![\w:/.])", "a weight", _WEIGHT),
+    (r"\(([^()]+)\)(?:\+\+*|--*)(?!\w)", "a weight", _EMPHASIS),
+    (rf"\[[^\[\]|:]*:(?:[^\[\]|:]*:)?\s*{_NUMBER}\s*\]", "a schedule", _SCHEDULE),
+    (r"\[[^\[\]|]*\|[^\[\]]*\]|\{[^{}|]*\|[^{}]*\}", "a choice between words", _SCHEDULE),
+    (r"\(\s*\(([^()]+)\)\s*\)|\[\s*\[[^\[\]]+\]\s*\]|\{\s*\{[^{}]+\}\s*\}", "emphasis", _EMPHASIS),
+    (r"<\s*(?:lora|lyco|locon|loha|hypernet|ti|embedding)\s*:[^<>]*>|\bembedding:\S+", "an add-on", _ADDED),
+    (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction", "write one prompt, and the other as an edit of it"),
+))
+_TEXT = re.compile(r"(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
+
+
+def check(prompt: object) -> list[str]:
+    """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other programs' syntax."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"a prompt is text, not {brief(prompt)}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"the prompt {brief(prompt)} is not valid text (UTF-8 is expected)") from None
+    for pattern, what, instead in _SYNTAX:
+        for found in pattern.finditer(prompt):
+            groups = [g.strip() for g in found.groups() if g is not None] or ["WORD"]
+            if len(groups) == 2 and re.search(r"(?:^|\D)\d+$", groups[0]) and groups[1].isdigit() and ":" in found.group():
+                continue   # a ratio, or a time of day
+            raise UsageError(f'"{_short(prompt)}": {_short(found.group())} is {what} in the syntax of other programs, and would be '
+                             f"read as text: {instead.format(*groups)}")
+    words = prompt.split()
+    for i, word in enumerate(words):
+        beside = [w for w in words[max(0, i - 1):i] + words[i + 1:i + 2] if any(c.isalpha() for c in w)]
+        if word in ("BREAK", "AND") and any(w != w.upper() for w in beside):
+            raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read as the word: leave it '
+                             f'out, or write "{word.lower()}" for the word')
+    if found := _TEXT.search(prompt):
+        return [f'"{_short(prompt)}": {_short(found.group())} is read as text, not as emphasis; weigh a word with --weight '
+                "WORD=1.2 (equalizer)"]
+    return []
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,232 @@
+"""A source that is known before the edit: a real picture that was inverted, or a generated one that was traced."""
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from p2p.errors import UsageError
+from p2p.image import from_base64, to_base64
+from p2p.model import Model
+from p2p.models.attention import QK, Record
+from p2p.request.memory import seen
+from p2p.request.start import check_latents
+from p2p.weights.untrusted import parse_object
+
+METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
+FOLLOW = ("direct", "edit-friendly")   # the source row takes the stored latents at every step
+TENSORS = ("latents", "null_context", "offsets", "queries")
+SHRINK = 64            # the most that a picture's side is of its latents'
+QUERIES = "queries."   # before the names of a trace's tensors
+KEYS = 2**12           # most tensors: a trace has two for each layer
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture ready to be edited, any number of times. T: the steps that are run, those left out not counted."""
+
+    prompt: str
+    method: str
+    latents: Tensor                        # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
+    steps: int                             # of the whole schedule
+    skip: int                              # so many of them, the noisiest, are left out
+    guidance_scale: float                  # of the edits that it was made for
+    inversion_guidance: float
+    inner_steps: int | None
+    eta: float
+    seed: int | None
+    family: str
+    prediction: str
+    sha256: str | None                     # of the model
+    rows: int = 0                          # of the UNet that it took
+    null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
+    offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
+    picture: Image.Image | None = None     # as fitted; None if latents were given
+    queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
+    fit: str = "crop"                      # how the picture was fitted
+    final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
+    overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
+    notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
+
+    def settings(self) -> dict[str, Any]:
+        """How it was made, as JSON can hold it, the picture included: enough to make it again."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*TENSORS, "notes")}
+        return said | {"picture": self.picture and to_base64(self.picture)}
+
+    def save(self, file: str | Path) -> None:
+        """Writes a .safetensors file, its settings in the header. Raises OSError."""
+        tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
+                   **{QUERIES + k: v for k, v in (self.queries or {}).items()}}
+        tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
+        try:
+            save_file(tensors, file, {"inversion": json.dumps(self.settings())})
+        except SafetensorError as error:   # of a full disk, say
+            raise OSError(errno.EIO, str(error)) from None
+
+    @staticmethod
+    def load(file: str | Path) -> Inversion:
+        """Reads what `save` wrote, and believes none of it. Raises UsageError."""
+        try:
+            found = Inversion(**_read(file))
+        except TypeError as error:
+            raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
+        _check(file, found)
+        return replace(found, picture=_picture(file, found.picture, found.latents))
+
+    def check(self, model: Model) -> None:
+        """Raises UsageError unless it was made with this model."""
+        if (self.family, self.prediction) != (model.family, model.prediction) or self.sha256 != model.sha256:
+            raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
+                             f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
+                             f"({model.file}). Invert the picture again")
+        check_latents("latents", self.latents, (len(self.latents),), model)
+        _check_for(model, self)
+        if self.overrides != model.overrides:
+            raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "
+                             f"{model.overrides or 'the model as it is'}: load it as it was, or invert the picture again")
+
+
+class Queries(Sequence):
+    """Stored queries and keys as the loop wants them: for step i a (1, N, h d) pair by site, on the model's device."""
+
+    def __init__(self, stored: dict[str, Tensor], model: Model):
+        self.stored, self.device = stored, model.device
+        self.sites = [k.removesuffix(".q") for k in stored if k.endswith(".q")]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stored.values())))
+
+    def __getitem__(self, i: int) -> dict[str, QK]:
+        return {site: tuple(self.stored[f"{site}.{part}"][i][None].to(self.device) for part in "qk") for site in self.sites}
+
+
+# ----------------------------------------------------------- from files: whoever made them, every field is checked
+
+def _read(file: str | Path) -> dict[str, Any]:
+    """The fields of an inversion's file, not checked yet. Raises UsageError."""
+    try:
+        with safe_open(file, "pt") as f:
+            said = parse_object((f.metadata() or {})["inversion"])
+            if len(f.keys()) > KEYS:
+                raise ValueError(f"{len(f.keys()):,} tensors")
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such file") from None
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
+        raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
+    queries = {k.removeprefix(QUERIES): tensors.pop(k) for k in list(tensors) if k.startswith(QUERIES)}
+    if unknown := sorted([*(said.keys() - FIELDS.keys() - {"picture"}), *(tensors.keys() - set(TENSORS))]):
+        raise UsageError(f"{file}: not an inversion saved by p2p ({', '.join(unknown[:5])} belongs to none)")
+    return said | tensors | {"queries": queries or None}
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda v: type(v) in kinds and (type(v) is not float or math.isfinite(v))
+
+
+_TEXT = _is(str), "a text"
+_NUMBER = _is(int, float), "a finite number"
+FIELDS = {
+    "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT,
+    "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
+    "sha256": (_is(str, type(None)), "a text or null"),
+    "steps": (lambda v: type(v) is int and 1 <= v, "a whole number from 1"),
+    "rows": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
+    "skip": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
+    "inner_steps": (lambda v: v is None or (type(v) is int and 1 <= v), "null or a whole number from 1"),
+    "eta": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
+    "seed": (lambda v: v is None or (type(v) is int and -2**63 <= v < 2**64), "null or a whole number from -2^63 to 2^64 - 1"),
+    "fit": (lambda v: v in ("crop", "pad", "own"), "crop, pad or own"),
+    "overrides": (lambda v: isinstance(v, dict) and len(v) < 32, "an object"),
+    "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1), "null or a number above 0, at most 1"),
+}
+
+
+def _check(file: str | Path, found: Inversion) -> None:
+    """Raises UsageError unless fields and tensors are those of one inversion."""
+    wrong = [f"{name} is {getattr(found, name)!r}, not {wanted}" for name, (fits, wanted) in FIELDS.items()
+             if not fits(getattr(found, name))]
+    if not wrong and found.method not in METHODS:
+        wrong = [f"method {found.method!r} is not known; known: {', '.join(METHODS)}"]
+    if not wrong and found.skip >= found.steps:
+        wrong = [f"skip is {found.skip} of {found.steps} steps, which leaves none"]
+    wrong = wrong or _wrong_tensors(found, found.steps - found.skip, found.method in FOLLOW)
+    if wrong:
+        raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the picture "
+                         "again")
+
+
+def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
+    latents = found.latents
+    if latents.ndim != 4 or len(latents) != steps + 1 or latents.dtype not in (torch.float32, torch.float64):
+        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to {steps} "
+                "steps"]
+    wrong = []
+    if (found.eta > 0) != (found.method == "edit-friendly"):
+        wrong.append(f"eta is {found.eta}, of the method {found.method}")
+    for name, method, shape in (("null_context", "null-text", (steps, None, None)),
+                                ("offsets", "edit-friendly", (steps, *latents.shape[1:]))):
+        tensor = getattr(found, name)
+        if (tensor is None) != (found.method != method):
+            there = "missing" if tensor is None else "there"
+            wrong.append(f"{name}: {there}, though the method is {found.method}")
+        elif tensor is not None and not _like(tensor, shape):
+            wrong.append(f"its {name} are {_said(tensor)}, which is not of {steps} steps")
+    if found.queries is not None and not followed:
+        wrong.append(f"it is traced, though its method is {found.method}")
+    queries = found.queries or {}
+    tensors = {"latents": latents, "null_context": found.null_context, "offsets": found.offsets} | queries
+    for name, tensor in tensors.items():
+        if name in queries and not _like(tensor, (steps, None, None)):
+            wrong.append(f"{name} is {_said(tensor)}, which is not of {steps} steps")
+        elif tensor is not None and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            wrong.append(f"{name}: values that are not finite")
+    return wrong
+
+
+def _like(tensor: Tensor, shape: Sequence[int | None]) -> bool:
+    return (tensor.is_floating_point() and tensor.ndim == len(shape) and tensor.numel() > 0
+            and all(b in (None, a) for a, b in zip(tensor.shape, shape)))
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
+
+
+def _check_for(model: Model, found: Inversion) -> None:
+    """Raises UsageError unless the tensors beside the latents have the shapes that the model's have."""
+    told = model.length, model.unet.config.text_dim or model.unet.config.context_dim
+    if found.null_context is not None and found.null_context.shape[1:] != told:
+        raise UsageError(f"null_context is {_said(found.null_context)}; this model's text has {told} a step")
+    if found.queries is not None:
+        given = {k: v.shape[1:] for k, v in found.queries.items()}
+        wanted = seen(model, tuple(found.latents.shape[1:]), Record(queries=True))
+        if given != {f"{site}.{part}": x.shape[1:] for site, qk in wanted.items() for part, x in zip("qk", qk)}:
+            raise UsageError("its queries are not those of this model at its size: trace it again")
+
+
+def _picture(file: str | Path, text: Any, latents: Tensor) -> Image.Image | None:
+    """The picture that an inversion's header holds, of its latents' shape. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        image = from_base64(text)
+        height, width = latents.shape[2:]
+        shrink = image.height // height
+        fits = 1 <= shrink <= SHRINK and image.size == (shrink * width, shrink * height)
+        if image.format != "PNG" or not fits:
+            raise ValueError(f"a {image.format} of {image.width} x {image.height} beside latents of {width} x {height}")
+        image.load()
+    except (ArithmeticError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{file}: its picture is damaged ({error}). Invert the picture again") from None
+    return image

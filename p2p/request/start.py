@@ -1,0 +1,166 @@
+"""Where a run begins: noise, timesteps and sizes, checked."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from p2p.errors import UsageError
+from p2p.image import FITS, as_picture, own_size, upright
+from p2p.model import LARGEST, Model
+from p2p.models.attention import Record
+from p2p.request.checks import choice, finite, share, whole
+from p2p.request.memory import check_run
+from p2p.sampler import Schedule
+from p2p.weights.untrusted import brief
+
+UPSCALING = 4   # of a super-resolution stage, per side
+
+
+class Low(NamedTuple):
+    """What a super-resolution stage enlarges."""
+
+    pictures: Tensor             # (B, 3, h, w) in [-1, 1], one a prompt
+    noise_level: int             # timestep of the noise that is put on them first
+
+
+def check_seed(seed: object) -> int:
+    """Raises UsageError."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -2**63 <= seed < 2**64:
+        raise UsageError(f"a seed is a whole number from -2^63 to 2^64 - 1, not {brief(seed)}")
+    return int(seed)
+
+
+def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
+    """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
+    neither device nor batch changes a picture."""
+    seeds = [check_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
+
+
+class Start(NamedTuple):
+    """Where a run begins, checked."""
+
+    x: Tensor                   # (B, C, H, W), float32
+    noise: list[Tensor]         # one a step, if eta > 0
+    schedule: Schedule
+    guidance_scale: float
+    eta: float
+    size: tuple[int, int]       # height, width in pixels
+    low: Tensor | None = None   # (B, 3, height, width): enlarged and noised, for super-resolution
+    level: Tensor | None = None # (B,)
+
+
+def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None, width: int | None = None
+            ) -> tuple[Image.Image, tuple[int, int], list[str]]:
+    """A picture upright, the size (height, width) to which `image.fit` brings it, and a note of what that cuts off.
+
+    how: "crop" or "pad" to height x width (None: the model's own), see `image.fit`; "own": to about as many pixels as the model's
+    own size has, in the picture's own shape. Raises UsageError.
+    """
+    choice("fit", how, FITS)
+    picture = upright(as_picture(picture))
+    if how == "own":
+        if height is not None or width is not None:
+            raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
+        height, width = own_size(picture, model.size, model.unit, LARGEST)
+    _, *size = model.latent_shape(height, width)
+    height, width = (side * model.shrink for side in size)
+    shares = picture.height / height, picture.width / width
+    notes = []
+    if how != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
+        seen = [round(side * min(shares)) for side in (width, height)]
+        notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x {seen[1]} around its centre, "
+                     f"for the model's {width} x {height}: --pad (fit=\"pad\") keeps all of it, --fit own its shape")
+    return picture, (height, width), notes
+
+
+def late(model: Model, schedule: Schedule) -> list[str]:
+    """A note where the first of evenly spaced steps lies far below the schedule's end: it takes pure noise for a picture of that
+    level, and an inversion ends there."""
+    total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
+    if first >= 0.9 * total:
+        return []
+    near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
+    better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
+    return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not reach the noisiest "
+            f"{(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
+
+
+def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
+    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes."""
+    channels = model.unet.config.in_channels
+    expected = f"expected ({' or '.join(str(n) for n in dict.fromkeys(rows))}, {channels}, height, width)"
+    if not isinstance(x, Tensor):
+        raise UsageError(f"{name}: {type(x).__name__} given; a tensor is {expected}")
+    if x.is_complex() or x.is_sparse:
+        raise UsageError(f"{name}: {x.dtype} in {x.layout} given; real and dense numbers are {expected}")
+    if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
+        raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; {expected}")
+    model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
+
+
+def guidance(model: Model, asked: float | None) -> float:
+    """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it would be no prompt."""
+    return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
+
+
+def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
+          height: int | None, width: int | None, low: Low | None = None, targets: int = 0, record: Record = Record()) -> Start:
+    """n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, and before anything is allocated for
+    more than the machine has."""
+    guidance_scale = guidance(model, guidance_scale)
+    eta = share("eta", model.eta if eta is None else eta)
+    if bool(model.unet.config.low_channels) != (low is not None):
+        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone" if low is not None else
+                         "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
+    schedule = model.schedule(whole("steps", steps))
+    made = None   # the size that x_T or the small pictures have
+    if low is not None:
+        _check_low(low, n, model)
+        made = tuple(UPSCALING * side for side in low.pictures.shape[2:])
+    if x_T is not None:
+        check_latents("x_T", x_T, (1, n), model)
+        made = tuple(model.shrink * side for side in x_T.shape[2:])
+    for name, given, side in zip(("height", "width"), (height, width), made or ()):
+        if given is not None and whole(name, given) != side:
+            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; leave it out")
+    shape = model.latent_shape(*(made or (height, width)))
+    count = 1 + (steps if eta else 0)
+    drawn = [check_seed(seed) for seed in seeds]
+    check_run(model, n, shape, steps, guided=guidance_scale != 1, noises=len(drawn) * (count + (low is not None)), targets=targets,
+              record=record)
+    drawn = draw(shape, drawn, count + (low is not None))
+    noise = [z.to(model.device) for z in drawn]
+    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
+    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,   # the same noise in all rows
+                  (x.shape[2] * model.shrink, x.shape[3] * model.shrink))
+    return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
+
+
+def _check_low(low: Low, n: int, model: Model) -> None:
+    """Raises UsageError."""
+    if not isinstance(low, Low):
+        raise UsageError(f"low: a Low is needed, see `upscale`, not {brief(low)}")
+    whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
+    if not isinstance(low.pictures, Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
+            low.pictures.ndim != 4:
+        raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
+                         f"{brief(getattr(low.pictures, 'shape', low.pictures))}")
+
+
+def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:
+    """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither x_T's nor a step's."""
+    pictures = low.pictures.to(model.device, torch.float32)
+    size = [UPSCALING * side for side in pictures.shape[2:]]
+    large = F.interpolate(pictures, size, mode="bilinear", align_corners=model.align_corners)
+    a = float(model.alphas_cumprod[low.noise_level])
+    level = torch.full((len(large),), low.noise_level, device=model.device)
+    return {"low": a**0.5 * large + (1 - a) ** 0.5 * noise, "level": level}

@@ -1,0 +1,50 @@
+"""How much of a picture changed that an edit was not about (the observation at the end of the paper's section 4)."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2p.edits import from_settings, subject
+from p2p.errors import UsageError
+from p2p.image import from_pil
+from p2p.request.checks import whole
+from p2p.run import Result
+
+NOTICED = 16 / 255   # a change of any colour beyond this is seen
+
+
+class Leakage(NamedTuple):
+    """Of one target, against the source."""
+
+    about: list[str]             # the words of both prompts that the edit is about
+    outside: float               # share of the pixels outside of their regions that changed visibly
+    by_word: dict[str, float]    # the same share within the region of every other word of the source
+
+
+def region(values: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """A word's map (h, w) -> where it is above a share of its maximum, grown by one cell.  -> (H, W) bool"""
+    grown = F.max_pool2d(values[None, None], 3, 1, 1)
+    return F.interpolate(grown, size=size, mode="bilinear")[0, 0] > threshold * values.max()
+
+
+def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
+    """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`). Raises UsageError."""
+    if result.maps is None or not result.maps.sides():
+        raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
+    edit = from_settings(result.settings)[whole("target", target, most=len(result.images) - 1) - 1]
+    prompts = result.maps.prompts[0], result.maps.prompts[target]
+    old, new = subject(*prompts, edit, edit.mode, result.maps.length)
+    source, edited = (from_pil(result.images[i])[0] for i in (0, target))
+    size = tuple(source.shape[1:])
+    visibly = ((source - edited).abs().amax(0) / 2) > NOTICED                    # (H, W)
+    before, after = (dict(result.maps.each_word(row)) for row in (0, target))
+    inside = torch.zeros(size, dtype=torch.bool)
+    for values in [*(before[w] for w in old if w in before), *(after[w] for w in new if w in after)]:
+        inside |= region(values, size, threshold)
+    kept = {word: region(values, size, threshold) & ~inside for word, values in before.items() if word not in old}
+    outside = visibly[~inside].float().mean().item() if (~inside).any() else 0.0
+    return Leakage([*old, *(w for w in new if w not in old)], outside,
+                   {word: visibly[where].float().mean().item() for word, where in kept.items() if where.any()})

@@ -1,0 +1,103 @@
+"""One edit under many settings: all variants in one batch, beside a source that is computed once."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from numbers import Integral
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from p2p.edits import Edit, check
+from p2p.errors import UsageError
+from p2p.model import Model, find_model
+from p2p.request.checks import finite
+from p2p.request.memory import check_run
+from p2p.request.source import Inversion
+from p2p.request.start import check_seed
+from p2p.run import Result, edit
+from p2p.show.pictures import table
+from p2p.weights.untrusted import brief
+
+NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
+
+
+class Sweep(NamedTuple):
+    table: Image.Image                       # the source at the left, one column a value of the first setting, one row
+                                             # a value of the second (or, of seeds alone, a column each)
+    runs: list[Result]                       # one a seed; its targets in the order of `variants`
+    variants: list[dict[str, float]]         # what each target was run with
+
+
+def variant(base: Edit, name: str, value: float) -> Edit:
+    """The edit with one setting changed: "cross", "self", or "weight:WORD"."""
+    if name == "cross" and isinstance(base.cross_replace_steps, Mapping):
+        return replace(base, cross_replace_steps={**base.cross_replace_steps, "default_": value})
+    if name in NAMES:
+        return replace(base, **{NAMES[name]: value})
+    word = name.removeprefix("weight:")
+    if word and word != name:
+        return replace(base, equalizer={**(base.equalizer or {}), word: value})
+    raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
+
+
+def _number(name: str, value: object) -> int | float:
+    """Seeds may have more digits than a float."""
+    number = finite(f"a value of {name}", value)
+    return int(value) if isinstance(value, Integral) else number
+
+
+def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
+          over: Mapping[str, Sequence[float]], *, seed: int = 0, **sampling: Any) -> Sweep:
+    """The edit with one or two settings varied, as a labelled table.
+
+    over: one or two of {"cross" | "self" | "weight:WORD": values} and {"seed": numbers}: the first along the columns, the
+    second along the rows (of seeds and another setting, the seeds). Without seeds everything is one batch with one source.
+    sampling: as in `edit`. Raises UsageError.
+    """
+    model = find_model(model)
+    listed = [isinstance(k, str) and isinstance(v, Sequence) and not isinstance(v, str) for k, v in dict(over).items()] \
+        if isinstance(over, Mapping) else [False]
+    if not all(listed):
+        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not {brief(over)}")
+    if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
+        raise UsageError("a sweep varies one or two settings, with at least one value each")
+    count = prod(len(values) for name, values in over.items() if name != "seed")
+    check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
+    over = {name: [_number(name, value) for value in values] for name, values in over.items()}
+    for name, values in over.items():
+        if len(set(values)) < len(values):
+            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
+    if not all(float(s).is_integer() for s in over.get("seed", ())):
+        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
+    if "seed" in over and isinstance(source, (Inversion, Path)):
+        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its noise")
+    base = target if isinstance(target, Edit) else Edit(target)
+    check(base)
+    seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
+    variants: list[dict[str, float]] = [{}]
+    for name in reversed([n for n in over if n != "seed"]):                      # the first named varies fastest
+        variants = [{**v, name: value} for v in variants for value in over[name]]
+    edits = []
+    for chosen in variants:
+        e = base
+        for name, value in chosen.items():
+            e = variant(e, name, value)
+        edits.append(e)
+    runs = [edit(model, source, edits, seed=s, **sampling) for s in seeds]
+    return Sweep(_table(over, runs), runs, variants)
+
+
+def _table(over: Mapping[str, Sequence[float]], runs: Sequence[Result]) -> Image.Image:
+    settings = [n for n in over if n != "seed"]
+    if not settings:
+        return table([[r.images[0] for r in runs], [r.images[1] for r in runs]], [f"{s:g}" for s in over["seed"]],
+                     ["source", "edit"], corner="seed")
+    column, row = settings[0], next((n for n in over if n != settings[0]), None)
+    width = len(over[column])
+    rows = [[r.images[0], *r.images[k:k + width]] for r in runs for k in range(1, len(r.images), width)]
+    labels = [""] if row is None else [f"{v:g}" for v in over[row]]
+    heads = ["source", *(f"{v:g}" for v in over[column])]
+    return table(rows, heads, labels, corner=column if row is None else f"{row} \\ {column}")

@@ -1,0 +1,1 @@
+"""What exists of a source before the edit: inversions and traces."""

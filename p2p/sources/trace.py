@@ -1,0 +1,119 @@
+"""A source computed once for many edits: its latents, and the queries and keys that edits borrow, step by step."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from p2p.denoise import denoise
+from p2p.errors import UsageError
+from p2p.model import Model, find_model
+from p2p.models.attention import Record
+from p2p.models.blocks import Maps
+from p2p.models.layers import keep_freed_memory
+from p2p.request.checks import flag
+from p2p.request.memory import afford, seen
+from p2p.request.prompts import check as check_prompt
+from p2p.request.source import FOLLOW, Inversion
+from p2p.request.start import begin
+from p2p.weights.untrusted import brief
+
+
+def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
+    """Bytes that `trace` of a picture will hold; dtype None: the model's."""
+    shape = model.latent_shape(height, width)
+    one = sum(x.numel() for qk in seen(model, shape, Record(queries=True)).values() for x in qk) * (dtype or model.dtype).itemsize
+    return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
+
+
+def _afford(model: Model, steps: int, dtype: torch.dtype, sides: Sequence[int]) -> None:
+    """Raises UsageError for more queries and keys than the machine has memory."""
+    height, width = (side * model.shrink for side in sides)
+    afford({"queries, keys and latents": size(model, steps, dtype, height, width)})
+
+
+@torch.no_grad()
+def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: torch.dtype | None = None,
+          latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
+    """What edits of this source need of it, so that none computes it again: pass the result to `edit` in its place.
+
+    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or an inversion whose
+    source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a step for each target, one without
+    guidance; latents_only: one more, the source's, and no queries are kept. dtype: of the queries and keys (None: the
+    model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
+    """
+    model = find_model(model)
+    if isinstance(source, Path):
+        source = Inversion.load(source)
+    if flag("latents_only", latents_only) and dtype is not None:
+        raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of them out")
+    dtype = model.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
+    if not isinstance(source, Inversion):
+        check_prompt(source)
+    known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height", "width")
+    if unknown := [name for name in sampling if name not in known]:
+        raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
+                         "an inverted source's trace: it was inverted with its own"))
+    flag("progress", progress)
+    keep_freed_memory(model.device)
+    if isinstance(source, Inversion):
+        if source.method not in FOLLOW:
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
+                             f"use {' or '.join(FOLLOW)}")
+        source.check(model)
+        if not latents_only:
+            _afford(model, len(source.latents) - 1, dtype, source.latents.shape[2:])
+        stored = {} if latents_only else _queries(model, source, dtype, progress)
+        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
+    else:
+        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+    return replace(found, queries=stored or None)
+
+
+def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, *, steps: int = 50,
+             guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, height: int | None = None,
+             width: int | None = None) -> tuple[Inversion, dict[str, Tensor]]:
+    """The path of a generated picture, as if it had been inverted; its queries and keys on the way."""
+    start = begin(model, [seed], 1, x_T, steps, guidance_scale, 0.0, height, width)
+    steps = start.schedule.steps
+    if queries:
+        _afford(model, steps, dtype, start.x.shape[2:])
+    null = model.null(1, *start.size) if start.guidance_scale != 1 else None
+    text = model.condition([prompt], *start.size)
+    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, record=Record(queries=queries))
+    path, rows, stored = [start.x], 0, {}
+    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
+        path.append(step.x)
+        rows += step.rows
+        _keep(stored, step.index, steps, step.maps, dtype)
+    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, int(seed),
+                      model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
+    return found, stored
+
+
+def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: Maps, dtype: torch.dtype) -> None:
+    """Puts the queries and keys of step i where they belong; the first step makes the room."""
+    for site, qk in seen.items():
+        for part, x in zip("qk", qk):
+            name = f"{site}.{part}"
+            if name not in stored:
+                stored[name] = torch.empty(steps, *x.shape[1:], dtype=dtype)
+            stored[name][i] = x[0]
+
+
+def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
+    """One row a step on the stored latents: all queries and keys, by site.  -> (T, N, h d) each, noisiest first, CPU"""
+    pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
+    text, stored, path = model.read(model.condition([found.prompt], *pixels)), {}, found.latents.flip(0)
+    timesteps = model.schedule(found.steps).timesteps[found.skip:]
+    for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")):
+        seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))[2]
+        _keep(stored, i, len(timesteps), seen, dtype)
+    return stored
