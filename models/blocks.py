@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import QK, AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, attend, inside
+from p2p.models.attention import CrossAttention, Edits, HybridAttention, Seen, SelfAttention, TextKV, Texts, attend
 from p2p.models.layers import Conv2d, Linear
-
-Maps = dict[str, Tensor | QK]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -75,6 +73,8 @@ class ResnetBlock(nn.Module):
     resample: "down" (2 x 2 means) or "up" (nearest) between the first activation and the first conv.
     """
 
+    site = ""   # the block's name in its network, which gives it once, when it is built
+
     def __init__(self, dim: int, out: int, temb_dim: int | None, groups: int = 32, eps: float = 1e-5,
                  style: ResidualStyle = ResidualStyle(), resample: str | None = None):
         super().__init__()
@@ -109,6 +109,8 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    site = ""   # see `ResnetBlock`, which may stand in its place
+
     def __init__(self, dim: int, padding: int = 1):
         super().__init__()
         self.conv = Conv2d(dim, dim, 3, stride=2, padding=padding)
@@ -120,6 +122,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    site = ""
+
     def __init__(self, dim: int):
         super().__init__()
         self.conv = Conv2d(dim, dim, 3, padding=1)
@@ -163,30 +167,24 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """kind "cross": self-attention, cross-attention, feed-forward. kind "hybrid": hybrid attention, feed-forward."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4,
-                 upcast: bool = False):
+    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4, upcast: bool = False):
         super().__init__()
         head_dim = dim // heads
-        first = {"cross": SelfAttention, "hybrid": HybridAttention}[kind]
-        self.norm1, self.attn1 = nn.LayerNorm(dim), first(dim, context_dim, heads, head_dim, upcast)
-        if kind == "cross":
-            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim, upcast)
+        self.norm1, self.norm3, self.ff = nn.LayerNorm(dim), nn.LayerNorm(dim), FeedForward(dim, ff_mult)
+        self.hybrid = kind == "hybrid"
+        if self.hybrid:
+            self.attn1 = HybridAttention(dim, context_dim, heads, head_dim, upcast)
         else:
-            self.norm2 = self.attn2 = None
-        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim, ff_mult)
+            self.attn1 = SelfAttention(dim, heads, head_dim, upcast)
+            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim, upcast)
 
-    def text(self, context: Tensor) -> TextKV:
-        return (self.attn1 if self.attn2 is None else self.attn2).text(context)
-
-    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None,
-                record: Record) -> tuple[Tensor, Maps]:
-        h, first = self.attn1(self.norm1(x), context, inside(edit, "attn1"), record)              # (B, N, C)
-        x, second = x + h, None
-        if self.attn2 is not None:
-            h, second = self.attn2(self.norm2(x), context, inside(edit, "attn2"), record)
-            x = x + h
-        maps = {name: m for name, m in (("attn1", first), ("attn2", second)) if m is not None}
-        return x + self.ff(self.norm3(x)), maps
+    def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
+        if self.hybrid:
+            x = x + self.attn1(self.norm1(x), texts, edit, seen)                 # (B, N, C)
+        else:
+            x = x + self.attn1(self.norm1(x), edit, seen)
+            x = x + self.attn2(self.norm2(x), texts, edit, seen)
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -202,24 +200,17 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(dim, context_dim, heads, kind, ff_mult, upcast) for _ in range(depth))
         self.proj_out = proj()
 
-    def text(self, context: Tensor) -> list[TextKV]:
-        return [block.text(context) for block in self.transformer_blocks]
-
-    def forward(self, x: Tensor, context: Tensor | list[TextKV], edit: AttentionEdit | None,
-                record: Record) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
         shape, linear = x.shape, isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)                                                         # (B, C, H, W)
         h = h if linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)                                         # (B, N, C)
         h = self.proj_in(h) if linear else h
-        maps: Maps = {}
-        for i, block in enumerate(self.transformer_blocks):
-            here = context if isinstance(context, Tensor) else context[i]
-            h, seen = block(h, here, inside(edit, f"transformer_blocks.{i}"), record)
-            maps |= {f"transformer_blocks.{i}.{name}": m for name, m in seen.items()}
+        for block in self.transformer_blocks:
+            h = block(h, texts, edit, seen)
         h = self.proj_out(h) if linear else h
         h = h.transpose(1, 2).unflatten(2, shape[2:])                            # (B, C, H, W)
-        return x + (h if linear else self.proj_out(h)), maps
+        return x + (h if linear else self.proj_out(h))
 
 
 class AddedAttention(HybridAttention):
@@ -240,8 +231,7 @@ class AddedAttention(HybridAttention):
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
         return super().text(context)
 
-    def forward(self, x: Tensor, context: Tensor | TextKV, edit: AttentionEdit | None = None,
-                record: Record = Record()) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
-        h, probs = super().forward(h, context, inside(edit, "attn1"), record)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:]), {} if probs is None else {"attn1": probs}
+        h = super().forward(h, texts, edit, seen)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])

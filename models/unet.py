@@ -1,20 +1,19 @@
 """One UNet for latent models (self- and cross-attention) and pixel models (cross going down, hybrid going up)."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import AttentionEdit, CrossAttention, HybridAttention, Record, SelfAttention, TextKV, inside
+from p2p.models.attention import QK, Attention, CrossAttention, Edits, HybridAttention, Seen, SelfAttention, TextKV
 from p2p.models.blocks import (
     ACTIVATIONS,
     AddedAttention,
     Downsample,
-    Maps,
     ResidualStyle,
     ResnetBlock,
     SpatialTransformer,
@@ -24,6 +23,8 @@ from p2p.models.blocks import (
     timestep_embedding,
 )
 from p2p.models.layers import Conv2d, Linear
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,8 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
 class Text(NamedTuple):
     """What a UNet makes of the text alone, the same at every step; see `UNet.read`."""
 
-    layers: dict[str, TextKV | list[TextKV]]   # keys and values by attention layer, of each transformer block in it
+    texts: dict[str, TextKV]           # keys and values by attention layer
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
-
-    def under(self, edit: AttentionEdit | Mapping | None) -> Text:
-        """With the values that an edit mixes, the same for all steps whose edits have these tables."""
-        at = {name: edit.get(name) if isinstance(edit, Mapping) else edit for name in self.layers}
-        return self._replace(layers={name: [kv.under(at[name]) for kv in read] if isinstance(read, list) else read.under(at[name])
-                                     for name, read in self.layers.items()})
 
 
 Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
@@ -116,12 +111,8 @@ class _Level(nn.Module):
 
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
-
-    def attention(self, j: int, x: Tensor, text: TextKV | list[TextKV] | None, edit: AttentionEdit | None, record: Record):
-        return self.attentions[j](x, text, edit, record) if hasattr(self, "attentions") else (x, {})
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()   # one, or none
 
 
 class UNet(nn.Module):
@@ -170,7 +161,7 @@ class UNet(nn.Module):
                 skips.append(dim)
             block = _Level(resnets, attentions(c.down_attention[i], i, c.layers[i]))
             if i < len(ch) - 1:
-                block.downsamplers = nn.ModuleList([resampler(dim, "down")])
+                block.downsamplers.append(resampler(dim, "down"))
                 skips.append(dim)
             self.down_blocks.append(block)
 
@@ -186,38 +177,44 @@ class UNet(nn.Module):
                 dim = ch[i]
             block = _Level(resnets, attentions(c.up_attention[i], i, c.layers[i] + 1))
             if i > 0:
-                block.upsamplers = nn.ModuleList([resampler(dim, "up")])
+                block.upsamplers.append(resampler(dim, "up"))
             self.up_blocks.append(block)
 
         self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
         self.conv_out = Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
-        self._timed = [name for name, m in self.named_modules() if isinstance(m, ResnetBlock)]
+        for name, module in self.named_modules():
+            if isinstance(module, (Attention, ResnetBlock)):
+                module.site = name
 
-    def _attentions(self) -> dict[str, nn.Module]:
-        """The attention layers in the order in which they run."""
-        blocks = [*((f"down_blocks.{i}", b) for i, b in enumerate(self.down_blocks)), ("mid_block", self.mid_block),
-                  *((f"up_blocks.{i}", b) for i, b in enumerate(self.up_blocks))]
-        return {f"{name}.attentions.{j}": a for name, b in blocks for j, a in enumerate(getattr(b, "attentions", []))}
-
-    def sites(self) -> list[str]:
-        """The attention layers in the order in which they run, a name for each transformer block in them."""
-        return [name for name, a in self._attentions().items() for _ in getattr(a, "transformer_blocks", [a])]
-
-    def pixel_sites(self) -> frozenset[str]:
-        """The self-attention layers: columns of their maps are pixels, not text tokens."""
-        return frozenset(name for name, module in self.named_modules() if isinstance(module, SelfAttention))
+    def layers(self, kind: type[M]) -> list[M]:
+        """The modules of that kind in the order in which they run."""
+        parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [m for part in parts for m in part.modules() if isinstance(m, kind)]
 
     def text_sites(self) -> list[str]:
-        """The layers whose maps have columns for text tokens."""
-        return [f"{name}.attn1" if isinstance(module, AddedAttention) else name for name, module in self.named_modules()
-                if isinstance(module, (CrossAttention, HybridAttention))]
+        """The layers whose maps have columns of text."""
+        return [m.site for m in self.layers(CrossAttention)]
+
+    def pixel_sites(self) -> list[str]:
+        """The layers in which pixels attend to pixels: one in each transformer block."""
+        return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, HybridAttention))]
+
+    def site_pixels(self, height: int, width: int) -> dict[str, int]:
+        """How many pixels each attention layer has, of x of that height and width."""
+        c, sides, found = self.config, [(height // self.config.patch, width // self.config.patch)], {}
+        for _ in c.channels[1:]:   # a convolution rounds up, a mean of 2 x 2 down
+            sides.append(tuple(n // 2 if c.resample == "residual" else -(-n // 2) for n in sides[-1]))
+        parts = [*zip(self.down_blocks, sides), (self.mid_block, sides[-1]), *zip(self.up_blocks, sides[::-1])]
+        for part, (h, w) in parts:
+            found |= {m.site: h * w for m in part.modules() if isinstance(m, Attention)}
+        return found
 
     def read(self, context: Tensor) -> Text:
         """All that depends on the text alone.  (B, L, D) -> Text, which `forward` takes in place of the context"""
         pooled = self.add_embedding(context) if self.config.pool_heads else None
         if self.config.text_dim:
             context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
-        return Text({name: a.text(context) for name, a in self._attentions().items()}, pooled)
+        return Text({m.site: m.text(context) for m in self.layers(CrossAttention)}, pooled)
 
     def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None, level: Tensor | None) -> Time:
         """(..., 1 or B) -> (..., 1 or B, out) each"""
@@ -230,7 +227,7 @@ class UNet(nn.Module):
             temb = temb + self.class_embedding(timestep_embedding(level, self.config.channels[0]).to(dtype))
         if self.config.time_act:
             temb = ACTIVATIONS[self.config.time_act](temb)
-        return {name: self.get_submodule(name).time(temb) for name in self._timed}
+        return {m.site: m.time(temb) for m in self.layers(ResnetBlock)}
 
     def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None, level: Tensor | None = None
               ) -> list[Time]:
@@ -239,56 +236,47 @@ class UNet(nn.Module):
         together = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
         return [{name: of[i] for name, of in together.items()} for i in range(len(t))]
 
-    def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text,
-                edit: AttentionEdit | Mapping[str, AttentionEdit | Tensor] | None = None,
-                record: Record = Record(), vector: Tensor | None = None, low: Tensor | None = None,
-                level: Tensor | None = None) -> tuple[Tensor, Maps]:
+    def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text, edit: Edits | Mapping[str, Any] = None,
+                watch: Collection[str] = (), vector: Tensor | None = None, low: Tensor | None = None,
+                level: Tensor | None = None) -> tuple[Tensor, dict[str, QK]]:
         """x (B, C, H, W), t int or (B,) or what `times` made of it, context (B, L, D) or what `read` made of it
-        ->  prediction (B, C', H, W), maps by module name.
+        ->  prediction (B, C', H, W), queries and keys of the attention layers that are watched, by site.
 
-        `edit` acts on the last rows of the batch, see AttentionEdit: one for all attention, or by name
-        ("up_blocks.1.attentions.0"), and then by name of a residual block too: (B,) long, the rows whose residual each row
-        adds. `record` says which maps come back. Only for models that take them: vector (B, vector_dim); low
-        (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the timestep of its noise.
+        edit: of all attention layers, or by site; then by site of a residual block too: (B,) long, the rows whose
+        residual each row adds. Only for models that take them: vector (B, vector_dim); low (B, low_channels, H, W), the
+        low-resolution picture at this size, and level (B,), the timestep of its noise.
         """
         c = self.config
         text = self.read(context) if isinstance(context, Tensor) else context
         time = t if isinstance(t, dict) else self._time(
             torch.as_tensor(t, device=x.device).reshape(-1), x.dtype, text.pooled, vector, level)
+        features = edit if isinstance(edit, Mapping) else {}
+        seen: Seen = dict.fromkeys(watch)
+
+        def layer(block: _Level, j: int, x: Tensor) -> Tensor:
+            residual = block.resnets[j]
+            x = residual(x, time[residual.site], rows=features.get(residual.site))
+            return block.attentions[j](x, text.texts, edit, seen) if j < len(block.attentions) else x
+
         if c.low_channels:
             x = torch.cat([x, low], dim=1)
-        maps: Maps = {}
-
-        def layer(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            site = f"{name}.attentions.{j}"
-            here = edit.get(site) if isinstance(edit, Mapping) else edit
-            x, seen = block.attention(j, x, text.layers.get(site), inside(here, site), record)
-            maps.update({f"{site}.{inner}": m for inner, m in seen.items()})
-            return x
-
-        def residual(block: _Level, name: str, j: int, x: Tensor) -> Tensor:
-            site = f"{name}.resnets.{j}"
-            return block.resnets[j](x, time[site], rows=edit.get(site) if isinstance(edit, Mapping) else None)
-
-        x = self.conv_in(F.pixel_unshuffle(x, c.patch))                # (B, C_0, H/p, W/p)
+        x = self.conv_in(F.pixel_unshuffle(x, c.patch))                          # (B, C_0, H/p, W/p)
         skips = [x]
-        for i, block in enumerate(self.down_blocks):
+        for block in self.down_blocks:
             for j in range(len(block.resnets)):
-                x = layer(block, f"down_blocks.{i}", j, residual(block, f"down_blocks.{i}", j, x))
+                x = layer(block, j, x)
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x, time.get(f"down_blocks.{i}.downsamplers.0"))   # (B, C_i, H/2, W/2)
+            for down in block.downsamplers:
+                x = down(x, time.get(down.site))                                 # (B, C_i, H/2, W/2)
                 skips.append(x)
 
-        x = layer(self.mid_block, "mid_block", 0, residual(self.mid_block, "mid_block", 0, x))
-        x = residual(self.mid_block, "mid_block", 1, x)
+        x = layer(self.mid_block, 1, layer(self.mid_block, 0, x))
 
-        for i, block in enumerate(self.up_blocks):
+        for block in self.up_blocks:
             for j in range(len(block.resnets)):
-                x = residual(block, f"up_blocks.{i}", j, torch.cat([x, skips.pop()], dim=1))
-                x = layer(block, f"up_blocks.{i}", j, x)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, time.get(f"up_blocks.{i}.upsamplers.0"), skips[-1].shape[2:])   # (B, C_i, 2H, 2W)
+                x = layer(block, j, torch.cat([x, skips.pop()], dim=1))
+            for up in block.upsamplers:
+                x = up(x, time.get(up.site), skips[-1].shape[2:])                # (B, C_i, 2H, 2W)
 
-        x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))                         # (B, p^2 C', H/p, W/p)
-        return F.pixel_shuffle(x, c.patch).contiguous(), maps
+        x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))             # (B, p^2 C', H/p, W/p)
+        return F.pixel_shuffle(x, c.patch).contiguous(), {site: qk for site, qk in seen.items() if qk is not None}

@@ -17,7 +17,7 @@ from p2p.editors.plug_and_play import PlugAndPlay
 from p2p.edits import Edit
 from p2p.errors import CheckpointError, NumericsError, UsageError
 from p2p.model import Model, load
-from p2p.models.attention import Record
+from p2p.request.record import Record
 from p2p.request.source import Inversion
 from p2p.run import Result, edit, generate
 from p2p.sources.methods import invert

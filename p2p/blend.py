@@ -6,7 +6,7 @@ side), summed over the steps so far, pooled 3 x 3, divided by their maximum, thr
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from numbers import Real
@@ -23,7 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from p2p.align import word_tokens
 from p2p.errors import UsageError
 from p2p.image import as_picture, brightness, fit, to_base64
+from p2p.models.attention import QK, Edits
+from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
+from p2p.models.unet import UNet
 from p2p.request.checks import choice, flag, share, whole
 from p2p.weights.untrusted import brief
 
@@ -75,11 +78,7 @@ class Blend(NamedTuple):
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
     sampled: Tensor      # (N,) bool: outside stands the source's row as sampled, whatever is stored of it
     of: Tensor           # (N,) long: the row of each target's source; the S sources come before the N targets
-    middle: bool = False # the middle block's maps count too
-
-    @property
-    def pixels(self) -> int:
-        return self.side[0] * self.side[1]
+    sites: tuple[str, ...] = ()   # the layers whose maps count
 
 
 def _listed(words: Words) -> Sequence[str]:
@@ -122,10 +121,10 @@ def _check_mask(mask: Any) -> None:
         raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to {mask.max().item():g}")
 
 
-def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, steps: int, length: int,
-            size: tuple[int, int], device: torch.device, how: str = "crop") -> Blend | None:
-    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no target blends. Raises
-    UsageError."""
+def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: UNet, steps: int,
+            length: int, size: tuple[int, int], device: torch.device, how: str = "crop") -> Blend | None:
+    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no target blends.
+    Raises UsageError."""
     if not any(blends):
         return None
     for b in filter(None, blends):
@@ -136,6 +135,7 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
             raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
     level = read[0].level if read else None
     side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
+    sites = () if level is None else _sites(unet, size, side, read[0].middle)
     columns, threshold, start, everywhere, masks = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
@@ -151,7 +151,18 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(masks).to(device),
-                 sampled, torch.zeros(len(targets), dtype=torch.long, device=device), bool(read) and read[0].middle)
+                 sampled, torch.zeros(len(targets), dtype=torch.long, device=device), sites)
+
+
+def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
+    """The layers with maps of text of that side; the middle block where it is asked for, or alone has them."""
+    pixels = unet.site_pixels(*size)
+    found = [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
+    if not found:
+        smaller = sorted({pixels[site] for site in unet.text_sites() if pixels[site] < side[0] * side[1]})
+        raise UsageError(f"local_blend: the model has no attention to text at {side[0]} x {side[1]} positions"
+                         f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
+    return tuple(site for site in found if middle or not site.startswith("mid_block")) or tuple(found)
 
 
 def check(b: LocalBlend, scoped: bool = False) -> None:
@@ -186,28 +197,27 @@ def idle(blend: Blend, steps: int) -> list[str | None]:
             for start, fixed in zip(blend.start.tolist(), blend.fixed)]
 
 
-def word_maps(maps: dict[str, Tensor], blend: Blend) -> Tensor:
-    """Share of the words in one step's maps of text, mean of heads and sites.
+def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, blend: Blend) -> Tensor:
+    """Share of the words in one step's maps of text after the edit, mean of heads and sites.
 
-    (S + N, h, pixels, L) each  ->  (N, 2 + R, 2, pixels), as `Blend.columns`
+    seen: queries and keys by site; rows: of the sources and the targets in the network's batch
+    -> (N, 2 + R, 2, pixels), as `Blend.columns`
     """
-    if not blend.pixels:
+    if not blend.sites:
         return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
-    shape = torch.Size((blend.pixels, blend.columns.shape[-1]))
-    fitting = {site: m for site, m in maps.items() if m.shape[2:] == shape}
-    chosen = [m for site, m in fitting.items() if blend.middle or not site.startswith("mid_block")] or list(fitting.values())
-    if not chosen:
-        smaller = sorted({m.shape[2] for m in maps.values()})
-        raise UsageError(f"local_blend: the model has no attention to text at {blend.side[0]} x {blend.side[1]} positions"
-                         f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
-    p = sum(m.sum(1, dtype=torch.float32) for m in chosen) / sum(m.shape[1] for m in chosen)    # (S + N, pixels, L)
+    total, heads = 0, 0
+    for site in blend.sites:
+        layer = unet.get_submodule(site)
+        p = site_maps(layer, seen[site], edit, rows, mean=True)[1]                       # (S + N, 1 or h, pixels, L)
+        total, heads = total + layer.heads * p.mean(1, dtype=torch.float32), heads + layer.heads
+    p = total / heads                                                                    # (S + N, pixels, L)
     both = torch.stack([p[blend.of], p[-len(blend.of):]], dim=1)                         # (N, 2, pixels, L)
     return torch.einsum("nspl,nksl->nksp", both, blend.columns)
 
 
 def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     """Sums of word maps (N, 2 + R, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
-    if not blend.pixels:
+    if not blend.sites:
         return blend.fixed
     m = seen.unflatten(-1, blend.side).clamp(min=0)                               # (N, 2 + R, 2, h, w): weights may be < 0
     pooled = F.max_pool2d(m.flatten(1, 2), 3, 1, 1).unflatten(1, m.shape[1:3])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from p2p.edits import from_settings
 from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.model import Model, find_model
@@ -39,7 +38,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     elif small.settings["editor"] is not None:
         raise UsageError("edited: the run was injected by another editor, which is made for its own model; leave it out")
     else:
-        large = edit(model, small.prompts[0], from_settings(small.settings),
+        large = edit(model, small.prompts[0], small.edits,
                      seed=0 if seed is None else seed, **common)
     said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")}
     large.settings = small.settings | {"upscale": said | {"noise_level": noise_level, "edited": edited}}

@@ -12,11 +12,10 @@ is not None, c: the word weights.
 """
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -25,6 +24,7 @@ from torch import Tensor
 from p2p import align
 from p2p.blend import LocalBlend, Words, fixed, picture_of
 from p2p.blend import check as check_blend
+from p2p.denoise import Batch
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 from p2p.models.attention import AttentionEdit
@@ -241,112 +241,63 @@ def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int
     return m, a
 
 
+class Tables(NamedTuple):
+    """One target's edit over T steps: rows of the table above, and what else a layer is told of it."""
+
+    mix: Tensor           # (T, L, L) float64
+    keep: Tensor          # (T, L) float64
+    inject: Tensor        # (T,) bool: its pixels use the source's queries and keys in self-attention
+    max_pixels: int       # ... at sites of at most this many
+    renormalise: bool
+
+    def reads_text(self) -> Tensor:
+        """(T,) bool: the steps at which its text columns are not all its own."""
+        return self.mix.flatten(1).any(1) | (self.keep != 1).any(1)
+
+
 def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
-           ) -> tuple[Tensor, Tensor]:
-    """mix (steps, L, L) and keep (steps, L) of one target, float64; whole: steps of the schedule, if some are left out."""
+           ) -> Tables:
+    """The tables of one target; whole: steps of the schedule, if some are left out."""
     m, a = alignment(source, target, edit, mode, length)
-    alpha = cross_alpha(edit.cross_replace_steps, target, counted(edit, steps, whole), length)[:steps]
-    return mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a)
+    counted = windowed(edit, steps, whole)
+    alpha = cross_alpha(edit.cross_replace_steps, target, counted, length)[:steps]
+    first, end = (int(share * counted) for share in window(edit.self_replace_steps, "self_replace_steps"))
+    i = torch.arange(steps)
+    return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a), (i >= first) & (i < end),
+                  edit.self_max_tokens, edit.renormalise)
 
 
-def idle(mix: Tensor, keep: Tensor) -> bool:
-    """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every step."""
-    return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))
-
-
-def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
-    """Is a word of the target, of those columns, new beside the source's?"""
-    return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
-
-
-def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:
-    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins that;
-    without a scope the words that differ and those with weights."""
-    m, a = alignment(source, target, edit, mode, length)
-    ours, theirs = align.named_words(source), align.named_words(target)
-    reads = (m * a).bool()                                                 # (L, L): source token i, target token j
-
-    def related(i: list[int], j: list[int]) -> bool:
-        return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
-
-    if edit.scope is not None:
-        inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
-                  for i in align.word_tokens(source, word, length)}
-        old = [(name, i) for name, i in ours if inside & set(i)]
-        return [name for name, _ in old], [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
-    weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
-
-    def changed(i: list[int], j: list[int]) -> bool:
-        return [source.ids[x] for x in i] != [target.ids[y] for y in j] or bool(weighted & set(j))
-
-    old = [name for name, i in ours if not any(related(i, j) and not changed(i, j) for _, j in theirs)]
-    return old, [name for name, j in theirs if not any(related(i, j) and not changed(i, j) for _, i in ours)]
-
-
-def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
-    """An edit with its scope written out as a LocalBlend: its words, and all others as their rivals."""
-    if edit.scope is None:
-        return edit
-    blend = edit.local_blend or LocalBlend()
-    if blend.words is None:
-        own = subject(source, target, edit, mode, length)
-        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words and max(columns) < length - 1]
-                       for prompt, words in zip((source, target), own))
-        blend = replace(blend, words=own, rivals=rivals)
-    return replace(edit, scope=None, local_blend=blend)
-
-
-def counted(edit: Edit, steps: int, whole: int | None) -> int:
+def windowed(edit: Edit, steps: int, whole: int | None) -> int:
     """The steps that windows are shares of."""
     return whole if whole is not None and edit.windows_over == "schedule" else steps
 
 
-def readers(targets: Sequence[Tokens], edits: Sequence[Edit], steps: int, length: int, whole: int | None = None) -> list[bool]:
-    """For each step, whether any target borrows anything of the source."""
-    cross = torch.stack([cross_alpha(e.cross_replace_steps, t, counted(e, steps, whole), length)[:steps].any(1)
-                         for t, e in zip(targets, edits)]).any(0)
-    return [a or b for a, b in zip(cross.tolist(), _self_injected(edits, steps, whole).any(1).tolist())]
+def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: torch.dtype, *,
+         of: Sequence[int] | None = None, dense: bool = False) -> list[AttentionEdit | None]:
+    """One AttentionEdit a step, None where nothing is edited. of: the number of each target's source, 0 where None.
+    dense: every step has the same fields (a compiled network has a graph for each set of them)."""
+    of = [0] * batch.targets if of is None else of
+    source = torch.tensor([batch.source(j) for j in of], device=device)
+    own = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
+    limit = torch.tensor([t.max_pixels for t in tables], device=device)
+    some = torch.tensor([t.renormalise for t in tables], device=device) if any(t.renormalise for t in tables) else None
+    mix = torch.stack([t.mix for t in tables], dim=1).to(device, dtype)               # (T, N, L, L)
+    keep = torch.stack([t.keep for t in tables], dim=1).to(device, dtype)             # (T, N, L)
+    inject = torch.stack([t.inject for t in tables], dim=1)                           # (T, N)
+    rows = torch.where(inject.to(device), source, own)
+    text = torch.stack([t.reads_text() for t in tables]).any(0)                       # (T,)
+    steps: list[AttentionEdit | None] = []
+    for i, (reads, injects) in enumerate(zip(text.tolist(), inject.any(1).tolist())):
+        edit = AttentionEdit(source)
+        if reads or dense:
+            edit = edit._replace(mix=mix[i], keep=keep[i], renormalise=some)
+        if injects or dense:
+            edit = edit._replace(pixels=torch.stack([rows[i], rows[i], own]), max_pixels=limit)
+        steps.append(edit if reads or injects or dense or batch.absent else None)   # absent: something is cached in it
+    return steps
 
 
-def _self_injected(edits: Sequence[Edit], steps: int, whole: int | None = None) -> Tensor:
-    """(steps, N) bool"""
-    spans = [[int(share * counted(e, steps, whole)) for share in window(e.self_replace_steps, "self_replace_steps")]
-             for e in edits]
-    return torch.tensor([[first <= i < end for first, end in spans] for i in range(steps)])
-
-
-def agreed(values: Iterable[Hashable]) -> Any:
-    """The one value that all of them are; None where they differ."""
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
-
-
-def whose_text(mix: Tensor, keep: Tensor) -> Literal["source", "own"] | None:
-    """`AttentionEdit.only`: whose columns alone these tables read."""
-    if not keep.any():
-        return "source"
-    return "own" if not mix.any() and bool((keep == 1).all()) else None
-
-
-def plan(source: Tokens, targets: Sequence[Tokens], edits: Sequence[Edit], modes: Sequence[str], *, steps: int,
-         length: int, rows: int, device: torch.device, dtype: torch.dtype, absent: bool = False,
-         whole: int | None = None) -> list[AttentionEdit]:
-    """One AttentionEdit a step for a batch of `rows` rows whose last ones are the source and the N targets; with `absent` the
-    targets alone, and the source is cached; whole: steps of the schedule, if some are left out. Steps with equal tables share
-    them: the same tensors."""
-    n = len(edits)
-    mix, keep = zip(*(tables(source, t, e, m, steps, length, whole) for t, e, m in zip(targets, edits, modes)))
-    mix, keep = (torch.stack(x, dim=1) for x in (mix, keep))                          # (T, N, L, L), (T, N, L)
-    other = [(x[1:] != x[:-1]).flatten(1).any(dim=1).tolist() for x in (mix, keep)]   # than in the step before
-    first = list(accumulate(range(steps), lambda j, i: i if other[0][i - 1] or other[1][i - 1] else j))
-    only = {j: whose_text(mix[j], keep[j]) for j in set(first)}
-    mix, keep = (x.to(device, dtype).unbind() for x in (mix, keep))
-    source_row = torch.full((n,), rows if absent else rows - n - 1, device=device)
-    own = torch.arange(rows - n, rows, device=device)
-    limit = torch.tensor([e.self_max_tokens for e in edits], device=device)
-    inside = _self_injected(edits, steps, whole)
-    injected = [agreed(e.self_max_tokens if on else 0 for e, on in zip(edits, each)) for each in inside.tolist()]
-    inside = inside.to(device)
-    renormalise = torch.tensor([e.renormalise for e in edits], device=device) if any(e.renormalise for e in edits) else None
-    return [AttentionEdit(source_row, mix[j], keep[j], torch.where(inside[i], source_row, own), limit, renormalise,
-                          only=only[j], injected=injected[i]) for i, j in enumerate(first)]
+def idle(t: Tables) -> bool:
+    """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every step."""
+    mix, keep = t.mix, t.keep
+    return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from p2p.align import named_words, word_tokens
+from p2p.denoise import Step
 from p2p.errors import UsageError
+from p2p.models.attention import SelfAttention
+from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
+from p2p.models.unet import UNet
+from p2p.request.record import Record
 
 
 @dataclass
@@ -116,17 +121,21 @@ class AttentionMaps:
 class Collector:
     """Gathers the maps of a run, step by step."""
 
-    def __init__(self) -> None:
-        self.timesteps: list[int] = []
+    def __init__(self, unet: UNet, record: Record) -> None:
+        self.unet, self.record = unet, record
+        self.timesteps: list[float] = []
         self.steps: list[dict[str, Tensor]] = []
 
-    def add(self, t: int, maps: dict[str, Tensor]) -> None:
-        self.timesteps.append(t)
-        self.steps.append({site: m.to("cpu", torch.float16) for site, m in maps.items()})
+    def add(self, step: Step) -> None:
+        found = {}
+        for site, qk in step.seen.items():
+            before, after = site_maps(self.unet.get_submodule(site), qk, step.edit, step.batch.shown(step.x.device))
+            maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
+            found[site] = maps.to("cpu", torch.float16)
+        self.timesteps.append(step.t)
+        self.steps.append(found)
 
-    def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int, pixel_sites: frozenset[str]
-               ) -> AttentionMaps | None:
-        if not self.steps or not self.steps[0]:
-            return None
+    def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int) -> AttentionMaps:
         sites = {site: torch.stack([s[site] for s in self.steps]) for site in self.steps[0]}
-        return AttentionMaps(list(prompts), self.timesteps, size, length, sites, pixel_sites & sites.keys())
+        between = frozenset(m.site for m in self.unet.layers(SelfAttention)) & sites.keys()
+        return AttentionMaps(list(prompts), self.timesteps, size, length, sites, between)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
-from p2p.models.attention import Record
+from p2p.models.attention import QK
 from p2p.models.blocks import timestep_embedding
 from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import TextEncoder, Tokens
@@ -79,6 +79,7 @@ class Model:
     learned_variance: bool = True        # where the network gives one: a step of DDPM takes it
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
+    compiled: bool = False               # the UNet, by torch.compile
     offload: bool = False                # text towers and autoencoder wait on the CPU and come to the device for their work
     tile: int | None = None              # the autoencoder decodes squares of so many latents a side, see `decode`
     notes: tuple[str, ...] = ()          # what was found out while loading, and how
@@ -180,28 +181,24 @@ class Model:
         return found
 
     def read(self, told: Conditioning) -> Conditioning:
-        """The same, its text read once for all the steps that are told it."""
+        """Conditioning with its text read once, for all the steps that are told it."""
         return told._replace(context=self.unet.read(told.context))
-
-    def under(self, told: Conditioning, edit: Any) -> Conditioning:
-        """What was read, with the values that an edit mixes."""
-        return told._replace(context=told.context.under(edit))
 
     def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
         """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes one in place of t."""
         return self.unet.times(timesteps, told.context, self.dtype, told.vector, told.level)
 
-    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None,
-                record: Record = Record()) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None, watch: Collection[str] = ()
+                ) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
         """The network on all rows of x (B, C, H, W), in its precision.
 
-        -> prediction (B, C, H, W); learned variance in -1 .. 1 likewise, or None; maps
+        -> prediction (B, C, H, W); learned variance in -1 .. 1 of that shape, or None; queries and keys of the sites watched
         """
         if isinstance(t, int):   # a compiled graph is made for one number, and for one layout of x
             t = torch.as_tensor(t, device=x.device)
-        out, maps = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, record=record, **told._asdict())
+        out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
-        return out, variance if self.learned_variance else None, maps
+        return out, variance if self.learned_variance else None, seen
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
@@ -348,7 +345,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, s.alphas_cumprod, s.prediction, package.size,
                  offset=s.offset, final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
                  learned_variance=s.learned_variance, latent_scale=package.latent_scale, zero_negative=package.zero_negative,
-                 offload=offload, tile=tile, notes=tuple(notes), files=files(package, vae, text), asked=asked,
+                 compiled=compile, offload=offload, tile=tile, notes=tuple(notes), files=files(package, vae, text), asked=asked,
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None}, **own)
 
 

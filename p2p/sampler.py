@@ -5,7 +5,7 @@ a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t); schedules
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -192,3 +192,28 @@ def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: st
         kept = torch.where(kept > 0, kept - limit, kept)
         kept = torch.where(kept < 0, kept + limit, kept)
     return uncond + guidance_scale * kept
+
+
+Stepper = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]   # (step, x, prediction, learned variance) -> x
+
+
+def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0, noise: Sequence[Tensor] | None = None,
+            before: tuple[Tensor, float] | None = None) -> Stepper:
+    """The step of a run: DDIM, or DDPM where eta is 1 and the network gives a variance; noise: one tensor a step for
+    eta > 0, shared by the rows. before: x one level above the first step, and its alphas_cumprod: O-BELM's steps."""
+    above = before
+
+    def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> Tensor:
+        nonlocal above
+        a_t, a_prev = schedule.alphas[i:i + 2]
+        if above is not None:
+            eps = x0_and_eps(x, out, a_t, prediction)[1]
+            x_next, (above_x, a_next) = x, above
+            above = (x_next, a_t)
+            return belm_step(above_x[-len(x):], x, eps, a_next, a_t, a_prev)
+        x_0, eps = x0_and_eps(x, out, a_t, prediction, clip)
+        if variance is not None and eta == 1:
+            return ddpm_step(x, x_0, a_t, a_prev, noise[i], variance)
+        return ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise else None)
+
+    return step

@@ -12,23 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from p2p.denoise import Batch
 from p2p.models.attention import AttentionEdit
 from p2p.models.unet import UNet
 from p2p.request.checks import share
 
 
-def borrowing(rows: Tensor, length: int, dtype: torch.dtype) -> AttentionEdit:
-    """An edit of all rows that changes nothing but whose pixels they use, (3, B): see `AttentionEdit.rows`."""
-    own = torch.arange(rows.shape[1], device=rows.device)
-    return AttentionEdit(own, torch.zeros(len(own), length, length, device=rows.device, dtype=dtype),
-                         torch.ones(len(own), length, device=rows.device, dtype=dtype), own, torch.zeros_like(own), rows=rows,
-                         only="own", injected=0)
-
-
-def sources_of_halves(guided: int, n: int, device: torch.device) -> Tensor:
-    """The source row of each one's half of a batch: `guided` unconditional rows and n conditional ones, the source first in
-    each.  -> (guided + n,) long"""
-    return torch.where(torch.arange(guided + n, device=device) < guided, 0, guided)
+def sources_of_halves(batch: Batch, device: torch.device) -> Tensor:
+    """For each row of the batch the source's row in its own half, unconditional or not; without an unconditional source,
+    the other.  -> (B,) long"""
+    uncond = batch.source() if batch.lone_source else 0
+    rows = torch.arange(batch.rows, device=device)
+    return torch.where(rows < batch.unconditional, uncond, batch.source())
 
 
 @dataclass(frozen=True)
@@ -49,11 +44,10 @@ class MasaCtrl:
         """Raises UsageError."""
         share("editor: start", self.start), share("editor: layers", self.layers)
 
-    def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device,
-             dtype: torch.dtype) -> list[dict[str, AttentionEdit]]:
-        """An edit by site for every step of a source and n - 1 targets; guided: n with guidance, 0 without."""
-        own, source = torch.arange(guided + n, device=device), sources_of_halves(guided, n, device)
-        sites = unet.sites()
-        edit = borrowing(torch.stack([own, source, source]), length, dtype)
+    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[dict[str, AttentionEdit]]:
+        """An edit by site for every step."""
+        own, source = torch.arange(batch.rows, device=device), sources_of_halves(batch, device)
+        sites = unet.pixel_sites()
+        edit = AttentionEdit(own, pixels=torch.stack([own, source, source]))
         last = dict.fromkeys(sites[math.ceil(self.layers * len(sites)):], edit)
         return [last if i >= int(self.start * steps) else {} for i in range(steps)]

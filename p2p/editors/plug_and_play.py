@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from p2p.editors.masactrl import borrowing
+from p2p.denoise import Batch
 from p2p.models.attention import AttentionEdit
 from p2p.models.unet import UNet
 from p2p.request.checks import share
@@ -36,20 +36,22 @@ class PlugAndPlay:
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 
-    def plan(self, unet: UNet, n: int, guided: int, *, steps: int, length: int, device: torch.device,
-             dtype: torch.dtype) -> list[dict[str, AttentionEdit | Tensor]]:
-        """An edit by site for every step of a source and n - 1 targets; guided: how many unconditional rows come first, n, or
-        n - 1 without the source's, or 0. Until both shares end, a step has rows for both, the own ones where a share is over:
-        one graph."""
-        own = torch.arange(guided + n, device=device)
-        source = torch.full_like(own, guided)
-        source[0] = 0 if guided == n else guided   # the source's own unconditional row
-        decoder = list(dict.fromkeys(s for s in unet.sites() if s.startswith("up_blocks")))
-        block, ends = decoder[1].replace("attentions", "resnets"), [int(share * steps) for share in (self.features, self.attention)]
+    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
+        """An edit by site for every step. Until both shares end, a step has rows for both, the own ones where a share is
+        over: one graph."""
+        own = torch.arange(batch.rows, device=device)
+        source = torch.full_like(own, batch.source())
+        if not batch.lone_source:
+            source[0] = 0   # the source's own unconditional row
+        decoder: dict[str, list[str]] = {}   # by attention layer, its sites
+        for site in unet.pixel_sites():
+            if site.startswith("up_blocks"):
+                decoder.setdefault(".".join(site.split(".")[:4]), []).append(site)
+        (_, second, *_), ends = decoder, [int(share * steps) for share in (self.features, self.attention)]
+        block, sites = second.replace("attentions", "resnets"), [s for layer in list(decoder)[1:] for s in decoder[layer]]
 
-        def step(features: Tensor, attention: AttentionEdit) -> dict[str, AttentionEdit | Tensor]:
-            return {block: features} | dict.fromkeys(decoder[1:], attention)
+        def step(i: int) -> dict[str, AttentionEdit | Tensor]:
+            features, attention = (source if i < end else own for end in ends)
+            return {block: features} | dict.fromkeys(sites, AttentionEdit(own, pixels=torch.stack([attention, attention, own])))
 
-        theirs, ours = (borrowing(torch.stack([rows, rows, own]), length, dtype) for rows in (source, own))
-        return [step(source if i < ends[0] else own, theirs if i < ends[1] else ours) if i < max(ends) else {}
-                for i in range(steps)]
+        return [step(i) if i < max(ends) else {} for i in range(steps)]

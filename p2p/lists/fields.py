@@ -13,8 +13,8 @@ from p2p.blend import LocalBlend
 from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
+from p2p.request.ready import proximal_by
 from p2p.request.source import METHODS
-from p2p.run import _proximal
 from p2p.weights.untrusted import brief
 
 # The value as the library takes it (ValueError or TypeError if it cannot), and what it must be, in words.
@@ -139,7 +139,7 @@ def _editor(value: Any) -> Any:
 
 def _guidance(value: Any) -> tuple[str, float]:
     said = _pair(_text, _number(0, 1))(value)
-    _proximal(said)
+    proximal_by(said)
     return said
 
 

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from p2p.denoise import denoise, too_large
-from p2p.editors.masactrl import borrowing
+from p2p.denoise import Batch, denoise, too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import from_pil
 from p2p.lists.metrics import Embedder
@@ -33,7 +32,7 @@ from p2p.lists.together import edit_together
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.request.start import draw
-from p2p.sampler import guide, sigma_schedule
+from p2p.sampler import sigma_schedule, stepper
 
 Kept = tuple[dict[str, Any], Sequence[Image.Image]]                      # what is known of a sample, and its two pictures
 Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]   # both (B, 3, H, W) in 0..1, and with 8 bits
@@ -128,11 +127,11 @@ def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], st
     seeds, shares, scales = ([d[name] for d in some] for name in ("seed", "p2p_threshold", "cfg_scale"))
     x_T, *noise = (z.repeat(2, 1, 1, 1).to(device) for z in draw(model.latent_shape(), seeds, 1 + steps))
     scale = torch.tensor(scales, device=device).repeat(2).view(-1, 1, 1, 1)
-    plan = first_pictures_attention(shares, steps, model.length, device, model.dtype)
+    plan = first_pictures_attention(shares, steps, device)
     x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
     told = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
-    for step in denoise(model, x, *told, schedule, guidance_scale=2.0,    # any but 1: each row has its own
-                        guide=lambda u, c, _: guide(u, c, scale), plan=plan, eta=1.0, noise=noise):
+    for step in denoise(model, x, *told, schedule, stepper(schedule, model.prediction, model.clip, 1.0, noise),
+                        Batch(n, n), guidance_scale=scale, plan=plan):
         x = step.x
     pictures = (model.decode(x).cpu() / 2 + 0.5).clamp(0, 1)
     if not pictures.isfinite().all():
@@ -141,8 +140,7 @@ def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], st
     return pictures[:n], pictures[n:], list(zip(images, images[n:]))
 
 
-def first_pictures_attention(thresholds: Sequence[float], steps: int, length: int, device: torch.device,
-                             dtype: torch.dtype) -> list[AttentionEdit]:
+def first_pictures_attention(thresholds: Sequence[float], steps: int, device: torch.device) -> list[AttentionEdit]:
     """Whose queries and keys the rows of self-attention use, step by step.
 
     The batch: n first and n second pictures without prompts, then the same with prompts. A second picture uses the first
@@ -151,12 +149,11 @@ def first_pictures_attention(thresholds: Sequence[float], steps: int, length: in
     n = len(thresholds)
     own = torch.arange(4 * n, device=device)
     first = own - n * (own // n % 2)
-    edit = borrowing(torch.stack([own, own, own]), length, dtype)
     out = []
     for i in range(steps):
         injected = torch.tensor([share > i / max(1, steps - 1) for share in thresholds], device=device).repeat(4)
         rows = torch.where(injected, first, own)
-        out.append(edit._replace(rows=torch.stack([rows, rows, own])))
+        out.append(AttentionEdit(own, pixels=torch.stack([rows, rows, own])))
     return out
 
 

@@ -17,8 +17,8 @@ from p2p.lists.jobs import Job, Store, arguments
 from p2p.lists.protocol import resampled, square
 from p2p.lists.together import run_together
 from p2p.model import Model, load
-from p2p.models.attention import Record
-from p2p.run import Ready, Result, prepared
+from p2p.request.ready import Ready, prepared
+from p2p.run import Result
 from p2p.run import run as sample
 from p2p.sources.methods import invert, settings_read
 
@@ -65,7 +65,7 @@ def compute(model: Model, group: Sequence[Job]) -> Iterator[tuple[Job, Result | 
                 yield job, result, seconds + spent / len(ready)
             return   # otherwise one of them is to blame: each alone
     for job, each, seconds in ready:
-        result, spent = _tried(model, lambda each=each: sample(model, each, Record(), False))
+        result, spent = _tried(model, lambda each=each: sample(model, each))
         yield job, result, seconds + spent
 
 

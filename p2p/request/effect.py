@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from p2p import align
 from p2p.blend import LocalBlend
-from p2p.edits import Edit, added, alignment, counted, cross_alpha, subject, tables, window
+from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.models.text import Tokens
+from p2p.scope import added, subject
 
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
 
@@ -20,13 +20,14 @@ DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f i
 def without(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
             ) -> list[str]:
     """For each option that does nothing in so many steps (`whole`: see `tables`), which one and why, in words."""
-    mix, keep = tables(source, target, edit, mode, steps, length, whole)
-    alpha = cross_alpha(edit.cross_replace_steps, target, counted(edit, steps, whole), length)[:steps]
+    made = tables(source, target, edit, mode, steps, length, whole)
+    alpha = cross_alpha(edit.cross_replace_steps, target, windowed(edit, steps, whole), length)[:steps]
 
     def same(**changed: Any) -> bool:
-        return all(map(torch.equal, (mix, keep), tables(source, target, replace(edit, **changed), mode, steps, length, whole)))
+        other = tables(source, target, replace(edit, **changed), mode, steps, length, whole)
+        return torch.equal(made.mix, other.mix) and torch.equal(made.keep, other.keep)
 
-    said = _windows(edit, steps, counted(edit, steps, whole))
+    said = _windows(edit, steps, windowed(edit, steps, whole))
     if edit.windows_over != DEFAULT["windows_over"] and whole in (None, steps):
         said.append("windows_over changes nothing: no step of the schedule is left out")
     empty = "the source's attention is injected in none of the steps there, and it acts in those alone: see cross_replace_steps"
@@ -47,7 +48,7 @@ def without(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, l
                             "it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
         said.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
-    if edit.renormalise and _whole(mix, keep):
+    if edit.renormalise and _whole(made):
         said.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
     return said + _blend(edit, source, target, mode, length)
 
@@ -75,9 +76,9 @@ def _windows(edit: Edit, steps: int, of: int) -> list[str]:
     return said
 
 
-def _whole(mix: Tensor, keep: Tensor) -> bool:
+def _whole(made: Tables) -> bool:
     """Do the rows of P_src mix + P diag(keep) sum to 1, whatever the maps?"""
-    borrowed, kept = mix.sum(-1), keep                                           # (T, L) each
+    borrowed, kept = made.mix.sum(-1), made.keep                                           # (T, L) each
     return bool((borrowed - borrowed[:, :1]).abs().max() < 1e-9 and (kept - kept[:, :1]).abs().max() < 1e-9 and
                 (borrowed[:, 0] + kept[:, 0] - 1).abs().max() < 1e-9)
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from p2p.errors import UsageError
 from p2p.model import Model
-from p2p.models.attention import Record
-from p2p.models.blocks import Maps
-from p2p.models.unet import UNet, UNetConfig
+from p2p.models.attention import Attention, HybridAttention, SelfAttention
+from p2p.request.record import Record
 
 CPU = torch.device("cpu")
 Bill = dict[str, int]   # bytes by what takes them
@@ -71,7 +69,7 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
              "the network": rows * _network(model, shape) * model.dtype.itemsize,
              "the autoencoder": _autoencoder(model, shape, encodes)}
     if record.text or record.pixels:
-        numbers = (n + targets * record.before) * sum(m.numel() for m in seen(model, shape, record._replace(before=False)).values())
+        numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
         host["maps"] = 2 * steps * numbers
         there["maps of a step"] = model.dtype.itemsize * numbers
     if model.device.type == "cuda":
@@ -101,17 +99,19 @@ def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
     return 2 * max(channels) * sides[0] * sides[1] * model.shrink**2 * model.vae.quant_conv.weight.dtype.itemsize
 
 
-def seen(model: Model, shape: tuple[int, ...], record: Record) -> Maps:
-    """What the network would record of one row of latents (C, H, W): tensors that have a shape and no memory."""
-    return _seen(model.unet.config, model.length if model.text_encoders else 0, shape, record)
+def map_numbers(model: Model, record: Record, height: int, width: int) -> int:
+    """Numbers that one row's maps of one step hold, of latents of that size."""
+    pixels, length = model.unet.site_pixels(height, width), model.length if model.text_encoders else 0
+    layers = {m.site: m for m in model.unet.layers(Attention)}
+    return sum(layers[site].heads * pixels[site] * (pixels[site] if isinstance(layers[site], SelfAttention) else length)
+               for site in record.sites(model.unet, height, width))
 
 
-@lru_cache(maxsize=8)   # every edit of a traced source asks, and a large network takes a second to lay out
-def _seen(c: UNetConfig, length: int, shape: tuple[int, ...], record: Record) -> Maps:
-    with torch.device("meta"):
-        told = dict(context=torch.zeros(1, length, c.text_dim or c.context_dim))
-        if c.vector_dim:
-            told["vector"] = torch.zeros(1, c.vector_dim)
-        if c.low_channels:
-            told |= dict(low=torch.zeros(1, c.low_channels, *shape[1:]), level=torch.zeros(1))
-        return UNet(c)(torch.zeros(1, *shape), torch.zeros(1), record=record, **told)[1]
+def qk_shapes(model: Model, height: int, width: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """By site, the shapes (N, h d) and (K, h d) of one row's queries and keys, of latents of that size."""
+    pixels, found = model.unet.site_pixels(height, width), {}
+    for m in model.unet.layers(Attention):
+        between = isinstance(m, (SelfAttention, HybridAttention)) and m.to_k is not None
+        columns = pixels[m.site] * between + (0 if isinstance(m, SelfAttention) else model.length)
+        found[m.site] = (pixels[m.site], m.to_q.out_features), (columns, m.to_q.out_features)
+    return found

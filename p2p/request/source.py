@@ -18,8 +18,8 @@ from torch import Tensor
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 from p2p.model import Model
-from p2p.models.attention import QK, Record
-from p2p.request.memory import seen
+from p2p.models.attention import QK
+from p2p.request.memory import qk_shapes
 from p2p.request.start import check_latents
 from p2p.weights.untrusted import parse_object
 
@@ -210,8 +210,8 @@ def _check_for(model: Model, found: Inversion) -> None:
         raise UsageError(f"null_context is {_said(found.null_context)}; this model's text has {told} a step")
     if found.queries is not None:
         given = {k: v.shape[1:] for k, v in found.queries.items()}
-        wanted = seen(model, tuple(found.latents.shape[1:]), Record(queries=True))
-        if given != {f"{site}.{part}": x.shape[1:] for site, qk in wanted.items() for part, x in zip("qk", qk)}:
+        wanted = qk_shapes(model, *found.latents.shape[2:])
+        if given != {f"{site}.{part}": torch.Size(x) for site, qk in wanted.items() for part, x in zip("qk", qk)}:
             raise UsageError("its queries are not those of this model at its size: trace it again")
 
 

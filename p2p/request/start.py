@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from torch import Tensor
 from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size, upright
 from p2p.model import LARGEST, Model
-from p2p.models.attention import Record
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
+from p2p.request.record import Record
 from p2p.sampler import Schedule
 from p2p.weights.untrusted import brief
 
@@ -43,6 +44,32 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
     seeds = [check_seed(seed) for seed in seeds]
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a run samples. What is None is the model's own, or that of an inversion.
+
+    steps: 50, unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the prompts are run.
+    seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the
+    step noise is shared too. height, width: of the pictures in pixels. proximal: guidance along the large differences
+    alone, see `sampler.proximal_guide`: (norm, quantile). negative_prompt: what guidance leads away from, in place of the
+    empty prompt. low: what a super-resolution stage enlarges, see `upscale`.
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | Sequence[int] = 0
+    x_T: Tensor | None = None
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+    proximal: tuple[str, float] | None = None
+    negative_prompt: str | None = None
+    low: Low | None = None
+
+
+STEPS = 50
 
 
 class Start(NamedTuple):
@@ -112,37 +139,43 @@ def guidance(model: Model, asked: float | None) -> float:
     return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
 
 
-def begin(model: Model, seeds: list[int], n: int, x_T: Tensor | None, steps: int, guidance_scale: float | None, eta: float | None,
-          height: int | None, width: int | None, low: Low | None = None, targets: int = 0, record: Record = Record()) -> Start:
-    """n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, and before anything is allocated for
-    more than the machine has."""
-    guidance_scale = guidance(model, guidance_scale)
-    eta = share("eta", model.eta if eta is None else eta)
+def begin(model: Model, sampling: Sampling, seeds: list[int], n: int, *, targets: int = 0, record: Record = Record()) -> Start:
+    """n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, and before anything is allocated
+    for more than the machine has."""
+    low, x_T = sampling.low, sampling.x_T
+    guidance_scale = guidance(model, sampling.guidance_scale)
+    eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
     if bool(model.unet.config.low_channels) != (low is not None):
         raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone" if low is not None else
                          "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
-    schedule = model.schedule(whole("steps", steps))
-    made = None   # the size that x_T or the small pictures have
-    if low is not None:
-        _check_low(low, n, model)
-        made = tuple(UPSCALING * side for side in low.pictures.shape[2:])
-    if x_T is not None:
-        check_latents("x_T", x_T, (1, n), model)
-        made = tuple(model.shrink * side for side in x_T.shape[2:])
-    for name, given, side in zip(("height", "width"), (height, width), made or ()):
-        if given is not None and whole(name, given) != side:
-            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; leave it out")
-    shape = model.latent_shape(*(made or (height, width)))
-    count = 1 + (steps if eta else 0)
+    steps = whole("steps", STEPS if sampling.steps is None else sampling.steps)
+    schedule = model.schedule(steps)
+    shape = model.latent_shape(*_sides(model, sampling, n))
     drawn = [check_seed(seed) for seed in seeds]
-    check_run(model, n, shape, steps, guided=guidance_scale != 1, noises=len(drawn) * (count + (low is not None)), targets=targets,
-              record=record)
-    drawn = draw(shape, drawn, count + (low is not None))
-    noise = [z.to(model.device) for z in drawn]
+    count = 1 + (steps if eta else 0)
+    check_run(model, n, shape, steps, guided=guidance_scale != 1, noises=len(drawn) * (count + (low is not None)),
+              targets=targets, record=record)
+    noise = [z.to(model.device) for z in draw(shape, drawn, count + (low is not None))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,   # the same noise in all rows
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))
     return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
+
+
+def _sides(model: Model, sampling: Sampling, n: int) -> tuple[int | None, int | None]:
+    """Height and width in pixels: as asked for, or as what the run starts from has them. Raises UsageError."""
+    made: tuple[int, ...] = ()   # the size that x_T or the small pictures have
+    if sampling.low is not None:
+        _check_low(sampling.low, n, model)
+        made = tuple(UPSCALING * side for side in sampling.low.pictures.shape[2:])
+    if sampling.x_T is not None:
+        check_latents("x_T", sampling.x_T, (1, n), model)
+        made = tuple(model.shrink * side for side in sampling.x_T.shape[2:])
+    asked = sampling.height, sampling.width
+    for name, given, side in zip(("height", "width"), asked, made):
+        if given is not None and whole(name, given) != side:
+            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; leave it out")
+    return made or asked   # type: ignore[return-value]
 
 
 def _check_low(low: Low, n: int, model: Model) -> None:

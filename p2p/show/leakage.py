@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2p.edits import from_settings, subject
+from p2p.edits import subject
 from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.request.checks import whole
@@ -34,7 +34,7 @@ def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`). Raises UsageError."""
     if result.maps is None or not result.maps.sides():
         raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
-    edit = from_settings(result.settings)[whole("target", target, most=len(result.images) - 1) - 1]
+    edit = result.edits[whole("target", target, most=len(result.images) - 1) - 1]
     prompts = result.maps.prompts[0], result.maps.prompts[target]
     old, new = subject(*prompts, edit, edit.mode, result.maps.length)
     source, edited = (from_pil(result.images[i])[0] for i in (0, target))

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from p2p.denoise import denoise
+from p2p.denoise import Batch, denoise
 from p2p.errors import UsageError
 from p2p.model import Model, find_model
-from p2p.models.attention import Record
-from p2p.models.blocks import Maps
+from p2p.models.attention import QK, Attention
 from p2p.models.layers import keep_freed_memory
 from p2p.request.checks import flag
-from p2p.request.memory import afford, seen
+from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import FOLLOW, Inversion
-from p2p.request.start import begin
+from p2p.request.start import Sampling, begin
+from p2p.sampler import stepper
 from p2p.weights.untrusted import brief
 
 
 def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
     """Bytes that `trace` of a picture will hold; dtype None: the model's."""
     shape = model.latent_shape(height, width)
-    one = sum(x.numel() for qk in seen(model, shape, Record(queries=True)).values() for x in qk) * (dtype or model.dtype).itemsize
+    one = sum(n * d for qk in qk_shapes(model, *shape[1:]).values() for n, d in qk) * (dtype or model.dtype).itemsize
     return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
 
 
@@ -73,39 +73,43 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         stored = {} if latents_only else _queries(model, source, dtype, progress)
         found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
-        found, stored = _sampled(model, source, not latents_only, dtype, progress, **sampling)
+        found, stored = _sampled(model, source, not latents_only, dtype, progress, Sampling(eta=0.0, **sampling))
     return replace(found, queries=stored or None)
 
 
-def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, *, steps: int = 50,
-             guidance_scale: float | None = None, seed: int = 0, x_T: Tensor | None = None, height: int | None = None,
-             width: int | None = None) -> tuple[Inversion, dict[str, Tensor]]:
+def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, sampling: Sampling
+             ) -> tuple[Inversion, dict[str, Tensor]]:
     """The path of a generated picture, as if it had been inverted; its queries and keys on the way."""
-    start = begin(model, [seed], 1, x_T, steps, guidance_scale, 0.0, height, width)
-    steps = start.schedule.steps
+    start = begin(model, sampling, [sampling.seed], 1)
+    steps, batch = start.schedule.steps, Batch(1, 0, start.guidance_scale != 1)
     if queries:
         _afford(model, steps, dtype, start.x.shape[2:])
-    null = model.null(1, *start.size) if start.guidance_scale != 1 else None
-    text = model.condition([prompt], *start.size)
-    loop = denoise(model, start.x, text, null, start.schedule, guidance_scale=start.guidance_scale, record=Record(queries=queries))
+    empty = model.null(1, *start.size) if batch.guided else None
+    loop = denoise(model, start.x, model.condition([prompt], *start.size), empty, start.schedule,
+                   stepper(start.schedule, model.prediction, model.clip), batch, guidance_scale=start.guidance_scale,
+                   watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
     for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
         path.append(step.x)
-        rows += step.rows
-        _keep(stored, step.index, steps, step.maps, dtype)
-    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0, int(seed),
-                      model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
+        rows += batch.rows
+        _keep(stored, step.index, steps, step.seen, dtype)
+    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0,
+                      int(sampling.seed), model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
     return found, stored
 
 
-def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: Maps, dtype: torch.dtype) -> None:
-    """Puts the queries and keys of step i where they belong; the first step makes the room."""
+def _sites(model: Model) -> list[str]:
+    return [layer.site for layer in model.unet.layers(Attention)]
+
+
+def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: dict[str, QK], dtype: torch.dtype) -> None:
+    """Puts the source's queries and keys of step i, its prompt's row, where they belong; the first step makes the room."""
     for site, qk in seen.items():
         for part, x in zip("qk", qk):
             name = f"{site}.{part}"
             if name not in stored:
                 stored[name] = torch.empty(steps, *x.shape[1:], dtype=dtype)
-            stored[name][i] = x[0]
+            stored[name][i] = x[-1]
 
 
 def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
@@ -114,6 +118,6 @@ def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool)
     text, stored, path = model.read(model.condition([found.prompt], *pixels)), {}, found.latents.flip(0)
     timesteps = model.schedule(found.steps).timesteps[found.skip:]
     for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")):
-        seen = model.predict(path[i][None].to(model.device), t, text, record=Record(queries=True))[2]
+        seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]
         _keep(stored, i, len(timesteps), seen, dtype)
     return stored

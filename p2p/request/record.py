@@ -1,0 +1,36 @@
+"""Which attention maps a run keeps."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from p2p.errors import UsageError
+from p2p.models.attention import SelfAttention
+from p2p.models.unet import UNet
+from p2p.request.checks import flag, whole
+
+
+class Record(NamedTuple):
+    """Maps of layers with at most so many pixels (0: none), after the edit."""
+
+    text: int = 0          # columns of the text, in cross- and hybrid attention
+    pixels: int = 0        # self-attention
+    before: bool = False   # the targets' maps as they were before the edit, too
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        if not isinstance(self, Record):
+            raise UsageError(f"record: a Record is needed, not {self!r}")
+        whole("record.text", self.text, least=0, most=2**62)
+        whole("record.pixels", self.pixels, least=0, most=2**62)
+        if flag("record.before", self.before) and not (self.text or self.pixels):
+            raise UsageError("record.before: of maps that are recorded; say with text or pixels up to which size")
+
+    def sites(self, unet: UNet, height: int, width: int) -> list[str]:
+        """The layers whose maps are kept, of latents of that size. Raises UsageError where there is none."""
+        pixels = unet.site_pixels(height, width)
+        between = {m.site for m in unet.layers(SelfAttention)}
+        found = [site for site, n in pixels.items() if n <= (self.pixels if site in between else self.text)]
+        if (self.text or self.pixels) and not found:
+            raise UsageError(f"no attention map has at most {max(self.text, self.pixels)} positions here; record larger ones, "
+                             "or choose a smaller picture")
+        return found
