@@ -11,7 +11,6 @@ if not (Path(__file__).parent / "models").is_dir():   # a clone: models/ and wei
     __path__.append(str(Path(__file__).parents[1]))
 
 from p2p.blend import LocalBlend
-from p2p.cascade import upscale
 from p2p.editors.masactrl import MasaCtrl
 from p2p.editors.plug_and_play import PlugAndPlay
 from p2p.edits import Edit
@@ -19,7 +18,7 @@ from p2p.errors import CheckpointError, NumericsError, UsageError
 from p2p.model import Model, load
 from p2p.request.record import Record
 from p2p.request.source import Inversion
-from p2p.run import Result, edit, generate
+from p2p.run import Result, edit, generate, upscale
 from p2p.sources.methods import invert
 from p2p.sources.trace import trace
 

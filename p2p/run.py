@@ -1,4 +1,4 @@
-"""`generate` and `edit`: from prompts to pictures, with everything recorded that is needed to do it again."""
+"""`generate`, `edit` and `upscale`: from prompts to pictures, with everything recorded that is needed to do it again."""
 from __future__ import annotations
 
 import sys
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -15,15 +16,15 @@ from tqdm import tqdm
 from p2p.denoise import Batch, denoise
 from p2p.edits import Edit
 from p2p.errors import UsageError
-from p2p.image import to_pil
+from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model, find_model
 from p2p.models.layers import keep_freed_memory
-from p2p.request.checks import flag
+from p2p.request.checks import flag, whole
 from p2p.request.ready import SAMPLING, Editor, Ready, empty_prompts, prepared, run_settings, split_prompts
 from p2p.request.record import Record
 from p2p.request.source import Inversion
-from p2p.request.start import Sampling, begin, late
+from p2p.request.start import Low, Sampling, begin, late
 from p2p.sampler import stepper
 from p2p.weights.untrusted import brief
 
@@ -114,3 +115,35 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
     maps = collector.result([model.tokens(p) for p in ready.prompts], tuple(x.shape[2:]), model.length) if watch else None
     return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, ready.edits)
+
+
+def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None, guidance_scale: float | None = None,
+            eta: float | None = None, noise_level: int | None = None, edited: bool = False, progress: bool = False) -> Result:
+    """Four times larger pictures of a run, by a super-resolution stage that is told the same prompts.
+
+    All rows share the noise of the run's seed, so what source and targets have in common stays common. The stage's attention
+    is left alone, as in the paper; edited: it is injected as the run's was. noise_level: timestep of the noise put on the small
+    pictures, None for the model's own (250 of 1000 for IF). The settings are the run's, with those of this stage under "upscale".
+    """
+    model = find_model(model)
+    if not isinstance(small, Result):
+        raise UsageError(f"what is enlarged is a Result, as edit and generate give it, not {brief(small)}")
+    pictures = torch.cat([from_pil(i) for i in small.images])
+    noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0, len(model.alphas_cumprod) - 1)
+    seed = small.settings["seed"]
+    common: dict[str, Any] = dict(steps=model.steps if steps is None else steps, guidance_scale=guidance_scale, eta=eta,
+                                  low=Low(pictures, noise_level), progress=progress)
+    if not flag("edited", edited):
+        large = generate(model, small.prompts, seed=0 if seed is None else seed, **common)
+    elif small.settings["command"] != "edit":
+        raise UsageError("only an edit can be injected into the super-resolution stage")
+    elif small.settings["editor"] is not None:
+        raise UsageError("edited: the run was injected by another editor, which is made for its own model; leave it out")
+    else:
+        large = edit(model, small.prompts[0], small.edits,
+                     seed=0 if seed is None else seed, **common)
+    said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")}
+    large.settings = small.settings | {"upscale": said | {"noise_level": noise_level, "edited": edited}}
+    large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
+    large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}
+    return large

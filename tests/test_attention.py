@@ -7,17 +7,17 @@ from p2p.models.attention import (
     AttentionEdit,
     CrossAttention,
     HybridAttention,
-    Record,
     SelfAttention,
-    TextKV,
     attend,
     attend_probs,
     edited_attend,
     edited_probs,
 )
+from p2p.models.maps import site_maps
 
 E, HEADS, N, L, D = 3, 2, 20, 11, 8
 PIXELS = 7
+EVERY = torch.arange(4)
 
 
 def rand(*shape, seed=0):
@@ -55,31 +55,10 @@ def controller(kind, p_src, p, alpha, c, m, a):
 KINDS = ["replace", "refine", "reweight", "replace, reweight", "refine, reweight"]
 
 
-def test_fork_of_the_readme(monkeypatch):
-    """Maps formed, edited and multiplied by the values: what an edit that is not linear needs, here with a linear one."""
-    class Explicit(HybridAttention):
-        def _attend(self, q, k, v, text, edit, record):
-            source = self._split(*self._source(edit, q, k))
-            q, k, v = self._split(q, k, v)
-            p, e = attend_probs(q, k), len(edit.source)
-            p = torch.cat([p[:-e], edited_probs(p[-e:], attend_probs(*source), edit.mix, edit.keep)])
-            return self._out(p @ v, q.dtype), None
-
-    fused, own = HybridAttention(16, 12, HEADS, D).double(), torch.tensor([2, 3])
-    forked = Explicit(16, 12, HEADS, D).double()
-    forked.load_state_dict(fused.state_dict())
-    edit = AttentionEdit(own - 1, rand(2, L, L), rand(2, L), own, torch.zeros_like(own))
-    x, context = rand(4, N, 16), rand(4, L, 12)
-    wanted = fused(x, context, edit)[0]
-    assert (wanted - fused(x, context)[0])[-2:].abs().min(dim=-1).values.max() > 1e-3
-    monkeypatch.setattr(TextKV, "under", lambda self, edit: self)
-    assert (forked(x, context, edit)[0] - wanted).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pixels", [0, PIXELS], ids=["cross", "hybrid"])
 def test_fused_is_explicit(kind, pixels):
-    """Rows of the table in DESIGN, cross and hybrid (pixels stand before the text and stay the row's own)."""
+    """Rows of the table in p2p/edits.py, cross and hybrid (pixels stand before the text and stay the row's own)."""
     alpha, c, m, a = ingredients(kind)
     mix, keep = mix_keep(kind.split(",")[0], alpha, c, m, a)
     mix, keep = mix.expand(E, -1, -1), keep.expand(E, -1)
@@ -91,33 +70,10 @@ def test_fused_is_explicit(kind, pixels):
     assert (edited_attend(q, k, v, q_src, k_src, mix, keep) - wanted @ v).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
-def test_renormalised_rows_sum_to_one(kind):
-    """Asked for by row: the row that is asked is P' divided by its sums, the other stays as it was."""
-    module, x, context = module_and_inputs(kind)
-    edit = an_edit(mix=rand(2, L, L).abs(), keep=rand(2, L).abs())
-    one = edit._replace(renormalise=torch.tensor([True, False]))
-    out, maps = module(x, context, one, Record(text=N))
-    plain, before = module(x, context, edit, Record(text=N))
-    assert torch.equal(out[[0, 1, 3]], plain[[0, 1, 3]]) and torch.equal(maps[[0, 1, 3]], before[[0, 1, 3]])
-    if kind is CrossAttention:
-        assert (maps[2].sum(-1) - 1).abs().max() < 1e-12
-        v = module.to_v(context).unflatten(-1, (HEADS, D)).transpose(1, 2)
-        assert (out - module.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
-    else:
-        scale = plain[2] - module.to_out[0].bias
-        assert (scale / (out[2] - module.to_out[0].bias)).std() > 1e-3 and not torch.equal(out[2], plain[2])
-
-
-def test_renormalising_negative_weights_divides_by_the_sum_of_sizes():
-    """Row sums of P' may pass through 0; those of P_src |mix| + P diag(|keep|) cannot, and are the same without signs."""
-    module, x, context = module_and_inputs(CrossAttention)
-    mix = torch.diag_embed(rand(2, L))               # a reweighting of both signs
-    edit = an_edit(mix=mix, keep=torch.zeros(2, L, dtype=mix.dtype))._replace(renormalise=torch.tensor([True, True]))
-    out, maps = module(x, context, edit, Record(text=N))
-    assert (maps[2:].abs().sum(-1) - 1).abs().max() < 1e-12
-    v = module.to_v(context).unflatten(-1, (HEADS, D)).transpose(1, 2)
-    assert (out - module.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
+def test_rows_before_the_edited_ones_are_their_own():
+    q, k, v = (rand(4, HEADS, n, D, seed=i) for i, n in enumerate((N, L, L)))
+    out = edited_attend(q, k, v, q[:2], k[:2], rand(2, L, L), rand(2, L))
+    assert torch.equal(out[:2], attend(q, k, v)[:2]) and (out[2:] - attend(q, k, v)[2:]).abs().max() > 1e-3
 
 
 def test_attend_is_probs_times_values():
@@ -126,177 +82,171 @@ def test_attend_is_probs_times_values():
     assert (attend_probs(q, k).sum(-1) - 1).abs().max() < 1e-12
 
 
+# ------------------------------------------------------------------------------------------------------ the modules
+
 MODULES = [SelfAttention, CrossAttention, HybridAttention]
 
 
-def module_and_inputs(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    module = kind(16, 12, HEADS, D).to(dtype)
-    return module, rand(4, N, 16).to(dtype), rand(4, L, 12).to(dtype)
+class Site:
+    """A layer and its inputs: rows 2 and 3 of four are edited from row 1."""
+
+    def __init__(self, kind, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.layer = (kind(16, HEADS, D) if kind is SelfAttention else kind(16, 12, HEADS, D)).to(dtype)
+        self.x, self.context = rand(4, N, 16).to(dtype), rand(4, L, 12).to(dtype)
+
+    def __call__(self, edit=None, rows=EVERY, seen=None):
+        x = self.x[rows]
+        if isinstance(self.layer, SelfAttention):
+            return self.layer(x, edit, seen)
+        return self.layer(x, {"": self.layer.text(self.context[rows])}, edit, seen)
+
+    def qk(self, edit=None, rows=EVERY):
+        seen = {"": None}
+        self(edit, rows, seen)
+        return seen[""]
+
+    def maps(self, edit=None, rows=EVERY, mean=False):
+        return site_maps(self.layer, self.qk(edit), edit, rows, mean)
 
 
-def an_edit(mix=None, keep=None, self_source=(1, 1), limit=N, dtype=torch.float64):
-    """Rows 2 and 3 of four are edited from row 1."""
+def an_edit(mix=None, keep=None, pixels=(1, 1), limit=N, dtype=torch.float64, **more):
     mix = torch.zeros(2, L, L, dtype=dtype) if mix is None else mix
     keep = torch.ones(2, L, dtype=dtype) if keep is None else keep
-    return AttentionEdit(torch.tensor([1, 1]), mix, keep, torch.tensor(self_source), torch.tensor([limit, limit]))
+    return AttentionEdit(torch.tensor([1, 1]), mix, keep, pixels=torch.tensor([pixels, pixels, (2, 3)]),
+                         max_pixels=torch.tensor([limit, limit]), **more)
 
 
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identity_edit_is_no_edit(kind, dtype):
-    """mix = 0, keep = 1 and the own row change nothing; nor do the own maps, injected."""
-    module, x, context = module_and_inputs(kind, dtype)
-    plain, _ = module(x, context)
-    same, _ = module(x, context, an_edit(self_source=(2, 3), dtype=dtype))
-    assert (same - plain).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
-    eye = torch.eye(L, dtype=dtype).expand(2, -1, -1)
-    x, context = x[[0, 1, 1, 1]], context[[0, 1, 1, 1]]
-    plain, _ = module(x, context)
-    own, _ = module(x, context, an_edit(mix=eye, keep=torch.zeros(2, L, dtype=dtype), dtype=dtype))
-    assert (own - plain).abs().max() < (1e-6 if dtype == torch.float32 else 1e-14)
+    """mix = 0, keep = 1 and the own row change nothing; nor do the own maps, injected; and absent fields are no edit."""
+    site, tol = Site(kind, dtype), 1e-6 if dtype == torch.float32 else 1e-14
+    assert (site(an_edit(pixels=(2, 3), dtype=dtype)) - site()).abs().max() < tol
+    assert torch.equal(site(AttentionEdit(torch.tensor([1, 1]))), site())
+    rows, eye = torch.tensor([0, 1, 1, 1]), torch.eye(L, dtype=dtype).expand(2, -1, -1)
+    own = site(an_edit(mix=eye, keep=torch.zeros(2, L, dtype=dtype), dtype=dtype), rows)
+    assert (own - site(rows=rows)).abs().max() < tol
 
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_unedited_rows_do_not_see_the_edit(kind):
-    module, x, context = module_and_inputs(kind)
-    edited, _ = module(x, context, an_edit(mix=rand(2, L, L), keep=rand(2, L)))
-    plain, _ = module(x, context)
+    site = Site(kind)
+    edited, plain = site(an_edit(mix=rand(2, L, L), keep=rand(2, L))), site()
     assert (edited[:2] - plain[:2]).abs().max() < 1e-14
     assert (edited[2:] - plain[2:]).abs().min(dim=-1).values.max() > 1e-6
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_recorded_maps_are_those_used(kind):
-    """Output = maps . values: the returned maps are the ones after the edit, and recording changes no output."""
-    module, x, context = module_and_inputs(kind)
+def test_edits_by_site_are_of_their_sites_alone(kind):
+    site, edit = Site(kind), an_edit(mix=rand(2, L, L), keep=rand(2, L))
+    assert torch.equal(site({"": edit}), site(edit)) and torch.equal(site({"other": edit}), site())
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_cached_rows_are_rows_of_the_batch(kind):
+    """The source's queries and keys beside the batch, numbered after its last row, edit as the source in it does."""
+    site, mix, keep = Site(kind), rand(2, L, L), rand(2, L)
+    wanted, rows = site(an_edit(mix=mix, keep=keep))[2:], torch.tensor([0, 2, 3])
+    lent = tuple(x[1:2] for x in site.qk())
+    edit = AttentionEdit(torch.tensor([3, 3]), mix, keep, pixels=torch.tensor([(3, 3), (3, 3), (1, 2)]),
+                         max_pixels=torch.tensor([N, N]), cached={"": lent})
+    assert (site(edit, rows)[1:] - wanted).abs().max() < 1e-14
+    before, after = site_maps(site.layer, site.qk(edit, rows), edit, torch.tensor([3, 1, 2]))
+    for got, want in zip((before, after), site.maps(an_edit(mix=mix, keep=keep), torch.tensor([1, 2, 3]))):
+        assert (got - want).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_maps_are_those_used(kind):
+    """Output = maps . values: maps that are formed outside, of queries and keys, are the ones after the edit."""
+    site = Site(kind)
     edit = an_edit(mix=rand(2, L, L), keep=rand(2, L))
-    out, maps = module(x, context, edit, Record(text=N, pixels=N))
-    assert torch.equal(out, module(x, context, edit)[0])
+    before, after = site.maps(edit)
+    assert (before - site.maps()[0]).abs().max() < 1e-14
+    layer, split = site.layer, lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)
     if kind is HybridAttention:   # only the text columns come back: compare them with the explicit form
-        split = lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)  # noqa: E731
-        q, k = split(module.to_q(x)), split(torch.cat([module.to_k(x), module.add_k_proj(context)], dim=1))
+        q, k = split(layer.to_q(site.x)), split(torch.cat([layer.to_k(site.x), layer.add_k_proj(site.context)], dim=1))
         p = attend_probs(q, k)
         wanted = torch.cat([p[:2], edited_probs(p[2:], p[[1, 1]], edit.mix, edit.keep)])[..., -L:]
-        assert (maps - wanted).abs().max() < 1e-12
+        assert (after - wanted).abs().max() < 1e-12
         return
-    v = module.to_v(x if kind is SelfAttention else context).unflatten(-1, (HEADS, D)).transpose(1, 2)
-    wanted = module.to_out((maps @ v).transpose(1, 2).flatten(2))
-    assert (out - wanted).abs().max() < 1e-12
+    v = split(layer.to_v(site.x if kind is SelfAttention else site.context))
+    assert (site(edit) - layer.to_out((after @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_maps_before_the_edit(kind):
-    """The edited rows' own maps come after all others, and those are what they are without an edit."""
-    module, x, context = module_and_inputs(kind)
-    edit = an_edit(mix=rand(2, L, L), keep=rand(2, L))
-    _, after = module(x, context, edit, Record(text=N, pixels=N))
-    _, both = module(x, context, edit, Record(text=N, pixels=N, before=True))
-    _, plain = module(x, context, None, Record(text=N, pixels=N, before=True))
-    assert torch.equal(both[:4], after) and (both[4:] - plain[2:]).abs().max() < 1e-14
+@pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
+def test_renormalised_rows_sum_to_one(kind):
+    """Asked for by row: the row that is asked is P' divided by its sums, the other stays as it was."""
+    site, edit = Site(kind), an_edit(mix=rand(2, L, L).abs(), keep=rand(2, L).abs())
+    one = edit._replace(renormalise=torch.tensor([True, False]))
+    out, plain, maps, before = site(one), site(edit), site.maps(one)[1], site.maps(edit)[1]
+    assert torch.equal(out[[0, 1, 3]], plain[[0, 1, 3]]) and torch.equal(maps[[0, 1, 3]], before[[0, 1, 3]])
+    if kind is CrossAttention:
+        assert (maps[2].sum(-1) - 1).abs().max() < 1e-12
+        v = site.layer.to_v(site.context).unflatten(-1, (HEADS, D)).transpose(1, 2)
+        assert (out - site.layer.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
+    else:
+        scale = plain[2] - site.layer.to_out[0].bias
+        assert (scale / (out[2] - site.layer.to_out[0].bias)).std() > 1e-3 and not torch.equal(out[2], plain[2])
 
 
-TABLES = {"source": (rand(2, L, L), torch.zeros(2, L, dtype=torch.float64)),
-          "own": (torch.zeros(2, L, L, dtype=torch.float64), torch.ones(2, L, dtype=torch.float64))}
-
-
-def known_or_not(only, injected, cached=None):
-    """The same edit, said beforehand to be what it is, and not."""
-    lent = 4 if cached else 1
-    edit = an_edit(*TABLES[only], self_source=(lent, lent) if injected else (2, 3))._replace(cached=cached and {"": cached})
-    return edit._replace(only=only, injected=N if injected else 0), edit
-
-
-@pytest.mark.parametrize("lent", [False, True], ids=["", "cached"])
-@pytest.mark.parametrize("only, injected", [("source", True), ("source", False), ("own", True), ("own", False)])
-@pytest.mark.parametrize("kind", MODULES)
-def test_what_is_known_beforehand_changes_no_result(kind, only, injected, lent):
-    module, x, context = module_and_inputs(kind)
-    other = module(rand(1, N, 16, seed=5), rand(1, L, 12, seed=6), record=Record(queries=True))[1] if lent else None
-    sure, unsure = known_or_not(only, injected, other)
-    assert ((module(x, context, unsure)[0] - module(x, context)[0]).abs().max() > 1e-3) == (
-        injected if kind is SelfAttention else only == "source")
-    for record in (Record(), Record(queries=True), Record(text=N, pixels=N), Record(text=N, pixels=N, before=True, rows=3, mean=True)):
-        for renormalise in (None, torch.tensor([True, False])):
-            a, b = (module(x, context, edit._replace(renormalise=renormalise), record) for edit in (sure, unsure))
-            assert (a[0] - b[0]).abs().max() < 1e-14 and type(a[1]) is type(b[1])
-            for m, n in zip(*(y[1] if record.queries else [y[1]] for y in (a, b) if y[1] is not None)):
-                assert m.shape == n.shape and (m - n).abs().max() < 1e-14
-    smaller = sure._replace(injected=N - 1, self_max_tokens=torch.tensor([N - 1, N - 1]))   # this site is too large
-    assert torch.equal(module(x, context, smaller)[0], module(x, context, smaller._replace(injected=None, only=None))[0])
-
-
-@pytest.mark.parametrize("kind, only, rows", [(CrossAttention, "source", [4]), (CrossAttention, "own", [4]), (CrossAttention, None, [4, 2]),
-                                              (HybridAttention, "source", [4, 2]), (HybridAttention, "own", [4])])
-def test_maps_that_nobody_reads_are_not_attended_to(kind, only, rows, monkeypatch):
-    module, x, context = module_and_inputs(kind)
-    sure, _ = known_or_not(only or "source", True)
-    seen = []
-    monkeypatch.setattr("p2p.models.attention.attend", lambda q, k, v: seen.append(len(q)) or attend(q, k, v))
-    module(x, context, sure._replace(only=only))
-    assert seen == rows
-
-
-@pytest.mark.parametrize("injected, rows", [(N, 2), (0, 4), (None, 4)])
-def test_queries_and_keys_that_nobody_reads_are_not_computed(injected, rows):
-    module, x, context = module_and_inputs(SelfAttention)
-    seen = []
-    for f in (module.to_q, module.to_k):
-        f.register_forward_hook(lambda _, args, out: seen.append(len(out)))
-    module(x, context, known_or_not("own", injected != 0)[0]._replace(injected=injected))
-    assert seen == [rows, rows]
+def test_renormalising_negative_weights_divides_by_the_sum_of_sizes():
+    """Row sums of P' may pass through 0; those of P_src |mix| + P diag(|keep|) cannot, and are the same without signs."""
+    site, mix = Site(CrossAttention), torch.diag_embed(rand(2, L))               # a reweighting of both signs
+    edit = an_edit(mix=mix, keep=torch.zeros(2, L, dtype=mix.dtype), renormalise=torch.tensor([True, True]))
+    maps = site.maps(edit)[1]
+    assert (maps[2:].abs().sum(-1) - 1).abs().max() < 1e-12
+    v = site.layer.to_v(site.context).unflatten(-1, (HEADS, D)).transpose(1, 2)
+    assert (site(edit) - site.layer.to_out((maps @ v).transpose(1, 2).flatten(2))).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("renormalise", [None, torch.tensor([True, False])], ids=["", "renormalised"])
 @pytest.mark.parametrize("kind", [CrossAttention, HybridAttention])
 def test_edits_of_the_mean_are_the_mean_of_edits(kind, renormalise):
     """P' is linear in the maps; a row sum is not, so that edits which divide by it are read head by head."""
-    module, x, context = module_and_inputs(kind)
-    lent = module(x[1:2], context[1:2], record=Record(queries=True))[1]
-    for edit in (an_edit(mix=rand(2, L, L), keep=rand(2, L)), an_edit(mix=rand(2, L, L), keep=rand(2, L))._replace(cached={"": lent})):
-        edit = edit._replace(renormalise=renormalise)
-        for asked in (Record(text=N, before=True), Record(text=N, rows=3)):
-            out, heads = module(x, context, edit, asked)
-            same, mean = module(x, context, edit, asked._replace(mean=True))
-            assert torch.equal(out, same) and mean.shape[1] == (1 if renormalise is None else HEADS)
-            assert (mean.mean(1) - heads.mean(1)).abs().max() < 1e-14 and heads.mean(1).std() > 1e-3
-
-
-def test_record_is_by_size():
-    module, x, context = module_and_inputs(CrossAttention)
-    assert module(x, context, None, Record(text=N - 1))[1] is None
-    assert module(x, context, None, Record(text=N))[1].shape == (4, HEADS, N, L)
-    assert module(x, context, None, Record(pixels=N))[1] is None
+    site, edit = Site(kind), an_edit(mix=rand(2, L, L), keep=rand(2, L), renormalise=renormalise)
+    heads, mean = site.maps(edit)[1], site.maps(edit, mean=True)[1]
+    assert mean.shape[1] == (1 if renormalise is None else HEADS)
+    assert (mean.mean(1) - heads.mean(1)).abs().max() < 1e-14 and heads.mean(1).std() > 1e-3
 
 
 def test_self_injection_takes_the_source_rows_map():
     """P_src V: queries and keys of row 1, values of the row itself; not at sites with more pixels than allowed."""
-    module, x, context = module_and_inputs(SelfAttention)
-    _, maps = module(x, context, an_edit(), Record(pixels=N))
+    site = Site(SelfAttention)
+    maps = site.maps(an_edit())[1]
     assert torch.equal(maps[2], maps[1]) and torch.equal(maps[3], maps[1]) and not torch.equal(maps[0], maps[1])
-    large, _ = module(x, context, an_edit(limit=N - 1))
-    assert (large - module(x, context)[0]).abs().max() < 1e-14
+    assert (site(an_edit(limit=N - 1)) - site()).abs().max() < 1e-14
+    one = an_edit()._replace(max_pixels=torch.tensor([N, N - 1]))
+    assert (site(one)[3] - site()[3]).abs().max() < 1e-14 and (site(one)[2] - site()[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_pixels_in_hybrid_attention_are_borrowed_where_there_is_no_limit(everywhere):
+    """Prompt-to-Prompt leaves them alone there; editors that name their sites do not."""
+    site = Site(HybridAttention)
+    edit = an_edit()._replace(mix=None, keep=None, max_pixels=None if everywhere else torch.tensor([N, N]))
+    assert torch.equal(site(edit), site()) != everywhere and torch.equal(site(edit)[:2], site()[:2])
 
 
 def test_hybrid_attention_is_one_softmax_over_pixels_and_text():
-    module, x, context = module_and_inputs(HybridAttention)
-    split = lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)  # noqa: E731
-    scores = torch.cat([split(module.to_q(x)) @ split(module.to_k(x)).mT,
-                        split(module.to_q(x)) @ split(module.add_k_proj(context)).mT], dim=-1) * D**-0.5
-    values = torch.cat([split(module.to_v(x)), split(module.add_v_proj(context))], dim=-2)
-    wanted = module.to_out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
-    assert (module(x, context)[0] - wanted).abs().max() < 1e-12
+    site = Site(HybridAttention)
+    m, x, context, split = site.layer, site.x, site.context, lambda y: y.unflatten(-1, (HEADS, D)).transpose(1, 2)
+    scores = torch.cat([split(m.to_q(x)) @ split(m.to_k(x)).mT, split(m.to_q(x)) @ split(m.add_k_proj(context)).mT], dim=-1) * D**-0.5
+    values = torch.cat([split(m.to_v(x)), split(m.add_v_proj(context))], dim=-2)
+    wanted = m.to_out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+    assert (site() - wanted).abs().max() < 1e-12
 
 
 def test_edit_is_one_graph_for_all_steps():
     """Only tensors change from step to step, so a compiled module is traced once without and once with an edit."""
     import torch._dynamo as dynamo
 
-    graphs = []
-    module, x, context = module_and_inputs(CrossAttention)
+    graphs, site = [], Site(CrossAttention)
     dynamo.reset()
-    compiled = torch.compile(module, backend=lambda g, _: graphs.append(g) or g.forward, fullgraph=True, dynamic=False)
-    compiled(x, context)
+    compiled = torch.compile(site.layer, backend=lambda g, _: graphs.append(g) or g.forward, fullgraph=True, dynamic=False)
+    texts = {"": site.layer.text(site.context)}
+    compiled(site.x, texts)
     for i in range(5):
-        compiled(x, context, an_edit(mix=rand(2, L, L, seed=i), keep=rand(2, L, seed=i)))
+        compiled(site.x, texts, an_edit(mix=rand(2, L, L, seed=i), keep=rand(2, L, seed=i)))
     assert len(graphs) == 2

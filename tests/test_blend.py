@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plans import planned
 
 import p2p
 from p2p.blend import fixed
-from p2p.edits import plan
 from p2p.errors import UsageError
-from p2p.models.attention import Record
+from p2p.models.maps import site_maps
 from p2p.sampler import ddim_step, guide, x0_and_eps
 
 SOURCE, SWAP, REFINED = (f"a red {words}" for words in (
@@ -60,20 +60,18 @@ def oracle_mask(maps, model, prompts, blend, size):
 def oracle(model, prompts, edits, blends, steps):
     """Algorithm 1 with local edits, written out: latents after every step."""
     n = len(prompts)
-    split = [model.tokens(p) for p in prompts]
-    modes = [e.mode for e in edits]
-    edit_plan = plan(split[0], split[1:], edits, modes, steps=steps, length=model.length, rows=2 * n, device=model.device,
-                     dtype=model.dtype)
+    edit_plan, batch = planned(model, prompts, edits, steps)
     context = torch.cat([model.text([""] * n), model.text(prompts)])
     shape = model.latent_shape(*SIZE[model.family])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(n, -1, -1, -1)
     history, seen = [], []
     for i, (t, a_t, a_prev) in enumerate(model.schedule(steps)):
         with torch.no_grad():
-            out, maps = model.unet(torch.cat([x, x]), t, context, edit=edit_plan[i], record=Record(text=32 * 32))
+            out, qk = model.unet(torch.cat([x, x]), t, context, edit=edit_plan[i], watch=model.unet.text_sites())
         x_0, eps = x0_and_eps(x, guide(*out.chunk(2), model.guidance_scale), a_t, model.prediction, model.clip)
         x = ddim_step(x_0, eps, a_t, a_prev).clone()
-        seen.append({site: m[n:] for site, m in maps.items()})
+        seen.append({site: site_maps(model.unet.get_submodule(site), found, edit_plan[i], batch.shown(x.device))[1]
+                     for site, found in qk.items()})
         for k, blend in enumerate(blends, 1):
             if blend is not None and i >= int(blend.start * steps):
                 pair = [{site: m[[0, k]] for site, m in step.items()} for step in seen]

@@ -6,6 +6,7 @@ import p2p
 import p2p.sampler
 from p2p.blend import prepare, word_maps
 from p2p.edits import Edit, tables
+from p2p.models.maps import site_maps
 from p2p.models.text import tokens
 from p2p.request.source import METHODS
 from p2p.sampler import proximal_guide
@@ -112,16 +113,22 @@ def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(emoji, pict
     assert (r.latents[0] - picture[0]).abs().max() > 1e-3 or method == "direct"
 
 
-def test_the_middle_block_counts_where_it_is_asked_for():
+@torch.no_grad()
+def test_the_middle_block_counts_where_it_is_asked_for(emoji):
     """RoyiRa's SDXL code takes all maps of the side, the middle block's among them; the official code has none of it."""
-    g = torch.Generator().manual_seed(0)
-    s, t = tokens("a cat"), tokens("a dog")
-    maps = {site: torch.rand(2, 3, 16, 77, generator=g) for site in ("down_blocks.1.a", "mid_block.a", "up_blocks.0.a")}
-    for middle, sites in ((False, ["down_blocks.1.a", "up_blocks.0.a"]), (True, list(maps))):
-        blend = prepare([p2p.LocalBlend(words=("cat", "dog"), middle=middle)], s, [t], steps=4, length=77, size=(16, 16),
-                        device=torch.device("cpu"))
-        wanted = torch.stack([maps[site].mean(1)[..., 2] for site in sites]).mean(0)              # (2, 16): the words stand at 2
-        assert torch.allclose(word_maps(maps, blend)[0, 0], wanted, atol=1e-6)
+    s, t, unet = tokens("a cat"), tokens("a dog"), emoji.unet
+    own = [site for site in unet.text_sites() if unet.site_pixels(64, 64)[site] == 64]
+    assert len(own) == 4 and sum(site.startswith("mid_block") for site in own) == 1
+    _, seen = unet(torch.randn(2, 3, 64, 64), 9, torch.randn(2, 32, 128), watch=own)
+    rows, length = torch.arange(2), 32
+    maps = {site: site_maps(unet.get_submodule(site), seen[site], None, rows)[0].mean(1) for site in own}
+    for middle in (False, True):
+        blend = prepare([p2p.LocalBlend(words=("cat", "dog"), level=8, middle=middle)], s, [t], unet=unet, steps=4, length=length,
+                        size=(64, 64), device=torch.device("cpu"))
+        sites = [site for site in own if middle or not site.startswith("mid_block")]
+        heads = torch.tensor([unet.get_submodule(site).heads for site in sites])
+        wanted = (torch.stack([maps[site][..., 2] for site in sites]) * heads[:, None, None]).sum(0) / heads.sum()   # words at 2
+        assert blend.sites == tuple(sites) and torch.allclose(word_maps(unet, seen, None, rows, blend)[0, 0], wanted, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- windows
@@ -131,7 +138,7 @@ def test_windows_over_the_schedule_count_what_an_inversion_leaves_out():
     s, t = tokens("a cat"), tokens("a dog")
     steps, whole = 38, 50
     for over, ends in (("run", int(0.6 * (steps + 1))), ("schedule", int(0.6 * (whole + 1)))):
-        mix, keep = tables(s, t, Edit("a dog", cross_replace_steps=0.6, windows_over=over), "replace", steps, 77, whole)
+        mix, keep, *_ = tables(s, t, Edit("a dog", cross_replace_steps=0.6, windows_over=over), "replace", steps, 77, whole)
         assert mix.shape[0] == steps and [bool(k.any()) for k in keep].index(True) == ends
 
 

@@ -12,9 +12,11 @@ from PIL import Image
 import p2p
 from p2p.align import word_tokens, words
 from p2p.cli.parser import main
-from p2p.models.attention import AttentionEdit, Record
+from p2p.models.attention import AttentionEdit
 from p2p.models.blocks import AddedAttention
+from p2p.models.maps import site_maps
 from p2p.models.unet import UNet, UNetConfig, deepfloyd
+from p2p.request.start import Low
 from p2p.sampler import ddpm_step, x0_and_eps
 from p2p.show.pictures import read_settings
 
@@ -62,10 +64,11 @@ def test_attention_is_theirs(text_only, norm_text):
     ours.load_state_dict(theirs.state_dict())
     x, text = torch.randn(2, 64, 3, 5), torch.randn(2, 7, 96)
     with torch.no_grad():
-        got, maps = ours(x, text, record=Record(text=15))
-        close(got, theirs(x, encoder_hidden_states=text))
-    assert maps["attn1"].shape == (2, 4, 15, 7)
-    sums = maps["attn1"].sum(-1)
+        seen = {"": None}
+        close(ours(x, {"": ours.text(text)}, None, seen), theirs(x, encoder_hidden_states=text))
+        maps, _ = site_maps(ours, seen[""], None, torch.arange(2))
+    assert maps.shape == (2, 4, 15, 7)
+    sums = maps.sum(-1)
     assert (sums - 1).abs().max() < 1e-6 if text_only else sums.max() < 1   # the rest lies on the pixels
 
 
@@ -260,9 +263,9 @@ def test_fused_is_explicit(stages):
     randomised(layer)
     x, text = torch.randn(3, 64, 4, 4).double(), torch.randn(3, 5, 96).double()
     mix, keep = torch.randn(1, 5, 5).double(), torch.randn(1, 5).double()
-    own = torch.tensor([2])
-    edit = AttentionEdit(torch.tensor([1]), mix, keep, own, torch.tensor([0]))
-    fused, maps = layer(x, text, edit, Record(text=16))
+    edit, seen = AttentionEdit(torch.tensor([1]), mix, keep), {"": None}
+    fused = layer(x, {"": layer.text(text)}, edit, seen)
+    _, maps = site_maps(layer, seen[""], edit, torch.arange(3))
     e = layer.norm_cross(text.transpose(1, 2)).transpose(1, 2)
     n = layer.group_norm(x).flatten(2).transpose(1, 2)
     split = lambda y: y.unflatten(-1, (8, 8)).transpose(1, 2)  # noqa: E731
@@ -272,7 +275,7 @@ def test_fused_is_explicit(stages):
     edited = torch.cat([probs[2:, ..., :16], probs[1:2, ..., 16:] @ mix[:, None] + probs[2:, ..., 16:] * keep[:, None, None]], -1)
     out = layer.to_out((torch.cat([probs[:2], edited]) @ v).transpose(1, 2).flatten(2))
     assert (fused - (x + out.transpose(1, 2).unflatten(2, (4, 4)))).abs().max() < 1e-12
-    assert (maps["attn1"][2:] - edited[..., 16:]).abs().max() < 1e-12
+    assert (maps[2:] - edited[..., 16:]).abs().max() < 1e-12
 
 
 def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, capsys):
@@ -317,7 +320,7 @@ def test_low_resolution_picture_is_noised_as_said(stages):
     low = torch.rand(1, 3, 8, 8).expand(2, -1, -1, -1) * 2 - 1
     seen = {}
 
-    def spy(model, x, text, null, schedule, **how):
+    def spy(model, x, text, null, schedule, *rest, **how):
         seen.update(x=x, text=text, null=null)
         raise StopIteration
 
@@ -325,7 +328,7 @@ def test_low_resolution_picture_is_noised_as_said(stages):
         patch.setattr("p2p.run.denoise", spy)
         for level in (0, 999):
             with pytest.raises(StopIteration):
-                p2p.generate(upscaler, ["a cat", "a dog"], low=p2p.start.Low(low, level), seed=5)
+                p2p.generate(upscaler, ["a cat", "a dog"], low=Low(low, level), seed=5)
             told = seen["text"]
             assert torch.equal(told.low[0], told.low[1]) and told.level.tolist() == [level] * 2 and torch.equal(seen["null"].low, told.low)
             if level == 0:

@@ -1,4 +1,5 @@
 """Algorithm 1 on whole models: what an edit leaves alone, and that nothing is hidden in the modules."""
+import literal
 import pytest
 import torch
 
@@ -35,14 +36,34 @@ def test_no_window_is_no_edit(emoji):
     close(r.latents[1:], p2p.generate(emoji, PAIR[1], **SETTINGS).latents)
 
 
-def test_values_are_mixed_once_for_all_steps_with_the_same_tables(emoji, monkeypatch):
-    mixed = []
-    monkeypatch.setattr(attention, "mixed_values", lambda *a, of=attention.mixed_values: mixed.append(1) or of(*a))
-    p2p.edit(emoji, *PAIR, cross_replace_steps=0.5, **SETTINGS)
-    assert len(mixed) == 2 * len(emoji.unet.text_sites())                              # within the window, and after it
-    mixed.clear()
-    p2p.edit(emoji, *PAIR, editor=p2p.MasaCtrl(layers=0), **SETTINGS)
-    assert len(mixed) == len(emoji.unet.text_sites())                                  # an edit by site
+@pytest.mark.parametrize("pair, mode, edits", [
+    (PAIR, "replace", literal.word_swap), (("a red cat on grass", "a big red cat on snowy grass"), "refine", literal.refinement)])
+def test_edits_are_algorithm_1_written_out(emoji, pair, mode, edits):
+    """With every map formed, source and target in runs of their own: tests/literal.py."""
+    with torch.no_grad():
+        *_, wanted = literal.algorithm_1(emoji, *pair, edits(emoji, *pair, 6, 0.8), int(0.4 * 6), 6, seed=3)
+    got = p2p.edit(emoji, pair[0], p2p.Edit(pair[1], mode=mode), **SETTINGS).latents
+    close(got, wanted)
+    assert (got[1] - got[0]).abs().max() > 0.05
+
+
+def test_the_formula_is_the_code_that_runs(emoji, monkeypatch):
+    """`edited_attend` is called once for every layer that reads text, at every step that is edited."""
+    calls = []
+    monkeypatch.setattr(attention, "edited_attend", lambda *a, of=attention.edited_attend: calls.append(1) or of(*a))
+    p2p.edit(emoji, *PAIR, cross_replace_steps=0.5, self_replace_steps=0.9, **SETTINGS)
+    assert len(calls) == 3 * len(emoji.unet.text_sites())                              # int(0.5 (6 + 1)) steps
+
+
+def test_a_fork_replaces_the_formula_in_one_line(emoji, monkeypatch):
+    """An edit that is not linear changes `edited_probs` and multiplies: here the linear one, so that nothing changes."""
+    def explicit(q, k, v, q_src, k_src, mix, keep):
+        p, e = attention.attend_probs(q, k), len(mix)
+        return torch.cat([p[:-e], attention.edited_probs(p[-e:], attention.attend_probs(q_src, k_src), mix, keep)]) @ v
+
+    wanted = p2p.edit(emoji, *PAIR, **SETTINGS).latents
+    monkeypatch.setattr(attention, "edited_attend", explicit)
+    close(p2p.edit(emoji, *PAIR, **SETTINGS).latents, wanted)
 
 
 @pytest.mark.parametrize("mode", ["replace", "refine", "reweight"])

@@ -5,6 +5,7 @@ import torch
 
 import p2p
 from p2p.align import word_tokens
+from p2p.denoise import Batch
 from p2p.edits import Edit, choose_mode, cross_alpha, plan, tables, weights, window
 from p2p.errors import UsageError
 from p2p.models.text import tokens
@@ -35,16 +36,15 @@ def test_cross_window_rounds_like_the_official_code(steps, lo, hi):
 def test_self_window_rounds_like_the_official_code(steps, lo, hi):
     """Unlike the windows of cross-attention: int(share * steps)."""
     s, t = tokens("a cat"), tokens("a dog")
-    how = dict(steps=steps, length=L, rows=2, device=torch.device("cpu"), dtype=torch.float32)
-    injected = [int(e.self_source[0]) == 0 for e in plan(s, [t], [Edit(t.text, self_replace_steps=(lo, hi))], ["replace"], **how)]
-    assert injected == [int(lo * steps) <= i < int(hi * steps) for i in range(steps)]
+    made = tables(s, t, Edit(t.text, self_replace_steps=(lo, hi)), "replace", steps, L)
+    assert made.inject.tolist() == [int(lo * steps) <= i < int(hi * steps) for i in range(steps)]
 
 
 @pytest.mark.parametrize("old, new", [("cat", "hippopotamus"), ("hippopotamus", "cat"), ("cat", "dog")])
 def test_a_swap_in_a_refinement_hands_all_attention_over(old, new):
     """However many tokens either has, and no more than there is."""
     s, t = tokens(f"a {old} on grass"), tokens(f"a big {new} on grass")
-    mix, keep = tables(s, t, Edit(t.text, swap={old: new}, cross_replace_steps=1.0), "refine", 3, L)
+    mix, keep, *_ = tables(s, t, Edit(t.text, swap={old: new}, cross_replace_steps=1.0), "refine", 3, L)
     i, j = word_tokens(s, old, L), word_tokens(t, new, L)
     assert torch.allclose(mix[:, i][:, :, j].sum(-1), torch.ones(3, len(i), dtype=torch.float64)) and (keep[:, j] == 0).all()
     assert torch.allclose(mix[:, :, j].sum((1, 2)), torch.full((3,), len(i) + 0.0, dtype=torch.float64))
@@ -78,7 +78,7 @@ def test_weights_by_word():
 def test_word_injected_alone():
     """Only the columns of one word come from the source; all others are the target's own."""
     s, t = tokens("a cat on grass"), tokens("a cat on sand")
-    mix, keep = tables(s, t, Edit(t.text, cross_replace_steps={"default_": 0.0, "cat": 1.0}), "replace", 5, L)
+    mix, keep, *_ = tables(s, t, Edit(t.text, cross_replace_steps={"default_": 0.0, "cat": 1.0}), "replace", 5, L)
     assert (keep[:, 2] == 0).all() and keep.sum() == 5 * (L - 1)
     assert (mix[:, 2, 2] == 1).all() and mix.sum() == 5
 
@@ -89,16 +89,16 @@ def test_targets_keep_their_own_settings():
     edits = [Edit("a blue cat on grass", cross_replace_steps=0.4, self_replace_steps=0.2, self_max_tokens=64),
              Edit("a red cat on grass at night", mode="refine", equalizer={"night": 2}, self_replace_steps=(0.5, 1.0))]
     targets = [tokens(e.prompt) for e in edits]
-    make = lambda e, t, m, rows: plan(s, t, e, m, steps=10, length=L, rows=rows, device=torch.device("cpu"), dtype=torch.float64)  # noqa: E731
-    both = make(edits, targets, ["replace", "refine"], 6)
-    for i, mode in enumerate(["replace", "refine"]):
-        alone = make(edits[i:i + 1], targets[i:i + 1], [mode], 2)
+    made = [tables(s, t, e, m, 10, L) for e, t, m in zip(edits, targets, ["replace", "refine"])]
+    both = plan(made, Batch(1, 2), torch.device("cpu"), torch.float64, dense=True)
+    for i in range(2):
+        alone = plan(made[i:i + 1], Batch(1, 1, guided=False), torch.device("cpu"), torch.float64, dense=True)
         for step, (b, a) in enumerate(zip(both, alone)):
             assert torch.equal(b.mix[i], a.mix[0]) and torch.equal(b.keep[i], a.keep[0])
             assert b.source.tolist() == [3, 3] and a.source.tolist() == [0]
-            injected = step < 2 if i == 0 else step >= 5
-            assert b.self_source[i] == (3 if injected else 4 + i)
-    assert both[0].self_max_tokens.tolist() == [64, 1024]
+            row = 3 if (step < 2 if i == 0 else step >= 5) else 4 + i
+            assert b.pixels[:, i].tolist() == [row, row, 4 + i]
+    assert both[0].max_pixels.tolist() == [64, 1024]
 
 
 @pytest.mark.parametrize("edits", [
@@ -106,23 +106,21 @@ def test_targets_keep_their_own_settings():
     [Edit("a cat on grass", equalizer={"cat": 3.0})],
     [Edit("a big cat on grass", cross_replace_steps=0.5, self_replace_steps=0.0)],
     [Edit("a dog on grass", cross_replace_steps={"default_": 0.5, "dog": 0.2}, self_replace_steps=1.0)],
-    [Edit("a dog on grass", self_max_tokens=64), Edit("a red dog on grass", self_replace_steps=0.8)],
     [Edit("a dog on grass", self_replace_steps=(0.5, 1.0)), Edit("a cat on sand", self_replace_steps=0.8)],
 ])
-def test_a_plan_knows_what_its_numbers_say(edits):
-    """`only` and `injected`, which spare the network work, against the tensors themselves."""
+def test_what_is_not_edited_is_absent(edits):
+    """A step has tables where they say something, and rows of pixels where some are borrowed; without both there is no edit."""
     s, targets = tokens("a cat on grass"), [tokens(e.prompt) for e in edits]
-    steps = plan(s, targets, edits, [choose_mode(s, e, t) for e, t in zip(edits, targets)], steps=10, length=L, rows=4 + len(edits),
-                 device=torch.device("cpu"), dtype=torch.float32)
-    for e in steps:
-        own = torch.arange(4, 4 + len(edits))
-        said = {"source": (e.keep == 0).all(), "own": (e.mix == 0).all() and (e.keep == 1).all()}
-        assert e.only == next((name for name, so in said.items() if so), None)
-        used = [torch.where(n <= e.self_max_tokens, e.self_source, own) for n in (1, 64, 65, 1024, 1025)]
-        all_or_none = [True if torch.equal(u, e.source) else False if torch.equal(u, own) else None for u in used]
-        assert (e.injected is None) == (None in all_or_none)
-        assert e.injected is None or all_or_none == [n <= e.injected for n in (1, 64, 65, 1024, 1025)]
-    assert len({(e.only, e.injected) for e in steps}) > 1                 # the windows open and close
+    made = [tables(s, t, e, choose_mode(s, e, t), 10, L) for e, t in zip(edits, targets)]
+    how = Batch(1, len(edits)), torch.device("cpu"), torch.float64
+    sparse, dense = plan(made, *how), plan(made, *how, dense=True)
+    own = torch.arange(how[0].rows - len(edits), how[0].rows)
+    for some, full in zip(sparse, dense):
+        text = bool(full.mix.any() or (full.keep != 1).any())
+        pixels = bool((full.pixels[0] != own).any())
+        assert (some is None) == (not text and not pixels)
+        assert some is None or ((some.mix is None) != text and (some.pixels is None) != pixels)
+    assert len({(e is None, e and e.mix is None, e and e.pixels is None) for e in sparse}) > 1   # windows open and close
 
 
 def test_unknown_choices_are_errors():

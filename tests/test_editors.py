@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import p2p
-from p2p.editors.masactrl import borrowing
-from p2p.models.attention import SelfAttention, attend
+from p2p.denoise import Batch
+from p2p.models.attention import AttentionEdit, SelfAttention, attend
 from p2p.weights.emoji.world import render, sample
 
 SOURCE, TARGET = "a red cat on grass", "a red dog on grass"
@@ -15,14 +15,13 @@ EDITORS = [p2p.MasaCtrl(), p2p.PlugAndPlay()]
 
 def test_borrowed_rows_are_attention_written_out():
     g = torch.Generator().manual_seed(0)
-    module, x = SelfAttention(16, 16, 2, 8).double(), torch.randn(4, 9, 16, generator=g, dtype=torch.float64)
+    module, x = SelfAttention(16, 2, 8).double(), torch.randn(4, 9, 16, generator=g, dtype=torch.float64)
     rows = torch.tensor([[2, 3], [0, 1], [0, 3]])   # of the last two: queries, keys, values
-    edit = borrowing(rows, 5, torch.float64)
-    q, k, v = module._split(*(f(x) for f in (module.to_q, module.to_k, module.to_v)))
-    wanted = torch.cat([module._out(attend(q[a:a + 1], k[b:b + 1], v[c:c + 1]), x.dtype)
+    edit = AttentionEdit(torch.tensor([2, 3]), pixels=rows)
+    q, k, v = module.split(*(f(x) for f in (module.to_q, module.to_k, module.to_v)))
+    wanted = torch.cat([module.join(attend(q[a:a + 1], k[b:b + 1], v[c:c + 1]), x.dtype)
                         for a, b, c in ((0, 0, 0), (1, 1, 1), (2, 0, 0), (3, 1, 3))])
-    for e in (edit, edit._replace(self_source=torch.tensor([2, 3]), injected=None)):   # its own rows: known beforehand, and not
-        assert (module(x, x, e)[0] - wanted).abs().max() < 1e-12
+    assert (module(x, edit) - wanted).abs().max() < 1e-12
 
 
 def recorded(net, names, *given):
@@ -46,7 +45,7 @@ def replayed(net, seen, *given):
 
 def layers_of(edits, parts):
     """Linear layers of the self-attention at the sites of an edit by name."""
-    return [f"{site}.transformer_blocks.0.attn1.{part}" for site in edits if ".attentions." in site for part in parts]
+    return [f"{site}.{part}" for site in edits if ".attentions." in site for part in parts]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_plug_and_play_is_the_authors_injection(rows_of, guided):
     register_conv_control_efficient and register_attention_control_efficient of the authors, by modules that repeat their output."""
     net, rows = rows_of
     x, context = rows(guided + 3)
-    edit = p2p.PlugAndPlay(1.0, 1.0).plan(net, 3, guided, steps=1, length=77, device=x.device, dtype=x.dtype)[0]
+    edit = p2p.PlugAndPlay(1.0, 1.0).plan(net, Batch(1, 2, guided > 0, guided == 2), 1, x.device)[0]
     names = ["up_blocks.1.resnets.1.conv2", *layers_of(edit, ("to_q", "to_k"))]
     source = slice(guided, guided + 1)
     own, seen = recorded(net, names, x[source], 500, context[source])
@@ -86,7 +85,7 @@ def test_masactrl_asks_the_source_of_its_own_half(rows_of, guided):
     """MutualSelfAttentionControl: keys and values of each half's first row."""
     net, rows = rows_of
     x, context = rows(guided + 3)
-    edit = p2p.MasaCtrl(0.0, 0.25).plan(net, 3, guided, steps=1, length=77, device=x.device, dtype=x.dtype)[0]
+    edit = p2p.MasaCtrl(0.0, 0.25).plan(net, Batch(1, 2, guided > 0), 1, x.device)[0]
     out = net(x, 500, context, edit)[0]
     for half in ([0, 1, 2], [3, 4, 5])[:1 + guided // 3]:
         own, seen = recorded(net, layers_of(edit, ("to_k", "to_v")), x[half[:1]], 500, context[half[:1]])
@@ -138,19 +137,18 @@ def test_no_steps_is_no_edit(emoji):
 
 def test_layers_are_the_authors_choice(sd1):
     """MasaCtrl: layers 10 to 15 of 16. Plug-and-Play: features of up_blocks.1.resnets.1, attention from there on."""
-    common = dict(steps=10, length=77, device=sd1.device, dtype=sd1.dtype)
-    late = p2p.MasaCtrl().plan(sd1.unet, 2, 2, **common)
-    assert late[0] != {} and set(late[9]) == {f"up_blocks.{i}.attentions.{j}" for i in (2, 3) for j in range(3)}
-    assert [bool(p) for p in p2p.MasaCtrl().plan(sd1.unet, 2, 2, **common | dict(steps=50))].index(True) == 4
-    steps = p2p.PlugAndPlay().plan(sd1.unet, 2, 2, **common)
-    sites = {"up_blocks.1.attentions.1", "up_blocks.1.attentions.2",
-             *(f"up_blocks.{i}.attentions.{j}" for i in (2, 3) for j in range(3))}
+    common, block = (sd1.unet, Batch(1, 1)), "transformer_blocks.0.attn1"
+    late = p2p.MasaCtrl().plan(*common, 10, sd1.device)
+    assert late[0] != {} and set(late[9]) == {f"up_blocks.{i}.attentions.{j}.{block}" for i in (2, 3) for j in range(3)}
+    assert [bool(p) for p in p2p.MasaCtrl().plan(*common, 50, sd1.device)].index(True) == 4
+    steps = p2p.PlugAndPlay().plan(*common, 10, sd1.device)
+    sites = {f"up_blocks.{i}.attentions.{j}.{block}" for i in (1, 2, 3) for j in range(3) if (i, j) != (1, 0)}
     own, source = [0, 1, 2, 3], [0, 2, 2, 2]
     for i, borrowed in ((4, source), (5, own), (7, own)):   # by one graph
         assert set(steps[i]) == {"up_blocks.1.resnets.1", *sites} and steps[i].pop("up_blocks.1.resnets.1").tolist() == source
-        assert all(e.rows.tolist() == [borrowed, borrowed, own] for e in steps[i].values())
+        assert all(e.pixels.tolist() == [borrowed, borrowed, own] for e in steps[i].values())
     assert steps[8] == {}
-    early = p2p.PlugAndPlay(features=0.1, attention=0.2).plan(sd1.unet, 2, 2, **common)
+    early = p2p.PlugAndPlay(features=0.1, attention=0.2).plan(*common, 10, sd1.device)
     assert [early[i]["up_blocks.1.resnets.1"].tolist() for i in (0, 1)] == [source, own] and early[2] == {}
 
 

@@ -70,8 +70,8 @@ def test_options_of_the_run_that_change_nothing_are_named(emoji):
     assert any("proximal changes nothing" in n for n in p2p.edit(emoji, SOURCE, SWAPPED, proximal=("l0", 0.7), **common).notes)
     assert any("seed changes nothing" in n for n in p2p.edit(emoji, SOURCE, SWAPPED, seed=5, x_T=torch.zeros(1, 3, 64, 64), **common).notes)
     for bad, message in ((dict(record=p2p.Record(before=True)), "before"), (dict(x_T=torch.zeros(1, 3, 64, 64), height=128), "height"),
-                         (dict(editor="masactrl", equalizer={"dog": 2.0}), "equalizer"),
-                         (dict(editor="plug-and-play", cross_replace_steps=0.2), "cross_replace_steps")):
+                         (dict(editor=p2p.MasaCtrl(), equalizer={"dog": 2.0}), "equalizer"),
+                         (dict(editor=p2p.PlugAndPlay(), cross_replace_steps=0.2), "cross_replace_steps")):
         with pytest.raises(UsageError, match=message):
             p2p.edit(emoji, SOURCE, SWAPPED, **bad, **common)
     with pytest.raises(UsageError, match="dtype"):

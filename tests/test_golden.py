@@ -1,10 +1,11 @@
 """The numbers of the original code, on the same weights and noise."""
 import pytest
 import torch
+from plans import planned
 
 import p2p
 from p2p.denoise import denoise
-from p2p.edits import plan
+from p2p.sampler import stepper
 
 CASES = ["plain", "replace", "replace_multitoken", "refine", "reweight", "blend"]
 
@@ -61,10 +62,9 @@ def test_first_step(sd1, golden, name):
     case = meta["cases"][name]
     prompts, n = case["prompts"], len(case["prompts"])
     edits = [as_edit(p, case) for p in prompts[1:]]
-    split = [sd1.tokens(p) for p in prompts]
-    edit_plan = plan(split[0], split[1:], edits, [e.mode for e in edits], steps=case["steps"], length=sd1.length, rows=2 * n,
-                     device=sd1.device, dtype=sd1.dtype)
+    edit_plan, batch = planned(sd1, prompts, edits, case["steps"])
     x = g[f"{name}.z_T"].expand(n, -1, -1, -1)
-    steps = denoise(sd1, x, sd1.condition(prompts), sd1.null(n), sd1.schedule(case["steps"]), guidance_scale=meta["cfg"],
-                    plan=edit_plan)
+    schedule = sd1.schedule(case["steps"])
+    steps = denoise(sd1, x, sd1.condition(prompts), sd1.null(n), schedule, stepper(schedule, sd1.prediction, sd1.clip), batch,
+                    guidance_scale=meta["cfg"], plan=edit_plan)
     close(next(steps).x, g[f"{name}.trajectory"][1], 1e-4)

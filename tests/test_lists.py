@@ -13,7 +13,7 @@ from PIL import Image
 
 from p2p import UsageError
 from p2p.cli.parser import main
-from p2p.lists import batch, dataset, jobs
+from p2p.lists import batch, dataset, jobs, work
 
 ROOT = Path(__file__).parents[1]
 JOB = {"source": "a cat on grass", "targets": ["a dog on grass"], "steps": 1, "cfg": 1}
@@ -197,7 +197,7 @@ def test_pictures_of_a_list_are_fitted_as_those_of_the_command_line(emoji, tmp_p
     """One vocabulary: what `invert` takes, the list's default too, and the published runs' square."""
     Image.radial_gradient("L").convert("RGB").resize((160, 90)).save(tmp_path / "wide.png")
     line = BASE | {"image": "wide.png", "method": "ddim", "steps": 1}
-    found = {fit: batch._ready(emoji, jobs.parse(line | {"fit": fit}, 1, tmp_path, emoji)) for fit in ("crop", "pad", "own", "square")}
+    found = {fit: work._ready(emoji, jobs.parse(line | {"fit": fit}, 1, tmp_path, emoji)) for fit in ("crop", "pad", "own", "square")}
     sizes = {fit: ready.start.size for fit, ready in found.items()}
     assert sizes == {"crop": (64, 64), "pad": (64, 64), "own": (48, 86), "square": (64, 64)}   # as many pixels, in multiples of 2
     first, *others = (ready.start.x[0] for fit, ready in found.items() if fit != "own")
@@ -230,14 +230,14 @@ def test_a_job_fails_alone(tmp_path, capsys):
 @pytest.mark.parametrize("raised", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), KeyError("x"),
                                     RecursionError("deep"), torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error")])
 def test_whatever_is_raised_in_a_job_is_its_failure(tmp_path, capsys, monkeypatch, raised):
-    real = batch.prepared
+    real = work.prepared
 
     def prepared(model, source, *rest, **more):
         if source == "a bad cat":
             raise raised
         return real(model, source, *rest, **more)
 
-    monkeypatch.setattr(batch, "prepared", lambda model, **how: prepared(model, how.pop("source"), how.pop("targets"), **how))
+    monkeypatch.setattr(work, "prepared", lambda model, **how: prepared(model, how.pop("source"), how.pop("targets"), **how))
     listed(tmp_path, JOB, JOB | {"source": "a bad cat"}, JOB | {"seed": 2})
     assert run(tmp_path, "-q") == 1
     assert [r["state"] for r in rows(tmp_path)] == ["done", "failed", "done"]
@@ -250,7 +250,7 @@ def test_one_job_that_breaks_a_batch_does_not_break_the_others(tmp_path, monkeyp
     def together(*_):
         raise MemoryError
 
-    monkeypatch.setattr(batch, "run_together", together)
+    monkeypatch.setattr(work, "run_together", together)
     listed(tmp_path, *(JOB | {"seed": i} for i in range(3)))
     assert run(tmp_path, "-q") == 0 and [r["state"] for r in rows(tmp_path)] == ["done"] * 3
 
@@ -259,8 +259,8 @@ def test_a_lost_device_ends_the_run(tmp_path, monkeypatch, capsys):
     def lost(*_, **__):
         raise RuntimeError("CUDA error: unspecified launch failure\nmore")
 
-    monkeypatch.setattr(batch, "sample", lost)
-    monkeypatch.setattr(batch, "_probe", lost)
+    monkeypatch.setattr(work, "sample", lost)
+    monkeypatch.setattr(work, "_probe", lost)
     listed(tmp_path, JOB)
     assert run(tmp_path, "-q") == 2 and "no longer answers (CUDA error: unspecified launch failure)" in capsys.readouterr().err
     assert [r["state"] for r in rows(tmp_path)] == ["open"]
@@ -356,5 +356,5 @@ def test_settings_of_the_whole_list_stand_on_the_command_line(emoji, tmp_path, c
 def test_jobs_of_any_origin_are_run(emoji, tmp_path):
     """`run_jobs` needs no file: what another list (a benchmark's) makes of its items."""
     made = [jobs.parse(JOB | {"seed": i}, i + 1, tmp_path, emoji) for i in range(2)]
-    what = batch.Batch(None, tmp_path / "out", {"source": "emoji"}, "cpu", quiet=True)
+    what = work.Batch(None, tmp_path / "out", {"source": "emoji"}, "cpu", quiet=True)
     assert batch.run_jobs(emoji, made, what) == {"done": 2, "failed": 0, "open": 0} and len(rows(tmp_path)) == 2

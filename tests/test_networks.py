@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from oracles import diffusers, transformers
 
 from p2p.models import layers
-from p2p.models.attention import Record
 from p2p.models.blocks import FeedForward, timestep_embedding
 from p2p.models.layers import ONEDNN, Conv2d, Linear
 from p2p.models.text import CLIP_L, TextConfig, TextEncoder, tokens
@@ -178,23 +177,26 @@ def test_unet_is_that_of_diffusers(linear, size):
         close(unet(x, t, context)[0], theirs(x, t, context).sample)
 
 
-def test_hybrid_unet_runs_on_pixels_and_names_its_maps():
-    """Cross-attention going down, hybrid in the middle and going up; only sites of the asked size come back."""
+def test_hybrid_unet_runs_on_pixels_and_names_its_sites():
+    """Cross-attention going down, hybrid in the middle and going up; only the queries and keys of sites that are watched come
+    back, and the sites' sizes are known beforehand."""
     unet = randomised(UNet(EMOJI))
     x, context = randn(2, 3, 64, 64), randn(2, 7, EMOJI.context_dim)
     with torch.no_grad():
-        out, maps = unet(x, 10, context, record=Record(text=16 * 16, pixels=8 * 8))
-        assert out.shape == x.shape and torch.equal(out, unet(x, 10, context)[0])
-    text = {k: m.shape[2:] for k, m in maps.items() if m.shape[-1] == 7}
-    assert sorted(text.items()) == sorted({
+        sizes = unet.site_pixels(64, 64)
+        out, seen = unet(x, 10, context, watch=sizes)
+        plain, nothing = unet(x, 10, context)
+        assert out.shape == x.shape and torch.equal(out, plain) and not nothing
+    assert {k: q.shape[1] for k, (q, _) in seen.items()} == sizes
+    assert {k: (sizes[k], seen[k][1].shape[1]) for k in unet.text_sites()} == {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2": (256, 7),
         "down_blocks.2.attentions.0.transformer_blocks.0.attn2": (64, 7),
-        "mid_block.attentions.0.transformer_blocks.0.attn1": (64, 7),
-        "up_blocks.0.attentions.0.transformer_blocks.0.attn1": (64, 7),
-        "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (64, 7),
-        "up_blocks.1.attentions.0.transformer_blocks.0.attn1": (256, 7),
-        "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (256, 7)}.items())
-    assert [k for k in maps if k not in text] == ["down_blocks.2.attentions.0.transformer_blocks.0.attn1"]
+        "mid_block.attentions.0.transformer_blocks.0.attn1": (64, 64 + 7),
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn1": (64, 64 + 7),
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (64, 64 + 7),
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn1": (256, 256 + 7),
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (256, 256 + 7)}
+    assert sorted({*sizes} - {*unet.text_sites()}) == [f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn1" for i in (1, 2)]
 
 
 def test_timestep_embedding_is_that_of_diffusers():

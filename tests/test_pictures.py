@@ -178,7 +178,7 @@ def test_damaged_settings_are_refused(text, tmp_path):
 
 
 def test_settings_that_no_reader_takes_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("p2p.image.TEXT", 100)
+    monkeypatch.setattr("p2p.show.pictures.TEXT", 100)
     for length, kept in ((50, True), (200, False)):
         save_png(tmp_path / "x.png", Image.new("L", (8, 8)), {"x": "y" * length})
         assert (CHUNK in Image.open(tmp_path / "x.png").text) == kept

@@ -15,10 +15,10 @@ from PIL import Image
 
 from p2p import align
 from p2p.image import from_pil
-from p2p.lists import batch, protocol
+from p2p.lists import protocol, work
 from p2p.lists.jobs import parse
 from p2p.model import Model
-from p2p.models.attention import CrossAttention, Record, SelfAttention
+from p2p.models.attention import CrossAttention, SelfAttention
 from p2p.request.start import draw
 
 STEPS = 5
@@ -50,11 +50,11 @@ def picture(tmp_path_factory):
 @contextmanager
 def controlled(control):
     """All attention by explicit maps: `control` gets q, k, v (B, h, N, d) and gives what is attended to."""
-    def forward(self, x, context, edit=None, record=Record()):
-        text = self.text(context) if isinstance(self, CrossAttention) and torch.is_tensor(context) else context
-        k, v = (text.k, text.v) if isinstance(self, CrossAttention) else (self.to_k(x), self.to_v(x))
-        q, k, v = self._split(self.to_q(x), k, v)
-        return self._out(control(q, k, v, isinstance(self, CrossAttention)), x.dtype), None
+    def forward(self, x, *given):
+        cross = isinstance(self, CrossAttention)
+        k, v = given[0][self.site] if cross else (self.to_k(x), self.to_v(x))
+        q, k, v = self.split(self.to_q(x), k, v)
+        return self.join(control(q, k, v, cross), x.dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         for kind in (SelfAttention, CrossAttention):
@@ -233,8 +233,8 @@ def ours(model, picture, name, target, blended):
     method = replace(protocol.find(name), steps=STEPS)
     item = protocol.Item("k", picture, SOURCE, target, blended, [], "", "k.png")
     job = parse(protocol.job(method, item, model), 1, picture.parent, model)
-    (_, result, _), = batch.compute(model, [job])
-    assert not isinstance(result, batch.Failure), result
+    (_, result, _), = work.compute(model, [job])
+    assert not isinstance(result, work.Failure), result
     return result.latents[1:]
 
 

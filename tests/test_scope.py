@@ -6,8 +6,9 @@ from PIL import ImageOps
 
 import p2p
 from p2p.cli.parser import main
-from p2p.edits import choose_mode, scoped, subject, tables
+from p2p.edits import choose_mode, tables
 from p2p.errors import UsageError
+from p2p.scope import scoped, subject
 from p2p.show.leakage import leakage
 from p2p.show.pictures import read_settings
 from p2p.show.sweep import sweep, variant
@@ -46,7 +47,7 @@ def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(emoji):
 def test_swap_and_refine_in_one_edit(emoji):
     """The new word takes the old one's column, added words keep their own, the rest is aligned."""
     s, t = emoji.tokens("a cat on grass"), emoji.tokens("a big dog on snowy grass")
-    mix, keep = tables(s, t, p2p.Edit(t.text, swap={"cat": "dog"}, cross_replace_steps=1.0), "refine", 2, L)
+    mix, keep, *_ = tables(s, t, p2p.Edit(t.text, swap={"cat": "dog"}, cross_replace_steps=1.0), "refine", 2, L)
     partner = {j: int(mix[0, :, j].argmax()) for j in range(8) if mix[0, :, j].any()}
     assert partner == {0: 0, 1: 1, 3: 2, 4: 3, 6: 4, 7: 5} and keep[0, [2, 5]].tolist() == [1, 1] and keep[0].sum() == 2 + 0
     with pytest.raises(UsageError, match="bird"):

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import p2p
+from p2p.request.start import Low
 from p2p.weights.emoji import recogniser
 from p2p.weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
 from p2p.weights.emoji.train import main as train
@@ -152,7 +153,7 @@ def test_the_bundled_upscaler_beats_bicubic():
     scene = sample(8, 6, "held out")
     small, truth = render(scene)[0], render(scene, 256)[0]
     stage, eye = p2p.load("emoji-upscaler", device="cpu"), recogniser.load()
-    r = p2p.generate(stage, caption(scene), steps=stage.steps, seed=0, low=p2p.start.Low(small, stage.noise_level))
+    r = p2p.generate(stage, caption(scene), steps=stage.steps, seed=0, low=Low(small, stage.noise_level))
     bicubic = F.interpolate(small, 256, mode="bicubic").clamp(-1, 1)
     gain = [-10 * (x - truth).square().mean((1, 2, 3)).log10() for x in (r.latents, bicubic)]
     assert (gain[0] - gain[1]).mean() > 2

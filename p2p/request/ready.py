@@ -70,6 +70,7 @@ class Asked:
     model: Model
     source: str
     inversion: Inversion | None
+    start: Start
     edits: list[Edit]
     sampling: Sampling
     editor: Editor | None
@@ -86,8 +87,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
              editor: Editor | None = None, record: Record = Record(), **settings: Any) -> Ready:
     """The arguments of `edit`, checked and laid out. Raises UsageError."""
     asked = _asked(model, source, targets, editor, record, settings)
-    inversion, edits, n = asked.inversion, asked.edits, len(asked.edits)
-    start = begin(model, asked.sampling, [asked.sampling.seed], 1 + n, targets=n, record=record)
+    inversion, edits, start = asked.inversion, asked.edits, asked.start
     if inversion is None:
         asked.notes += late(model, start.schedule)
     start, known, before = (start, None, None) if inversion is None else _from_inversion(start, inversion)
@@ -145,11 +145,13 @@ def _asked(model: Model, source: str | Inversion | Path, targets: str | Edit | S
         source, scale = inversion.prompt, sampling.guidance_scale
         sampling = replace(sampling, steps=inversion.steps, eta=inversion.eta, x_T=inversion.latents[-1:],
                            guidance_scale=inversion.guidance_scale if scale is None else scale)
+    n = len(targets) if isinstance(targets, (list, tuple)) else 1
+    start = begin(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before there is an edit for each
     edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
     if editor is not None:
         _without_editor(edits)
     tokens = split_prompts(model, [source, *(e.prompt for e in edits)], notes)
-    return Asked(model, source, inversion, edits, sampling, editor, record, tokens, notes, [e.mode is None for e in edits])
+    return Asked(model, source, inversion, start, edits, sampling, editor, record, tokens, notes, [e.mode is None for e in edits])
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2p.edits import subject
 from p2p.errors import UsageError
 from p2p.image import from_pil
 from p2p.request.checks import whole
 from p2p.run import Result
+from p2p.scope import subject
 
 NOTICED = 16 / 255   # a change of any colour beyond this is seen
 
