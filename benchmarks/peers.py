@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from p2p.edits import whose_text
 from p2p.models.attention import AttentionEdit
 from p2p.models.layers import wide
 from p2p.models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
@@ -91,8 +90,8 @@ def as_edit(kind: str, f: Formula) -> AttentionEdit:
     mix = torch.eye(TOKENS, device=f.alphas.device, dtype=f.alphas.dtype)[:, f.mapper] if kind == "refine" else f.mapper
     mix, keep = mix * (f.alphas * f.scale), 1 - f.alphas
     row = torch.tensor([2], device=mix.device)
-    return AttentionEdit(row, mix[None], keep[None], row, torch.tensor([32 * 32], device=mix.device),
-                         only=whose_text(mix, keep), injected=32 * 32)
+    return AttentionEdit(row, mix[None], keep[None], pixels=torch.stack([row, row, row + 1]),
+                         max_pixels=torch.tensor([32 * 32], device=mix.device))
 
 
 class Official:

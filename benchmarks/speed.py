@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,9 @@ import p2p
 from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formula, inputs, official, ours
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.lists.batch import Batch, run
-from p2p.models.attention import AttentionEdit, Record
-from p2p.models.blocks import Maps
+from p2p.models.attention import QK, Attention, AttentionEdit
 from p2p.models.layers import keep_freed_memory
+from p2p.models.maps import site_maps
 from p2p.models.unet import Time, UNet
 
 SOURCE = "a cat on grass"
@@ -77,8 +77,7 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
     for kind in KINDS:
         f = formula(kind, device, dtype)
         edit, way = as_edit(kind, f), official(theirs, kind, f)
-        mixed = text.under(edit)
-        sides[kind] = lambda edit=edit, mixed=mixed: net(x, at, mixed, edit=edit)[0]
+        sides[kind] = lambda edit=edit: net(x, at, text, edit=edit)[0]
         peers[f"official {kind}"] = lambda way=way: way(x, t, context)
         same[kind] = sides[kind](), peers[f"official {kind}"]()
     for what, (a, b) in same.items():
@@ -87,7 +86,7 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
             raise SystemExit(f"{name}, {what}: the results differ by {off:.1e} of their standard deviation")
     if gpu:
         compiled = torch.compile(net)
-        sides["compiled"] = lambda: compiled(x, at, mixed, edit=edit)[0]
+        sides["compiled"] = lambda: compiled(x, at, text, edit=edit)[0]
     if name != "full":
         sides |= around(net, x, at, context, edit)
     keep_freed_memory(device)
@@ -103,24 +102,30 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
 
 def around(net: UNet, x: Tensor, at: Time, context: Tensor, edit: AttentionEdit) -> dict[str, Callable[[], object]]:
     """The same step of an edit with more asked of it, and with more known of its source: see AROUND."""
-    def step(rows: list[int], edit: AttentionEdit, record: Record = Record()) -> Callable[[], tuple[Tensor, Maps]]:
-        given, read = x[rows], net.read(context[rows]).under(edit)
-        return lambda: net(given, at, read, edit=edit, record=record)
+    def step(rows: list[int], edit: AttentionEdit, watch: Sequence[str] = ()) -> Callable[[], tuple[Tensor, dict[str, QK]]]:
+        given, read = x[rows], net.read(context[rows])
+        return lambda: net(given, at, read, edit=edit, watch=watch)
 
-    def source_at(row: int) -> AttentionEdit:
-        return edit._replace(source=torch.full_like(edit.source, row), self_source=torch.full_like(edit.source, row))
+    def source_at(row: int, last: int) -> AttentionEdit:
+        source = torch.full_like(edit.source, row)
+        return edit._replace(source=source, pixels=torch.stack([source, source, torch.full_like(source, last)]))
 
+    sites = tuple(site for site in net.text_sites() if net.site_pixels(*x.shape[2:])[site] == 16 * 16)
+    small = [site for site in net.text_sites() if net.site_pixels(*x.shape[2:])[site] <= 16 * 16]
     columns = torch.zeros(1, 2, 2, TOKENS, device=x.device)
     columns[:, 0, :, 2] = 1                                                          # a word of each prompt
     blend = Blend((16, 16), columns, torch.full((1, 2), 0.3, device=x.device), torch.zeros(1, device=x.device),
                   torch.zeros(1, dtype=torch.bool, device=x.device), torch.ones_like(x[:1, :1], dtype=torch.bool),
-                  torch.zeros(1, dtype=torch.long, device=x.device))
-    everyone = [0, 1, 2, 3]
-    reading = step(everyone, edit, Record(exactly=blend.pixels, rows=2, mean=True))
-    traced = source_at(2)._replace(cached=net(x[2:3], at, context[2:3], record=Record(queries=True))[1])
-    return {"recorded": step(everyone, edit, Record(text=16 * 16, rows=2)),
-            "blend": lambda: local_blend(x[2:], word_maps(reading()[1], blend), blend, 0),
-            "traced": step([1, 3], traced), "latents": step([1, 2, 3], source_at(1))}
+                  torch.zeros(1, dtype=torch.bool, device=x.device), torch.zeros(1, dtype=torch.long, device=x.device), sites)
+    everyone, shown = [0, 1, 2, 3], torch.tensor([2, 3], device=x.device)
+    reading, recording = step(everyone, edit, sites), step(everyone, edit, small)
+    traced = source_at(2, 1)._replace(cached=net(x[2:3], at, context[2:3], watch=[m.site for m in net.layers(Attention)])[1])
+
+    def recorded() -> list[Tensor]:
+        return [site_maps(net.get_submodule(site), qk, edit, shown)[1] for site, qk in recording()[1].items()]
+
+    return {"recorded": recorded, "blend": lambda: local_blend(x[2:], word_maps(net, reading()[1], edit, shown, blend), blend, 0),
+            "traced": step([1, 3], traced), "latents": step([1, 2, 3], source_at(1, 2))}
 
 
 def loops(repeats: int, device: torch.device) -> list[Row]:
