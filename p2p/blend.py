@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from p2p.align import word_tokens
 from p2p.errors import UsageError
-from p2p.image import as_picture, brightness, fit, to_base64
+from p2p.image import PIXELS, as_picture, brightness, fit, to_base64
 from p2p.models.attention import QK, Edits
 from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
@@ -115,6 +115,8 @@ def _check_mask(mask: Any) -> None:
     """Raises UsageError."""
     if not isinstance(mask, Tensor):
         as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
+    elif mask.numel() > PIXELS:
+        raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; make it smaller")
     elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
         raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} {tuple(mask.shape)}")
     elif not (mask >= 0).all() or not (mask <= 1).all():

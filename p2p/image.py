@@ -17,6 +17,7 @@ from p2p.weights.untrusted import brief
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
 TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
 FITS = ("crop", "pad", "own")
+PIXELS = 2**26   # of a picture: a file of some kilobytes may ask for gigabytes
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -36,8 +37,8 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper` where it is transparent.
 
     Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched; those of mode F count from 0 to 255, as
-    in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1: it is
-    refused. Colour profiles are left aside. Raises UsageError.
+    in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1, and
+    values far outside of these ranges mean another scale: they are refused. Colour profiles are left aside. Raises UsageError.
     """
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -55,11 +56,12 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits, or floating-point ones, as L; with its alpha, LA, where one of them stands for transparency."""
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image, dtype=np.float32)
     low, high = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (0, 65535))
-    if not np.isfinite(values).all() or 0 < values.max() <= low:
-        raise UsageError(f"a picture of mode {image.mode} holds finite values from 0 to {high}, and this one none above "
-                         f"{values.max():g}; scale it, or convert it to mode L")
+    least, most = values.min(), values.max()
+    if not np.isfinite(values).all() or 0 < most <= low or most > 1.01 * high or least < -0.01 * high:   # resampling overshoots
+        raise UsageError(f"a picture of mode {image.mode} holds finite values from 0 to {high}, and this one holds {least:g} to "
+                         f"{most:g}; scale it, or convert it to mode L")
     grey = Image.fromarray((values * 255 / high).clip(0, 255).round().astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
@@ -82,10 +84,19 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(file, formats=FORMATS) as image:   # before it decodes, Pillow refuses more than 179 million pixels
+    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+        raise ValueError("not a file")   # to open a pipe would wait for ever
+    with Image.open(file, formats=FORMATS) as image:
+        check_pixels(image.width, image.height)   # before it is decoded
         found = upright(image)
         found.format = image.format   # which a copy does not keep
         return found
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raises UsageError, a ValueError."""
+    if width * height > PIXELS:
+        raise UsageError(f"{width} x {height} are more than {PIXELS:,} pixels; make it smaller")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -30,7 +30,10 @@ class Schedule(NamedTuple):
         return len(self.timesteps)
 
     def ending(self, final_alpha: float | None) -> Schedule:
-        """The same steps, the last one to that alphas_cumprod; None: as it is."""
+        """These steps, the last one to that alphas_cumprod; None: as they are. Raises UsageError."""
+        if final_alpha is not None and final_alpha < self.alphas[-2]:
+            raise UsageError(f"final_alpha {final_alpha:g}: the picture holds more noise than the last timestep's level, "
+                             f"{self.alphas[-2]:g}; give at least that")
         return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
 
 

@@ -51,7 +51,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
     if prediction is not None and prediction not in PREDICTIONS:
         raise CheckpointError(f"prediction {prediction!r} is not known; known: {', '.join(PREDICTIONS)}")
-    path = Path(source)
+    path = _path(source)
     if not path.exists() and str(source) in BUNDLED:
         path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
@@ -140,13 +140,22 @@ def _find(path: Path, given: tuple[Part, float | None] | None, ema: bool) -> Pac
     raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
 
 
+def _path(source: str | Path) -> Path:
+    """Raises CheckpointError for what no file system takes."""
+    try:
+        Path(source).exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{brief(str(source))}: no path ({getattr(error, 'strerror', None) or error}).") from None
+    return Path(source)
+
+
 def find_vae(source: str | Path) -> tuple[Part, float | None]:
     """A separate autoencoder, and its latents' scale if it says one: a file in LDM naming (perhaps with training leftovers, or a
     whole model), a diffusers folder (that of the autoencoder, or of a whole model), or an "org/name" of the Hub.
 
     Raises CheckpointError.
     """
-    path = Path(source)
+    path = _path(source)
     if not path.exists() and hub.is_id(str(source)):
         path = hub.download_vae(str(source))
     return _found(path, _find_vae)

@@ -103,7 +103,7 @@ def read(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _refuse(path: Path, names: set[str]) -> None:
-    refused = sorted(n for n in names if n not in _HARMLESS and not n.startswith(_HARMLESS_BELOW))
+    refused = sorted(n for n in names if n not in _HARMLESS and (not n.startswith(_HARMLESS_BELOW) or "__" in n))
     if refused:
         raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may be "
                               "malicious and was not loaded. Ask its author for a .safetensors file.")
@@ -256,7 +256,7 @@ def _followed(stream: io.BytesIO, names: set[str], storages: dict[str, _Storage]
 def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict[str, _Storage]) -> Any:
     """What an opcode puts on the stack."""
     if op in _VALUES:
-        return arg
+        return _Object() if type(arg) is int and arg.bit_length() > 128 else arg   # megabytes, to be read as a key
     if op in _CONSTANTS:
         return _CONSTANTS[op]()
     if op.startswith("TUPLE") or op == "LIST":
@@ -267,7 +267,7 @@ def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict
         module, name = taken if op == "STACK_GLOBAL" else arg.split(" ", 1)
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is no text")
-        names.add(path := f"{_PYTHON_2.get(module, module)}.{name}"[:NAME])
+        names.add(path := f"{_PYTHON_2.get(module, module)[:NAME]}.{name[:NAME]}"[:NAME])
         return _Object() if op == "INST" else _Name(path)
     if op in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
         return _built(*taken[:2])

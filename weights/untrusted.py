@@ -127,7 +127,7 @@ def brief(value: object) -> str:
     """What was given, as a message shows it: short, whatever it is (what is nested deeply has no repr, nor have many digits)."""
     try:
         text = " ".join(repr(value).split())
-    except (RecursionError, ValueError):
+    except Exception:   # a repr of anybody's making
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 

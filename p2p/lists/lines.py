@@ -12,6 +12,7 @@ from p2p.weights.untrusted import parse_json
 
 T = TypeVar("T")
 NAMED = 100   # faults, at most
+BYTES = 2**28   # of a list
 
 
 def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
@@ -45,9 +46,12 @@ def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
 def _text(file: Path) -> str:
     """UTF-8, with or without its mark, whatever this machine's own encoding is."""
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
+        with file.open("rb") as f:
+            content = f.read(BYTES + 1)
+    except (OSError, ValueError) as error:   # the latter for a path that holds a NUL
+        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(content) > BYTES:
+        raise UsageError(f"{file}: a list of more than {BYTES:,} bytes; split it")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UsageError(f"{file}: UTF-16 text; save it as UTF-8")
     try:

@@ -18,10 +18,13 @@ _WEIGHT = "write the words alone, and weigh them in an edit: --weight {0}={1} (e
 _SCHEDULE = "write one of the words, and the other in an edit of that prompt; --cross WORD=0.4 (cross_replace_steps) says from " \
     "when on the new word acts"
 _ADDED = "add-ons are not read from prompts"
+LONGEST = 20_000   # characters of a prompt
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 # Each repetition excludes the mark that ends it, so that no prompt takes more than linear time.
 _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead in (
     (rf"\(([^():\[\]]*[^\s():\[\]])\s*:\s*({_NUMBER})\s*\)", "a weight", _WEIGHT),
+    (rf"\(([^():\[\]]*[^\s():\[\]])\s*:\s*({_NUMBER})\s*$", "a weight that is not closed", _WEIGHT),
+    (r"\b__[\w/-]*\w__\b", "a wildcard", "write one of the words that it stands for"),
     (rf"\(([^():\[\]]*[^\s():\[\]])\)({_NUMBER})(?![\w:/.])", "a weight", _WEIGHT),
     (r"\(([^()]+)\)(?:\+\+*|--*)(?!\w)", "a weight", _EMPHASIS),
     (rf"\[[^\[\]|:]*:(?:[^\[\]|:]*:)?\s*{_NUMBER}\s*\]", "a schedule", _SCHEDULE),
@@ -30,13 +33,16 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
     (r"<\s*(?:lora|lyco|locon|loha|hypernet|ti|embedding)\s*:[^<>]*>|\bembedding:\S+", "an add-on", _ADDED),
     (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction", "write one prompt, and the other as an edit of it"),
 ))
-_TEXT = re.compile(r"(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
+_TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
 
 
 def check(prompt: object) -> list[str]:
     """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other programs' syntax."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is text, not {brief(prompt)}")
+    if len(prompt) > LONGEST:
+        raise UsageError(f"a prompt of {len(prompt):,} characters, {brief(prompt)}: text towers read a few hundred; shorten it to "
+                         f"{LONGEST:,}")
     try:
         prompt.encode()
     except UnicodeEncodeError:

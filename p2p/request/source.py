@@ -28,6 +28,7 @@ FOLLOW = ("direct", "edit-friendly")   # the source row takes the stored latents
 TENSORS = ("latents", "null_context", "offsets", "queries")
 SHRINK = 64            # the most that a picture's side is of its latents'
 QUERIES = "queries."   # before the names of a trace's tensors
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEYS = 2**12           # most tensors: a trace has two for each layer
 
 
@@ -115,6 +116,8 @@ class Queries(Sequence):
 def _read(file: str | Path) -> dict[str, Any]:
     """The fields of an inversion's file, not checked yet. Raises UsageError."""
     try:
+        if Path(file).exists() and not Path(file).is_file():   # to open a pipe would wait for ever
+            raise ValueError("not a file")
         with safe_open(file, "pt") as f:
             said = parse_object((f.metadata() or {})["inversion"])
             if len(f.keys()) > KEYS:
@@ -189,13 +192,14 @@ def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
     for name, tensor in tensors.items():
         if name in queries and not _like(tensor, (steps, None, None)):
             wrong.append(f"{name} is {_said(tensor)}, which is not of {steps} steps")
-        elif tensor is not None and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        elif tensor is not None and tensor.dtype in FLOATS and tensor.numel() \
+                and not torch.stack(tensor.aminmax()).isfinite().all():
             wrong.append(f"{name}: values that are not finite")
     return wrong
 
 
 def _like(tensor: Tensor, shape: Sequence[int | None]) -> bool:
-    return (tensor.is_floating_point() and tensor.ndim == len(shape) and tensor.numel() > 0
+    return (tensor.dtype in FLOATS and tensor.ndim == len(shape) and tensor.numel() > 0
             and all(b in (None, a) for a, b in zip(tensor.shape, shape)))
 
 
