@@ -7,15 +7,14 @@ from p2p.weights import keys
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile
 
-EMA = "model_ema."
-COUNTERS = (EMA + "decay", EMA + "num_updates")   # which hold no weights
+COUNTERS = (keys.EMA + "decay", keys.EMA + "num_updates")   # which hold no weights
 NOT_USED = "its plain weights are used, not the averaged ones (EMA) that it holds too"
 USED = "averaged weights (EMA) used"
 
 
 def held(names: Iterable[str]) -> list[str]:
     """Those of averaged weights, whatever they average."""
-    return sorted(k for k in names if k.startswith(EMA) and k not in COUNTERS)
+    return sorted(k for k in names if k.startswith(keys.EMA) and k not in COUNTERS)
 
 
 def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
@@ -27,7 +26,7 @@ def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
     them, less "model."), or with the dots. Raises CheckpointError.
     """
     plain, there = [k for k in file.shapes if k.startswith(keys.UNET)], held(file.shapes)
-    forms = [{k: EMA + form(k.removeprefix(prefix)) for k in plain} for prefix in ("model.", "", keys.UNET)
+    forms = [{k: keys.EMA + form(k.removeprefix(prefix)) for k in plain} for prefix in ("model.", "", keys.UNET)
              for form in (lambda name: name.replace(".", ""), str)]
     twins = max(forms, key=lambda names: sum(t in file.shapes for t in names.values()))
     found = sum(t in file.shapes for t in twins.values())

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from p2p.weights import averages, keys
+from p2p.weights import keys
 from p2p.weights.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -105,7 +105,7 @@ def _by_shapes(s: Shapes) -> str | None:
 
 def _part_alone(s: Shapes, autoencoder: bool) -> str | None:
     text = any("text_model." in k or "token_embedding" in k for k in s)
-    if any(k.startswith(averages.EMA) and "diffusion_model" in k for k in s):
+    if any(k.startswith(keys.EMA) and "diffusion_model" in k for k in s):
         return ("a model whose UNet is there as averaged weights (EMA) alone, which are read beside the plain ones; use the "
                 "file that holds these too")
     if autoencoder:   # with a text tower too, only the UNet is missing
