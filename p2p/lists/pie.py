@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,14 @@ from tqdm import tqdm
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
-from p2p.lists.jobs import SHORT, Job, Store, groups, parse
+from p2p.lists.jobs import SHORT, Job, Store, groups, parse, unread
 from p2p.lists.lines import write
 from p2p.lists.metrics import CONVENTIONS, NAMES, Judges, measure
 from p2p.lists.protocol import Item
 from p2p.lists.work import work
 from p2p.model import Model
-from p2p.sources.methods import READ_BY
+from p2p.sources.methods import DEFAULT
+from p2p.weights import digest
 from p2p.weights.untrusted import parse_object, read_text
 
 
@@ -108,8 +110,12 @@ def own(settings: Mapping[str, Any]) -> Way:
         raise UsageError(f"{', '.join(settings)}: two names of one setting; give one")
 
     def job(item: Item, model: Model) -> dict[str, Any]:
-        plain = {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute())}
-        return (protocol.job(base, item, model) if base else plain) | own_
+        if base is None:
+            return {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute())} | own_
+        inherited = protocol.job(base, item, model)
+        method, editor = (own_.get(name, inherited.get(name)) for name in ("method", "editor"))
+        idle = unread(method or DEFAULT, editor)
+        return {k: v for k, v in inherited.items() if k not in idle} | own_
 
     return Way({"own": dict(settings)}, job, jpeg=base is not None and base.jpeg)
 
@@ -134,20 +140,23 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mappi
     UsageError where a row was made with other settings.
     """
     ways = {name: way if isinstance(way, Way) else own(way) for name, way in ways.items()}
-    for name, way in ways.items():
+    all_asked, pictures = {}, {item.key: _content(item.picture) for item in items}
+    for name, way in ways.items():   # all that can be refused, before anything is written
+        _check(name, way, items[0], model)
         _same(out / name, way, model, data)
-    by = judges.identity()
-    for name, way in ways.items():
-        folder = out / name
-        asked = [_asked(way, item, model, i) for i, item in enumerate(items, 1)]
+        _same_pictures(out / name, pictures)
+        all_asked[name] = asked = [_asked(way, item, model, i) for i, item in enumerate(items, 1)]
         if "own" in way.said and all(isinstance(job, str) for job in asked):
             raise UsageError(f"{name}: {asked[0]}")
+    by = judges.identity()
+    for name, way in ways.items():
+        folder, asked = out / name, all_asked[name]
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "settings.json", json.dumps(_said(way, model, data), indent=1))
         if way.job is not None:
             (run or partial(_alone, model, progress))([job for job in asked if isinstance(job, Job)], folder)
         if figures:
-            _judge(folder, name, way, list(zip(items, asked)), judges, by, progress)
+            _judge(folder, name, way, list(zip(items, asked)), pictures, judges, by, progress)
     return pie_report.build(out) if figures else {}
 
 
@@ -180,6 +189,29 @@ def _said(way: Way, model: Model, data: str) -> dict[str, Any]:
     return json.loads(json.dumps(said, default=str))
 
 
+def _check(name: str, way: Way, item: Item, model: Model) -> None:
+    """Raises UsageError for settings that no item can have: an item with words that every row can read is tried."""
+    if way.job is not None and "own" not in way.said:
+        try:
+            parse(dict(way.job(item._replace(source="a cat", target="a dog", blended=""), model)), 1, Path(), model)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+
+
+def _content(picture: Path) -> str:
+    with suppress(OSError):
+        return digest.sha256(picture)[:16]
+    return ""
+
+
+def _same_pictures(folder: Path, pictures: Mapping[str, str]) -> None:
+    """Raises UsageError where figures of a row belong to other pictures of the benchmark. pictures: their hashes, by key."""
+    made = {row["key"]: row["picture"] for row in pie_report.read_figures(folder) if row["picture"]}
+    if other := sorted(key for key in made.keys() & pictures.keys() if made[key] != pictures[key]):
+        raise UsageError(f"{folder}: its figures are of other pictures of the benchmark than those that are there now "
+                         f"({', '.join(other[:5])}). Put these back to go on, or give another --out")
+
+
 def _same(folder: Path, way: Way, model: Model, data: str) -> None:
     """Raises UsageError where a row was made with other settings."""
     file = folder / "settings.json"
@@ -194,8 +226,8 @@ def _same(folder: Path, way: Way, model: Model, data: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
-def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], judges: Judges, by: str | None,
-           progress: bool) -> None:
+def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], pictures: Mapping[str, str],
+           judges: Judges, by: str | None, progress: bool) -> None:
     """Writes the row's figures; what these judges (`by`) have measured already stays, and so do items that are not asked for."""
     store = Store(folder) if way.job is not None else None
     rows = {(row["key"], row["convention"]): row for row in pie_report.read_figures(folder)}
@@ -204,14 +236,14 @@ def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | 
             made, result, error, seed = job, "", None, ""
             if isinstance(job, Job):
                 made, result = folder / job.id / "edit.png", job.id
-                seed = str(job.sampling["seed"]) if job.inverting["method"] in READ_BY["seed"] else ""
+                seed = str(job.sampling.get("seed", ""))
                 error = None if store.done(job) else store.failed(job) or "not run"
             elif isinstance(job, Path):
                 result = hashlib.sha256(job.read_bytes()).hexdigest()[:16]
             else:
                 error = job
             told = {"method": name, "key": item.key, "editing_type": item.kind, "seed": seed, "error": error or "",
-                    "result": result, "judges": by or ""}
+                    "result": result, "judges": by or "", "picture": pictures[item.key]}
             known = [rows.get((item.key, c), {}) for c in CONVENTIONS]
             if not error and by is not None and all({**row, **told} == row for row in known):
                 continue
