@@ -27,7 +27,7 @@ from p2p.models.layers import keep_freed_memory
 from p2p.models.text import Tokens
 from p2p.models.unet import UNet
 from p2p.request.checks import choice, finite, flag, share, whole
-from p2p.request.effect import without
+from p2p.request.effect import blends_without, without
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import FOLLOW, Inversion, Queries
 from p2p.request.start import Low, Start, begin, late
@@ -165,6 +165,8 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
         notes.append("proximal changes nothing: at guidance_scale 1 there is no guidance")
     if x_T is not None and inversion is None and seed != 0 and not start.eta:
         notes.append("seed changes nothing: the noise is x_T, and none is drawn in steps of eta 0")
+    if inversion is not None and seed != 0:
+        notes.append("seed changes nothing: the noise is that of the inversion, or of the traced source")
     edits = [scoped(split[0], t, e, m, model.length) for t, e, m in zip(split[1:], edits, modes)]
     rows = dict(dtype=model.dtype, **common)
     if editor is not None:
@@ -175,6 +177,7 @@ def prepared(model: Model, source: str | Inversion, targets: str | Edit | Sequen
     blend = prepare([e.local_blend for e in edits], split[0], split[1:], size=start.x.shape[2:], how=fitted, **common)
     if blend is not None:
         notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, start.schedule.steps)) if why]
+        notes += blends_without(edits, blend, model, start.x.shape[1:], alike=known is None or known.follow)
     mapped = record.text or record.pixels or (blend is not None and blend.pixels)
     if known is not None and known.follow and not mapped and not whole_batch:   # a known source is run where it is read
         reads = (readers(split[1:], edits, common["steps"], model.length, whole) if editor is None

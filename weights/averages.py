@@ -17,6 +17,11 @@ def held(names: Iterable[str]) -> list[str]:
     return sorted(k for k in names if k.startswith(keys.EMA) and k not in COUNTERS)
 
 
+def taken_unasked(file: TensorFile) -> bool:
+    """Whether versions that did not record `ema` took this file's averages: those under LDM's own names."""
+    return keys.EMA + "diffusion_modelinput_blocks00weight" in file.shapes
+
+
 def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
     """The file as it is; wanted: with the averages in place of the UNet's plain weights. Which of them, where there are
     both, is noted, and what is left of the averages. Unless asked for they are left alone, as elsewhere: a merge may
