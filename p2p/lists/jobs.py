@@ -24,7 +24,7 @@ from p2p.lists.fields import checked
 from p2p.lists.lines import present, write
 from p2p.model import Model
 from p2p.request.source import METHODS
-from p2p.run import Result
+from p2p.run import Result, _without_editor
 from p2p.show.pictures import names, save_png
 from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.aside import appearing, finished, sweep
@@ -78,7 +78,7 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) ->
     defaults = present(dict(defaults or {})) or {}
     for name, value in defaults.items():
         checked(name, value)
-    jobs = lines.read(file, lambda said, number: parse(said, number, file.parent, model, defaults),
+    jobs = lines.read(file, lambda said, number: meant(parse(said, number, file.parent, model, defaults)),
                       'no job in it; a job is a line such as {"source": "a cat", "targets": ["a dog"]}')
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
@@ -100,11 +100,11 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
     return idle if editor is None else idle | windows
 
 
-def _refuse_unread(said: Collection[str], idle: Mapping[str, str]) -> None:
-    """Raises UsageError."""
-    for why in dict.fromkeys(idle.values()):
-        if names := [name for name, each in idle.items() if each == why and name in said]:
-            raise UsageError(f"{', '.join(names)}: {why}")
+def meant(job: Job) -> Job:
+    """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not read of its targets."""
+    if "editor" in job.others:
+        _without_editor(job.targets)
+    return job
 
 
 def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> Job:
@@ -118,8 +118,10 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     pictured, all_said = "image" in said, {**(defaults or {}), **said}
     method = checked("method", all_said.get("method", DEFAULT)) if pictured else None
     idle = unread(method, all_said.get("editor"))
-    _refuse_unread(said, idle)
-    said = {k: v for k, v in all_said.items() if k not in idle}
+    for why in dict.fromkeys(idle.values()):
+        if names := [name for name, each in idle.items() if each == why and name in said and name not in WINDOWS]:
+            raise UsageError(f"{', '.join(names)}: {why}")
+    said = {k: v for k, v in all_said.items() if k not in idle or k in said}   # an editor's targets: see `read`
     targets = said.pop("targets", None)
     listed = targets if isinstance(targets, list) else [targets]
     if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
@@ -128,34 +130,23 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     said = {k: checked(k, v) for k, v in said.items()}
     if said.get("fit") == "own" and {"height", "width"} & said.keys():
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
-    edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}, idle) for t in listed)
+    edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
     usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
     sampling = {k: said.get(k, usual[k]) for k in SAMPLING if k not in idle}
+    if sampling["steps"] > len(model.alphas_cumprod):
+        raise UsageError(f"steps: {sampling['steps']} is more than the model's {len(model.alphas_cumprod)}")
     inverting = {k: said.get(k, v) for k, v in INVERTING.items() if k not in idle}
-    _check(sampling, inverting, model)
     others = {k: said[k] for k in OTHERS if k in said}
     image = folder / said["image"] if pictured else None
     job = Job("", line, said["source"], edits, sampling, image, inverting, others, own, tags)
     return job._replace(id=_identity(job, model))
 
 
-def _check(sampling: Mapping[str, Any], inverting: Mapping[str, Any], model: Model) -> None:
-    """What the model says of numbers before anything runs. Raises UsageError."""
-    steps, skip = sampling["steps"], inverting.get("skip")
-    if steps > len(model.alphas_cumprod):
-        raise UsageError(f"steps: {steps} is more than the model's {len(model.alphas_cumprod)}")
-    if skip is not None and skip >= steps:
-        raise UsageError(f"skip: {skip} of {steps} steps leaves none to run")
-    model.schedule(steps)
-    model.latent_shape(sampling["height"], sampling["width"])
-
-
-def _target(said: str | dict[str, Any], shared: Mapping[str, Any], idle: Mapping[str, str]) -> Edit:
+def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
     own = _long({"prompt": said} if isinstance(said, str) else said, {"prompt", *EDITING}, "a target")
     if "prompt" not in own:
         raise UsageError("a target that is an object needs its prompt")
-    _refuse_unread(own, idle)
     edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
     check(edit)
     blend = edit.local_blend

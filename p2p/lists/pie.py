@@ -2,6 +2,7 @@
 
     OUT/NAME/                   a row of the table: the jobs of its items, as `jobs.Store` keeps them
     OUT/NAME/settings.json      all that decides its pictures
+    OUT/NAME/pictures.json      hashes of the benchmark's pictures that it was made of
     OUT/NAME/figures.csv        what was measured
     OUT/pie.{csv,json,md}       of all rows that lie there, see `p2p.lists.pie_report`
 """
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
-from p2p.lists.jobs import SHORT, Job, Store, groups, parse, unread
+from p2p.lists.jobs import SHORT, Job, Store, groups, meant, parse, unread
 from p2p.lists.lines import write
 from p2p.lists.metrics import CONVENTIONS, NAMES, Judges, measure
 from p2p.lists.protocol import Item
@@ -35,6 +36,8 @@ from p2p.model import Model
 from p2p.sources.methods import DEFAULT
 from p2p.weights import digest
 from p2p.weights.untrusted import parse_object, read_text
+
+PICTURES = "pictures.json"
 
 
 def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = None) -> list[Item]:
@@ -140,11 +143,11 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mappi
     UsageError where a row was made with other settings.
     """
     ways = {name: way if isinstance(way, Way) else own(way) for name, way in ways.items()}
-    all_asked, pictures = {}, {item.key: _content(item.picture) for item in items}
+    all_asked, all_pictures, pictures = {}, {}, _contents(items)
     for name, way in ways.items():   # all that can be refused, before anything is written
         _check(name, way, items[0], model)
         _same(out / name, way, model, data)
-        _same_pictures(out / name, pictures)
+        all_pictures[name] = _all_pictures(out / name, pictures)
         all_asked[name] = asked = [_asked(way, item, model, i) for i, item in enumerate(items, 1)]
         if "own" in way.said and all(isinstance(job, str) for job in asked):
             raise UsageError(f"{name}: {asked[0]}")
@@ -153,10 +156,11 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mappi
         folder, asked = out / name, all_asked[name]
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "settings.json", json.dumps(_said(way, model, data), indent=1))
+        write(folder / PICTURES, json.dumps(all_pictures[name], indent=1))
         if way.job is not None:
             (run or partial(_alone, model, progress))([job for job in asked if isinstance(job, Job)], folder)
         if figures:
-            _judge(folder, name, way, list(zip(items, asked)), pictures, judges, by, progress)
+            _judge(folder, name, way, list(zip(items, asked)), judges, by, progress)
     return pie_report.build(out) if figures else {}
 
 
@@ -172,7 +176,7 @@ def _asked(way: Way, item: Item, model: Model, line: int) -> Job | Path | str:
     """An item's job, or its picture where that was made elsewhere; or why there is none."""
     try:
         if way.job is not None:
-            return parse(dict(way.job(item, model)), line, Path(), model)
+            return meant(parse(dict(way.job(item, model)), line, Path(), model))
     except UsageError as error:
         return str(error)
     names = [f"{item.key}{suffix}" for suffix in (".png", ".jpg", ".jpeg", ".webp")]
@@ -190,26 +194,41 @@ def _said(way: Way, model: Model, data: str) -> dict[str, Any]:
 
 
 def _check(name: str, way: Way, item: Item, model: Model) -> None:
-    """Raises UsageError for settings that no item can have: an item with words that every row can read is tried."""
-    if way.job is not None and "own" not in way.said:
-        try:
-            parse(dict(way.job(item._replace(source="a cat", target="a dog", blended=""), model)), 1, Path(), model)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
+    """Raises UsageError for settings that no item can have: one with words that every row can read is tried."""
+    if way.job is None:
+        return
+    job = _asked(way, item._replace(source="the source", target="the target", blended=""), model, 1)
+    try:
+        if isinstance(job, str):
+            raise UsageError(job)
+        steps, skip = job.sampling["steps"], job.inverting["skip"]
+        model.schedule(steps)
+        model.latent_shape(job.sampling["height"], job.sampling["width"])
+        if skip is not None and skip >= steps:
+            raise UsageError(f"skip: {skip} of {steps} steps leaves none to run")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
-def _content(picture: Path) -> str:
-    with suppress(OSError):
-        return digest.sha256(picture)[:16]
-    return ""
+def _contents(items: Sequence[Item]) -> dict[str, str]:
+    """Hashes of the benchmark's pictures, by key; of those that are there."""
+    found = {}
+    for item in items:
+        with suppress(OSError):
+            found[item.key] = digest.sha256(item.picture)[:16]
+    return found
 
 
-def _same_pictures(folder: Path, pictures: Mapping[str, str]) -> None:
-    """Raises UsageError where figures of a row belong to other pictures of the benchmark. pictures: their hashes, by key."""
-    made = {row["key"]: row["picture"] for row in pie_report.read_figures(folder) if row["picture"]}
-    if other := sorted(key for key in made.keys() & pictures.keys() if made[key] != pictures[key]):
-        raise UsageError(f"{folder}: its figures are of other pictures of the benchmark than those that are there now "
+def _all_pictures(folder: Path, now: Mapping[str, str]) -> dict[str, str]:
+    """Those of a row's earlier runs and of this one. Raises UsageError where one has become another, or is gone."""
+    file = folder / PICTURES
+    before = pie_report.read_json(file) if file.exists() else {}
+    if not isinstance(before, dict):
+        raise UsageError(f"{file}: not hashes of pictures; remove it, or give another --out")
+    if other := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+        raise UsageError(f"{folder}: this row is of other pictures of the benchmark than those that are there now "
                          f"({', '.join(other[:5])}). Put these back to go on, or give another --out")
+    return before | now
 
 
 def _same(folder: Path, way: Way, model: Model, data: str) -> None:
@@ -226,8 +245,8 @@ def _same(folder: Path, way: Way, model: Model, data: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
-def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], pictures: Mapping[str, str],
-           judges: Judges, by: str | None, progress: bool) -> None:
+def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], judges: Judges, by: str | None,
+           progress: bool) -> None:
     """Writes the row's figures; what these judges (`by`) have measured already stays, and so do items that are not asked for."""
     store = Store(folder) if way.job is not None else None
     rows = {(row["key"], row["convention"]): row for row in pie_report.read_figures(folder)}
@@ -243,7 +262,7 @@ def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | 
             else:
                 error = job
             told = {"method": name, "key": item.key, "editing_type": item.kind, "seed": seed, "error": error or "",
-                    "result": result, "judges": by or "", "picture": pictures[item.key]}
+                    "result": result, "judges": by or ""}
             known = [rows.get((item.key, c), {}) for c in CONVENTIONS]
             if not error and by is not None and all({**row, **told} == row for row in known):
                 continue

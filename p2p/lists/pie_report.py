@@ -19,7 +19,7 @@ from p2p.lists.published import FIGURES, SOURCES
 from p2p.weights.untrusted import parse_json, read_text
 
 SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP": 1.0}   # as the tables are published
-TOLD = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges", "picture")
+TOLD = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges")
 FIGURES_FILE = "figures.csv"
 
 
@@ -67,7 +67,7 @@ def read_figures(folder: Path) -> list[dict[str, Any]]:
     file = folder / FIGURES_FILE
     try:
         with file.open(encoding="utf-8", newline="") as f:
-            return [{"picture": ""} | {name: line[name] for name in TOLD if name in line or name != "picture"}   # new
+            return [{name: line[name] for name in TOLD}
                     | {"figures": {label: float(line[name]) if line[name] else None for label, name in NAMES.items()}}
                     for line in csv.DictReader(f)]
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
 
 
 def _line(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
 
 
 def _published(name: str, columns: Sequence[str]) -> list[str]:
