@@ -1,5 +1,6 @@
 """Averaged weights (EMA): wherever they lie they are read when asked for, and never passed over in silence."""
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import p2p
 from p2p import CheckpointError
-from p2p.weights import keys
+from p2p.weights import hub, keys
 from p2p.weights.load import find
 
 UNUSED = "plain weights are used, not the averaged ones (EMA)"
@@ -82,3 +83,14 @@ def test_averages_in_a_folder(made, tmp_path):
     assert torch.equal(plain.unet.conv_in.weight, parts["unet"].conv_in.weight) and any(UNUSED in n for n in plain.notes)
     assert torch.equal(ema.unet.conv_in.weight, other.conv_in.weight) and any("(EMA) used" in n for n in ema.notes)
     assert plain.sha256 != ema.sha256 and ema.identity()["ema"]
+
+
+@pytest.mark.parametrize("ema, wanted", [(False, "unet"), (True, "unet_ema")])
+def test_of_the_hub_averages_are_fetched_in_place_of_the_plain_ones(monkeypatch, ema, wanted):
+    names = ["model_index.json", *(f"{part}/{name}" for part in ("unet", "unet_ema")
+                                   for name in ("config.json", "diffusion_pytorch_model.safetensors"))]
+    asked = []
+    monkeypatch.setattr(hub, "_get", lambda repo, name: asked.append(name) or Path(name))
+    hub._fetch("org/name", names, ema)
+    assert [n for n in asked if n.endswith(".safetensors")] == [f"{wanted}/diffusion_pytorch_model.safetensors"]
+    assert "unet_ema/config.json" in asked                                       # so that it is noted

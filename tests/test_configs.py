@@ -130,6 +130,15 @@ REFUSED = [   # file, field, value, what the message names
 ]
 
 
+@pytest.mark.parametrize("field, value, said", [
+    ("only_cross_attention", "no", "only_cross_attention = 'no'"), ("only_cross_attention", [True, "no"], "true or false"),
+    ("mid_block_only_cross_attention", "no", "true or false"), ("resnet_skip_time_act", "no", "true or false"),
+    ("block_out_channels", None, "block_out_channels: null"), ("attention_head_dim", None, "attention_head_dim: null")])
+def test_fields_of_if_have_their_types(tmp_path, field, value, said):
+    with pytest.raises(CheckpointError, match=f"unet/config.json: .*{said}"):
+        find(changed(laid_out(tmp_path, published.IF), "unet/config.json", **{field: value}))
+
+
 @pytest.mark.parametrize("file, field, value, said", REFUSED)
 def test_what_changes_pixels_and_is_not_done_is_refused_by_name(tmp_path, file, field, value, said):
     folder = changed(laid_out(tmp_path, published.SD1), file, **{field: value})

@@ -17,7 +17,7 @@ from p2p.weights.files import Renamed, TensorFile, open_file
 from p2p.weights.fill import read_tensors
 from p2p.weights.folder import read_index, read_json, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
-from p2p.weights.sizes import check_sizes
+from p2p.weights.sizes import check_given, check_sizes
 from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -55,6 +55,8 @@ def _released(unet: UNetConfig) -> Sampling:
 
 def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
     fields.check(path, c, fields.DEEPFLOYD_UNET)
+    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                "attention_head_dim")
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
     per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * n  # noqa: E731
