@@ -311,7 +311,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     batch's shape (another where maps are read, or renormalised, or nothing of a known source is read any more); its first step
     takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens its
     own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU. tile: side in latents
-    (64) of the squares in which pictures are decoded. ema: the averaged weights of a file that holds both. clip_skip: layers of
+    (64) of the squares in which pictures are decoded. ema: the averaged weights, where both are there. clip_skip: layers of
     text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other programs).
     zero_snr: the noise schedule stretched to zero terminal SNR (Lin et al. 2023); it shows where t = 999 is visited.
     Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.

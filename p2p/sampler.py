@@ -76,6 +76,9 @@ def sigma_schedule(alphas_cumprod: Tensor, steps: int) -> Schedule:
     if not 1 <= steps <= total:
         raise UsageError(f"steps must be from 1 to {total}, not {steps}")
     table = alphas_cumprod.double().cpu()
+    if not table[-1] > 0:
+        raise UsageError(f"at t = {total - 1} there is nothing but noise (zero terminal SNR): no sigma is so large; leave out "
+                         "zero_snr, or sample by DDIM")
     log_sigmas = ((1 - table) / table).log() / 2
     t = torch.linspace(total - 1, 0, steps, dtype=torch.float64)
     sigmas = torch.lerp(log_sigmas[t.floor().long()], log_sigmas[t.ceil().long()], t.frac()).exp()
@@ -146,8 +149,14 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor
     return mean + (0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))).exp() * noise
 
 
+BELM_FROM_NOISE = ("belm cannot begin where there is nothing but noise (zero terminal SNR): it divides by what is left of the "
+                   "picture; give skip 1 or more, or another method")
+
+
 def _belm(a_next: float, a_t: float, a_prev: float) -> tuple[float, float, float]:
     """Coefficients of x_{t+1}, x_t and eps in O-BELM (Wang et al. 2024); h are steps of sigma / alpha."""
+    if not a_next > 0:
+        raise UsageError(BELM_FROM_NOISE)
     ratio = lambda a: ((1 - a) / a) ** 0.5  # noqa: E731
     h_next, h = ratio(a_next) - ratio(a_t), ratio(a_t) - ratio(a_prev)
     w = (h / h_next) ** 2

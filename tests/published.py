@@ -55,6 +55,7 @@ SD21 = SD1 | {
 }
 EULER = {"interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0, "use_karras_sigmas": False}
 SD_TURBO = SD21 | {
+    "model_index.json": SD21["model_index.json"] | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]},
     "unet/config.json": SD21["unet/config.json"] | {
         "_diffusers_version": "0.24.0.dev0", "_name_or_path": "unet", "addition_embed_type": None,
         "addition_embed_type_num_heads": 64, "addition_time_embed_dim": None, "attention_type": "default",
@@ -93,6 +94,7 @@ SDXL = {
                                         "timestep_spacing": "leading"} | EULER | LATENT_SCHEDULE,
 }
 SDXL_TURBO = SDXL | {
+    "model_index.json": SDXL["model_index.json"] | {"scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"]},
     "scheduler/scheduler_config.json": SDXL["scheduler/scheduler_config.json"] | {
         "_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}}
 IF_SCHEDULE = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.16.0.dev0", "beta_end": 0.02, "beta_schedule":

@@ -182,13 +182,14 @@ def test_lightning_pickle_with_its_leftovers(single, tmp_path):
         equal(load(tmp_path / f"{new}.ckpt"), load(single))
 
 
+@pytest.mark.parametrize("less", ["model.", "", keys.UNET])
 @pytest.mark.parametrize("dots", [False, True])
-def test_averaged_weights_are_taken_when_asked_for(single, tmp_path, dots):
+def test_averaged_weights_are_taken_when_asked_for(single, tmp_path, dots, less):
     """Of a file with both the plain ones are used, as elsewhere: a merge may carry the averages of its base. Which, is said."""
     state = load_file(single)
     unet = [k for k in state if k.startswith(keys.UNET)]
     form = (lambda k: k) if dots else (lambda k: k.replace(".", ""))
-    twins = {"model_ema." + form(k.removeprefix("model.")): state[k] + 1 for k in unet}
+    twins = {"model_ema." + form(k.removeprefix(less)): state[k] + 1 for k in unet}
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
     save_file(state | twins | extra, tmp_path / "ema.safetensors")
     plain, averaged = (load(tmp_path / "ema.safetensors", ema=ema) for ema in (False, True))

@@ -109,9 +109,34 @@ REFUSED = [   # file, field, value, what the message names
     ("scheduler/scheduler_config.json", "beta_end", 0.0001, "no noise schedule"),
     ("scheduler/scheduler_config.json", "num_train_timesteps", 500, "num_train_timesteps"),
     ("scheduler/scheduler_config.json", "warp", 9, "warp = 9"),
+    ("model_index.json", "scheduler", ["diffusers", "LCMScheduler"], "model_index.json: 'LCMScheduler'.*few steps"),
+    ("model_index.json", "scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"], "model_index.json.*flow model"),
+    ("model_index.json", "scheduler", ["my_module", ["X"]], "which is no name"),
+    ("scheduler/scheduler_config.json", "set_alpha_to_one", "no", "set_alpha_to_one = 'no'; expected true or false"),
+    ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", "yes", "rescale_betas_zero_snr = 'yes'"),
+    ("scheduler/scheduler_config.json", "clip_sample", 1, "clip_sample = 1; expected true or false"),
+    ("model_index.json", "force_zeros_for_empty_prompt", "no", "force_zeros_for_empty_prompt = 'no'"),
+    ("unet/config.json", "use_linear_projection", "no", "use_linear_projection = 'no'"),
+    ("unet/config.json", "upcast_attention", 0, "upcast_attention = 0"),
+    ("unet/config.json", "cross_attention_dim", None, "unet/config.json: cross_attention_dim: null, where a size"),
+    ("unet/config.json", "attention_head_dim", None, "attention_head_dim: null, where a size"),
+    ("unet/config.json", "attention_head_dim", 3, "attention_head_dim = .3, .*: 3 heads of 320 channels"),
+    ("vae/config.json", "latent_channels", None, "latent_channels: null"),
+    ("vae/config.json", "scaling_factor", None, "scaling_factor: null"), ("vae/config.json", "scaling_factor", 0, "above 0"),
+    ("text_encoder/config.json", "num_attention_heads", 7, "num_attention_heads = 7 does not divide hidden_size = 768"),
+    ("text_encoder/config.json", "hidden_size", None, "text_encoder/config.json: hidden_size: null, where a size"),
     ("model_index.json", "unet", ["my_module", "MyUNet"], "MyUNet"), ("model_index.json", "controlnet", ["diffusers", "X"], "controlnet"),
     ("model_index.json", "text_encoder", ["transformers", "BertModel"], "BertModel"),
 ]
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("only_cross_attention", "no", "only_cross_attention = 'no'"), ("only_cross_attention", [True, "no"], "true or false"),
+    ("mid_block_only_cross_attention", "no", "true or false"), ("resnet_skip_time_act", "no", "true or false"),
+    ("block_out_channels", None, "block_out_channels: null"), ("attention_head_dim", None, "attention_head_dim: null")])
+def test_fields_of_if_have_their_types(tmp_path, field, value, said):
+    with pytest.raises(CheckpointError, match=f"unet/config.json: .*{said}"):
+        find(changed(laid_out(tmp_path, published.IF), "unet/config.json", **{field: value}))
 
 
 @pytest.mark.parametrize("file, field, value, said", REFUSED)
@@ -167,6 +192,7 @@ def test_a_folder_is_sampled_as_its_scheduler_config_says(sd1_folder, tmp_path, 
     """Read by diffusers' DDIMScheduler: timesteps, levels and predictions at every step count; and once more when converted."""
     folder = changed(shutil.copytree(sd1_folder, tmp_path / "m"), "scheduler/scheduler_config.json", **said)
     theirs, model = diffusers.DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), p2p.load(folder, device="cpu")
+    theirs = diffusers.DDIMScheduler.from_config(theirs.config, steps_offset=1)   # as StableDiffusionPipeline does
     assert {"eps": "epsilon", "v": "v_prediction"}[model.prediction] == theirs.config.prediction_type
     for name in ("out", "out.safetensors"):
         convert(find(folder), tmp_path / name)
@@ -199,6 +225,72 @@ def test_empty_prompts_of_sdxl_are_zeros_only_where_its_index_says_so(tmp_path):
     for said in (True, False):
         folder = laid_out(tmp_path / str(said), published.SDXL)
         assert find(changed(folder, "model_index.json", force_zeros_for_empty_prompt=said)).zero_negative is said
+
+
+def test_an_empty_prompt_that_is_encoded_stays_so_when_converted(made, tmp_path):
+    family, _, folder = made
+    folder = changed(shutil.copytree(folder, tmp_path / "m"), "model_index.json", force_zeros_for_empty_prompt=False)
+    for said in (False, True):
+        changed(folder, "model_index.json", force_zeros_for_empty_prompt=said)
+        for name in (f"{said}", f"{said}.safetensors"):
+            convert(find(folder), tmp_path / name)
+            assert find(tmp_path / name).zero_negative is (said and family == "sdxl")
+
+
+@pytest.mark.parametrize("own", [None, "DDIMScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("index", [None, "DDIMScheduler", "UniPCMultistepScheduler"])
+def test_the_sampler_is_the_one_of_the_index(tmp_path, own, index):
+    """As in diffusers, whatever class wrote the config. Where neither says, DDIM is nobody's guess."""
+    folder = changed(laid_out(tmp_path, published.SD1), "scheduler/scheduler_config.json", _class_name=own or ...)
+    changed(folder, "model_index.json", scheduler=["diffusers", index] if index else ...)
+    used = index or own or "DDIMScheduler"
+    assert find(folder).notes == ([] if used == "DDIMScheduler" else [f"the folder's sampler is {used}; DDIM samples here"])
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_what_the_index_denies_and_the_folder_holds_is_noted(tmp_path, name):
+    folder = laid_out(tmp_path, published.SD1 | {"model_index.json": published.SD21["model_index.json"]})
+    changed(folder, "scheduler/scheduler_config.json", _class_name="DDIMScheduler")
+    assert not find(folder).notes
+    for null in ([None, None], None):
+        found = find(changed(folder, "model_index.json", **{name: null}))
+        assert found.notes == [f"model_index.json names no {name} (null), but there is a folder of that name, which is used"]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("offset", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_offset_is_that_of_the_pipeline(tmp_path, family, offset):
+    """Stable Diffusion 1 and 2 start at 1 whatever is said, as their pipeline has it; SDXL where its config says."""
+    kinds = {"sd1": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
+    theirs = diffusers.DDIMScheduler(steps_offset=offset)
+    empty = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet"))
+    more = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if family == "sd1" else dict(
+        text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
+    theirs = kinds[family](scheduler=theirs, **empty, **more).scheduler.config.steps_offset
+    files = published.SD21 if family == "sd1" else published.SDXL
+    found = find(changed(laid_out(tmp_path, files), "scheduler/scheduler_config.json", steps_offset=offset))
+    assert found.sampling.offset == theirs
+    assert any(f"not the scheduler config's {offset}" in n for n in found.notes) == (theirs != offset)
+
+
+@pytest.mark.parametrize("version, side, used", [("0.6.0", 32, 64), ("0.8.1", [32, 32], 32), ("0.9.0", 32, 32), ("0.10.2", 32, 32)])
+def test_the_size_is_that_of_the_pipeline(tmp_path, version, side, used):
+    """StableDiffusionPipeline takes 64 for less, of UNets that diffusers before 0.9 saved."""
+    folder = changed(laid_out(tmp_path, published.SD21), "unet/config.json", _diffusers_version=version, sample_size=side)
+    assert find(folder).size == (8 * used,) * 2 and bool(find(folder).notes) == (used != 32)
+
+
+def test_sizes_that_do_not_fit_are_a_models_fault(tmp_path, made):
+    """Whatever stumbles over them as the network is built."""
+    from p2p.weights import fill
+
+    def built(config):
+        assert not config, "embed_dim must be divisible by num_heads"
+
+    part = find(made[2]).text[0]
+    with pytest.raises(CheckpointError, match="no network has the sizes.*embed_dim must be"):
+        fill.fill("text tower", part, built, torch.device("cpu"), None)
 
 
 def test_zero_terminal_snr_with_a_prediction_of_noise_says_so(sd1_folder, tmp_path):

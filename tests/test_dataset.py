@@ -1,6 +1,7 @@
 """InstructPix2Pix's recipe: samples drawn by the prompt alone, the paper's filters, its folder, and nothing lost on the way."""
 import io
 import json
+import shutil
 import tarfile
 
 import pyarrow.parquet as pq
@@ -8,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from p2p import NumericsError
+from p2p.cli import bulk
 from p2p.cli.parser import main
 from p2p.lists import dataset, ip2p
 
@@ -102,6 +105,51 @@ def test_prompt_to_prompts_own_pairs_stop_early_and_mix_with_no_others(prompts, 
     assert counts["samples"] == 4 and json.loads((out / "recipe.json").read_text())["sampler"] == "p2p"
     assert "clip_sim_dir" in json.loads((out / "0000000" / "metadata.jsonl").read_text().splitlines()[0])
     assert main(command(prompts, out)) == 2 and "sampler 'p2p'" in capsys.readouterr().err
+
+
+MODEL = [["--dtype", "bfloat16"], ["--half-weights"], ["--prediction", "eps"], ["--tile", "16"]]
+
+
+@pytest.mark.parametrize("other", MODEL)
+def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other, monkeypatch):
+    """Whatever changes pixels, or which of them are kept; files that only lie elsewhere do not."""
+    out, few = tmp_path / "out", ["--samples", "1", "--steps", "1", "-q"]
+    assert main(command(prompts, out, *few)) == 0
+    before = tree(out), (out / "recipe.json").read_bytes()
+    assert main(command(prompts, out, *few, *other)) == 2 and "identity." in capsys.readouterr().err
+    moved = shutil.copy(bulk.recogniser.FILE, tmp_path / "eye.safetensors")
+    monkeypatch.setattr(bulk.recogniser, "FILE", moved)
+    assert main(command(prompts, out, *few)) == 0
+    monkeypatch.setattr(bulk, "sha256", lambda file: "0" * 64)
+    assert main(command(prompts, out, *few)) == 2 and "judge" in capsys.readouterr().err
+    assert (tree(out), (out / "recipe.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize("where", ["sampler", "judge"])
+def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts, tmp_path, capsys, monkeypatch, where):
+    out, real = tmp_path / "out", ip2p.similarities if where == "judge" else ip2p.SAMPLERS["ip2p"]
+
+    def broken(*given):
+        found = real(*given)
+        if where == "judge":
+            return found | {"clip_sim_dir": found["clip_sim_dir"] * float("nan")}
+        raise NumericsError("values that are not finite")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "judge":
+            patch.setattr(ip2p, "similarities", broken)
+        else:
+            patch.setitem(ip2p.SAMPLERS, "ip2p", broken)
+        assert main(command(prompts, out)) == 1
+    err = capsys.readouterr().err
+    assert "prompt 0: failed: " in err and "not finite" in err and "3 of 3 prompts failed" in err
+    assert not list(out.glob("0*")) and json.loads((out / "seeds.json").read_text()) == []
+    assert main(command(prompts, out, "-q")) == 0 and len(list(out.glob("0*"))) == 3
+
+
+def test_pure_noise_has_no_sigma(prompts, tmp_path, capsys):
+    assert main(command(prompts, tmp_path / "out", "--zero-snr")) == 2 and "zero terminal SNR" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_holds_the_same_pairs(prompts, tmp_path, capsys):

@@ -115,3 +115,35 @@ def test_every_run_says_that_it_starts_late(emoji):
     for notes in (p2p.generate(emoji, SOURCE, steps=2).notes, p2p.edit(emoji, SOURCE, SWAPPED, steps=2).notes,
                   p2p.invert(emoji, Image.new("RGB", (64, 64)), SOURCE, steps=2, method="noise").notes):
         assert sum("2 steps start at t = 501" in n for n in notes) == 1
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+
+
+@pytest.mark.parametrize("method, acts", [("ddim", True), ("direct", False), ("edit-friendly", False), (None, False)])
+def test_what_stands_outside_of_a_blend_is_the_same_where_the_source_follows_it(emoji, picture, method, acts):
+    source = SOURCE if method is None else p2p.invert(emoji, picture, SOURCE, method=method, steps=2)
+    steps = {} if method else {"steps": 2}
+    runs = [p2p.edit(emoji, source, SWAPPED, local_blend=p2p.LocalBlend(words=("cat", "dog"), start=0.0, keep=keep), **steps)
+            for keep in ("stored", "sampled")]
+    assert any("keep changes nothing" in n for n in runs[1].notes) is not acts
+    assert not any("keep changes nothing" in n for n in runs[0].notes)
+    assert torch.allclose(runs[0].latents, runs[1].latents, atol=1e-5) is not acts
+
+
+def test_the_middle_block_is_named_where_it_changes_nothing(emoji, sd1):
+    """It counts at the side of the maps, and there beside others: else alone it counts anyhow."""
+    def notes(model, level, **size):
+        blend = p2p.LocalBlend(words=("cat", "dog"), start=0.0, level=level, middle=True)
+        return "".join(n for n in p2p.edit(model, SOURCE, SWAPPED, steps=1, local_blend=blend, **size).notes if "middle" in n)
+
+    assert "it has no maps of 16 x 16" in notes(emoji, 4) and notes(emoji, 8) == ""
+    assert "it alone has maps of 2 x 2" in notes(sd1, 8, height=128, width=128)
+
+
+def test_a_seed_beside_a_known_source_is_named(emoji, picture):
+    for source in (p2p.invert(emoji, picture, SOURCE, method="direct", steps=2), p2p.trace(emoji, SOURCE, steps=2)):
+        assert any("seed changes nothing" in n for n in p2p.edit(emoji, source, SWAPPED, seed=5).notes)
+        assert not any("seed" in n for n in p2p.edit(emoji, source, SWAPPED).notes)

@@ -215,6 +215,23 @@ def test_pictures_made_before_are_made_again(file, tmp_path, capsys):
     assert Image.open(capsys.readouterr().out.split()[1]).tobytes() == Image.open(picture).tobytes()
 
 
+def test_pictures_made_before_of_averages_are_made_of_them_again(file, tmp_path, capsys):
+    """The versions that record no "ema" took the averages wherever a file had them under LDM's names."""
+    state = {k.replace(".", "").replace("model_ema", "model_ema.") if k.startswith("model_ema.") else k: v
+             for k, v in load_file(file).items()}
+    save_file(state, tmp_path / "ldm.safetensors")
+    for options in ([], ["--ema"]):
+        assert main([*EDIT, "--model", str(tmp_path / "ldm.safetensors"), *options, "-o", str(tmp_path)]) == 0
+    made = capsys.readouterr().out.split()
+    plain, picture = Path(made[1]), Path(made[len(made) // 2 + 1])
+    old = {k: v for k, v in read_settings(picture).items() if k != "ema"}
+    save_png(tmp_path / "old.png", Image.open(picture), old)
+    assert main(["edit", "--from", str(tmp_path / "old.png"), "-o", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert Image.open(out.split()[1]).tobytes() == Image.open(picture).tobytes() != Image.open(plain).tobytes()
+    assert "old.png is of a version that took the averaged weights" in err
+
+
 def test_an_inversion_is_edited_with_the_model_that_it_was_made_with(file, vae, tmp_path):
     plain, other = load(file), load(file, vae=vae)
     inv = p2p.invert(other, Image.new("RGB", (16, 16), "red"), "a cat", method="ddim", steps=2, height=16, width=16)

@@ -338,7 +338,7 @@ def test_settings_of_the_whole_list_stand_on_the_command_line(emoji, tmp_path, c
 
     first, second, third = sampled(BASE, BASE | {"seed": 4}, BASE | {"image": "a.png", "steps": 9},
                                    defaults={"steps": 3, "seed": 8, "method": "ddim", "cross_replace_steps": 0.5})
-    assert [j.sampling["seed"] for j in (first, second, third)] == [8, 4, 8] and [j.sampling["steps"] for j in (first, third)] == [3, 9]
+    assert [j.sampling.get("seed") for j in (first, second, third)] == [8, 4, None] and [j.sampling["steps"] for j in (first, third)] == [3, 9]
     assert third.inverting["method"] == "ddim" and not first.inverting and first.targets[0].cross_replace_steps == 0.5
     assert first.id == jobs.parse(BASE | {"steps": 3, "seed": 8, "cross": 0.5}, 1, tmp_path, emoji).id
     with pytest.raises(UsageError, match="steps: one number"):

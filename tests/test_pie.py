@@ -73,6 +73,15 @@ def test_masks_of_everything_and_of_nothing(pictures, official):
     assert m["MSE"] == pytest.approx((a - b).square().mean().item(), rel=1e-5) and math.isnan(m["CLIP edited"])
 
 
+def test_judges_are_known_by_what_their_files_hold(tmp_path):
+    files = [tmp_path / name for name in ("a", "b", "copy")]
+    for file, content in zip(files, (b"one", b"two", b"one")):
+        file.write_bytes(content)
+    one, two, copy = (metrics.Judges(files=(file,)).identity() for file in files)
+    assert one == copy != two and len(one) == 16 and metrics.Judges().identity() is None
+    assert len({metrics.Judges(files=each).identity() for each in ((), tuple(files[:2]), tuple(files[1::-1]))} | {one}) == 4
+
+
 def test_intervals_leave_out_what_is_no_number():
     mean, half, n = metrics.interval([1.0, 3.0, float("nan"), None, float("inf")])
     assert (mean, n) == (2.0, 2) and half == pytest.approx(1.96 * 2**0.5 / 2**0.5)

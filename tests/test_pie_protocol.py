@@ -264,6 +264,61 @@ def test_what_cannot_be_meant_is_refused(data, tmp_path, capsys, more, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more, said", [
+    (("--cross", "7"), "cross_replace_steps: one share"), (("--steps", "0"), "steps: one number, whole and from 1"),
+    (("--steps", "2000"), "more than the model's 1000"), (("--cfg", "nan"), "guidance_scale: one finite number"),
+    (("--seed", str(2**70)), "seed: one number"), (("--self", "-1"), "self_replace_steps: one share")])
+def test_settings_that_no_picture_can_have_are_refused_before_anything_is_written(data, tmp_path, capsys, more, said):
+    asked = command(data, tmp_path / "out", "--methods", "ddim,noise,directinversion+masactrl", "--limit", "1")
+    assert main([*asked, *more]) == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row", [["--methods", "noise", "--steps", "2"], ["--pictures", "copies=PICTURES"]])
+def test_pictures_that_were_exchanged_are_refused(data, tmp_path, capsys, row):
+    """Figures of a row stay those of the pictures that it was made of, whichever of them a run is about."""
+    folder, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    mapping = json.loads((folder / "mapping_file.json").read_text())
+    files = {key: folder / "annotation_images" / said["image_path"] for key, said in mapping.items()}
+    (tmp_path / "made").mkdir()
+    for key, file in files.items():
+        Image.open(file).save(tmp_path / "made" / f"{key}.png")
+    row = [word.replace("PICTURES", str(tmp_path / "made")) for word in row]
+    last = list(files)[2]
+    held = files[last].read_bytes()
+    files[last].unlink()
+    assert main(command(folder, out, *row, "--limit", "2")) == 0
+    assert main(command(folder, out, *row)) == 1                                 # it is not there yet
+    files[last].write_bytes(held)
+    assert main(command(folder, out, *row)) == 0
+    before = (out / "pie.csv").read_bytes()
+    Image.new("RGB", (64, 64), "red").save(files[last])
+    capsys.readouterr()
+    for limit in ([], ["--types", mapping[last]["editing_type_id"]]):
+        assert main(command(folder, out, *row, *limit)) == 2
+        err = capsys.readouterr().err
+        assert "of other pictures of the benchmark" in err and last in err and (out / "pie.csv").read_bytes() == before
+    files[last].write_bytes(held)
+    assert main(command(folder, out, *row)) == 0 and (out / "pie.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, said", [
+    ("null-text-inversion+p2p_a800", "null-text-inversion.p2p as it ran on one kind of GPU; ask for null-text-inversion.p2p, "),
+    ("null-text-inversion+p2p_3090", "on one kind of GPU"), ("ablation_null-latent-inversion+p2p_3090", "for want of null-text's"),
+    ("ablation_directinversion_step_30+p2p", "20, 100 and 500 steps; for others ask for directinversion.p2p with --steps 30"),
+    ("stylediffusion+p2p", "not offered, for want of StyleDiffusion's network, which is trained for each picture; compare")])
+def test_names_of_the_published_tables_get_an_answer(name, said):
+    with pytest.raises(UsageError, match=said):
+        protocol.find(name)
+
+
+def test_a_table_without_figures_has_as_many_cells_as_headings():
+    report = {"noise": {"failed": {"k": "why"}, "official": {}, "corrected": {}}}
+    for convention in metrics.CONVENTIONS:
+        lines = pie_report.table(report, convention, published=True).splitlines()[:3]
+        assert {line.count("|") for line in lines} == {4} and lines[2] == "| noise | 0 | 1 |"
+
+
 def test_published_figures_stand_beside_their_rows():
     report = {"directinversion+p2p": {"failed": {}, "official": {"PSNR": [27.0], "MSE": [0.0033]}, "corrected": {}}}
     shown = pie_report.table(report, "official", published=True)

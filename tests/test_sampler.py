@@ -3,7 +3,10 @@ import pytest
 import torch
 from oracles import diffusers
 
+import p2p
+from p2p import sampler
 from p2p.errors import UsageError
+from p2p.request.source import METHODS
 from p2p.sampler import ddim_schedule, ddim_step, ddpm_step, guide, x0_and_eps
 from p2p.weights.detect import scaled_linear
 
@@ -91,3 +94,34 @@ def test_guidance():
     u, c = rand(1), rand(2)
     assert torch.equal(guide(u, c, 0.0), u) and (guide(u, c, 1.0) - c).abs().max() < 1e-15
     assert (guide(u, c, 7.5) - (7.5 * c - 6.5 * u)).abs().max() < 1e-12
+
+
+@pytest.fixture(scope="module")
+def from_noise(sd1_file):
+    """A model of zero terminal SNR, whose first step of few is at pure noise."""
+    import dataclasses
+
+    model = p2p.load(sd1_file, family="sd1", device="cpu", prediction="v", zero_snr=True)
+    return dataclasses.replace(model, timestep_spacing="trailing")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inversions_end_in_pure_noise_or_say_why_not(from_noise, method):
+    """No division by what is left of the picture there, which is 0."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    more = {"inner_steps": 1} if method in ("null-text", "fixed-point") else {}
+    if method == "belm":
+        with pytest.raises(p2p.UsageError, match="belm cannot begin where there is nothing but noise.*give skip 1"):
+            p2p.invert(from_noise, x, "a cat", method=method, steps=3)
+        more["skip"] = 1
+    inv = p2p.invert(from_noise, x, "a cat", method=method, steps=3, **more)
+    assert p2p.edit(from_noise, inv, "a dog").latents.isfinite().all()
+
+
+def test_steps_from_pure_noise_divide_by_nothing(from_noise):
+    for eta in (0.0, 0.5, 1.0):
+        assert p2p.generate(from_noise, "a cat", steps=2, eta=eta, height=64, width=64).latents.isfinite().all()
+    with pytest.raises(p2p.UsageError, match="at t = 999 there is nothing but noise.*no sigma is so large"):
+        sampler.sigma_schedule(from_noise.alphas_cumprod, 3)
+    with pytest.raises(p2p.UsageError, match="belm cannot begin"):
+        sampler.belm_step(*[torch.zeros(1)] * 3, 0.0, 0.5, 0.9)

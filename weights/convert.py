@@ -19,7 +19,7 @@ from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.weights import keys, scheduler
 from p2p.weights.aside import aside, sweep
-from p2p.weights.detect import Package, Part
+from p2p.weights.detect import ENCODED_EMPTY, Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import read_tensors
 from p2p.weights.keys import Source
@@ -41,6 +41,8 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
             if out.suffix == ".safetensors":
                 metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
                 metadata |= scheduler.metadata(package.sampling)
+                if package.family == "sdxl" and not package.zero_negative:
+                    metadata[ENCODED_EMPTY] = "true"
                 _save(single_file(package, half).items(), own / out.name, metadata)
             else:
                 _folder(package, own / out.name, half)

@@ -15,9 +15,9 @@ from p2p.weights.detect import Package, Part, Shapes, count, read_settings
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile, open_file
 from p2p.weights.fill import read_tensors
-from p2p.weights.folder import read_index, read_json, weights_file
+from p2p.weights.folder import read_index, read_json, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
-from p2p.weights.sizes import check_sizes
+from p2p.weights.sizes import check_given, check_sizes
 from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -31,12 +31,12 @@ def find_folder(path: Path) -> Package:
     """A stage in a diffusers folder. Raises CheckpointError."""
     where = path / "unet" / "config.json"
     notes: list[str] = []
-    c, index = read_json(where), read_index(path)
+    c, index = read_json(where), read_index(path, notes)
     unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, c))
-    said, configs = _released(unet.config), [index, where]
+    said, configs = _released(unet.config), [path / "model_index.json", where]
     config, noising = (path / folder / "scheduler_config.json" for folder in ("scheduler", "image_noising_scheduler"))
     if config.exists():
-        said = scheduler.read(config, read_json(config), "if")
+        said = scheduler.read(config, read_json(config), "if", scheduler_class(index))
         configs.append(config)
     if noising.exists():   # of the low-resolution picture
         if not torch.equal(scheduler.read(noising, read_json(noising), "if").alphas_cumprod, said.alphas_cumprod):
@@ -55,6 +55,8 @@ def _released(unet: UNetConfig) -> Sampling:
 
 def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
     fields.check(path, c, fields.DEEPFLOYD_UNET)
+    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                "attention_head_dim")
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
     per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * n  # noqa: E731

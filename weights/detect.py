@@ -25,6 +25,7 @@ from p2p.weights.untrusted import parse_object, parse_settings, read_text
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
+ENCODED_EMPTY = "p2p.encoded_empty_prompt"   # in the metadata of an SDXL file: its empty prompt is encoded, not zeros
 FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -115,7 +116,7 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
     check_widths(file.path, unet.config.context_dim, text)
     part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
     return Package(found, file.path, unet, text, part, _sampling(file, found, notes), None, 0.13025 if sdxl else 0.18215, notes,
-                   zero_negative=sdxl)
+                   zero_negative=sdxl and ENCODED_EMPTY not in file.metadata)
 
 
 def usual_size(package: Package) -> tuple[int, int]:
@@ -126,9 +127,11 @@ def usual_size(package: Package) -> tuple[int, int]:
 
 def _parsed(file: TensorFile, said: str) -> dict[str, Any]:
     try:
-        return parse_object(said)
+        found = parse_object(said)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: its metadata hold no scheduler's config ({error}).") from None
+    check_sizes(file.path, found)
+    return found
 
 
 def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
@@ -152,9 +155,9 @@ def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
 def _schedule(file: TensorFile) -> Tensor:
     """A file's own noise schedule.  -> (1000,) float64"""
     abar = file["alphas_cumprod"].double()
-    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] <= 1:   # NaN fails it too
+    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] < 1:   # NaN fails it too
         raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise schedule: 1000 numbers that "
-                              "fall from at most 1 to at least 0 were expected.")
+                              "fall from below 1 to at least 0 were expected.")
     return abar
 
 

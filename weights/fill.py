@@ -62,7 +62,7 @@ def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
         check_bill(part.file.path, part.config, sum(k.startswith(part.prefix) for k in part.file.shapes))
     try:
         return build(part.config)
-    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{part.file.path}: no network has the sizes that it names ({error}). Is it damaged?") from None
 
 

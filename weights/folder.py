@@ -1,6 +1,7 @@
 """What is in a diffusers folder. Its configs say the sizes; a field that changes the math and is not known is refused."""
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from p2p.models.text import CLIP_L, END, START, TextConfig, tokenizer
 from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, scheduler
+from p2p.weights.averages import NOT_USED, USED
 from p2p.weights.detect import Package, Part, check_widths, count, for_family, unused_hf
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
 from p2p.weights.refuse import DISTILLED
 from p2p.weights.scheduler import Sampling, scaled_linear
-from p2p.weights.sizes import check_sizes
+from p2p.weights.sizes import check_given, check_sizes
 from p2p.weights.untrusted import parse_json, read_text
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
+AVERAGED = "unet_ema"
+EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
 
 
@@ -68,22 +72,34 @@ def pipeline(path: Path) -> str:
     return str(read_json(path / "model_index.json").get("_class_name"))[:60]
 
 
-def read_index(path: Path) -> Path:
+def read_index(path: Path, notes: list[str]) -> dict[str, Any]:
     """The model_index.json of a folder, its components checked. Raises CheckpointError."""
     where = path / "model_index.json"
-    index = {k: v for k, v in read_json(where).items() if v != [None, None]}
+    said = read_json(where)
+    index = {k: v for k, v in said.items() if v not in (None, [None, None])}
     fields.check(where, index, fields.INDEX)
+    notes += [f"model_index.json names no {name} (null), but there is a folder of that name, which is used"
+              for name in (*fields.CLASSES, "scheduler") if name in said and name not in index and (path / name).is_dir()]
     for name, known in fields.CLASSES.items():
         if name in index and not (isinstance(index[name], list) and index[name][-1] in known):
             raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported: {', '.join(known)}.")
-    return where
+    scheduler.check_class(where, scheduler_class(index))
+    return index
 
 
-def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None = None) -> Package:
-    """A Stable Diffusion folder by the configs of its parts. given: see `find_vae`. Raises CheckpointError."""
+def scheduler_class(index: dict[str, Any]) -> Any:
+    """That a model_index.json names, whatever it is."""
+    said = index.get("scheduler")
+    return said[-1] if isinstance(said, list) and said else said
+
+
+def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None = None, ema: bool = False) -> Package:
+    """A Stable Diffusion folder by the configs of its parts. given: see `find_vae`. ema: the averaged weights that
+    diffusers' training scripts save beside the UNet. Raises CheckpointError."""
     notes: list[str] = []
-    configs, where = [read_index(path)], path / "unet" / "config.json"
-    unet_config = read_json(where)
+    index, unet_folder = read_index(path, notes), _unet_folder(path, ema, notes)
+    configs, where = [path / "model_index.json"], unet_folder / "config.json"
+    unet_config = {k: v for k, v in read_json(where).items() if not ema or k not in EMA_FIELDS}
     if unet_config.get("in_channels", 4) != 4:
         raise CheckpointError(f"{path}: its UNet takes {fields.short(unet_config['in_channels'])} channels, not 4 (an "
                               "inpainting or editing model); use the text-to-image model that it was made from.")
@@ -97,7 +113,7 @@ def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None =
         second = read_json(path / "text_encoder_2" / "config.json")
         towers.append(folder_text(path, "text_encoder_2", second, family, True, notes))
     text = [part for part, _ in towers]
-    unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, unet_config, family))
+    unet = Part(weights_file(unet_folder, notes), "", "own", unet_from_config(where, unet_config, family))
     check_widths(path, unet.config.context_dim, text)
     check_vector(where, unet_config, family, text[-1].config.pooled_dim)
     configs += [where, *(c for _, found in towers for c in found)]
@@ -109,18 +125,33 @@ def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None =
         configs.append(path / "vae" / "config.json")
     said = Sampling(scaled_linear(), why="a guess, the folder has no scheduler: give prediction if it is wrong")
     if (config := path / "scheduler" / "scheduler_config.json").exists():
-        said = scheduler.read(config, read_json(config), family)
+        said = scheduler.read(config, read_json(config), family, scheduler_class(index))
         configs.append(config)
-    side = unet_config.get("sample_size") or 64
+    side = _sample_size(unet_config, family, notes)
     sides = side if isinstance(side, (list, tuple)) else (side, side)
     shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
     usual = 0.13025 if family == "sdxl" else 0.18215
     return Package(family, path, unet, text, vae, said, (sides[0] * shrink, sides[1] * shrink), scale or usual,
-                   [*notes, *said.notes], family == "sdxl" and _zero_negative(path), configs)
+                   [*notes, *said.notes], family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)), configs)
 
 
-def _zero_negative(path: Path) -> bool:
-    return bool(read_json(path / "model_index.json").get("force_zeros_for_empty_prompt", True))
+def _unet_folder(path: Path, ema: bool, notes: list[str]) -> Path:
+    """Where the UNet's weights lie. Raises CheckpointError."""
+    there = (path / AVERAGED / "config.json").exists()
+    if ema and not there:
+        raise CheckpointError(f"{path}: no averaged weights (EMA) in it, which would be the folder {AVERAGED}; leave out "
+                              "ema.")
+    notes += [USED if ema else NOT_USED] if there else []
+    return path / (AVERAGED if ema else "unet")
+
+
+def _sample_size(c: dict[str, Any], family: str, notes: list[str]) -> Any:
+    """Of the latents; in StableDiffusionPipeline at least 64 where diffusers before 0.9 saved the UNet."""
+    side, version = c.get("sample_size") or 64, re.match(r"0\.(\d+)", str(c.get("_diffusers_version")))
+    if family != "sdxl" and isinstance(side, int) and side < 64 and version and int(version[1]) < 9:
+        notes.append(f"sample_size 64 taken, as in StableDiffusionPipeline, not the UNet config's {side}")
+        return 64
+    return side
 
 
 def check_vector(path: Path, c: dict[str, Any], family: str, pooled: int | None) -> None:
@@ -137,6 +168,8 @@ def check_vector(path: Path, c: dict[str, Any], family: str, pooled: int | None)
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     fields.check(path, c, fields.UNET)
+    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                "transformer_layers_per_block", *([] if c.get("num_attention_heads") else ["attention_head_dim"]))
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
 
@@ -166,6 +199,9 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
         raise CheckpointError(f"{path}: {DISTILLED}.")
     # "attention_head_dim" holds the number of heads in these configs, an old slip of diffusers
     heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
+    if odd := [f"{n} heads of {width} channels" for n, width in zip(heads, channels) if width % n]:
+        raise CheckpointError(f"{path}: num_attention_heads or attention_head_dim = {fields.short(heads)}: {odd[0]}, "
+                              "which they do not divide.")
     vector = c.get("projection_class_embeddings_input_dim") if c.get("addition_embed_type") == "text_time" else None
     return UNetConfig(
         in_channels=channels_in, out_channels=channels_out, channels=channels, layers_per_block=layers[0],
@@ -184,6 +220,10 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
     where = path / "config.json"
     c = read_json(where)
     fields.check(where, c, fields.VAE)
+    check_given(where, c, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
+                "scaling_factor")
+    if not c.get("scaling_factor", 1) > 0:
+        raise CheckpointError(f"{where}: scaling_factor = {fields.short(c['scaling_factor'])}; a number above 0 is expected.")
     channels = tuple(c.get("block_out_channels", (128, 256, 512, 512)))
     config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels, c.get("layers_per_block", 2))
     if c.get("out_channels", config.in_channels) != config.in_channels:
@@ -200,14 +240,18 @@ def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: b
     """A text tower and its tokenizer's settings, and the configs that were read for it."""
     where = path / name / "config.json"
     fields.check(where, c, fields.TEXT)
+    check_given(where, c, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "max_position_embeddings", "vocab_size", *(["projection_dim"] if pooled else []))
     act = c.get("hidden_act", "quick_gelu")
     if act not in ("quick_gelu", "gelu"):
         raise CheckpointError(f"{where}: hidden_act {fields.short(act)}; supported: quick_gelu, gelu.")
     file = weights_file(path / name, notes)
     prefix = "text_model." if any(k.startswith("text_model.") for k in file.shapes) else ""
     n = c.get("num_hidden_layers", 12)
-    width = c.get("hidden_size", 512)
-    config = replace(CLIP_L, width=width, heads=c.get("num_attention_heads", 8), vocab_size=c.get("vocab_size", 49408),
+    width, heads = c.get("hidden_size", 512), c.get("num_attention_heads", 8)
+    if width % heads:
+        raise CheckpointError(f"{where}: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    config = replace(CLIP_L, width=width, heads=heads, vocab_size=c.get("vocab_size", 49408),
                      mlp_width=c.get("intermediate_size", 2048), context_length=c.get("max_position_embeddings", 77),
                      quick_gelu=act == "quick_gelu", pad_id=END if act == "quick_gelu" else 0)
     config = for_family(config, n, family, c.get("projection_dim", 512) if pooled else None)

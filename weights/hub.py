@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import PICKLES, weight_map
-from p2p.weights.folder import candidates
+from p2p.weights.folder import AVERAGED, candidates
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-BESIDE = ("scheduler/scheduler_config.json", *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (
+BESIDE = ("scheduler/scheduler_config.json", f"{AVERAGED}/config.json",
+          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (
     "tokenizer_config.json", "special_tokens_map.json", "vocab.json")))   # read where they are there
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -20,13 +22,14 @@ def is_id(source: str) -> bool:
     return bool(_ID.fullmatch(source)) and not source.lower().endswith((".safetensors", *PICKLES))
 
 
-def download(repo: str) -> Path:
-    """The folder (or single file) of a model in the local cache, completed from the Hub where it can be reached.
+def download(repo: str, ema: bool = False) -> Path:
+    """The folder (or single file) of a model in the local cache, completed from the Hub where it can be reached. ema: of
+    a folder the averaged UNet, in place of the plain one.
 
     Respects HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Raises CheckpointError for models that are gated, missing,
     or neither reachable nor cached.
     """
-    return _download(repo, _fetch)
+    return _download(repo, partial(_fetch, ema=ema))
 
 
 def download_vae(repo: str) -> Path:
@@ -68,14 +71,14 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no word').splitlines()[0]}"
 
 
-def _fetch(repo: str, names: list[str]) -> Path:
+def _fetch(repo: str, names: list[str], ema: bool) -> Path:
     if "model_index.json" not in names:
         return _get(repo, _only_file(repo, names))
     root = _get(repo, "model_index.json").parent
     for name in BESIDE:
         if name in names:
             _get(repo, name)
-    for part in COMPONENTS:
+    for part in (AVERAGED if ema and name == "unet" else name for name in COMPONENTS):
         if f"{part}/config.json" in names:
             _component(repo, names, f"{part}/")
     return root

@@ -12,7 +12,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 
 # Prefixes in single files (LDM; SDXL and late SD 2 files by Stability's "sgm" code).
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET, VAE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXT_SD1, TEXT_SD2 = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 TEXT_SDXL = ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model.")
 TEXT_SGM2 = "conditioner.embedders.0.model."

@@ -14,7 +14,7 @@ from torch import nn
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import deepfloyd, hub, keys, refuse
+from p2p.weights import averages, deepfloyd, hub, keys, refuse
 from p2p.weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, usual_size
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
@@ -55,7 +55,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     if not path.exists() and str(source) in BUNDLED:
         path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
-        path = hub.download(str(source))
+        path = hub.download(str(source), **({"ema": ema} if ema else {}))
     given = None if vae is None else find_vae(vae)
     package = _found(path, partial(_find, given=given, ema=ema))
     if family and family != package.family:
@@ -84,6 +84,8 @@ def _autoencoder(package: Package, vae: str | Path | None, given: tuple[Part, fl
         package.vae, scale = given
         package.latent_scale = scale or package.latent_scale
         package.notes.append(f"autoencoder from {vae}")
+        if averages.held(package.vae.file.shapes):
+            package.notes.append(f"{vae}: {averages.NOT_USED}")
     if package.vae is None:
         raise CheckpointError(f"{package.where}: no autoencoder found in it; give one with vae (--vae): a file, a folder, or an "
                               "org/name on the Hub.")
@@ -124,18 +126,17 @@ def _find(path: Path, given: tuple[Part, float | None] | None, ema: bool) -> Pac
         file = open_file(path)
         own = deepfloyd.OWN in file.shapes
         package = deepfloyd.find_in_file(file) if own else find_in_file(file, ema)
-        if ema and package.family not in LATENT:
-            raise CheckpointError(f"{path}: no averaged weights (EMA) in it; leave out ema.")
+        _no_averages(path, ema and package.family not in LATENT)
         return package
-    if ema:
-        raise CheckpointError(f"{path}: a folder holds one set of weights; leave out ema.")
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
+        _no_averages(path, ema)
         return deepfloyd.find_own_folder(path)
     kind = pipeline(path)
     if kind in deepfloyd.PIPELINES:
+        _no_averages(path, ema)
         return deepfloyd.find_folder(path)
     if kind in PIPELINES:
-        return find_folder(path, kind, given)
+        return find_folder(path, kind, given, ema)
     known = ", ".join((*PIPELINES, *deepfloyd.PIPELINES))
     raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
 
@@ -147,6 +148,11 @@ def _path(source: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{brief(str(source))}: no path ({getattr(error, 'strerror', None) or error}).") from None
     return Path(source)
+
+
+def _no_averages(path: Path, wanted: bool) -> None:
+    if wanted:
+        raise CheckpointError(f"{path}: no averaged weights (EMA) in it; leave out ema.")
 
 
 def find_vae(source: str | Path) -> tuple[Part, float | None]:

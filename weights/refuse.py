@@ -12,7 +12,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 FP8 = "its weights are fp8; use the fp16 or fp32 file of the same model"
 EMBEDDING = "a textual-inversion embedding; use a whole model"
+T2I_ADAPTER = "a T2I-Adapter; use the Stable Diffusion model that it steers"
 HYPERNETWORK = "a hypernetwork, which changes the keys and values of a model and is none; use a whole model"
+PHOTOMAKER = "a PhotoMaker, which steers a model by pictures of a face; use the Stable Diffusion model that it steers"
 IP_ADAPTER = "an IP-Adapter, which steers a model by a picture; this project does not"
 
 # Parts of tensors' names ("$": their ends) -> what holds them. The first row that fits counts.
@@ -21,17 +23,20 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_fp8",), FP8),
     (("ln_model_n.", "to_model_dim_n.", "clip_to_seq.", "encoder_hid_proj.image_embeds",
       "add_embedding.image_"), "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
+    (("fuse_module.", "visual_projection_2.", "qformer_perceiver."), PHOTOMAKER),
     (("image_proj.", "ip_adapter."), IP_ADAPTER),
     (("lora_controlnet",), "a Control-LoRA; use the Stable Diffusion model that it steers"),
     (("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs",
       "input_hint_block"), "a ControlNet; use the Stable Diffusion model that it steers"),
-    (("adapter.body.", "adapter.conv_in"), "a T2I-Adapter; use the Stable Diffusion model that it steers"),
+    (("adapter.body.", "adapter.conv_in"), T2I_ADAPTER),
     (("motion_modules.", "temporal_transformer."),
      "a motion module (AnimateDiff), which makes films; use the plain model"),
     (("hada_w1",), "a LoHa (a kind of LoRA)" + MERGE),
     (("lokr_w",), "a LoKr (a kind of LoRA)" + MERGE),
-    (("oft_blocks", "oft_diag", "oft_R", "boft_"), "an OFT (turns of a model's weights)" + MERGE),
+    (("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_"), "an OFT (turns of a model's weights)" + MERGE),
     (("ia3_l", "on_input"), "an (IA)3 (scales of a model's activations)" + MERGE),
+    (("vera_lambda", "vera_A", "vera_B"), "a VeRA (a kind of LoRA)" + MERGE),
+    (("vblora_", "fourierft_", "hra_u"), "an adapter of PEFT" + MERGE),
     ((".a1.weight", ".b1.weight"), "a GLoRA" + MERGE),
     (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
       "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + MERGE),
@@ -66,7 +71,7 @@ def by_name(path: Path, s: Shapes, fp8: bool) -> None:
     def has(*parts: str) -> bool:
         return any(k.endswith(part[:-1]) if part[-1] == "$" else part in k for k in s for part in parts)
 
-    whole = has(keys.UNET)
+    whole = any(k.startswith(keys.UNET) for k in s)
     kind = FP8 if fp8 else None
     kind = kind or next((what for parts, what in NAMED if has(*parts)), None) or _by_shapes(s)
     unet_in = s.get(keys.UNET + "input_blocks.0.0.weight", (0, 4))[1:2]
@@ -88,6 +93,9 @@ def _by_shapes(s: Shapes) -> str | None:
     words = 0 < len(s) <= 2 and not any(k.endswith((".weight", ".bias")) for k in s)
     if words and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
         return EMBEDDING
+    body = sum(k.startswith("body.") for k in s)
+    if body and body + sum(k.startswith("conv_in.") for k in s) == len(s) > body:
+        return T2I_ADAPTER
     tiny = bool(s) and all(re.fullmatch(r"\d+\.(conv\.\d+\.|skip\.)?(weight|bias)", k) for k in s)
     sides = ("decoder.layers.", "encoder.layers.")
     if tiny or any(k.startswith(sides) and len(v) == 4 for k, v in s.items()):
@@ -96,15 +104,19 @@ def _by_shapes(s: Shapes) -> str | None:
 
 
 def _part_alone(s: Shapes, autoencoder: bool) -> str | None:
-    if autoencoder:
-        return "an autoencoder alone: give it with --vae beside a model"
+    text = any("text_model." in k or "token_embedding" in k for k in s)
+    if any(k.startswith(keys.EMA) and "diffusion_model" in k for k in s):
+        return ("a model whose UNet is there as averaged weights (EMA) alone, which are read beside the plain ones; use the "
+                "file that holds these too")
+    if autoencoder:   # with a text tower too, only the UNet is missing
+        return None if text else "an autoencoder alone: give it with --vae beside a model"
     if any(k.startswith(("down_blocks.0.resnets.", "mid_block.resnets.")) for k in s):
         return "the UNet of a diffusers folder alone; give the folder that it lies in"
     if any(".SelfAttention." in k for k in s):
         return "a T5 text tower alone; give the whole model"
     if any("vision_model." in k or "visual." in k for k in s):
         return "a CLIP model, which compares pictures and texts; give a text-to-image model"
-    if any("text_model." in k or "token_embedding" in k for k in s):
+    if text:
         return "a text tower alone; give the whole model"
     return None
 
@@ -133,6 +145,8 @@ def by_structure(state: Mapping[object, object]) -> str | None:
         return EMBEDDING
     if names & {"layer_structure", "activation_func"} or any(isinstance(n, int) for n in names):
         return HYPERNETWORK
+    if {"id_encoder", "lora_weights"} <= names:
+        return PHOTOMAKER
     if {"image_proj", "ip_adapter"} <= names:
         return IP_ADAPTER
     return None

@@ -68,27 +68,33 @@ def zero_terminal_snr(abar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-def read(where: Path, c: Mapping[str, Any], family: str) -> Sampling:
-    """What the config c, of the file `where`, says. Raises CheckpointError for what this project does not do.
+def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None) -> Sampling:
+    """What the config c, of the file `where`, says. kind: the class that model_index.json names, which counts, as in
+    diffusers. Raises CheckpointError for what this project does not do.
 
-    Absent fields are those of diffusers' DDIMScheduler, but for the betas (the family's) and the offset of Stable
-    Diffusion 1 and 2, which is 1, as in StableDiffusionPipeline. That pipeline also takes clip_sample for false whatever
-    the config says.
+    Absent fields are those of diffusers' DDIMScheduler, but for the betas (the family's). In Stable Diffusion 1 and 2
+    the offset is 1 and clip_sample false, whatever the config says, as in StableDiffusionPipeline.
     """
     fields.check(where, c, fields.SCHEDULER)
     notes: list[str] = []
     sampler = "DDPM" if family == "if" else "DDIM"
-    _check_class(where, c, sampler, notes)
+    own = check_class(where, c.get("_class_name"))
+    if not (used := kind or own or sampler).startswith(sampler):
+        notes.append(f"the folder's sampler is {used}; {sampler} samples here")
     abar = _alphas(where, c, family, notes)
     if c.get("rescale_betas_zero_snr"):
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (scheduler config)")
     said = _one_of(where, c, "prediction_type", "epsilon", ("epsilon",) if family == "if" else tuple(SAID))
     spacing = _one_of(where, c, "timestep_spacing", "leading", SPACINGS)
-    offset = c.get("steps_offset", 0 if family in ("sdxl", "if") else 1)
+    forced = family not in ("sdxl", "if")
+    offset = c.get("steps_offset", 1 if forced else 0)
     if not isinstance(offset, Integral) or isinstance(offset, bool) or not 0 <= offset < len(abar):
         raise CheckpointError(f"{where}: steps_offset {fields.short(offset)}; a whole number from 0 to {len(abar) - 1} "
                               "is expected.")
+    if forced and offset != 1:
+        notes.append(f"steps_offset 1 taken, as in StableDiffusionPipeline, not the scheduler config's {offset}")
+        offset = 1
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, SAID[said], "scheduler_config.json", spacing, int(offset), final, _clip(where, c, family),
@@ -101,15 +107,14 @@ def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tup
     return said
 
 
-def _check_class(where: Path, c: Mapping[str, Any], sampler: str, notes: list[str]) -> None:
-    kind = c.get("_class_name")
+def check_class(where: Path, kind: Any) -> str | None:
+    """A scheduler's class, as the file `where` names it. Raises CheckpointError for those that are not alike."""
     named = isinstance(kind, str)
     if kind is not None and not (named and kind in ALIKE):
         why = OTHERS.get(kind, "which this project does not know") if named else "which is no name"
-        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. {sampler} samples here: if that is what you want, "
-                              "put the scheduler_config.json of the base model in its place.")
-    if kind is not None and not kind.startswith(sampler):
-        notes.append(f"the folder's sampler is {kind}; {sampler} samples here")
+        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. DDIM (of IF: DDPM) samples here: if that is "
+                              "what you want, put that file of the base model in its place.")
+    return kind
 
 
 def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from p2p.models.text import TextConfig
 from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
+from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
 
 LEVELS = 16   # most numbers of a list, one a level of the network
@@ -22,6 +23,9 @@ _MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
          "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
 _MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10, "transformer_layers_per_block": 256}
+_FLAGS = ("clip_sample", "force_zeros_for_empty_prompt", "linear_projection", "mid_block_only_cross_attention", "norm_text",
+          "only_cross_attention", "rescale_betas_zero_snr", "resnet_skip_time_act", "scale_shift", "set_alpha_to_one",
+          "skip_time_act", "thresholding", "upcast_attention", "use_linear_projection")
 _FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "mid_block_scale_factor", "mid_scale",
            "out_scale", "resnet_out_scale_factor", "sample_max_value", "scaling_factor", "shift_factor")
 
@@ -35,9 +39,18 @@ def check_sizes(path: Path, config: dict[str, Any]) -> None:
             wanted = f"a whole number from {least} to {most:,}, or a list of 1 to {LEVELS} of them"
         if name in _FINITE and (type(value) not in (int, float) or not math.isfinite(value)):
             wanted = "a finite number"
+        flags = value if name == "only_cross_attention" and isinstance(value, list) else [value]   # one for each level
+        if name in _FLAGS and not all(isinstance(flag, bool) or flag is None for flag in flags):
+            raise CheckpointError(f"{path}: {name} = {fields.short(value)}; expected true or false.")
         if wanted and value is not None:
-            raise CheckpointError(f"{path}: no network has the sizes that it names: {name} = {value!r}; expected "
-                                  f"{wanted}.")
+            raise CheckpointError(f"{path}: no network has the sizes that it names: {name} = {fields.short(value)}; "
+                                  f"expected {wanted}.")
+
+
+def check_given(path: Path, config: dict[str, Any], *names: str) -> None:
+    """Raises CheckpointError for sizes that are null; one that is absent has its usual value."""
+    if null := [name for name in names if name in config and config[name] is None]:
+        raise CheckpointError(f"{path}: {', '.join(null)}: null, where a size is expected.")
 
 
 def _whole(value: Any, least: int, most: int) -> bool:

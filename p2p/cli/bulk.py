@@ -28,6 +28,7 @@ from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
 from p2p.request.source import METHODS
 from p2p.sources.methods import DEFAULT, READ_BY
+from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
 
 
@@ -147,7 +148,7 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
     return out
 
 
-def make_dataset(args: argparse.Namespace) -> None:
+def make_dataset(args: argparse.Namespace) -> int:
     for name in ("samples", "keep", "steps", "together"):
         if getattr(args, name) < 1:
             raise p2p.UsageError(f"--{name} must be a whole number from 1, not {getattr(args, name)}")
@@ -158,7 +159,7 @@ def make_dataset(args: argparse.Namespace) -> None:
     elif model.family == "emoji":
         eye = recogniser.load()
         embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1, 64, mode="area")),
-                                    recogniser.embed_captions)
+                                    recogniser.embed_captions, sha256(recogniser.FILE))
     else:
         raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of OpenAI's ViT-L/14")
     least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
@@ -172,6 +173,10 @@ def make_dataset(args: argparse.Namespace) -> None:
     total = dataset.finish(args.out)
     if not args.quiet:
         print(", ".join(f"{name} {n}" for name, n in total.items()), file=sys.stderr)
+    if left := len(dataset.remaining(pairs, args.out)):
+        print(f"{left} of {len(pairs)} prompts failed: no sample of them could be drawn; the same command tries again",
+              file=sys.stderr)
     export = {"webdataset": dataset.webdataset, "parquet": dataset.parquet}.get(args.format)
     for file in [args.out / "seeds.json", *(export(args.out) if export else [])]:
         print(file)
+    return 1 if left or any(name.startswith("failed") for name in total) else 0

@@ -27,6 +27,7 @@ from p2p.show.pictures import grid, heat, names, overlay, read_settings, table
 from p2p.show.report import report
 from p2p.show.sweep import sweep as run_sweep
 from p2p.sources.methods import settings_read
+from p2p.weights.averages import taken_unasked
 from p2p.weights.convert import convert as run_convert
 from p2p.weights.deepfloyd import load_t5
 from p2p.weights.hub import is_id
@@ -113,7 +114,12 @@ def _recorded(args: argparse.Namespace, s: dict[str, Any]) -> p2p.Model:
     held = s.get("held") and getattr(torch, str(s["held"]), None)
     files = {option: _place(args, option, places.get(option)) for option in ("vae", "text")}
     read = {name: s[name] for name in ("tile", "ema", "clip_skip", "zero_snr") if name in s}   # older pictures lack them
-    model = p2p.load(_place(args, "model", s["model"]), args.family, s["prediction"], options.device(args),
+    where = _place(args, "model", s["model"])
+    if "ema" not in s and taken_unasked(find(where, vae=files["vae"]).unet.file):
+        _say([f"{args.replay} is of a version that took the averaged weights (EMA) of a file that holds both, so they are "
+              "taken again"])
+        read["ema"] = True
+    model = p2p.load(where, args.family, s["prediction"], options.device(args),
                      getattr(torch, str(s["dtype"]), None), held=held, compile=args.compile, offload=args.offload, **files, **read)
     _same_model(args, model, s)
     return model

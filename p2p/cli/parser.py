@@ -275,7 +275,8 @@ def _model_options(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--prediction", choices=["eps", "v", "x0"], help="what the model predicts, where that was guessed wrongly")
     ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or of a whole model), or "
                     "org/name on the Hub")
-    ap.add_argument("--ema", action="store_true", help="the averaged weights (EMA) of a file that holds plain ones too")
+    ap.add_argument("--ema", action="store_true", help="the averaged weights (EMA) of a file, or a folder (unet_ema), that "
+                    "holds plain ones too")
     ap.add_argument("--zero-snr", action="store_true", help="stretch the noise schedule to zero terminal SNR")
 
 

@@ -24,10 +24,11 @@ import torch
 
 from p2p.errors import UsageError
 from p2p.lists import lines
-from p2p.lists.ip2p import Kept, Prompts, Recipe
+from p2p.lists.ip2p import Kept, Prompts, Recipe, check
 from p2p.lists.ip2p import samples as samples_of
 from p2p.lists.lines import write
 from p2p.lists.metrics import Embedder
+from p2p.lists.pie_report import flat
 from p2p.model import Model
 from p2p.weights.aside import appearing, aside, finished, sweep
 from p2p.weights.untrusted import brief, parse_json, read_text
@@ -74,9 +75,8 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     done = [pair for pair in pairs if finished(_folder(pair, out) / WHOLE)]
     if not done:
         return
-    before = _json(out / "recipe.json")
-    other = [f"{k} {before.get(k)!r}, not {v!r}"
-             for k, v in recipe.items() if k != "model" and before.get(k) != v]   # the model's sha256 counts
+    before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
+    other = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if k != "model" and before.get(k) != v]
     for pair in done:
         folder = _folder(pair, out)
         if (said := _json(folder / "prompt.json")) != pair.said:
@@ -88,12 +88,14 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
-    """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once.
+    """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once,
+    unless none could be drawn.
 
     -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the
-    disk is full, and where what is there was made with other settings.
+    disk is full, and where what is there was made with other settings, another model or another judge.
     """
-    said = asdict(recipe) | {"model": model.name, "sha256": model.sha256}
+    check(model, recipe)
+    said = asdict(recipe) | {"model": model.name, "identity": model.identity(), "judge": embedder.sha256}
     said = json.loads(json.dumps(said))   # tuples are lists there
     _same(pairs, out, said)
     try:
@@ -102,7 +104,8 @@ def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, rec
         write(out / "recipe.json", json.dumps(said))
         for pair in remaining(pairs, out):
             kept, counts = samples_of(model, pair.prompts, embedder, recipe)
-            _put(_folder(pair, out), pair, kept, counts)
+            if counts["samples"]:   # else the next run tries again
+                _put(_folder(pair, out), pair, kept, counts)
             yield pair, counts
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start again to go on") from None

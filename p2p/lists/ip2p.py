@@ -60,6 +60,13 @@ class Recipe:
     sampler: Literal["ip2p", "p2p"] = "ip2p"
 
 
+def check(model: Model, recipe: Recipe) -> None:
+    """Raises UsageError for steps that the model cannot be sampled in."""
+    model.schedule(recipe.steps)
+    if recipe.sampler == "ip2p":
+        sigma_schedule(model.alphas_cumprod, recipe.steps)
+
+
 def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
     """Seed, injected share and guidance of a prompt's sample j: whatever else is in the list."""
     digest = hashlib.sha256(json.dumps([*prompts, recipe.seed, j]).encode()).digest()
@@ -99,10 +106,12 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
         some = [drawn(prompts, j, recipe, model) for j in range(first, last)]
         try:
             before, after, images = SAMPLERS[recipe.sampler](model, prompts, some, recipe.steps)
+            found = similarities(embedder.pictures(before), embedder.pictures(after), texts)
+            if not all(values.isfinite().all() for values in found.values()):
+                raise NumericsError("the judge finds similarities that are not finite")
         except (NumericsError, UsageError) as error:
             counts[f"failed: {error}"] += len(some)
             break
-        found = similarities(embedder.pictures(before), embedder.pictures(after), texts)
         for i, (d, pair) in enumerate(zip(some, images)):
             each = {name: values[i].item() for name, values in found.items()}
             why = dropped(each, recipe)

@@ -23,7 +23,8 @@ from p2p.lists import lines
 from p2p.lists.fields import checked
 from p2p.lists.lines import present, write
 from p2p.model import Model
-from p2p.run import Result
+from p2p.request.source import METHODS
+from p2p.run import Result, _without_editor
 from p2p.show.pictures import names, save_png
 from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.aside import appearing, finished, sweep
@@ -34,6 +35,8 @@ SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
              "fit": "crop", "path": "inverted"}   # see `invert`; "square" and the last: `protocol.square`, `protocol.resampled`
 OTHERS = ("proximal", "editor", "negative_prompt")
+WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))   # of Prompt-to-Prompt alone
+READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in ("negative-prompt", "null-text"))}
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
@@ -45,9 +48,9 @@ class Job(NamedTuple):
     line: int
     source: str                   # the prompt, or what describes the picture
     targets: tuple[Edit, ...]
-    sampling: dict[str, Any]      # SAMPLING
+    sampling: dict[str, Any]      # SAMPLING, and
     image: Path | None
-    inverting: dict[str, Any]     # INVERTING, if there is a picture
+    inverting: dict[str, Any]     # INVERTING, if there is a picture: those that are read, see `unread`
     others: dict[str, Any]        # OTHERS
     own: str | int | None = None  # the user's id and tags: for the rows of results.jsonl, they change nothing
     tags: Any = None
@@ -61,7 +64,7 @@ class Job(NamedTuple):
         """What is known of it before it has run, as a row of results.jsonl."""
         return {"line": self.line, "id": self.id if self.own is None else self.own, "job": self.id,
                 "state": "open", "tags": self.tags, "source": self.source,
-                "targets": [e.prompt for e in self.targets], "seed": self.sampling["seed"], "images": [],
+                "targets": [e.prompt for e in self.targets], "seed": self.sampling.get("seed"), "images": [],
                 "seconds": None, "notes": [], "error": None}
 
 
@@ -75,11 +78,33 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) ->
     defaults = present(dict(defaults or {})) or {}
     for name, value in defaults.items():
         checked(name, value)
-    jobs = lines.read(file, lambda said, number: parse(said, number, file.parent, model, defaults),
+    jobs = lines.read(file, lambda said, number: meant(parse(said, number, file.parent, model, defaults)),
                       'no job in it; a job is a line such as {"source": "a cat", "targets": ["a dog"]}')
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
+    left = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
+    if idle := [k for k in defaults if all(k in each for each in left)]:
+        raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: {left[0][idle[0]]})")
     return jobs
+
+
+def unread(method: str | None, editor: Any) -> dict[str, str]:
+    """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor: None for
+    Prompt-to-Prompt."""
+    if method is None:
+        idle = dict.fromkeys(INVERTING, "of a picture; give image")
+    else:
+        idle = dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
+                             f"{method} inversion does not read it; leave it out")
+    windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, in whose stead the editor injects; leave it out")
+    return idle if editor is None else idle | windows
+
+
+def meant(job: Job) -> Job:
+    """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not read of its targets."""
+    if "editor" in job.others:
+        _without_editor(job.targets)
+    return job
 
 
 def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> Job:
@@ -90,29 +115,28 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     said = present({k: v for k, v in said.items() if k != "tags"}) or {}
     own = checked("id", said.pop("id")) if "id" in said else None
     said = _long(said, {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}, "an edit")
-    pictured = "image" in said
-    if not pictured and (alone := [k for k in INVERTING if k in said]):
-        raise UsageError(f"{', '.join(alone)}: of a picture; give image")
-    defaults = {k: v for k, v in (defaults or {}).items() if pictured or k not in INVERTING}
-    own_settings, said = said.keys(), defaults | said
+    pictured, all_said = "image" in said, {**(defaults or {}), **said}
+    method = checked("method", all_said.get("method", DEFAULT)) if pictured else None
+    idle = unread(method, all_said.get("editor"))
+    for why in dict.fromkeys(idle.values()):
+        if names := [name for name, each in idle.items() if each == why and name in said and name not in WINDOWS]:
+            raise UsageError(f"{', '.join(names)}: {why}")
+    said = {k: v for k, v in all_said.items() if k not in idle or k in said}   # an editor's targets: see `read`
     targets = said.pop("targets", None)
     listed = targets if isinstance(targets, list) else [targets]
     if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
         raise UsageError("a job needs source (a prompt; of a picture, what describes it) and targets (a "
                          "prompt, an object with the fields of Edit, or a list of them)")
     said = {k: checked(k, v) for k, v in said.items()}
-    method = said.get("method", DEFAULT)
-    if pictured and (unread := [k for k, methods in READ_BY.items() if k in own_settings and method not in methods]):
-        raise UsageError(f"{', '.join(unread)}: {method} inversion does not read it; leave it out")
     if said.get("fit") == "own" and {"height", "width"} & said.keys():
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
     edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
     usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
-    sampling = {k: said.get(k, usual[k]) for k in SAMPLING}
+    sampling = {k: said.get(k, usual[k]) for k in SAMPLING if k not in idle}
     if sampling["steps"] > len(model.alphas_cumprod):
         raise UsageError(f"steps: {sampling['steps']} is more than the model's {len(model.alphas_cumprod)}")
-    inverting = {k: said.get(k, v) for k, v in INVERTING.items()} if pictured else {}
+    inverting = {k: said.get(k, v) for k, v in INVERTING.items() if k not in idle}
     others = {k: said[k] for k in OTHERS if k in said}
     image = folder / said["image"] if pictured else None
     job = Job("", line, said["source"], edits, sampling, image, inverting, others, own, tags)

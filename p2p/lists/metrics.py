@@ -56,6 +56,7 @@ class Embedder(NamedTuple):
 
     pictures: Callable[[Tensor], Tensor]          # (B, 3, H, W) in 0..1 -> (B, D)
     texts: Callable[[Sequence[str]], Tensor]      # B texts -> (B, D)
+    sha256: str | None = None                     # of the file that it was read from
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def clip(file: Path, model: str = "ViT-L-14-quickgelu", prepare: Callable[[Tenso
     side = net.visual.image_size[0] if isinstance(net.visual.image_size, tuple) else net.visual.image_size
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     return Embedder(lambda x: net.encode_image((prepare(x, side) - mean) / std),
-                    lambda texts: net.encode_text(tokenizer(list(texts))))
+                    lambda texts: net.encode_text(tokenizer(list(texts))), digest.sha256(file))
 
 
 def structure(file: Path, model: str = "vit_base_patch8_224.dino") -> Callable[[Tensor, Tensor], float]:

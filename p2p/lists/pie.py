@@ -2,6 +2,7 @@
 
     OUT/NAME/                   a row of the table: the jobs of its items, as `jobs.Store` keeps them
     OUT/NAME/settings.json      all that decides its pictures
+    OUT/NAME/pictures.json      hashes of the benchmark's pictures that it was made of
     OUT/NAME/figures.csv        what was measured
     OUT/pie.{csv,json,md}       of all rows that lie there, see `p2p.lists.pie_report`
 """
@@ -11,6 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +27,17 @@ from tqdm import tqdm
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
-from p2p.lists.jobs import SHORT, Job, Store, groups, parse
+from p2p.lists.jobs import SHORT, Job, Store, groups, meant, parse, unread
 from p2p.lists.lines import write
 from p2p.lists.metrics import CONVENTIONS, NAMES, Judges, measure
 from p2p.lists.protocol import Item
 from p2p.lists.work import work
 from p2p.model import Model
-from p2p.sources.methods import READ_BY
+from p2p.sources.methods import DEFAULT
+from p2p.weights import digest
 from p2p.weights.untrusted import parse_object, read_text
+
+PICTURES = "pictures.json"
 
 
 def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = None) -> list[Item]:
@@ -108,8 +113,12 @@ def own(settings: Mapping[str, Any]) -> Way:
         raise UsageError(f"{', '.join(settings)}: two names of one setting; give one")
 
     def job(item: Item, model: Model) -> dict[str, Any]:
-        plain = {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute())}
-        return (protocol.job(base, item, model) if base else plain) | own_
+        if base is None:
+            return {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute())} | own_
+        inherited = protocol.job(base, item, model)
+        method, editor = (own_.get(name, inherited.get(name)) for name in ("method", "editor"))
+        idle = unread(method or DEFAULT, editor)
+        return {k: v for k, v in inherited.items() if k not in idle} | own_
 
     return Way({"own": dict(settings)}, job, jpeg=base is not None and base.jpeg)
 
@@ -134,16 +143,20 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mappi
     UsageError where a row was made with other settings.
     """
     ways = {name: way if isinstance(way, Way) else own(way) for name, way in ways.items()}
-    for name, way in ways.items():
+    all_asked, all_pictures, pictures = {}, {}, _contents(items)
+    for name, way in ways.items():   # all that can be refused, before anything is written
+        _check(name, way, items[0], model)
         _same(out / name, way, model, data)
-    by = judges.identity()
-    for name, way in ways.items():
-        folder = out / name
-        asked = [_asked(way, item, model, i) for i, item in enumerate(items, 1)]
+        all_pictures[name] = _all_pictures(out / name, pictures)
+        all_asked[name] = asked = [_asked(way, item, model, i) for i, item in enumerate(items, 1)]
         if "own" in way.said and all(isinstance(job, str) for job in asked):
             raise UsageError(f"{name}: {asked[0]}")
+    by = judges.identity()
+    for name, way in ways.items():
+        folder, asked = out / name, all_asked[name]
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "settings.json", json.dumps(_said(way, model, data), indent=1))
+        write(folder / PICTURES, json.dumps(all_pictures[name], indent=1))
         if way.job is not None:
             (run or partial(_alone, model, progress))([job for job in asked if isinstance(job, Job)], folder)
         if figures:
@@ -163,7 +176,7 @@ def _asked(way: Way, item: Item, model: Model, line: int) -> Job | Path | str:
     """An item's job, or its picture where that was made elsewhere; or why there is none."""
     try:
         if way.job is not None:
-            return parse(dict(way.job(item, model)), line, Path(), model)
+            return meant(parse(dict(way.job(item, model)), line, Path(), model))
     except UsageError as error:
         return str(error)
     names = [f"{item.key}{suffix}" for suffix in (".png", ".jpg", ".jpeg", ".webp")]
@@ -178,6 +191,44 @@ def _said(way: Way, model: Model, data: str) -> dict[str, Any]:
     if way.job is not None:
         said["model"] = {**model.identity(), "size": model.size}
     return json.loads(json.dumps(said, default=str))
+
+
+def _check(name: str, way: Way, item: Item, model: Model) -> None:
+    """Raises UsageError for settings that no item can have: one with words that every row can read is tried."""
+    if way.job is None:
+        return
+    job = _asked(way, item._replace(source="the source", target="the target", blended=""), model, 1)
+    try:
+        if isinstance(job, str):
+            raise UsageError(job)
+        steps, skip = job.sampling["steps"], job.inverting["skip"]
+        model.schedule(steps)
+        model.latent_shape(job.sampling["height"], job.sampling["width"])
+        if skip is not None and skip >= steps:
+            raise UsageError(f"skip: {skip} of {steps} steps leaves none to run")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+
+
+def _contents(items: Sequence[Item]) -> dict[str, str]:
+    """Hashes of the benchmark's pictures, by key; of those that are there."""
+    found = {}
+    for item in items:
+        with suppress(OSError):
+            found[item.key] = digest.sha256(item.picture)[:16]
+    return found
+
+
+def _all_pictures(folder: Path, now: Mapping[str, str]) -> dict[str, str]:
+    """Those of a row's earlier runs and of this one. Raises UsageError where one has become another, or is gone."""
+    file = folder / PICTURES
+    before = pie_report.read_json(file) if file.exists() else {}
+    if not isinstance(before, dict):
+        raise UsageError(f"{file}: not hashes of pictures; remove it, or give another --out")
+    if other := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
+        raise UsageError(f"{folder}: this row is of other pictures of the benchmark than those that are there now "
+                         f"({', '.join(other[:5])}). Put these back to go on, or give another --out")
+    return before | now
 
 
 def _same(folder: Path, way: Way, model: Model, data: str) -> None:
@@ -204,7 +255,7 @@ def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | 
             made, result, error, seed = job, "", None, ""
             if isinstance(job, Job):
                 made, result = folder / job.id / "edit.png", job.id
-                seed = str(job.sampling["seed"]) if job.inverting["method"] in READ_BY["seed"] else ""
+                seed = str(job.sampling.get("seed", ""))
                 error = None if store.done(job) else store.failed(job) or "not run"
             elif isinstance(job, Path):
                 result = hashlib.sha256(job.read_bytes()).hexdigest()[:16]

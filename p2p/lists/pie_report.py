@@ -136,9 +136,9 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
     columns = [c for c in wanted if any(v is not None for rows in report.values() for v in rows[convention].get(c, []))]
     absent = [c for c in wanted if c not in columns]
     head = [c + ("" if scale(c) == 1 else f" x {scale(c):g}") for c in columns]
-    lines = ["| method | " + " | ".join([*head, "pictures", "failed"]) + " |", "|---" * (len(columns) + 3) + "|"]
+    lines = [_line(["method", *head, "pictures", "failed"]), "|---" * (len(columns) + 3) + "|"]
     for name, rows in report.items():
-        cells = []
+        cells = [name]
         for c in columns:
             found = interval(rows[convention].get(c, []))
             if found is None:
@@ -147,14 +147,18 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
             mean, half = found[0] * scale(c), found[1] * scale(c)
             cells.append(f"{mean:.2f}" if convention == "official" else f"{mean:.2f} ± {half:.2f} ({found[2]})")
         count = len(rows[convention].get("MSE", []))
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {count} | {len(rows['failed'])} |")
+        lines.append(_line([*cells, count, len(rows["failed"])]))
         if published and convention == "official":
             lines += _published(name, columns)
     return "\n".join(lines) + (f"\n\nAbsent, for want of weights: {', '.join(absent)}." if absent else "")
 
 
+def _line(cells: Iterable[object]) -> str:
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+
+
 def _published(name: str, columns: Sequence[str]) -> list[str]:
-    return [f"| ... published [{f.source}] | " + " | ".join(_figure(f.figures.get(c)) for c in columns) + " | 700 | |"
+    return [_line([f"... published [{f.source}]", *(_figure(f.figures.get(c)) for c in columns), 700, ""])
             for f in FIGURES if f.name == name.split(", ")[0]]
 
 

@@ -11,6 +11,7 @@ Timesteps start at 1: the scripts' schedulers say 0, but StableDiffusionPipeline
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,7 @@ GROUPS = {   # names that stand for several: the tables' main rows, and the corr
         m.inversion if m.editor is None else f"{m.inversion}, {m.editor if isinstance(m.editor, str) else m.editor['name']}"
         for name, m in PUBLISHED.items() if "_" not in name))}
 LACKING = {   # other rows of the published tables, by a part of their names
-    "stylediffusion": "StyleDiffusion trains a network for each picture",
+    "stylediffusion": "StyleDiffusion's network, which is trained for each picture",
     "edict": "EDICT's coupled sampler",
     "pix2pix-zero": "pix2pix-zero's editor",
     "instruct-pix2pix": "a network trained to follow instructions",
@@ -126,6 +127,13 @@ def find(name: str) -> Method:
     if why := next((why for start, why in LACKING.items() if start in name), None):
         raise UsageError(f"{name}: not offered, for want of {why}; compare its pictures (--pictures {name}=FOLDER) or its "
                          "figures (--compare published)")
+    row, _, gpu = name.rpartition("_")
+    if gpu in ("a800", "3090") and row in PUBLISHED:
+        raise UsageError(f"{name}: {row} as it ran on one kind of GPU; ask for {row}, whose published figures are the means of "
+                         "both runs")
+    if other := re.fullmatch(r"ablation_directinversion_step_(\d+)\+p2p", name):
+        raise UsageError(f"{name}: published with 20, 100 and 500 steps; for others ask for directinversion+p2p with --steps "
+                         f"{other[1]}")
     raise UsageError(f"{name}: no method; published: {', '.join(n for n in PUBLISHED if '_' not in n)}, "
                      f"directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p; corrected: {', '.join(METHODS)}")
 

@@ -1,16 +1,17 @@
 """Which options of an edit change nothing: its tables with and without each are compared, so that no list of cases is needed."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from p2p import align
-from p2p.blend import LocalBlend
+from p2p.blend import Blend, LocalBlend
 from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed
 from p2p.errors import UsageError
+from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.scope import added, subject
 
@@ -98,6 +99,24 @@ def _blend(edit: Edit, source: Tokens, target: Tokens, mode: str, length: int) -
     pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if b.substruct is None and pair[0] != pair[-1]:
         said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not given")
+    return said
+
+
+def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Sequence[int], alike: bool) -> list[str]:
+    """Of local blends the options that do nothing in this model, or with this source. blend: of all these edits; shape: of
+    the latents (C, H, W); alike: the source's row is what is stored of the source, or nothing is."""
+    sizes = model.unet.site_pixels(*shape[1:])
+    sites = [site for site in model.unet.text_sites() if sizes[site] == blend.side[0] * blend.side[1]]
+    there = sum(site.startswith("mid_block") for site in sites)
+    said = []
+    for e in edits:
+        b = e.local_blend or LocalBlend()
+        if b.keep != DEFAULT["keep"] and alike:
+            said.append(f'"{e.prompt}": local_blend: keep changes nothing: the source is generated, or follows what is stored')
+        if b.middle and sites and not 0 < there < len(sites):
+            why = "it alone has maps" if there else "it has no maps"
+            said.append(f'"{e.prompt}": local_blend: middle changes nothing: the middle block counts where others count too, '
+                        f"and {why} of {blend.side[0]} x {blend.side[1]} here")
     return said
 
 

@@ -19,7 +19,7 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.text import Tokens
 from p2p.models.unet import UNet
 from p2p.request.checks import choice, finite, share
-from p2p.request.effect import without
+from p2p.request.effect import blends_without, without
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.source import FOLLOW, Inversion, Queries
@@ -105,6 +105,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
                     size=start.x.shape[2:], how=fit, length=model.length, device=model.device)
     if blend is not None:
         asked.notes += [f'"{e.prompt}": {why}' for e, why in zip(edits, blend_idle(blend, steps)) if why]
+        alike = inversion is None or inversion.method in FOLLOW
+        asked.notes += blends_without(edits, blend, model, start.x.shape[1:], alike)
     batch = _batch(asked, start)
     made = () if editor is not None else [tables(asked.tokens[0], t, e, e.mode, steps, model.length, whole)
                                           for e, t in asked.pairs()]
@@ -227,6 +229,8 @@ def _remarks(asked: Asked, steps: int, whole: int | None) -> list[str]:
         notes.append("proximal changes nothing: at guidance_scale 1 there is no guidance")
     if sampling.x_T is not None and asked.inversion is None and sampling.seed != 0 and not sampling.eta:
         notes.append("seed changes nothing: the noise is x_T, and none is drawn in steps of eta 0")
+    if asked.inversion is not None and sampling.seed != 0:
+        notes.append("seed changes nothing: the noise is that of the inversion, or of the traced source")
     return notes
 
 

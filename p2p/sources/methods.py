@@ -36,7 +36,7 @@ from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import METHODS, Inversion
 from p2p.request.start import check_latents, check_seed, draw, fitting, guidance, late
-from p2p.sampler import Schedule, belm_step_up, ddim_step, guide, x0_and_eps
+from p2p.sampler import BELM_FROM_NOISE, Schedule, belm_step_up, ddim_step, guide, x0_and_eps
 
 READ_BY = {   # settings that some methods alone read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
@@ -130,6 +130,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
         x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
         _afford(model, [side * model.shrink for side in x_0.shape[2:]], steps - skip, method, inversion_guidance)
     schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
+    if method == "belm" and not schedule.alphas[0] > 0:
+        raise UsageError(BELM_FROM_NOISE)
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
     with torch.no_grad():
