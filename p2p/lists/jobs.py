@@ -23,8 +23,9 @@ from p2p.lists import lines
 from p2p.lists.fields import checked
 from p2p.lists.lines import present, write
 from p2p.model import Model
+from p2p.request.ready import without_editor
 from p2p.request.source import METHODS
-from p2p.run import Result, _without_editor
+from p2p.run import Result
 from p2p.show.pictures import names, save_png
 from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.aside import appearing, finished, sweep
@@ -103,7 +104,7 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
 def meant(job: Job) -> Job:
     """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not read of its targets."""
     if "editor" in job.others:
-        _without_editor(job.targets)
+        without_editor(job.targets)
     return job
 
 

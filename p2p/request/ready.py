@@ -151,7 +151,7 @@ def _asked(model: Model, source: str | Inversion | Path, targets: str | Edit | S
     start = begin(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before there is an edit for each
     edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
     if editor is not None:
-        _without_editor(edits)
+        without_editor(edits)
     tokens = split_prompts(model, [source, *(e.prompt for e in edits)], notes)
     return Asked(model, source, inversion, start, edits, sampling, editor, record, tokens, notes, [e.mode is None for e in edits])
 
@@ -171,7 +171,7 @@ def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any])
     return edits
 
 
-def _without_editor(edits: Sequence[Edit]) -> None:
+def without_editor(edits: Sequence[Edit]) -> None:
     """Raises UsageError for what Prompt-to-Prompt alone reads of an edit: another editor would drop it in silence."""
     for e in edits:
         if said := [f.name for f in fields(e) if f.name not in ("prompt", "mode", "local_blend", "scope")
