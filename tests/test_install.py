@@ -1,0 +1,30 @@
+"""One installed name: nothing of a user's own is imported in our place, nor ours in its place."""
+import os
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_users_own_folders_are_left_alone(tmp_path):
+    for name in ("models", "weights", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+    (tmp_path / "run.py").write_text(
+        "import models, weights, tests, p2p\n"
+        "assert models.MINE and weights.MINE and tests.MINE\n"
+        "print(*p2p.edit('emoji', 'a cat on grass', 'a dog on grass', steps=1).latents.shape)\n")
+    done = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == ["2", "3", "64", "64"], done.stderr
+
+
+def test_every_folder_with_code_is_installed_below_p2p():
+    said = ConfigParser()
+    said.read(ROOT / "setup.cfg")
+    packages = said["options"]["packages"].split()
+    found = {f.parent.relative_to(ROOT) for top in ("p2p", "models", "weights") for f in (ROOT / top).rglob("__init__.py")}
+    names = {".".join(p.parts if p.parts[0] == "p2p" else ("p2p", *p.parts)) for p in found}
+    assert set(packages) == names and all(name.split(".")[0] == "p2p" for name in packages)
