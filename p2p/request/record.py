@@ -7,6 +7,7 @@ from p2p.errors import UsageError
 from p2p.models.attention import SelfAttention
 from p2p.models.unet import UNet
 from p2p.request.checks import flag, whole
+from p2p.weights.untrusted import brief
 
 
 class Record(NamedTuple):
@@ -19,7 +20,7 @@ class Record(NamedTuple):
     def check(self) -> None:
         """Raises UsageError."""
         if not isinstance(self, Record):
-            raise UsageError(f"record: a Record is needed, not {self!r}")
+            raise UsageError(f"record: a Record is needed, not {brief(self)}")
         whole("record.text", self.text, least=0, most=2**62)
         whole("record.pixels", self.pixels, least=0, most=2**62)
         if flag("record.before", self.before) and not (self.text or self.pixels):
