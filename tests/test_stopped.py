@@ -114,7 +114,7 @@ def test_whatever_a_writer_raises_for_want_of_room_names_out(tmp_path, monkeypat
         open(file, "w").close()
         raise error
 
-    monkeypatch.setattr(import_module("p2p.invert"), "save_file", full)
+    monkeypatch.setattr(import_module("p2p.request.source"), "save_file", full)
     Image.new("RGB", (64, 64), "green").save(tmp_path / "photo.png")
     assert main(["invert", str(tmp_path / "photo.png"), "a cat", "--method", "noise", "--steps", "1", "--out", str(tmp_path / "out"), "-q"]) == 2
     said = capsys.readouterr().err
