@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from p2p.errors import NumericsError, UsageError
-from p2p.weights.untrusted import brief
+from p2p.weights.untrusted import brief, check_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
 TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
@@ -76,16 +76,18 @@ def brightness(mask: Image.Image) -> Image.Image:
 def open_picture(path: str | Path) -> Image.Image:
     """A picture from a file in one of FORMATS, upright; of an animation the first frame. Raises UsageError."""
     try:
-        return _decoded(path)
+        check_regular(Path(path))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {_why(error)}") from None
+    try:
+        return _decoded(path)
     except Exception as error:   # decoders raise anything over damaged bytes
         raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are {', '.join(FORMATS)}") from None
 
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:
-    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
-        raise ValueError("not a file")   # to open a pipe would wait for ever
     with Image.open(file, formats=FORMATS) as image:
         check_pixels(image.width, image.height)   # before it is decoded
         found = upright(image)

@@ -14,10 +14,15 @@ LONGEST, WORD, NUMBERS = 2**14, 400, 16  # of a message: characters, of one word
 _TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # turn what follows around
 
 
-def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
-    """A whole file of UTF-8, with or without a byte order mark. Raises OSError; ValueError for what is no such file."""
+def check_regular(path: Path) -> None:
+    """Raises ValueError for a folder, and for a pipe, which to open would wait for ever; OSError for what is not there."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
+
+
+def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
+    """A whole file of UTF-8, with or without a byte order mark. Raises OSError; ValueError for what is no such file."""
+    check_regular(path)
     with path.open("rb") as f:
         data = f.read(most + 1)
     if len(data) > most:

@@ -99,8 +99,6 @@ def _ready(model: Model, job: Job) -> Ready:
     how = {**job.others, "editor": find_editor(job.others.get("editor"))}
     if job.image is None:
         return prepared(model, **arguments(job), **how)
-    if job.image.exists() and not job.image.is_file():   # to open a pipe would wait for ever
-        raise UsageError(f"{job.image}: not a file")
     said = {**job.inverting, **job.sampling}
     path, picture = said.pop("path"), open_picture(job.image)
     if said["fit"] == "square":

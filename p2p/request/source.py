@@ -21,7 +21,7 @@ from p2p.model import Model
 from p2p.models.attention import QK
 from p2p.request.memory import qk_shapes
 from p2p.request.start import check_latents
-from p2p.weights.untrusted import parse_object
+from p2p.weights.untrusted import check_regular, parse_object
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
 FOLLOW = ("direct", "edit-friendly")   # the source row takes the stored latents at every step
@@ -116,8 +116,7 @@ class Queries(Sequence):
 def _read(file: str | Path) -> dict[str, Any]:
     """The fields of an inversion's file, not checked yet. Raises UsageError."""
     try:
-        if Path(file).exists() and not Path(file).is_file():   # to open a pipe would wait for ever
-            raise ValueError("not a file")
+        check_regular(Path(file))
         with safe_open(file, "pt") as f:
             said = parse_object((f.metadata() or {})["inversion"])
             if len(f.keys()) > KEYS:
