@@ -26,6 +26,7 @@ from p2p.lists.jobs import Job, Store
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
+from p2p.request.checks import whole
 from p2p.request.source import METHODS
 from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.digest import sha256
@@ -33,9 +34,7 @@ from p2p.weights.emoji import recogniser
 
 
 def batch(args: argparse.Namespace) -> int:
-    for name in ("workers", "together"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {value}")
+    _positive(args, "workers", "together")
     what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
                  args.quiet, _defaults(args))
     counts = run_batch(what, args.engine, args.workers)
@@ -45,6 +44,13 @@ def batch(args: argparse.Namespace) -> int:
             print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
     print(args.out / "results.jsonl")
     return 1 if counts["failed"] or counts["open"] else 0
+
+
+def _positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UsageError for options that are given and count from 1."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            whole(f"--{name}", value)
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,10 +65,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    if args.limit is not None and args.limit < 1:
-        raise p2p.UsageError(f"--limit must be a whole number from 1, not {args.limit}")
-    if args.workers is not None and args.workers < 1:
-        raise p2p.UsageError(f"--workers must be a whole number from 1, not {args.workers}")
+    _positive(args, "limit", "workers")
     ways = _ways(args)
     items = pie.read(args.data, args.limit, args.types and args.types.split(","))
     metrics.torchmetrics()
@@ -149,9 +152,7 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
 
 
 def make_dataset(args: argparse.Namespace) -> int:
-    for name in ("samples", "keep", "steps", "together"):
-        if getattr(args, name) < 1:
-            raise p2p.UsageError(f"--{name} must be a whole number from 1, not {getattr(args, name)}")
+    _positive(args, "samples", "keep", "steps", "together")
     pairs, model = dataset.read(args.prompts), options.load(args)
     options.say(model.notes)
     if args.clip is not None:

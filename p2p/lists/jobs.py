@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from p2p.lists import lines
 from p2p.lists.fields import checked
 from p2p.lists.lines import present, write
 from p2p.model import Model
-from p2p.request.ready import without_editor
+from p2p.request.ready import EDITING, without_editor
 from p2p.request.source import METHODS
 from p2p.run import Result
 from p2p.show.pictures import names, save_png
@@ -31,7 +30,6 @@ from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.aside import appearing, finished, sweep
 from p2p.weights.untrusted import brief, parse_object, read_text
 
-EDITING = tuple(f.name for f in fields(Edit))[1:]
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
              "fit": "crop", "path": "inverted"}   # see `invert`; "square" and the last: `protocol.square`, `protocol.resampled`
