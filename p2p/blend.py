@@ -156,11 +156,17 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
                  sampled, torch.zeros(len(targets), dtype=torch.long, device=device), sites)
 
 
-def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
-    """The layers with maps of text of that side; the middle block where it is asked for, or alone has them."""
+def sites_of_side(unet: UNet, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
+    """The layers with maps of text of that side, of latents of that size."""
     pixels = unet.site_pixels(*size)
-    found = [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
+    return [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
+
+
+def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
+    """Those that count: the middle block where it is asked for, or alone has maps of that side. Raises UsageError."""
+    found = sites_of_side(unet, size, side)
     if not found:
+        pixels = unet.site_pixels(*size)
         smaller = sorted({pixels[site] for site in unet.text_sites() if pixels[site] < side[0] * side[1]})
         raise UsageError(f"local_blend: the model has no attention to text at {side[0]} x {side[1]} positions"
                          f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 import p2p
-from p2p.edits import choose_mode
+from p2p.edits import choose_mode, tables
 from p2p.errors import UsageError
 from p2p.request.effect import left_out, without
 
@@ -42,7 +42,8 @@ ACTS = [(SWAPPED, {}), (SWAPPED, dict(equalizer={"dog": 2.0})), (REFINED, dict(c
 def said(model, target, settings, steps=10, whole=None):
     s, t = model.tokens(SOURCE), model.tokens(target)
     edit = p2p.Edit(target, **settings)
-    return without(s, t, edit, choose_mode(s, edit, t), steps, L, whole)
+    given = s, t, edit, choose_mode(s, edit, t), steps, L, whole
+    return without(tables(*given), *given)
 
 
 @pytest.mark.parametrize("what", IDLE)

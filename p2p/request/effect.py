@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from p2p import align
-from p2p.blend import Blend, LocalBlend
+from p2p.blend import Blend, LocalBlend, sites_of_side
 from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
@@ -18,10 +18,10 @@ from p2p.scope import added, subject
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
 
 
-def without(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
-            ) -> list[str]:
-    """For each option that does nothing in so many steps (`whole`: see `tables`), which one and why, in words."""
-    made = tables(source, target, edit, mode, steps, length, whole)
+def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
+            whole: int | None = None) -> list[str]:
+    """For each option that does nothing in an edit's tables, which one and why, in words; the rest is what `tables` made
+    these of."""
     alpha = cross_alpha(edit.cross_replace_steps, target, windowed(edit, steps, whole), length)[:steps]
 
     def same(**changed: Any) -> bool:
@@ -105,8 +105,7 @@ def _blend(edit: Edit, source: Tokens, target: Tokens, mode: str, length: int) -
 def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Sequence[int], alike: bool) -> list[str]:
     """Of local blends the options that do nothing in this model, or with this source. blend: of all these edits; shape: of
     the latents (C, H, W); alike: the source's row is what is stored of the source, or nothing is."""
-    sizes = model.unet.site_pixels(*shape[1:])
-    sites = [site for site in model.unet.text_sites() if sizes[site] == blend.side[0] * blend.side[1]]
+    sites = sites_of_side(model.unet, (shape[1], shape[2]), blend.side)
     there = sum(site.startswith("mid_block") for site in sites)
     said = []
     for e in edits:

@@ -93,7 +93,10 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     start, known, before = (start, None, None) if inversion is None else _from_inversion(start, inversion)
     steps, whole = start.schedule.steps, None if inversion is None else inversion.steps
     edits[:] = [replace(e, mode=choose_mode(asked.tokens[0], e, t)) for e, t in asked.pairs()]
-    asked.notes += _remarks(asked, steps, whole)
+    _check_read(asked)
+    made = () if editor is not None else [tables(asked.tokens[0], t, e, e.mode, steps, model.length, whole)
+                                          for e, t in asked.pairs()]
+    asked.notes += _remarks(asked, made, steps, whole)
     fit = "pad" if inversion is not None and inversion.fit == "pad" else "crop"
     said = run_settings(model, "edit", start, asked.sampling) | {
         "source": asked.source, **to_settings(edits, start.x.shape[2:], fit), "proximal": asked.sampling.proximal,
@@ -108,8 +111,6 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         alike = inversion is None or inversion.method in FOLLOW
         asked.notes += blends_without(edits, blend, model, start.x.shape[1:], alike)
     batch = _batch(asked, start)
-    made = () if editor is not None else [tables(asked.tokens[0], t, e, e.mode, steps, model.length, whole)
-                                          for e, t in asked.pairs()]
     planned = _planned(asked, batch, made, steps)
     if known is not None and inversion is not None and inversion.queries is not None and batch.absent:
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
@@ -210,20 +211,24 @@ def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, t
     return start, known, before
 
 
-def _remarks(asked: Asked, steps: int, whole: int | None) -> list[str]:
-    """What was decided of the edits, and what changes nothing. Raises UsageError where nothing that is read differs."""
-    model, (source, *_), notes = asked.model, asked.tokens, []
-    for (e, t), given in zip(asked.pairs(), asked.chosen):
-        if given and asked.editor is None:
-            notes.append(f'"{e.prompt}": mode {e.mode} (chosen from the prompts)')
-        if source.ids != t.ids and source.ids[:model.length - 1] == t.ids[:model.length - 1]:
-            raise UsageError(f'"{e.prompt[:40]}...": what differs from the source lies beyond the {model.length} tokens that '
+def _check_read(asked: Asked) -> None:
+    """Raises UsageError where nothing that is read of a target differs from the source."""
+    source, last = asked.tokens[0], asked.model.length - 1
+    for e, t in asked.pairs():
+        if source.ids != t.ids and source.ids[:last] == t.ids[:last]:
+            raise UsageError(f'"{e.prompt[:40]}...": what differs from the source lies beyond the {last + 1} tokens that '
                              "the text tower reads; shorten the prompt")
-        if asked.editor is not None:
-            continue
-        if source.ids == t.ids and idle(tables(source, t, e, e.mode, steps, model.length)):
+
+
+def _remarks(asked: Asked, made: Sequence[Tables], steps: int, whole: int | None) -> list[str]:
+    """What was decided of the edits, and what changes nothing. made: of Prompt-to-Prompt's edits."""
+    model, source, notes = asked.model, asked.tokens[0], []
+    for m, (e, t), chosen in zip(made, asked.pairs(), asked.chosen):
+        if chosen:
+            notes.append(f'"{e.prompt}": mode {e.mode} (chosen from the prompts)')
+        if source.ids == t.ids and idle(m):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes nothing')
-        notes += [f'"{e.prompt}": {why}' for why in without(source, t, e, e.mode, steps, model.length, whole)]
+        notes += [f'"{e.prompt}": {why}' for why in without(m, source, t, e, e.mode, steps, model.length, whole)]
     sampling = asked.sampling
     if sampling.proximal is not None and guidance(model, sampling.guidance_scale) == 1:
         notes.append("proximal changes nothing: at guidance_scale 1 there is no guidance")
