@@ -123,7 +123,7 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning, empty: Conditioning 
     finite.
     """
     told, total, mask = Told(model, prompts, empty, schedule.timesteps, x.device), 0.0, None
-    check = Finite(schedule, model)
+    check, sites = Finite(schedule, model), {*watch, *(blend.sites if blend is not None else ())}
     for i, t in enumerate(schedule.timesteps):
         edit = plan[i] if plan else None
         if known is not None and known.absent(i):
@@ -131,7 +131,6 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning, empty: Conditioning 
             edit = edit and edit._replace(cached=known.queries[i])
         else:
             batch = batch._replace(absent=False)
-        sites = {*watch, *(blend.sites if blend else ())}
         out, variance, seen = model.predict(batch.spread(x), *told(i, batch), edit, sites)      # lines 6 to 8 in one pass
         out = batch.joined(out, lambda uncond, cond: guide(uncond, cond, guidance_scale))
         x = step(i, x, out, None if variance is None else variance[-len(x):])                   # line 9

@@ -127,9 +127,9 @@ class Collector:
         self.steps: list[dict[str, Tensor]] = []
 
     def add(self, step: Step) -> None:
-        found = {}
+        found, rows = {}, step.batch.shown(step.x.device)
         for site, qk in step.seen.items():
-            before, after = site_maps(self.unet.get_submodule(site), qk, step.edit, step.batch.shown(step.x.device))
+            before, after = site_maps(self.unet.get_submodule(site), qk, step.edit, rows)
             maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
             found[site] = maps.to("cpu", torch.float16)
         self.timesteps.append(step.t)

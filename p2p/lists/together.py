@@ -86,8 +86,7 @@ def _parted(ready: Sequence[Ready], whole: Result) -> list[Result]:
     for j, (r, n, first) in enumerate(zip(ready, targets, firsts)):
         rows = [j, *range(first, first + n)]
         masks = whole.masks[first - len(ready):][:n] if r.blend is not None else None
-        halves = 1 if r.start.guidance_scale == 1 else 2
         out.append(Result([whole.images[i] for i in rows], whole.latents[rows], r.prompts, r.settings, list(dict.fromkeys(r.notes)),
-                          masks=masks, rows=halves * len(rows) * r.start.schedule.steps, timings=whole.timings,
+                          masks=masks, rows=r.batch.rows * r.start.schedule.steps, timings=whole.timings,
                           edits=list(r.edits)))
     return out
