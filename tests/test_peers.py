@@ -31,8 +31,7 @@ def test_the_official_way_gives_our_edit(nets, kind):
     f = peers.formula(kind, torch.device("cpu"), torch.float64)
     edit = peers.as_edit(kind, f)
     with torch.no_grad():
-        edited, unknown = (net(x, t, net.read(context), edit=e)[0] for e in (edit, edit._replace(only=None, injected=None)))
+        edited = net(x, t, net.read(context), edit=edit)[0]
         official = peers.official(theirs, kind, f)(x, t, context)
     assert (edited - official).abs().max() < 1e-6 * plain.std() and (edited - plain)[3].abs().max() > 0.01 * plain.std()
-    assert torch.equal(unknown[:3], plain[:3])                       # the same operations on as many rows: the same bits
-    assert (edited - unknown).abs().max() < 1e-12 * plain.std()      # rows that nobody reads are left out: sums may group anew
+    assert torch.equal(edited[:3], plain[:3])                        # the same operations on as many rows: the same bits
