@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2p.models.attention import AttentionEdit
-from p2p.models.layers import wide
+from p2p.models.layers import widened_names
 from p2p.models.text import tokens  # noqa: F401  (before diffusers: it defines operators that a CPU build of torch lacks)
 from p2p.models.unet import SD1, UNet
 
@@ -34,7 +34,7 @@ def ours(width: int, device: torch.device, dtype: torch.dtype, held: torch.dtype
     """Stable Diffusion 1's topology with random weights. held: of the large ones, which our layers widen."""
     with torch.device("meta"):
         net = UNet(replace(SD1, channels=tuple(width * m for m in (1, 2, 4, 4))))
-    large, g, state = wide(net), torch.Generator().manual_seed(0), {}
+    large, g, state = widened_names(net), torch.Generator().manual_seed(0), {}
     for name, p in net.state_dict().items():
         t = torch.randn(p.shape, generator=g) * (0.7 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
         t = (t + (p.ndim == 1 and name.endswith("weight"))).to(device, held if held and name in large else dtype)

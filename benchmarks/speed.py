@@ -27,7 +27,6 @@ from benchmarks.peers import KINDS, SIZES, TOKENS, as_edit, diffusers_on, formul
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.lists.batch import Batch, run
 from p2p.models.attention import QK, Attention, AttentionEdit
-from p2p.models.layers import keep_freed_memory
 from p2p.models.maps import site_maps
 from p2p.models.unet import Time, UNet
 
@@ -89,7 +88,6 @@ def steps(name: str, repeats: int, device: torch.device) -> list[Row]:
         sides["compiled"] = lambda: compiled(x, at, text, edit=edit)[0]
     if name != "full":
         sides |= around(net, x, at, context, edit)
-    keep_freed_memory(device)
     m = in_turn(peers | sides, repeats, device)   # what follows the official way waits for the memory that it gave back
     print(f"{name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in m.items()), flush=True)
     one, way = (statistics.mean(m[prefix + k] for k in KINDS) for prefix in ("", "official "))

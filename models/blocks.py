@@ -140,8 +140,7 @@ class FeedForward(nn.Module):
     Few rows at a time where the hidden layer is large: it would be most of a step's memory.
     """
 
-    LARGE = 2**24          # elements
-    LARGE_ON_CPU = 2**21   # there small pieces are the faster ones, unless the weights, which each of them reads, are larger still
+    LARGE = 2**24   # elements
 
     class _GEGLU(nn.Module):
         def __init__(self, dim: int, hidden: int):
@@ -158,9 +157,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), Linear(dim * mult, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.net[0].proj.weight
-        large = min(self.LARGE, max(self.LARGE_ON_CPU, weight.numel())) if x.is_cpu else self.LARGE
-        rows = max(1, large // (x.shape[1] * len(weight)))
+        rows = max(1, self.LARGE // (x.shape[1] * self.net[0].proj.out_features))
         return self.net(x) if rows >= len(x) else torch.cat([self.net(part) for part in x.split(rows)])
 
 

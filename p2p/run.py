@@ -19,7 +19,6 @@ from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model, find_model
-from p2p.models.layers import keep_freed_memory
 from p2p.request.checks import flag, whole
 from p2p.request.ready import SAMPLING, Editor, Ready, empty_prompts, prepared, run_settings, split_prompts
 from p2p.request.record import Record
@@ -105,7 +104,6 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
                    guide=ready.guide, plan=ready.plan, watch=watch, blend=ready.blend, known=ready.known)
     x, mask, rows, collector = start.x, None, 0, Collector(model.unet, record)
     bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
-    keep_freed_memory(model.device)
     for step in bar:
         x, mask, rows = step.x, step.mask, rows + step.batch.rows
         collector.add(step)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import p2p
 from p2p import CheckpointError
 from p2p.model import tiled
-from p2p.models import layers
+from p2p.models import cpu
 from p2p.weights import files
 from p2p.weights.files import open_file
 
@@ -66,7 +66,7 @@ def test_a_call_is_as_exact_as_contiguous_convolutions_of_aten(sd1, emoji, monke
 
         ours = error(model.unet)
         with monkeypatch.context() as m:
-            m.setattr(layers, "ONEDNN", False)
+            m.setattr(cpu, "ONEDNN", False)
             aten = error(model.unet)
             last = error(deepcopy(model.unet).to(memory_format=torch.channels_last))
         assert ours <= 1.1 * aten and last > 1.2 * ours

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p2p.models.layers import wide
+from p2p.models.layers import widened_names
 from p2p.models.unet import UNetConfig
 from p2p.weights import keys
 from p2p.weights.detect import Part, listed
@@ -49,7 +49,7 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     """
     with torch.device("meta"):
         module = _built(part, build)
-    large, state = wide(module), {}
+    large, state = widened_names(module), {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         wanted = held if held and name in large else dtype
         state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)

@@ -30,7 +30,6 @@ from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit as fit_picture
 from p2p.model import Conditioning, Model, find_model
-from p2p.models.layers import keep_freed_memory
 from p2p.request import checks
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
@@ -139,7 +138,6 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     run = _Run(model, x_0, null, told, both, schedule, progress)
     null_context = offsets = None
     rows = 1 if inversion_guidance == 1 else 2
-    keep_freed_memory(model.device)
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":

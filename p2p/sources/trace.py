@@ -14,7 +14,6 @@ from p2p.denoise import Batch, denoise
 from p2p.errors import UsageError
 from p2p.model import Model, find_model
 from p2p.models.attention import QK, Attention
-from p2p.models.layers import keep_freed_memory
 from p2p.request.checks import flag
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
@@ -62,7 +61,6 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
                          "an inverted source's trace: it was inverted with its own"))
     flag("progress", progress)
-    keep_freed_memory(model.device)
     if isinstance(source, Inversion):
         if source.method not in FOLLOW:
             raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
