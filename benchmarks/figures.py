@@ -39,19 +39,19 @@ class Figures(Bench):
     def _row(self, source: str, edits: Sequence[p2p.Edit], seed: int, **settings) -> p2p.Result:
         return p2p.edit(self.model, source, list(edits), steps=self.steps, seed=seed, **settings)
 
-    # README's picture: a swap, added words, a fader
+    # README's picture: swaps with and without the source's attention, added words, a fader; at 256 x 256
     def draw_overview(self) -> Image.Image:
-        swaps = [p2p.Edit(f"a {o} on grass", cross_replace_steps=0.5) for o in ("castle", "tree", "cake", "bear")]
-        alone = self._row("a house on grass", [replace(e, **PLAIN) for e in swaps], 1)
-        swaps = self._row("a house on grass", swaps, 1)
-        added = self._row("a house on grass", [p2p.Edit(t) for t in (
-            "a blue house on grass", "a house on snowy grass", "a house at night", "a sketch of a house on grass")], 1)
-        prompt, values = "a tree on foggy grass", (0, 0.5, 1.5, 2)
-        faded = self._row(prompt, [p2p.Edit(prompt, equalizer={"foggy": float(c)}, **REWEIGHT["foggy"]) for c in values], 3)
-        captions = [prompt, *(prompt.replace("foggy", f"foggy({c:g})") for c in values)]
-        free = [alone.prompts[0], *(f"{p} (same seed alone)" for p in alone.prompts[1:])]
-        rows = ((swaps, swaps.prompts), (alone, free), (added, added.prompts), (faded, captions))
-        return stacked([grid(r.images, c, 160) for r, c in rows])
+        source, prompt, values = "a house on grass", "a tree on foggy grass", (0, 0.5, 1.5, 2)
+        swaps = [p2p.Edit(f"a {o} on grass", cross_replace_steps=0.5) for o in ("castle", "tree", "mushroom", "bear")]
+        added = ("a blue house on grass", "a house on snowy grass", "a house at night", "a sketch of a house on grass")
+        faded = [p2p.Edit(prompt, equalizer={"foggy": float(c)}, **REWEIGHT["foggy"]) for c in values]
+        rows = [self._row(source, swaps, 1), self._row(source, [replace(e, **PLAIN) for e in swaps], 1),
+                self._row(source, [p2p.Edit(t) for t in added], 1), self._row(prompt, faded, 3)]
+        captions = [r.prompts for r in rows]
+        captions[1] = [source, *(f"{p} (same seed alone)" for p in captions[1][1:])]
+        captions[3] = [prompt, *(prompt.replace("foggy", f"foggy({c:g})") for c in values)]
+        upscaler = p2p.load("emoji-upscaler")
+        return stacked([grid(p2p.upscale(upscaler, r).images, c, 200) for r, c in zip(rows, captions)])
 
     # Figure 2: a swapped word with the source's attention, and the same seed alone
     def draw_2(self) -> Image.Image:
