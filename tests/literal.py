@@ -9,7 +9,9 @@ from unittest.mock import patch
 import torch
 from einops import rearrange
 
+import p2p
 from p2p import align
+from p2p.image import to_pil
 from p2p.models.attention import Attention, HybridAttention
 from p2p.sampler import ddim_step, x0_and_eps
 
@@ -50,26 +52,23 @@ def edited(M_src, M, pixels, edit):
 def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size=None, local_blend=None):
     """z and z* after every step. edits: for each step what `edited` takes; self_steps: in so many self-attention maps of at
     most 32 x 32 pixels are the source's. local_blend(step, maps of the source, of the target) -> where z* may differ."""
-    s = model.guidance_scale
     P, P_star, empty = (model.text([prompt]) for prompt in (source, target, ""))
-    shape = model.latent_shape(*(size or model.size))
-    z = z_star = torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None]         # line 3 and 4
+    shape = (1, *model.latent_shape(*(size or model.size)))
+    z = z_star = torch.randn(shape, generator=torch.Generator().manual_seed(seed))               # lines 3 and 4
     for i, (t, a_t, a_prev) in enumerate(model.schedule(steps)):                               # line 5
         maps, maps_star = {}, {}
 
         def look(site, M, pixels, maps=maps):
-            maps[site] = M
-            return M
+            return maps.setdefault(site, M)
 
         def inject(site, M, pixels, i=i, maps=maps, maps_star=maps_star):
             if pixels is None:                                                                 # self-attention
                 return maps[site] if i < self_steps and M.shape[2] <= 32 * 32 else M
-            maps_star[site] = edited(maps[site], M, pixels, edits[i])
-            return maps_star[site]
+            return maps_star.setdefault(site, edited(maps[site], M, pixels, edits[i]))
 
         def step(z, context, change, t=t, a_t=a_t, a_prev=a_prev):
             uncond, cond = DM(model, z, t, empty), DM(model, z, t, context, change)
-            out = uncond + s * (cond - uncond)
+            out = uncond + model.guidance_scale * (cond - uncond)
             return ddim_step(*x0_and_eps(z, out, a_t, model.prediction, model.clip), a_t, a_prev)
 
         z, z_star = step(z, P, look), step(z_star, P_star, inject)                             # lines 6 to 9
@@ -92,9 +91,6 @@ def refinement(model, source, target, steps, tau):
 
 
 if __name__ == "__main__":
-    import p2p
-    from p2p.image import to_pil
-
     model, pair, n = p2p.load("emoji"), ("a red cat on grass", "a red dog on grass"), 20
     with torch.no_grad():
         *_, latents = algorithm_1(model, *pair, word_swap(model, *pair, n, 0.8), int(0.4 * n), n)

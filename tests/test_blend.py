@@ -1,15 +1,15 @@
 """Local edits against an oracle written out pixel by pixel, and what a mask promises."""
+import literal
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plans import planned
 
 import p2p
+from p2p import align
 from p2p.blend import fixed
+from p2p.edits import cross_alpha
 from p2p.errors import UsageError
-from p2p.models.maps import site_maps
-from p2p.sampler import ddim_step, guide, x0_and_eps
 
 SOURCE, SWAP, REFINED = (f"a red {words}" for words in (
     "cat next to a tree on grass", "dog next to a tree on grass", "cat next to a tree on grass at night"))
@@ -57,28 +57,30 @@ def oracle_mask(maps, model, prompts, blend, size):
     return (on[0] & ~on[1]).repeat_interleave(blend.level, 0).repeat_interleave(blend.level, 1)
 
 
-def oracle(model, prompts, edits, blends, steps):
-    """Algorithm 1 with local edits, written out: latents after every step."""
-    n = len(prompts)
-    edit_plan, batch = planned(model, prompts, edits, steps)
-    context = torch.cat([model.text([""] * n), model.text(prompts)])
-    shape = model.latent_shape(*SIZE[model.family])
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(n, -1, -1, -1)
-    history, seen = [], []
-    for i, (t, a_t, a_prev) in enumerate(model.schedule(steps)):
-        with torch.no_grad():
-            out, qk = model.unet(torch.cat([x, x]), t, context, edit=edit_plan[i], watch=model.unet.text_sites())
-        x_0, eps = x0_and_eps(x, guide(*out.chunk(2), model.guidance_scale), a_t, model.prediction, model.clip)
-        x = ddim_step(x_0, eps, a_t, a_prev).clone()
-        seen.append({site: site_maps(model.unet.get_submodule(site), found, edit_plan[i], batch.shown(x.device))[1]
-                     for site, found in qk.items()})
-        for k, blend in enumerate(blends, 1):
-            if blend is not None and i >= int(blend.start * steps):
-                pair = [{site: m[[0, k]] for site, m in step.items()} for step in seen]
-                inside = oracle_mask(pair, model, [prompts[0], prompts[k]], blend, shape[1])
-                x[k] = torch.where(inside, x[k], x[0])
-        history.append(x)
-    return history
+def columns_of(model, prompts, edit, steps):
+    """What tests/literal.py injects for this edit at every step; every word of these prompts is one token."""
+    source, target = map(model.tokens, prompts)
+    refined = align.refinement(source, target, model.length)
+    mapper, aligned = refined if edit.mode == "refine" else (range(model.length), [True] * model.length)
+    alpha = cross_alpha(edit.cross_replace_steps, target, steps, model.length)
+    return [{j: ([int(mapper[j])], 1.0) for j in range(model.length) if a[j] and aligned[j]} for a in alpha]
+
+
+@torch.no_grad()
+def oracle(model, prompts, edit, steps):
+    """Algorithm 1 with a local edit, written out: the latents of source and target."""
+    size, blend, seen = SIZE[model.family], edit.local_blend, []
+
+    def inside(i, *maps):
+        seen.append({site: torch.cat([m[site][..., -model.length:] for m in maps]) for site in model.unet.text_sites()})
+        if blend is None or i < int(blend.start * steps):
+            return torch.tensor(True)
+        return oracle_mask(seen, model, prompts, blend, model.latent_shape(*size)[1])
+
+    self_steps = int(edit.self_replace_steps * steps)
+    *_, latents = literal.algorithm_1(model, *prompts, columns_of(model, prompts, edit, steps), self_steps, steps,
+                                      size=size, local_blend=inside)
+    return latents
 
 
 CASES = {
@@ -100,7 +102,7 @@ def test_blend_equals_its_definition(request, family, name):
                     local_blend=blend)
     height, width = SIZE[family]
     r = p2p.edit(model, SOURCE, [edit], steps=STEPS, height=height, width=width)
-    wanted = oracle(model, [SOURCE, SWAP], [edit], [blend], STEPS)[-1]
+    wanted = oracle(model, [SOURCE, SWAP], edit, STEPS)
     assert (r.latents - wanted).abs().max() <= 1e-3 * wanted.std()
 
 
@@ -108,8 +110,9 @@ def test_targets_blend_each_in_its_own_way(emoji):
     edits = [p2p.Edit(SWAP, mode="replace", local_blend=CASES["words"]), p2p.Edit(REFINED, mode="refine"),
              p2p.Edit(SWAP, mode="replace", local_blend=CASES["late"])]
     r = p2p.edit(emoji, SOURCE, edits, steps=STEPS)
-    wanted = oracle(emoji, [SOURCE, SWAP, REFINED, SWAP], edits, [e.local_blend for e in edits], STEPS)[-1]
-    assert (r.latents - wanted).abs().max() <= 1e-3 * wanted.std()
+    for prompt, edit, found in zip((SWAP, REFINED, SWAP), edits, r.latents[1:]):
+        wanted = oracle(emoji, [SOURCE, prompt], edit, STEPS)[1]
+        assert (found - wanted).abs().max() <= 1e-3 * wanted.std()
 
 
 def test_outside_the_mask_the_picture_is_the_source(emoji):
