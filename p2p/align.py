@@ -1,6 +1,7 @@
 """Two prompts -> which token of one belongs to which token of the other.
 
-All functions work on `Tokens` (ids, and the characters each token came from), so any tokenizer with offsets will do.
+All functions work on `Tokens` (ids, and the characters each token came from), so any tokenizer
+with offsets will do.
 """
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ READ = 77   # words of a prompt that are compared; no text tower reads more toke
 
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
-    """Token positions of every occurrence of a word or phrase, or with "cat#2" of the second one alone; upper and lower
-    case and punctuation do not matter.
+    """Token positions of every occurrence of a word or phrase, or with "cat#2" of the second one alone; upper
+    and lower case and punctuation do not matter.
 
-    `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises UsageError where none is left.
+    `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises
+    UsageError where none is left.
     """
     if not isinstance(phrase, str):
         raise UsageError(f"a word or phrase is needed, not {brief(phrase)}")
@@ -35,18 +37,19 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
             raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{word}" {len(every)} times')
         places = every[int(number) - 1:int(number)]
     if not places:
-        raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: {", ".join(prompt.text.split())}')
+        raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: '
+                         f'{", ".join(prompt.text.split())}')
     found = [i for place in places if max(place) < length - 1 for i in place]
     if not found:
-        raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text tower stops reading; '
-                         "shorten the prompt")
+        raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text '
+                         "tower stops reading; shorten the prompt")
     return sorted(set(found))
 
 
 def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
-    """Token positions of each occurrence, left to right; an occurrence starts and ends where tokens' words do."""
+    """Token positions of each occurrence, left to right; it starts and ends where the words of tokens do."""
     wanted = " ".join(phrase.lower().split())
-    if wanted not in prompt.text:                    # CLIP's tokenizer rewrites typography and entities in the prompt
+    if wanted not in prompt.text:   # CLIP's tokenizer rewrites typography and entities in the prompt
         wanted = tokenizer().clean_fn(phrase)
     found = _find(prompt, prompt.text, range(len(prompt.text)), wanted)
     if found:
@@ -99,14 +102,17 @@ def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     out = []
     for word, columns in words(prompt):
         places = _occurrences(prompt, word)
-        out.append((f"{word}#{places.index(columns) + 1}" if len(places) > 1 and columns in places else word, columns))
+        repeated = len(places) > 1 and columns in places
+        out.append((f"{word}#{places.index(columns) + 1}" if repeated else word, columns))
     return out
 
 
 def is_swap(source: Tokens, target: Tokens) -> bool:
-    """Whether the words that differ stand in the same places: as many in both prompts, and no word that both hold has moved.
+    """Whether the words that differ stand in the same places: as many in both prompts, and no word that
+    both hold has moved.
 
-    "a huge dog on grass" -> "a dog on foggy grass" is none: every word from "huge" to "foggy" would take its neighbour's map.
+    "a huge dog on grass" -> "a dog on foggy grass" is none: every word from "huge" to "foggy" would take
+    its neighbour's map.
     """
     a, b = ([word for word, _ in words(prompt)] for prompt in (source, target))
     in_place = sum(u == v for u, v in zip(a[:READ], b[:READ]))
@@ -118,21 +124,25 @@ def _cut(t: Tokens, length: int) -> list[int]:
     return t.ids if len(t.ids) <= length else [*t.ids[: length - 1], t.ids[-1]]
 
 
-def _paired_words(source: Tokens, target: Tokens) -> list[tuple[tuple[str, list[int]], tuple[str, list[int]]]]:
+Word = tuple[str, list[int]]   # and its token positions
+
+
+def _paired_words(source: Tokens, target: Tokens) -> list[tuple[Word, Word]]:
     a, b = words(source), words(target)
     if len(a) != len(b):
-        raise UsageError(f'a word swap needs as many words on both sides: "{source.text}" has {len(a)}, "{target.text}" '
-                         f'has {len(b)}; use mode "refine" for added or removed words')
+        raise UsageError(f'a word swap needs as many words on both sides: "{source.text}" has {len(a)}, '
+                         f'"{target.text}" has {len(b)}; use mode "refine" for added or removed words')
     return list(zip(a, b))
 
 
 def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
-    """Word-swap matrix M: the target's map of token j takes sum_i P_src[i] M[i, j].  -> (length, length) float64
+    """Word-swap matrix M (length, length) float64: the target's map of token j takes sum_i P_src[i] M[i, j].
 
-    Word k of one prompt belongs to word k of the other. Where their token counts differ, the source's pieces are
-    shared out equally ("duplicated or averaged", paper section 3.2). Padding belongs to the padding in the same place; where
-    only one text is padded, to the other's first padding. What has no partner because a text was cut belongs to the end of
-    the other. Rows sum to 1, so P_src M still holds all of the attention. Raises UsageError for different word counts.
+    Word k of one prompt belongs to word k of the other. Where their token counts differ, the source's pieces
+    are shared out equally ("duplicated or averaged", paper section 3.2). Padding belongs to the padding in
+    the same place; where only one text is padded, to the other's first padding. What has no partner because a
+    text was cut belongs to the end of the other. Rows sum to 1, so P_src M still holds all of the attention.
+    Raises UsageError for different word counts.
     """
     m = torch.zeros(length, length, dtype=torch.float64)
     m[0, 0] = 1
@@ -149,7 +159,7 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     both = range(first, length)
     m[both, both] = 1
     if first < length:
-        m[a:first, first] = 1                                         # padding of the source where the target has words
+        m[a:first, first] = 1   # padding of the source where the target has words
         m[first, b:first + 1] = 1 / (first + 1 - b)                   # and the other way round
     ends = [b - 1, *(m.sum(0) == 0).nonzero().flatten().tolist()]
     m[a - 1, ends] = 1 / len(ends)
@@ -161,8 +171,8 @@ def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Ten
     """Alignment A of the paper (section 3.2): A(j) is the source token of target token j, or None.
 
     -> mapper (length,) long with A(j) (0 where None), a (length,) float64: 1 where A(j) is not None.
-    The ends of the two texts belong together, and so does the padding that stands in the same place in both (the embedding of
-    padding depends on its place); padding where the source has words has no counterpart.
+    The ends of the two texts belong together, and so does the padding that stands in the same place in both
+    (the embedding of padding depends on its place); padding where the source has words has no counterpart.
     """
     x, y = _cut(source, length), _cut(target, length)
     mapper, a = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.float64)
@@ -198,10 +208,10 @@ def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) ->
     return partner
 
 
-# ------------------------------------------------------------------ as google/prompt-to-prompt does it, faults included
+# -------------------------------------------------------- as google/prompt-to-prompt does it, faults included
 
 def official_replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
-    """The official mapper: after the last swapped word, target token j reads source token j, whatever was shifted."""
+    """The official mapper: after the last swapped word token j reads token j, whatever was shifted."""
     pairs = _paired_words(source, target)
     swapped = [(s, t) for (u, s), (v, t) in pairs if u != v]
     m = torch.zeros(length, length, dtype=torch.float64)
@@ -221,7 +231,7 @@ def official_replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
 
 
 def official_refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Tensor]:
-    """The official mapper: the ends take part in the alignment, padding position j reads source position j."""
+    """The official mapper: the ends take part in the alignment, padding j reads position j of the source."""
     x, y = _cut(source, length), _cut(target, length)
     mapper, a = torch.arange(length), torch.ones(length, dtype=torch.float64)
     for j, i in enumerate(_global_alignment(x, y)):

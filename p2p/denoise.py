@@ -15,8 +15,8 @@ from p2p.sampler import Schedule, Stepper, guide
 
 
 class Batch(NamedTuple):
-    """Which rows the network runs, in their order: those told the empty prompt, sources, targets. The one place that
-    knows; unconditional rows stand as their conditional ones do."""
+    """Which rows the network runs, in their order: those told the empty prompt, sources, targets. The one
+    place that knows; unconditional rows stand as their conditional ones do."""
 
     sources: int
     targets: int
@@ -52,10 +52,12 @@ class Batch(NamedTuple):
         return torch.cat([x[len(x) - self.unconditional:], x]) if self.unconditional else x
 
     def joined(self, out: Tensor, guide: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The network's output of all rows -> that of the prompts' rows, guided where there is what to guide by."""
+        """The network's output of all rows -> that of the prompts' rows, guided where there is
+        what to guide by."""
         if not self.unconditional:
             return out
-        uncond, lone, cond = out.split([self.unconditional, self.prompts - self.unconditional, self.unconditional])
+        uncond, lone, cond = out.split([self.unconditional, self.prompts - self.unconditional,
+                                        self.unconditional])
         return torch.cat([lone, guide(uncond, cond)])
 
 
@@ -65,7 +67,7 @@ class Step(NamedTuple):
     index: int               # 0 .. T - 1
     t: int | float
     x: Tensor                # (S + N, C, H, W) after the step, float32
-    seen: dict[str, QK]      # queries and keys by site, of those that were watched: all rows of the network's batch
+    seen: dict[str, QK]      # queries and keys of the sites that were watched: all rows of the batch
     edit: Any                # that acted, or None
     batch: Batch
     mask: Tensor | None      # (N, 1, H, W) bool: where targets may differ from the source, with `blend`
@@ -77,23 +79,25 @@ class Known(NamedTuple):
     path: Tensor                    # (T + 1, C, H, W): its latents before the first step and after each
     follow: bool = False            # put row 0 on them after every step
     offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
-    run: Sequence[bool] | None = None   # (T), if it is followed: whether row 0 is run; where not, nothing reads it
-    queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: its q and k, for steps in which it is not run
+    run: Sequence[bool] | None = None   # (T), if it is followed: whether row 0 is run; else nothing reads it
+    queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: q and k, for steps without row 0
 
     def absent(self, i: int) -> bool:
         return self.run is not None and not self.run[i]
 
     def corrected(self, x: Tensor, i: int, targets: int) -> Tensor:
-        """x after step i, with what the inversion stored: the source's row comes back where it was not run."""
+        """x after step i, with what the inversion stored: the source's row comes back
+        where it was not run."""
         x = x if self.offsets is None else x + self.offsets[i]
         return torch.cat([self.path[i + 1][None], x[-targets:]]) if self.follow else x
 
 
-class Told:
-    """What the network is told at each step; the text is read once, until other rows or other texts follow."""
+class Inputs:
+    """Timestep and conditioning of every step. The text is read once, until other rows or other texts follow."""
 
-    def __init__(self, model: Model, prompts: Conditioning, empty: Conditioning | Sequence[Conditioning] | None,
-                 timesteps: Sequence[float], device: torch.device):
+    def __init__(self, model: Model, prompts: Conditioning,
+                 empty: Conditioning | Sequence[Conditioning] | None, timesteps: Sequence[float],
+                 device: torch.device):
         self.model, self.prompts, self.empty, self.last = model, prompts, empty, None
         self.constant = empty is None or isinstance(empty, Conditioning)   # over the steps
         self.timesteps = torch.tensor(timesteps, device=device)            # no number of a step is read back
@@ -101,29 +105,32 @@ class Told:
     def __call__(self, i: int, batch: Batch) -> tuple[Any, Conditioning]:
         """Timestep and conditioning of all rows."""
         if self.last != (now := (batch, 0 if self.constant else i)):
-            told = self.prompts.rows(batch.sources) if batch.absent else self.prompts
+            conditioning = self.prompts.rows(batch.sources) if batch.absent else self.prompts
             if batch.unconditional:
                 empty = self.empty if self.constant else self.empty[i]
-                told = Conditioning.cat([empty.rows(len(empty.context) - batch.unconditional), told])
-            self.read, self.last = self.model.read(told), now
+                empty = empty.rows(len(empty.context) - batch.unconditional)
+                conditioning = Conditioning.cat([empty, conditioning])
+            self.read, self.last = self.model.read(conditioning), now
             self.times = self.model.times(self.timesteps, self.read) if self.constant else self.timesteps
         return self.times[i], self.read
 
 
 @torch.no_grad()
-def denoise(model: Model, x: Tensor, prompts: Conditioning, empty: Conditioning | Sequence[Conditioning] | None,
-            schedule: Schedule, step: Stepper, batch: Batch, *, guidance_scale: float | Tensor = 7.5, guide: Any = guide,
-            plan: Sequence[AttentionEdit | Mapping[str, Any] | None] | None = None, watch: Collection[str] = (),
-            blend: Blend | None = None, known: Known | None = None) -> Iterator[Step]:
+def denoise(model: Model, x: Tensor, prompts: Conditioning,
+            empty: Conditioning | Sequence[Conditioning] | None, schedule: Schedule, step: Stepper,
+            batch: Batch, *, guidance_scale: float | Tensor = 7.5, guide: Any = guide,
+            plan: Sequence[AttentionEdit | Mapping[str, Any] | None] | None = None,
+            watch: Collection[str] = (), blend: Blend | None = None,
+            known: Known | None = None) -> Iterator[Step]:
     """Yields every step of x (S + N, C, H, W): the sources' rows and then the targets', see `Batch`.
 
     prompts: of these rows; empty: of the unconditional ones, the same at all steps or one for each. step: see
-    `sampler.stepper`. guide: how the two predictions join. plan: an AttentionEdit a step, or one by site. watch: sites
-    whose queries and keys come back. blend: local edits, see `blend.prepare`. Raises NumericsError where a step is not
-    finite.
+    `sampler.stepper`. guide: how the two predictions join. plan: an AttentionEdit a step, or one by site.
+    watch: sites whose queries and keys come back. blend: local edits, see `blend.prepare`. Raises
+    NumericsError where a step is not finite.
     """
-    told, total, mask = Told(model, prompts, empty, schedule.timesteps, x.device), 0.0, None
-    check, sites = Finite(schedule, model), {*watch, *(blend.sites if blend is not None else ())}
+    inputs, check = Inputs(model, prompts, empty, schedule.timesteps, x.device), Finite(schedule, model)
+    total, mask, sites = 0.0, None, {*watch, *(blend.sites if blend is not None else ())}
     for i, t in enumerate(schedule.timesteps):
         edit = plan[i] if plan else None
         if known is not None and known.absent(i):
@@ -131,9 +138,10 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning, empty: Conditioning 
             edit = edit and edit._replace(cached=known.queries[i])
         else:
             batch = batch._replace(absent=False)
-        out, variance, seen = model.predict(batch.spread(x), *told(i, batch), edit, sites)      # lines 6 to 8 in one pass
+        t_in, text = inputs(i, batch)
+        out, variance, seen = model.predict(batch.spread(x), t_in, text, edit, sites)   # lines 6 to 8 at once
         out = batch.joined(out, lambda uncond, cond: guide(uncond, cond, guidance_scale))
-        x = step(i, x, out, None if variance is None else variance[-len(x):])                   # line 9
+        x = step(i, x, out, None if variance is None else variance[-len(x):])           # line 9
         x = x if known is None else known.corrected(x, i, batch.targets)
         check(i, x)
         if blend is not None:
@@ -143,7 +151,8 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning, empty: Conditioning 
 
 
 class Finite:
-    """Names the first step that was not finite; a GPU would have to be waited for, so there all are looked at in the end."""
+    """Names the first step that was not finite; a GPU would have to be waited for, so there all are
+    looked at in the end."""
 
     def __init__(self, schedule: Schedule, model: Model):
         self.schedule, self.model, self.found = schedule, model, []
@@ -155,8 +164,9 @@ class Finite:
             return
         for j, fine in enumerate(torch.stack(self.found).tolist()):
             if not fine:
-                raise NumericsError(f"sampling step {j + 1} of {self.schedule.steps} (t = {self.schedule.timesteps[j]}) gave "
-                                    f"values that are not finite: {too_large(self.model)}")
+                raise NumericsError(f"sampling step {j + 1} of {self.schedule.steps} (t = "
+                                    f"{self.schedule.timesteps[j]}) gave values that are not finite: "
+                                    f"{too_large(self.model)}")
 
 
 def too_large(model: Model) -> str:

@@ -1,4 +1,5 @@
-"""Attention maps of a run: by word, step, layer, head and resolution (the paper's figure 4), as arrays and overlays."""
+"""Attention maps of a run: by word, step, layer, head and resolution (the paper's figure 4), as
+arrays and overlays."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -23,9 +24,9 @@ from p2p.request.record import Record
 class AttentionMaps:
     """What `record` asked for, half precision, on the CPU.
 
-    sites: module name -> (steps, rows, heads, pixels, columns). Rows: the prompts, source first, as used (after the
-    edit), then, with `Record.before`, the targets again as they were before the edit. Columns: tokens, or for
-    self-attention pixels.
+    sites: module name -> (steps, rows, heads, pixels, columns). Rows: the prompts, source first, as used
+    (after the edit), then, with `Record.before`, the targets again as they were before the edit. Columns:
+    tokens, or for self-attention pixels.
     """
 
     prompts: list[Tokens]
@@ -53,48 +54,55 @@ class AttentionMaps:
         return h, pixels // h
 
     def _of(self, columns: str) -> dict[str, Tensor]:
-        return {name: m for name, m in self.sites.items() if (name in self.pixel_sites) == (columns == "pixels")}
+        return {name: m for name, m in self.sites.items()
+                if (name in self.pixel_sites) == (columns == "pixels")}
 
     def sides(self, columns: str = "text") -> list[tuple[int, int]]:
         """(height, width) of the recorded maps, largest first; columns "text" or "pixels"."""
         found = {m.shape[3] for m in self._of(columns).values()}
         return [self._side(p) for p in sorted(found, reverse=True)]
 
-    def mean(self, row: int = 0, *, before: bool = False, steps: Iterable[int] | None = None, heads: Iterable[int] | None = None,
-             sites: str | None = None, side: tuple[int, int] | None = None, columns: str = "text") -> Tensor:
+    def mean(self, row: int = 0, *, before: bool = False, steps: Iterable[int] | None = None,
+             heads: Iterable[int] | None = None, sites: str | None = None,
+             side: tuple[int, int] | None = None, columns: str = "text") -> Tensor:
         """Mean map of a row over steps, sites and heads.  -> (h, w, columns) float32
 
-        steps: their indices, None for all; heads likewise; sites: a part of the module names that count ("down", "up",
-        "mid"); side: of the maps, None for a quarter of the latents' (16 x 16 in Stable Diffusion at 512 x 512, as in the
-        official code's figures), the largest recorded where that is not there.
+        steps: their indices, None for all; heads likewise; sites: a part of the module names that
+        count ("down", "up", "mid"); side: of the maps, None for a quarter of the latents' (16 x 16
+        in Stable Diffusion at 512 x 512, as in the official code's figures), the largest recorded
+        where that is not there.
         """
         sides = self.sides(columns)
         if not sides:
             raise UsageError(f"no maps of {columns} were recorded")
         usual = tuple(-(-s // 4) for s in self.size)
         side = side or (usual if usual in sides else sides[0])
-        chosen = [m for name, m in self._of(columns).items() if self._side(m.shape[3]) == side and (sites or "") in name]
+        chosen = [m for name, m in self._of(columns).items() if self._side(m.shape[3]) == side
+                  and (sites or "") in name]
         if not chosen:
             raise UsageError(f"no maps of {columns} of {side[0]} x {side[1]}"
                              f"{f' at sites named {sites}' if sites else ''}; recorded: {sides}")
         row = self._row(row, before)
         steps, heads = (None if asked is None else list(asked) for asked in (steps, heads))
-        for what, asked, n in (("step", steps, chosen[0].shape[0]), ("head", heads, min(m.shape[2] for m in chosen))):
+        for what, asked, n in (("step", steps, chosen[0].shape[0]),
+                               ("head", heads, min(m.shape[2] for m in chosen))):
             if asked is not None and not all(0 <= i < n for i in asked):
-                raise UsageError(f"{what}s {asked}: maps of {side[0]} x {side[1]} have the {what}s 0 to {n - 1}")
+                raise UsageError(f"{what}s {asked}: maps of {side[0]} x {side[1]} have the {what}s 0 to "
+                                 f"{n - 1}")
         picked = []
         for m in chosen:
-            m = m[:, row] if steps is None else m[steps, row]                    # (steps, heads, pixels, columns)
+            m = m[:, row] if steps is None else m[steps, row]   # (steps, heads, pixels, columns)
             picked.append((m if heads is None else m[:, heads]).float().mean((0, 1)))
         return torch.stack(picked).mean(0).unflatten(0, side)
 
     def word(self, word: str, row: int = 0, **which) -> Tensor:
-        """The share of attention that a word or phrase gets, its pieces added.  -> (h, w); `which`: see `mean`"""
+        """The share of attention that a word or phrase gets, its pieces
+        added.  -> (h, w); `which`: see `mean`"""
         return self.mean(row, **which)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
 
     def each_word(self, row: int = 0, ends: bool = False, **which) -> list[tuple[str, Tensor]]:
-        """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the start and the
-        end token."""
+        """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the
+        start and the end token."""
         mean, prompt = self.mean(row, **which), self.prompts[row]
         found = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
         if ends:
@@ -106,7 +114,8 @@ class AttentionMaps:
         p = self.mean(row, columns="pixels", **which)                            # (h, w, pixels)
         flat = p.flatten(0, 1).double()
         u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-        u = u[:, :count] * s[:count] * torch.sign(u[:, :count].sum(0) + 1e-12)   # a sign of its own, the same every time
+        # a sign of its own, the same every time
+        u = u[:, :count] * s[:count] * torch.sign(u[:, :count].sum(0) + 1e-12)
         low, high = u.amin(0), u.amax(0)
         return ((u - low) / (high - low).clamp(min=1e-12)).float().unflatten(0, p.shape[:2])
 

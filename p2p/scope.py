@@ -17,12 +17,13 @@ def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
     return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
 
 
-def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[list[str], list[str]]:
-    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins that;
-    without a scope the words that differ and those with weights."""
+def subject(source: Tokens, target: Tokens, edit: Edit, mode: str,
+            length: int) -> tuple[list[str], list[str]]:
+    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins
+    that; without a scope the words that differ and those with weights."""
     m, a = alignment(source, target, edit, mode, length)
     ours, theirs = align.named_words(source), align.named_words(target)
-    reads = (m * a).bool()                                                 # (L, L): source token i, target token j
+    reads = (m * a).bool()   # (L, L): source token i, target token j
 
     def related(i: list[int], j: list[int]) -> bool:
         return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
@@ -31,7 +32,8 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) 
         inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
                   for i in align.word_tokens(source, word, length)}
         old = [(name, i) for name, i in ours if inside & set(i)]
-        return [name for name, _ in old], [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
+        new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
+        return [name for name, _ in old], new
     weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
 
     def changed(i: list[int], j: list[int]) -> bool:
@@ -48,7 +50,8 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     blend = edit.local_blend or LocalBlend()
     if blend.words is None:
         own = subject(source, target, edit, mode, length)
-        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words and max(columns) < length - 1]
+        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words
+                        and max(columns) < length - 1]
                        for prompt, words in zip((source, target), own))
         blend = replace(blend, words=own, rivals=rivals)
     return replace(edit, scope=None, local_blend=blend)
