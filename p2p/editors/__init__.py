@@ -22,4 +22,5 @@ def find_editor(said: str | Mapping[str, Any] | None) -> MasaCtrl | PlugAndPlay 
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"editor {brief(said)} is not known, or has no such fields; known: {', '.join(EDITORS)}") from None
+        raise UsageError(f"editor {brief(said)} is not known, or has no such fields; known: "
+                         f"{', '.join(EDITORS)}") from None

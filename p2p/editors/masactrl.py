@@ -1,7 +1,8 @@
-"""MasaCtrl (Cao et al. 2023): the target asks its own questions of the source's keys and values in self-attention.
+"""MasaCtrl (Cao et al. 2023): the target asks its own questions of the source's keys and
+values in self-attention.
 
-What moves is decided by the prompt, what it looks like by the source: the opposite of Prompt-to-Prompt's injection, and
-the same argument of the modules.
+What moves is decided by the prompt, what it looks like by the source: the opposite of Prompt-to-Prompt's
+injection, and the same argument of the modules.
 """
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from p2p.request.checks import share
 
 
 def sources_of_halves(batch: Batch, device: torch.device) -> Tensor:
-    """For each row of the batch the source's row in its own half, unconditional or not; without an unconditional source,
-    the other.  -> (B,) long"""
+    """For each row of the batch the source's row in its own half, unconditional or not; without an
+    unconditional source, the other.  -> (B,) long"""
     uncond = batch.source() if batch.lone_source else 0
     rows = torch.arange(batch.rows, device=device)
     return torch.where(rows < batch.unconditional, uncond, batch.source())
@@ -28,10 +29,11 @@ def sources_of_halves(batch: Batch, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class MasaCtrl:
-    """start: share of the steps before it begins; layers: share of the attention layers, in the order in which they run,
-    that is left alone (10 of Stable Diffusion 1's 16: it acts in the last of the decoder).
+    """start: share of the steps before it begins; layers: share of the attention layers, in the order in
+    which they run, that is left alone (10 of Stable Diffusion 1's 16: it acts in the last of the decoder).
 
-    Unconditional rows ask the source's unconditional row, conditional ones its conditional row, as in the authors' code.
+    Unconditional rows ask the source's unconditional row, conditional ones its conditional row, as
+    in the authors' code.
     """
 
     start: float = 0.08
@@ -44,7 +46,8 @@ class MasaCtrl:
         """Raises UsageError."""
         share("editor: start", self.start), share("editor: layers", self.layers)
 
-    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[dict[str, AttentionEdit]]:
+    def plan(self, unet: UNet, batch: Batch, steps: int,
+             device: torch.device) -> list[dict[str, AttentionEdit]]:
         """An edit by site for every step."""
         own, source = torch.arange(batch.rows, device=device), sources_of_halves(batch, device)
         sites = unet.pixel_sites()

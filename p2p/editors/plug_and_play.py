@@ -1,4 +1,5 @@
-"""Plug-and-Play diffusion features (Tumanyan et al. 2023): the source's features and self-attention in the decoder."""
+"""Plug-and-Play diffusion features (Tumanyan et al. 2023): the source's features and
+self-attention in the decoder."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from p2p.request.prompts import check as check_prompt
 
 @dataclass(frozen=True)
 class PlugAndPlay:
-    """features: share of the steps in which the targets take the source's features: what one residual block, the second of the
-    first decoder level with attention, adds to its skip connection, which stays the target's own. attention: the same for
-    queries and keys of self-attention from there on (the authors' choice of layers for Stable Diffusion).
-    source_prompt: what the source is told while it is sampled; None for its own prompt (in the authors' code: "").
+    """features: share of the steps in which the targets take the source's features: what one residual block,
+    the second of the first decoder level with attention, adds to its skip connection, which stays the
+    target's own. attention: the same for queries and keys of self-attention from there on (the authors'
+    choice of layers for Stable Diffusion). source_prompt: what the source is told while it is sampled; None
+    for its own prompt (in the authors' code: "").
 
     Both halves of a target take what is the source's with its prompt, as in the authors' code.
     """
@@ -36,9 +38,10 @@ class PlugAndPlay:
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 
-    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
-        """An edit by site for every step. Until both shares end, a step has rows for both, the own ones where a share is
-        over: one graph."""
+    def plan(self, unet: UNet, batch: Batch, steps: int,
+             device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
+        """An edit by site for every step. Until both shares end, a step has rows for both, the own ones where
+        a share is over: one graph."""
         own = torch.arange(batch.rows, device=device)
         source = torch.full_like(own, batch.source())
         if not batch.lone_source:
@@ -47,11 +50,14 @@ class PlugAndPlay:
         for site in unet.pixel_sites():
             if site.startswith("up_blocks"):
                 decoder.setdefault(".".join(site.split(".")[:4]), []).append(site)
-        (_, second, *_), ends = decoder, [int(share * steps) for share in (self.features, self.attention)]
-        block, sites = second.replace("attentions", "resnets"), [s for layer in list(decoder)[1:] for s in decoder[layer]]
+        _, second, *_ = decoder
+        block = second.replace("attentions", "resnets")
+        sites = [site for layer in list(decoder)[1:] for site in decoder[layer]]
+        ends = [int(share * steps) for share in (self.features, self.attention)]
 
         def step(i: int) -> dict[str, AttentionEdit | Tensor]:
             features, attention = (source if i < end else own for end in ends)
-            return {block: features} | dict.fromkeys(sites, AttentionEdit(own, pixels=torch.stack([attention, attention, own])))
+            edit = AttentionEdit(own, pixels=torch.stack([attention, attention, own]))
+            return {block: features} | dict.fromkeys(sites, edit)
 
         return [step(i) if i < max(ends) else {} for i in range(steps)]

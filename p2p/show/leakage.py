@@ -1,4 +1,5 @@
-"""How much of a picture changed that an edit was not about (the observation at the end of the paper's section 4)."""
+"""How much of a picture changed that an edit was not about (the observation at the end of the
+paper's section 4)."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -31,7 +32,8 @@ def region(values: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
 
 
 def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
-    """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`). Raises UsageError."""
+    """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`).
+    Raises UsageError."""
     if result.maps is None or not result.maps.sides():
         raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
     edit = result.edits[whole("target", target, most=len(result.images) - 1) - 1]
@@ -44,7 +46,9 @@ def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     inside = torch.zeros(size, dtype=torch.bool)
     for values in [*(before[w] for w in old if w in before), *(after[w] for w in new if w in after)]:
         inside |= region(values, size, threshold)
-    kept = {word: region(values, size, threshold) & ~inside for word, values in before.items() if word not in old}
+    kept = {word: region(values, size, threshold) & ~inside for word, values in before.items()
+            if word not in old}
     outside = visibly[~inside].float().mean().item() if (~inside).any() else 0.0
     return Leakage([*old, *(w for w in new if w not in old)], outside,
-                   {word: visibly[where].float().mean().item() for word, where in kept.items() if where.any()})
+                   {word: visibly[where].float().mean().item() for word, where in kept.items()
+                    if where.any()})

@@ -39,28 +39,32 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
         for k, row in enumerate(rows):
             at = float(x)
             for word, new in row:
-                draw.text((at, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK, font=font)
+                draw.text((at, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK,
+                          font=font)
                 at += font.getlength(word + " ")
         x += picture.width + gap
     return sheet
 
 
-def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str] = ("",), side: int = 160,
-          corner: str = "") -> Image.Image:
+def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str] = ("",),
+          side: int = 160, corner: str = "") -> Image.Image:
     """Rows of pictures under column labels, row labels at the left; `corner` names the axes."""
     font = ImageFont.load_default(14)
     gap, line = 6, 18
     width = max(round(side * p.width / p.height) for row in pictures for p in row)
     heads = [_wrap([(w, False) for w in c.split()], font, width) for c in columns]
     top = gap + line * max(1, *map(len, heads))
-    left = gap + round(max((font.getlength(r) for r in [*rows, corner]), default=0)) + (gap if any(rows) or corner else 0)
-    sheet = Image.new("RGB", (left + (width + gap) * len(columns), top + (side + gap) * len(pictures)), _PAPER)
+    labels = [*rows, corner]
+    left = gap + round(max(font.getlength(label) for label in labels)) + gap * any(labels)
+    sheet = Image.new("RGB", (left + (width + gap) * len(columns), top + (side + gap) * len(pictures)),
+                      _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), corner, fill=_ACCENT, font=font)
     for j, head in enumerate(heads):
         for k, words in enumerate(head):
             text = " ".join(w for w, _ in words)
-            draw.text((left + j * (width + gap) + (width - font.getlength(text)) / 2, gap + k * line), text, fill=_INK, font=font)
+            draw.text((left + j * (width + gap) + (width - font.getlength(text)) / 2, gap + k * line), text,
+                      fill=_INK, font=font)
     for i, (label, row) in enumerate(zip(rows, pictures)):
         y = top + gap // 2 + i * (side + gap)
         draw.text((gap, y + side / 2 - line / 2), label, fill=_INK, font=font)
@@ -70,12 +74,13 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
 
 
 # Anchors of a dark-to-bright colour scale, evenly spaced.
-_HEAT = torch.tensor([[0.0, 0.0, 0.02], [0.25, 0.04, 0.41], [0.58, 0.15, 0.40], [0.87, 0.32, 0.23], [0.99, 0.65, 0.04],
-                      [0.99, 1.0, 0.64]])
+_HEAT = torch.tensor([[0.0, 0.0, 0.02], [0.25, 0.04, 0.41], [0.58, 0.15, 0.40], [0.87, 0.32, 0.23],
+                      [0.99, 0.65, 0.04], [0.99, 1.0, 0.64]])
 
 
 def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None = None) -> Image.Image:
-    """A map (h, w) in colours, black 0 and below, bright `top` (None: its maximum); enlarged smoothly to size (width, height)."""
+    """A map (h, w) in colours, black 0 and below, bright `top` (None: its maximum); enlarged smoothly to
+    size (width, height)."""
     v = values.float().cpu().clamp(min=0)
     v = (v / (v.max() if top is None else top)).nan_to_num().clamp(0, 1)
     at = v * (len(_HEAT) - 1)
@@ -98,7 +103,8 @@ def _at_height(picture: Image.Image, side: int) -> Image.Image:
 def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
     """The words of a caption, each with whether it is new."""
     a, b = source.split(), caption.split()
-    kept = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks() for j in range(m.b, m.b + m.size)}
+    kept = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+            for j in range(m.b, m.b + m.size)}
     return [(word, j not in kept) for j, word in enumerate(b)]
 
 
@@ -112,8 +118,8 @@ def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[st
 
 
 def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole or not at all, with the settings in a text chunk; without it where these are longer (TEXT) than Pillow
-    reads back, as it would then refuse the whole picture."""
+    """Writes a PNG, whole or not at all, with the settings in a text chunk; without it where these are longer
+    (TEXT) than Pillow reads back, as it would then refuse the whole picture."""
     info = PngImagePlugin.PngInfo()
     if settings is not None and len(text := json.dumps(settings)) < TEXT:
         info.add_text(CHUNK, text)   # ASCII: json escapes the rest
@@ -125,8 +131,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `save_png` left in a picture. Raises UsageError."""
     text = open_picture(path).info.get(CHUNK)
     if text is None:
-        raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other programs "
-                         "drop them when they save a picture again)")
+        raise UsageError(f"{path}: holds no settings of a run; only PNG files written by p2p do (and other "
+                         "programs drop them when they save a picture again)")
     try:
         return parse_object(text)
     except (ValueError, TypeError):

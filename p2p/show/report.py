@@ -1,4 +1,5 @@
-"""A run as one HTML file that needs nothing else: sliders between source and edits, maps on hover, settings, timings."""
+"""A run as one HTML file that needs nothing else: sliders between source and edits, maps on hover,
+settings, timings."""
 from __future__ import annotations
 
 import json
@@ -15,16 +16,20 @@ from p2p.show.leakage import Leakage
 from p2p.show.pictures import heat
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #28282e; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #28282e;
+  max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 figure { display: inline-block; margin: 0 2rem 2rem 0; vertical-align: top; width: 24rem; }
 .stack { position: relative; width: 24rem; aspect-ratio: var(--ratio); }
-.stack img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: fill; image-rendering: auto; }
+.stack img { position: absolute; inset: 0; width: 100%; height: 100%;
+  object-fit: fill; image-rendering: auto; }
 .stack .over { clip-path: inset(0 0 0 var(--at, 50%)); }
 .stack .map { opacity: 0; mix-blend-mode: screen; transition: opacity .12s; pointer-events: none; }
 .stack .map.on { opacity: .9; } .stack.dim > img:not(.map) { filter: brightness(.55); }
-.stack .line { position: absolute; top: 0; bottom: 0; width: 2px; left: var(--at, 50%); background: #fff; pointer-events: none; }
+.stack .line { position: absolute; top: 0; bottom: 0; width: 2px; left: var(--at, 50%);
+  background: #fff; pointer-events: none; }
 input[type=range] { width: 100%; margin: .4rem 0; accent-color: #cc3e16; }
-.word { cursor: default; padding: 0 .15em; border-radius: .2em; } .word:hover, .word:focus { background: #cc3e16; color: #fff; }
+.word { cursor: default; padding: 0 .15em; border-radius: .2em; }
+.word:hover, .word:focus { background: #cc3e16; color: #fff; }
 .prompt { margin: 0; } .label { color: #77777f; font-size: .85em; }
 table { border-collapse: collapse; } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
 pre { overflow: auto; font-size: .85em; }
@@ -45,9 +50,12 @@ for (const figure of document.querySelectorAll("figure")) {
 
 
 def report(result: Result, leaks: Sequence[Leakage] = ()) -> str:
-    """The page of an edit: a figure per target; with recorded maps of text, words show their attention on hover."""
-    figures = "\n".join(_figure(result, k, leaks[k - 1] if leaks else None) for k in range(1, len(result.images)))
-    timings = "".join(f"<tr><td>{escape(name)}<td>{seconds:.2f} s" for name, seconds in result.timings.items())
+    """The page of an edit: a figure per target; with recorded maps of text, words show their
+    attention on hover."""
+    figures = "\n".join(_figure(result, k, leaks[k - 1] if leaks else None)
+                        for k in range(1, len(result.images)))
+    timings = "".join(f"<tr><td>{escape(name)}<td>{seconds:.2f} s"
+                      for name, seconds in result.timings.items())
     notes = "".join(f"<li>{escape(note)}" for note in result.notes)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
@@ -80,8 +88,9 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
     spread = ""
     if leak is not None:
         by_word = ", ".join(f"{escape(w)} {share:.0%}" for w, share in leak.by_word.items() if share >= 0.005)
-        spread = (f'<p class="label">about: {escape(", ".join(leak.about)) or "nothing"}; elsewhere {leak.outside:.1%} of the '
-                  f"pixels changed visibly{f' ({by_word})' if by_word else ''}</p>")
+        spread = (f'<p class="label">about: {escape(", ".join(leak.about)) or "nothing"}; elsewhere '
+                  f"{leak.outside:.1%} of the pixels changed "
+                  f"visibly{f' ({by_word})' if by_word else ''}</p>")
     return f"""<figure><div class="stack" style="--ratio: {source.width} / {source.height}">
 <img class="under" alt="source" src="{_data(source)}"><img class="over" alt="edit" src="{_data(edited)}">
 {"".join(overlays)}<div class="line"></div></div>

@@ -25,8 +25,9 @@ NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
 
 
 class Sweep(NamedTuple):
-    table: Image.Image                       # the source at the left, one column a value of the first setting, one row
-                                             # a value of the second (or, of seeds alone, a column each)
+    # the source at the left; a column a value of the first setting, a row a value of the second (of seeds
+    # alone: a column each)
+    table: Image.Image
     runs: list[Result]                       # one a seed; its targets in the order of `variants`
     variants: list[dict[str, float]]         # what each target was run with
 
@@ -53,15 +54,16 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
           over: Mapping[str, Sequence[float]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """The edit with one or two settings varied, as a labelled table.
 
-    over: one or two of {"cross" | "self" | "weight:WORD": values} and {"seed": numbers}: the first along the columns, the
-    second along the rows (of seeds and another setting, the seeds). Without seeds everything is one batch with one source.
-    sampling: as in `edit`. Raises UsageError.
+    over: one or two of {"cross" | "self" | "weight:WORD": values} and {"seed": numbers}: the first along the
+    columns, the second along the rows (of seeds and another setting, the seeds). Without seeds everything is
+    one batch with one source. sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)
-    listed = [isinstance(k, str) and isinstance(v, Sequence) and not isinstance(v, str) for k, v in dict(over).items()] \
-        if isinstance(over, Mapping) else [False]
-    if not all(listed):
-        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not {brief(over)}")
+    if not isinstance(over, Mapping) or not all(
+            isinstance(name, str) and isinstance(values, Sequence) and not isinstance(values, str)
+            for name, values in over.items()):
+        raise UsageError(f"over: settings and lists of their values, {{name: [value, ...]}}, are needed, not "
+                         f"{brief(over)}")
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
     count = prod(len(values) for name, values in over.items() if name != "seed")
@@ -69,16 +71,19 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     over = {name: [_number(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
         if len(set(values)) < len(values):
-            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(f'{v:g}' for v in values)}")
+            raise UsageError(f"a sweep over {name} names a value twice: "
+                             f"{', '.join(f'{v:g}' for v in values)}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
-        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(f'{s:g}' for s in over['seed'])}")
+        raise UsageError("a sweep over seeds takes whole numbers, not "
+                         f"{', '.join(f'{s:g}' for s in over['seed'])}")
     if "seed" in over and isinstance(source, (Inversion, Path)):
-        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its noise")
+        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
+                         "noise")
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
     seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
     variants: list[dict[str, float]] = [{}]
-    for name in reversed([n for n in over if n != "seed"]):                      # the first named varies fastest
+    for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]
     edits = []
     for chosen in variants:
@@ -93,8 +98,8 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
 def _table(over: Mapping[str, Sequence[float]], runs: Sequence[Result]) -> Image.Image:
     settings = [n for n in over if n != "seed"]
     if not settings:
-        return table([[r.images[0] for r in runs], [r.images[1] for r in runs]], [f"{s:g}" for s in over["seed"]],
-                     ["source", "edit"], corner="seed")
+        return table([[r.images[0] for r in runs], [r.images[1] for r in runs]],
+                     [f"{s:g}" for s in over["seed"]], ["source", "edit"], corner="seed")
     column, row = settings[0], next((n for n in over if n != settings[0]), None)
     width = len(over[column])
     rows = [[r.images[0], *r.images[k:k + width]] for r in runs for k in range(1, len(r.images), width)]
