@@ -24,6 +24,7 @@ from torch import Tensor
 import p2p
 from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
+from p2p.lists.lines import write
 from p2p.sources.methods import settings_read
 from p2p.weights.emoji import recogniser
 from p2p.weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
@@ -168,15 +169,15 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("folder", nargs="?", type=Path, default=Path("paired"))
     ap.add_argument("--n", type=int, default=50, help="pictures of each kind")
     ap.add_argument("--steps", type=int, default=50)
-    ap.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
-    ap.add_argument("--kinds", default=",".join(KINDS))
+    ap.add_argument("--methods", default=",".join(METHODS), help=f"separated by commas: {', '.join(METHODS)}")
+    ap.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
     ap.add_argument("--model", default="emoji")
     ap.add_argument("--one", help=argparse.SUPPRESS)   # a method, in this process: prints its JSON
     a = ap.parse_args(argv)
     if a.one:
         print(json.dumps(measure(a.one, a.kinds.split(","), a.n, a.steps, p2p.load(a.model))))
         return
-    asked, methods = a.kinds.split(","), a.methods.split(";")
+    asked, methods = a.kinds.split(","), named(a.methods)
     for what, names, known in (("method", methods, METHODS), ("kind", asked, KINDS)):
         if unknown := [name for name in names if name not in known]:
             ap.error(f"no {what} {', '.join(unknown)}; known: {', '.join(known)}")
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
                 result |= {"kinds": result["kinds"] | new["kinds"], "peak MB": max(result["peak MB"], new["peak MB"])}
             else:
                 result["failed"] = f"{kind}: " + (done.stderr.strip().splitlines() or ["no output"])[-1]
-            _file(a.folder, method).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write(_file(a.folder, method), json.dumps(result, indent=1))
             if "failed" in result:
                 break
         results = _done(a.folder, run)
@@ -206,9 +207,20 @@ def main(argv: list[str] | None = None) -> None:
     for kind in asked:
         parts += [f"## {kind}", table(results, kind)]
     whole = {**run, "kinds": asked, "figures": FIGURES, "methods": results}
-    (a.folder / "paired.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    (a.folder / "paired.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write(a.folder / "paired.json", json.dumps(whole, indent=1))
+    write(a.folder / "paired.md", "\n\n".join(parts))
     print(a.folder / "paired.md")
+
+
+def named(text: str) -> list[str]:
+    """The methods of a list: commas separate them, and one stands within some names."""
+    parts = [part.strip() for part in text.split(",")]
+    out = []
+    while parts:
+        n = 2 if ", ".join(parts[:2]) in METHODS else 1
+        out.append(", ".join(parts[:n]))
+        del parts[:n]
+    return out
 
 
 def _file(folder: Path, method: str) -> Path:

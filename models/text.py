@@ -1,44 +1,55 @@
-"""Text towers: open_clip's tokenizer and TextTransformer, with the padding made explicit."""
+"""CLIP's text towers, with the padding made explicit, and open_clip's tokenizer."""
 from __future__ import annotations
 
-import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-def _import_open_clip():
-    """open_clip imports torchvision, whose compiled operators are missing beside a CPU build of torch.
-
-    Nothing here calls them: that their schemas exist is enough for the import.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for op in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip.tokenizer
-    import open_clip.transformer
-
-    return open_clip
-
-
-open_clip = _import_open_clip()
-
 START, END = 49406, 49407   # <start_of_text>, <end_of_text>
 
 
+def _define_torchvision_operators() -> None:
+    """Beside a CPU build of torch, a torchvision that was built for CUDA (the registry's) lacks its compiled operators, and its
+    import fails. Nothing here calls them: that two of their schemas exist lets open_clip, timm and transformers be imported.
+    """
+    found = find_spec("torchvision")
+    if torch.version.cuda is not None or found is None or found.origin is None:
+        return
+    version = Path(found.origin).with_name("version.py")
+    if version.is_file() and "+cu" in version.read_text(encoding="utf-8") and not hasattr(torch.ops.torchvision, "nms"):
+        for op in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_define_torchvision_operators()
+
+
 @lru_cache(maxsize=1)
-def tokenizer():
-    """open_clip's byte-pair encoder (lower case, ftfy, html unescaped)."""
-    return open_clip.tokenizer.SimpleTokenizer()
+def tokenizer() -> Any:
+    """open_clip's byte-pair encoder (lower case, ftfy, html unescaped).
+
+    Its file is run by itself: the package around it imports torchvision, timm and transformers, which takes seconds.
+    """
+    package = find_spec("open_clip")
+    if package is not None and package.origin is not None:
+        module = ModuleType("open_clip_tokenizer")
+        module.__file__ = str(Path(package.origin).with_name("tokenizer.py"))
+        try:
+            SourceFileLoader(module.__name__, module.__file__).exec_module(module)
+            return module.SimpleTokenizer()
+        except (AttributeError, ImportError, OSError):
+            pass   # a release of open_clip in which that file does not stand alone
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
 class Tokens(NamedTuple):
@@ -88,23 +99,45 @@ OPENCLIP_G = TextConfig(width=1280, heads=20, layers=32, quick_gelu=False, pad_i
 EMOJI = TextConfig(width=128, heads=4, layers=3, context_length=32, vocab_size=0, pad_id=0, compact=True, mask_padding=True)
 
 
+def _drawn(std: float, *shape: int) -> Tensor:
+    """Uniform: to draw normally on the meta device, torch imports its compiler, which takes seconds."""
+    return torch.empty(shape).uniform_(-(3**0.5) * std, 3**0.5 * std)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Radford et al. 2021).  (B, L, C) -> (B, L, C)"""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, act: type[nn.Module]):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=act(), c_proj=nn.Linear(mlp_width, width)))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
 class TextEncoder(nn.Module):
-    """Token ids -> context (and, for towers that have one, the pooled text)."""
+    """Token ids -> context (and, for towers that have one, the pooled text). Tensors are named as in open_clip."""
 
     def __init__(self, config: TextConfig = CLIP_L):
         super().__init__()
         self.config = c = config
-        tower = open_clip.transformer.TextTransformer(
-            context_length=c.context_length, vocab_size=c.vocab_size, width=c.width, heads=c.heads, layers=c.layers,
-            mlp_ratio=(c.mlp_width or 4 * c.width) / c.width, output_dim=c.pooled_dim or 0,
-            no_causal_mask=True,   # the causal mask is made in forward: no buffer to load or move
-            act_layer=open_clip.transformer.QuickGELU if c.quick_gelu else nn.GELU,
-        )
-        self.token_embedding, self.positional_embedding = tower.token_embedding, tower.positional_embedding
-        self.transformer = tower.transformer
-        self.ln_final = tower.ln_final if c.final_norm or c.pooled_dim else None
+        self.token_embedding = nn.Embedding.from_pretrained(_drawn(0.02, c.vocab_size, c.width), freeze=False)
+        self.positional_embedding = nn.Parameter(_drawn(0.01, c.context_length, c.width))
+        act = QuickGELU if c.quick_gelu else nn.GELU
+        blocks = (Block(c.width, c.heads, c.mlp_width or 4 * c.width, act) for _ in range(c.layers))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+        self.ln_final = nn.LayerNorm(c.width) if c.final_norm or c.pooled_dim else None
         if c.pooled_dim:
-            self.text_projection = tower.text_projection
+            self.text_projection = nn.Parameter(_drawn(c.width**-0.5, c.width, c.pooled_dim))
         if c.compact:
             self.register_buffer("vocab", torch.zeros(c.vocab_size, dtype=torch.long))   # (V,) sorted token ids
 
@@ -132,8 +165,8 @@ class TextEncoder(nn.Module):
         x = self._embed(ids) + self.positional_embedding[: ids.shape[1]]         # (B, L, C)
         mask = torch.full((ids.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu_(1)
         context = x
-        for i, block in enumerate(self.transformer.resblocks):
-            x = block(x, attn_mask=mask)
+        for i, block in enumerate(self.transformer["resblocks"]):
+            x = block(x, mask)
             if i == c.layers - 1 - c.skip:
                 context = x
         if c.final_norm:

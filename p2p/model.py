@@ -35,6 +35,7 @@ from p2p.weights.untrusted import brief
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
+STEPS = 50       # of a run that says nothing else
 
 
 class Conditioning(NamedTuple):
@@ -69,7 +70,7 @@ class Model:
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # used where none is asked for
     eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
-    steps: int = 50                      # likewise, in super-resolution
+    steps: int = STEPS                   # likewise, in super-resolution
     noise_level: int = 250               # likewise: timestep of the noise on what a super-resolution stage enlarges
     align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`

@@ -1,4 +1,5 @@
-"""`generate`, `edit` and `upscale`: from prompts to pictures, with everything recorded that is needed to do it again."""
+"""`generate`, `edit` and `upscale`: from prompts to pictures, with everything recorded that is
+needed to do it again."""
 from __future__ import annotations
 
 import sys
@@ -38,33 +39,36 @@ class Result:
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
-    masks: Tensor | None = None                      # (N, 1, H, W) bool, where local edits could act in the end, CPU
+    masks: Tensor | None = None   # (N, 1, H, W) bool, where local edits could act in the end, CPU
     rows: int = 0                                    # of the UNet that it took
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
     edits: list[Edit] = field(default_factory=list)  # of an edit, one a target, as they were understood
 
 
-def edit(model: Model | str | Path, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-         editor: Editor | None = None, record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
+def edit(model: Model | str | Path, source: str | Inversion | Path,
+         targets: str | Edit | Sequence[str | Edit], *, editor: Editor | None = None,
+         record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
-    model: or what `load` loads it from, for this call alone. source: a prompt, or a real picture as `invert` gives it, or
-    the path where it is saved (then steps, eta and size are those of the inversion). targets: `Edit`s, or prompts.
-    settings: the fields of `Sampling` (steps, guidance_scale, seed, x_T, eta, height, width, proximal, negative_prompt,
-    low), and for targets that are plain prompts those of `Edit` (mode, cross_replace_steps, self_replace_steps,
-    self_max_tokens, windows_over, equalizer, renormalise, swap, local_blend, scope, aligner).
-    editor: another way to inject than Prompt-to-Prompt's, which takes no windows or weights. record: which attention maps
-    to keep in `maps`.
-    Raises UsageError for words, windows or sizes that do not fit, NumericsError for values that are not finite.
+    model: or what `load` loads it from, for this call alone. source: a prompt, or a real picture as `invert`
+    gives it, or the path where it is saved (then steps, eta and size are those of the inversion). targets:
+    `Edit`s, or prompts. settings: the fields of `Sampling` (steps, guidance_scale, seed, x_T, eta, height,
+    width, proximal, negative_prompt, low), and for targets that are plain prompts those of `Edit` (mode,
+    cross_replace_steps, self_replace_steps, self_max_tokens, windows_over, equalizer, renormalise, swap,
+    local_blend, scope, aligner). editor: another way to inject than Prompt-to-Prompt's, which takes no
+    windows or weights. record: which attention maps to keep in `maps`.
+    Raises UsageError for words, windows or sizes that do not fit, NumericsError for values
+    that are not finite.
     """
     model = find_model(model)
-    return run(model, prepared(model, source, targets, editor=editor, record=record, **settings), record, progress)
+    return run(model, prepared(model, source, targets, editor=editor, record=record, **settings), record,
+               progress)
 
 
-def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record: Record = Record(), progress: bool = False,
-             **settings: Any) -> Result:
-    """One picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for all prompts, or a list
-    of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
+def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record: Record = Record(),
+             progress: bool = False, **settings: Any) -> Result:
+    """One picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for all
+    prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
     model = find_model(model)
     if unknown := [name for name in settings if name not in SAMPLING or name == "proximal"]:
         raise UsageError(f"{', '.join(unknown)}: no setting of generate; known: {', '.join(SAMPLING)}")
@@ -77,7 +81,8 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     if not isinstance(prompts, (list, tuple)):
         raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
     if not prompts or len(seeds) not in (1, len(prompts)):
-        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
+                         "prompt")
     start = begin(model, sampling, seeds, len(prompts), record=record)
     notes = [*model.notes, *late(model, start.schedule)]
     split_prompts(model, prompts, notes)
@@ -85,7 +90,8 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     said = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     step = stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise)
-    return run(model, Ready(list(prompts), start, batch, step, empty, said, notes, guidance_scale=start.guidance_scale), record,
+    return run(model, Ready(list(prompts), start, batch, step, empty, said, notes,
+                            guidance_scale=start.guidance_scale), record,
                progress)
 
 
@@ -100,47 +106,56 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
         told, empty = told._replace(**enlarged), empty and empty._replace(**enlarged)
     read = time.perf_counter()
     watch = record.sites(model.unet, *start.x.shape[2:])
-    loop = denoise(model, start.x, told, empty, start.schedule, ready.step, ready.batch, guidance_scale=ready.guidance_scale,
-                   guide=ready.guide, plan=ready.plan, watch=watch, blend=ready.blend, known=ready.known)
+    loop = denoise(model, start.x, told, empty, start.schedule, ready.step, ready.batch,
+                   guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan, watch=watch,
+                   blend=ready.blend, known=ready.known)
     x, mask, rows, collector = start.x, None, 0, Collector(model.unet, record)
-    bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
+    bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False,
+               unit="step")
     for step in bar:
         x, mask, rows = step.x, step.mask, rows + step.batch.rows
         collector.add(step)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
-    maps = collector.result([model.tokens(p) for p in ready.prompts], tuple(x.shape[2:]), model.length) if watch else None
+    maps = collector.result([model.tokens(p) for p in ready.prompts], tuple(x.shape[2:]),
+                            model.length) if watch else None
     return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, ready.edits)
 
 
-def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None, guidance_scale: float | None = None,
-            eta: float | None = None, noise_level: int | None = None, edited: bool = False, progress: bool = False) -> Result:
+def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None,
+            guidance_scale: float | None = None, eta: float | None = None, noise_level: int | None = None,
+            edited: bool = False, progress: bool = False) -> Result:
     """Four times larger pictures of a run, by a super-resolution stage that is told the same prompts.
 
-    All rows share the noise of the run's seed, so what source and targets have in common stays common. The stage's attention
-    is left alone, as in the paper; edited: it is injected as the run's was. noise_level: timestep of the noise put on the small
-    pictures, None for the model's own (250 of 1000 for IF). The settings are the run's, with those of this stage under "upscale".
+    All rows share the noise of the run's seed, so what source and targets have in common stays common. The
+    stage's attention is left alone, as in the paper; edited: it is injected as the run's was. noise_level:
+    timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). The
+    settings are the run's, with those of this stage under "upscale".
     """
     model = find_model(model)
     if not isinstance(small, Result):
         raise UsageError(f"what is enlarged is a Result, as edit and generate give it, not {brief(small)}")
     pictures = torch.cat([from_pil(i) for i in small.images])
-    noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0, len(model.alphas_cumprod) - 1)
+    noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0,
+                        len(model.alphas_cumprod) - 1)
     seed = small.settings["seed"]
-    common: dict[str, Any] = dict(steps=model.steps if steps is None else steps, guidance_scale=guidance_scale, eta=eta,
-                                  low=Low(pictures, noise_level), progress=progress)
+    common: dict[str, Any] = dict(steps=model.steps if steps is None else steps,
+                                  guidance_scale=guidance_scale, eta=eta, low=Low(pictures, noise_level),
+                                  progress=progress)
     if not flag("edited", edited):
         large = generate(model, small.prompts, seed=0 if seed is None else seed, **common)
     elif small.settings["command"] != "edit":
         raise UsageError("only an edit can be injected into the super-resolution stage")
     elif small.settings["editor"] is not None:
-        raise UsageError("edited: the run was injected by another editor, which is made for its own model; leave it out")
+        raise UsageError("edited: the run was injected by another editor, which is made for its own model; "
+                         "leave it out")
     else:
         large = edit(model, small.prompts[0], small.edits,
                      seed=0 if seed is None else seed, **common)
-    said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")}
+    said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale",
+                                           "eta")}
     large.settings = small.settings | {"upscale": said | {"noise_level": noise_level, "edited": edited}}
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import p2p
-from p2p.cli import options
+from p2p.cli import options, values
 from p2p.editors import EDITORS
 from p2p.edits import to_dict
 from p2p.lists import dataset, metrics, pie, pie_report
@@ -26,15 +26,14 @@ from p2p.lists.jobs import Job, Store
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
-from p2p.request.checks import whole
 from p2p.request.source import METHODS
+from p2p.show.sweep import shown
 from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
 
 
 def batch(args: argparse.Namespace) -> int:
-    _positive(args, "workers", "together")
     what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
                  args.quiet, _defaults(args))
     counts = run_batch(what, args.engine, args.workers)
@@ -46,26 +45,18 @@ def batch(args: argparse.Namespace) -> int:
     return 1 if counts["failed"] or counts["open"] else 0
 
 
-def _positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UsageError for options that are given and count from 1."""
-    for name in names:
-        if (value := getattr(args, name)) is not None:
-            whole(f"--{name}", value)
-
-
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the jobs that do not say otherwise, by the names and in the form of a list."""
     usual, given = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
     said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor, "proximal": options.proximal(args),
+            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor, "proximal": values.proximal(args),
             "negative_prompt": args.negative}
     return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    _positive(args, "limit", "workers")
     ways = _ways(args)
     items = pie.read(args.data, args.limit, args.types and args.types.split(","))
     metrics.torchmetrics()
@@ -76,8 +67,6 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load_for(what, args.engine)
     options.say(model.notes)
     rank = int(os.environ["RANK"]) if args.engine == "torchrun" else 0
-    if args.engine == "torchrun" and args.retry_failed:
-        raise p2p.UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which jobs ran again")
 
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
@@ -103,9 +92,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
     """The rows that are asked for, by name. Raises UsageError."""
-    elsewhere = [options.pair(said, "=", "--pictures", "NAME=FOLDER") for said in args.pictures or ()]
-    if args.strips and not elsewhere:
-        raise p2p.UsageError("--strips: of --pictures NAME=FOLDER, which is not given")
+    elsewhere = [values.pair(said, "=", "--pictures", "NAME=FOLDER") for said in args.pictures or ()]
     found = [] if args.methods is None and (elsewhere or args.ways) else _methods(args)
     if args.ways is not None:
         said = read_json(args.ways)
@@ -119,7 +106,7 @@ def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
     return dict(found)
 
 
-OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed", "cross": "cross", "self_": "self_"}   # of `Method`
+OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed"}   # fields of `Method`
 
 
 def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
@@ -135,7 +122,7 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
     if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
         raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its own")
     given = {field: value for field, option in OPTIONS.items() if (value := getattr(args, option)) is not None}
-    given |= {"blend": None} if args.no_blend else {}
+    given |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
     out, read = [], set()
     for name in dict.fromkeys(names):
         found = find_method(name)
@@ -143,16 +130,19 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         idle |= set() if found.inversion in READ_BY["seed"] else {"seed"}
         changed = {field: value for field, value in given.items() if field not in idle}
         read |= set(changed)
-        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {v:g}" for k, v in changed.items())
+        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {shown(v).replace(':', '-')}" for k, v in changed.items())
         out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
-    if unread := [f"--{OPTIONS.get(field, 'no-blend').strip('_')}" for field in given if field not in read]:
+    if unread := [_option(field) for field in given if field not in read]:
         raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are "
                              f"Prompt-to-Prompt's, and seeds are read by {' and '.join(READ_BY['seed'])})")
     return out
 
 
+def _option(field: str) -> str:
+    return "--no-blend" if field == "blend" else f"--{OPTIONS.get(field, field).strip('_')}"
+
+
 def make_dataset(args: argparse.Namespace) -> int:
-    _positive(args, "samples", "keep", "steps", "together")
     pairs, model = dataset.read(args.prompts), options.load(args)
     options.say(model.notes)
     if args.clip is not None:

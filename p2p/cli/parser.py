@@ -4,100 +4,43 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import TextIOWrapper
-from pathlib import Path
+from typing import NamedTuple
 
-from p2p.lists.stop import Lasting, exit_code, stoppable
+from p2p.cli import arguments, checks
+from p2p.errors import CheckpointError, NumericsError, UsageError
+from p2p.lists.stop import Lasting, at_once, exit_code, stoppable
 from p2p.weights.untrusted import printable
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 
 
-def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The whole program's parser, and one for each command."""
-    ap = argparse.ArgumentParser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
-    commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
+class Command(NamedTuple):
+    help: str                                                   # of `p2p --help`
+    arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace], None] | None = None   # what can be refused before anything is imported
+    description: str | None = None                              # of `p2p COMMAND --help`
 
-    e = commands.add_parser("edit", help="generate a picture and edit it by its prompt",
-                            description='Example: p2p edit "a cat on grass" "a dog on grass"')
-    e.add_argument("source", nargs="?", help="prompt of the picture to be edited")
-    e.add_argument("targets", nargs="*", metavar="TARGET", help="prompts of the edited pictures")
-    e.add_argument("--image", type=Path, metavar="PICTURE", help="a picture that SOURCE describes, to be edited")
-    e.add_argument("--inversion", type=Path, metavar="FILE", help="the same, inverted before by p2p invert; SOURCE is left out")
-    e.add_argument("--from", dest="replay", type=Path, metavar="PNG", help="run the edit again that made this picture")
-    e.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="inject in another way than Prompt-to-Prompt, whose "
-                   "windows and weights then do not count")
-    e.add_argument("--upscale", action="store_true", help="end in pictures four times larger, by the super-resolution stage "
-                   "that ships with the model")
-    e.add_argument("--upscaler", metavar="MODEL", help="... or by this one")
-    e.add_argument("--upscale-steps", type=int, metavar="N", help="of that stage (50; bundled: 10)")
-    e.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
-    e.add_argument("--upscale-level", type=int, metavar="T", help="timestep of the noise on the small pictures (250; bundled: 0)")
-    e.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
-    e.add_argument("--proximal", metavar="NORM[:QUANTILE]", help="guide along the largest differences alone: l0, l1, or published "
-                   "and published-l1, which compute what ProxEdit's code does (quantile 0.7)")
-    e.add_argument("--report", action="store_true", help="also write report.html: pictures, attention maps, settings, timings")
-    e.add_argument("--leakage", action="store_true", help="measure what changed that the edit is not about (always with --scope)")
-    _inversion(e)
-    _edit(e)
-    _sampling(e)
 
-    v = commands.add_parser("invert", help="prepare a real picture for edits",
-                            description='Example: p2p invert photo.png "a cat on grass"')
-    v.add_argument("image", type=Path, metavar="PICTURE")
-    v.add_argument("source", metavar="PROMPT", help="what it shows")
-    _inversion(v)
-    _sampling(v)
-
-    g = commands.add_parser("generate", help="generate pictures", description='Example: p2p generate "a red car at night"')
-    g.add_argument("prompts", nargs="+", metavar="PROMPT")
-    _sampling(g)
-
-    m = commands.add_parser("maps", help="show which pixels attend to which words",
-                            description='Example: p2p maps "a cat next to a house on grass"')
-    m.add_argument("prompt", metavar="PROMPT")
-    m.add_argument("targets", nargs="*", metavar="TARGET", help="edits of it: their maps before and after injection")
-    m.add_argument("--ends", action="store_true", help="also the start and the end token")
-    m.add_argument("--components", action="store_true", help="also the principal components of self-attention")
-    m.add_argument("--arrays", action="store_true", help="also all maps as numbers, maps.npz")
-    m.add_argument("--at", dest="steps_range", metavar="STEP|FIRST:END", help="mean of these steps alone")
-    m.add_argument("--head", type=int, action="append", metavar="N", help="mean of these heads alone")
-    m.add_argument("--site", metavar="NAME", help='layers whose name holds this: "down", "mid", "up"')
-    m.add_argument("--side", type=int, help="maps of this height; default: a quarter of the latents', or the largest")
-    m.add_argument("--max-tokens", type=int, default=32 * 32, help="record maps of at most so many pixels (1024)")
-    _edit(m)
-    _sampling(m)
-
-    s = commands.add_parser("sweep", help="one edit under many settings, as a labelled table",
-                            description='Example: p2p sweep "a cat on grass" "a dog on grass" --over cross=0,0.4,0.8')
-    s.add_argument("source")
-    s.add_argument("target")
-    s.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,...",
-                   help="cross, self, weight:WORD or seed; the first given along the columns, a second along the rows")
-    _edit(s)
-    _sampling(s)
-
-    b = commands.add_parser("batch", help="run a list of edits; stopped and started again, it goes on where it was",
-                            description='Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
-                            '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
-                            '"tags" are your own. Settings given here are those of lines that have none of their '
-                            "own. Example: p2p batch jobs.jsonl --out DIR --steps 20")
-    b.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
-    _engine(b)
-    b.add_argument("--together", type=int, default=4, metavar="N", help="at most so many jobs in one batch of the network (4)")
-    b.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
-    b.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
-    _inversion(b)
-    _edit(b)
-    _model(b)
-    _settings(b, seed="default: 0")
-    b.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
-    b.add_argument("-q", "--quiet", action="store_true")
-
-    v = commands.add_parser(
-        "eval", help="run a benchmark of edits of real pictures, and print its tables",
-        description="Rows of --methods are published ones, named and set as in PnPInversion's tables "
+COMMANDS: dict[str, Command] = {
+    "edit": Command("generate a picture and edit it by its prompt", arguments.edit, checks.edit,
+        'Example: p2p edit "a cat on grass" "a dog on grass"'),
+    "invert": Command("prepare a real picture for edits", arguments.invert, checks.invert,
+        'Example: p2p invert photo.png "a cat on grass"'),
+    "generate": Command("generate pictures", arguments.generate, None, 'Example: p2p generate "a red car at night"'),
+    "maps": Command("show which pixels attend to which words", arguments.maps, checks.maps,
+        'Example: p2p maps "a cat next to a house on grass"'),
+    "sweep": Command("one edit under many settings, as a labelled table", arguments.sweep, checks.sweep,
+        'Example: p2p sweep "a cat on grass" "a dog on grass" --over cross=0,0.4,0.8'),
+    "batch": Command("run a list of edits; stopped and started again, it goes on where it was", arguments.batch, checks.batch,
+        'Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
+        '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
+        '"tags" are your own. Settings given here are those of lines that have none of their '
+        "own. Example: p2p batch jobs.jsonl --out DIR --steps 20"),
+    "eval": Command("run a benchmark of edits of real pictures, and print its tables", arguments.evaluate, checks.evaluate,
+        "Rows of --methods are published ones, named and set as in PnPInversion's tables "
         "(ddim+p2p, null-text-inversion+p2p, negative-prompt-inversion+p2p, directinversion+p2p, "
         "null-text-inversion+proximal-guidance, negative-prompt-inversion+proximal-guidance, "
         "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, directinversion+pnp, "
@@ -105,179 +48,26 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "inversions (direct, ddim, ...; see --editors), in which modes are chosen from the prompts and blended words "
         "that are missing are failures. The names published and corrected stand for the main rows of either. "
         "Another run into the same folder adds rows. Exit code 1: an item of these rows failed. "
-        "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE")
-    v.add_argument("benchmark", choices=["pie"])
-    v.add_argument("--data", type=Path, required=True, help="its folder: mapping_file.json and annotation_images/")
-    v.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results; started again, it goes on")
-    v.add_argument("--methods", metavar="NAME,...", help="rows, see above (edit-friendly)")
-    v.add_argument("--editors", metavar="NAME,...", help="of corrected rows: p2p, masactrl, plug-and-play (p2p)")
-    v.add_argument("--ways", type=Path, metavar="FILE.json",
-                   help='rows of your own: {"NAME": {settings of a job, as in a list for p2p batch; "like": a row to '
-                   'begin with}, ...}')
-    v.add_argument("--pictures", action="append", metavar="NAME=FOLDER",
-                   help="a row of finished pictures from another program: KEY.png, or by the names of the benchmark's "
-                   "pictures")
-    v.add_argument("--strips", action="store_true",
-                   help="... which are strips of panels, as PnPInversion saves them: the last one counts")
-    v.add_argument("--compare", choices=["published"], help="print the published figures beside")
-    v.add_argument("--cross", type=float, help="share of steps with the source's cross-attention (0.4)")
-    v.add_argument("--self", dest="self_", type=float, help="the same for self-attention (0.6)")
-    v.add_argument("--no-blend", action="store_true", help="edit everywhere, and weigh no word")
-    v.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's weights of squeezenet1_1")
-    v.add_argument("--clip", type=Path, metavar="FILE", help="open_clip's weights of OpenAI's ViT-L/14")
-    v.add_argument("--dino", type=Path, metavar="FILE", help="timm's weights of vit_base_patch8_224.dino: structure")
-    v.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
-    v.add_argument("--types", metavar="ID,...", help="pictures of these editing types alone")
-    v.add_argument("--steps", type=int, help="50; given for a published row, as all options of sampling, it is named so")
-    v.add_argument("--cfg", type=float, help="published: 7.5; corrected: the model's own")
-    v.add_argument("--seed", type=int, help="published: 1234; corrected: 0")
-    _engine(v)
-    _model(v)
-    v.add_argument("-q", "--quiet", action="store_true")
+        "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE"),
+    "dataset": Command("make training pairs for an editor that follows instructions", arguments.dataset, checks.dataset,
+        'Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
+        "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE"),
+    "tokens": Command("show the tokens of prompts, and which of two prompts belong together", arguments.tokens, None,
+        'Example: p2p tokens "a cat on grass" "a hippopotamus on grass"'),
+    "encode": Command("encode prompts with DeepFloyd IF's text tower, for runs without it", arguments.encode, None,
+        'Example: p2p encode "a cat on grass" "a dog on grass" --model IF-I-M'),
+    "inspect": Command("say what a model file is, without loading it", arguments.inspect),
+    "convert": Command("write a model in another format", arguments.convert),
+}
 
-    d = commands.add_parser("dataset", help="make training pairs for an editor that follows instructions",
-                            description='Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
-                            "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE")
-    d.add_argument("prompts", type=Path, metavar="PROMPTS", help="a .jsonl file")
-    d.add_argument("--recipe", choices=["ip2p", "p2p"], required=True,
-                   help="ip2p: samples and filters as in InstructPix2Pix's generate_img_dataset.py (Euler ancestral, only "
-                   "self-attention injected, all samples drawn); p2p: the same filters, but pairs by Prompt-to-Prompt, and "
-                   "no more of them once enough have passed")
-    d.add_argument("-o", "--out", type=Path, required=True, help="the folder of the pairs; started again, it goes on")
-    d.add_argument("--clip", type=Path, metavar="FILE",
-                   help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is read by its recogniser")
-    d.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
-    d.add_argument("--keep", type=int, default=4, help="of these (4)")
-    d.add_argument("--steps", type=int, default=100, help="(100)")
-    d.add_argument("--together", type=int, default=4, metavar="N", help="samples in one batch of the network (4)")
-    d.add_argument("--seed", type=int, default=0)
-    d.add_argument("--min-image", type=float, metavar="X", help="filter: least similarity of the pictures (0.7; by the recogniser, "
-                   "for which another object is a third of a picture, 0.5)")
-    d.add_argument("--min-direction", type=float, default=0.2, metavar="X", help="... of their difference and the captions' (0.2)")
-    d.add_argument("--min-text", type=float, default=0.2, metavar="X", help="... of each picture and its caption (0.2)")
-    d.add_argument("--format", choices=["folders", "webdataset", "parquet"], default="folders", help="written beside the folders")
-    _model(d)
-    d.add_argument("-q", "--quiet", action="store_true")
 
-    t = commands.add_parser("tokens", help="show the tokens of prompts, and which of two prompts belong together",
-                            description='Example: p2p tokens "a cat on grass" "a hippopotamus on grass"')
-    t.add_argument("prompts", nargs="+", metavar="PROMPT")
-
-    n = commands.add_parser("encode", help="encode prompts with DeepFloyd IF's text tower, for runs without it",
-                            description='Example: p2p encode "a cat on grass" "a dog on grass" --model IF-I-M')
-    n.add_argument("prompts", nargs="+", metavar="PROMPT")
-    n.add_argument("--model", required=True, help="the folder in which T5 lies (text_encoder, tokenizer)")
-    n.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
-    n.add_argument("--device", default=None)
-    n.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-
-    i = commands.add_parser("inspect", help="say what a model file is, without loading it")
-    i.add_argument("file", help="a .safetensors or .ckpt file, a diffusers folder, or org/name on the Hub")
-    i.add_argument("--hash", action="store_true", help="also its sha256")
-
-    c = commands.add_parser("convert", help="write a model in another format")
-    c.add_argument("file", metavar="IN", help="as for inspect")
-    c.add_argument("out", metavar="OUT", type=Path, help="a .safetensors file, or a new folder in the layout of diffusers")
-    c.add_argument("--half", action="store_true", help="in float16")
-    for sub in (i, c):
-        _model_options(sub)
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole program's parser, and one for each command."""
+    ap = argparse.ArgumentParser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
+    commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.help, description=command.description))
     return ap, dict(commands.choices)
-
-
-def _engine(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
-                    help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
-    ap.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
-    ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
-
-
-def _inversion(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct",
-                                         "edit-friendly"], help="how a picture is inverted (edit-friendly)")
-    ap.add_argument("--skip", type=int, metavar="N", help="leave out the N noisiest steps (noise: 0; edit-friendly: 0.24 of them)")
-    ap.add_argument("--inner-steps", type=int, metavar="N", help="of null-text's optimiser (10) or fixed-point's solver (5)")
-    ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
-    ap.add_argument("--final-alpha", type=float, metavar="X", help="alphas_cumprod at which the picture is taken to be; "
-                    "default: the model's; 1: as O-BELM's code")
-    ap.add_argument("--fit", choices=["crop", "pad", "own"], help="how a picture comes to the model's size: cropped (the default), "
-                    "whole with its edges repeated around it, or in a size of its own shape")
-    ap.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
-
-
-def _edit(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--mode", choices=["replace", "refine", "reweight"], help="default: chosen from the prompts")
-    ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
-                    help="share of the steps with the source's cross-attention, for all words or for one (0.8)")
-    ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
-                    help="the same for self-attention (0.4)")
-    ap.add_argument("--windows-over", choices=["run", "schedule"], help="shares of the steps that are run (run), or of the whole "
-                    "schedule though an inversion leaves some out, as edit-friendly's code counts")
-    ap.add_argument("--weight", action="append", metavar="WORD=C", help="multiply the attention of a word")
-    ap.add_argument("--renormalise", action="store_true", help="let the edited attention of every pixel sum to 1 again")
-    ap.add_argument("--swap", action="append", metavar="OLD=NEW", help="in an edit that also adds words: NEW takes OLD's attention")
-    ap.add_argument("--scope", action="append", metavar="WORD", help='word of the source that the edit is about ("cat", "cat#2"): '
-                    "keep the rest of the picture")
-    ap.add_argument("--blend", action="append", metavar="OLD:NEW", help="change the picture only where these words attend; "
-                    "OLD: or :NEW for the word of one prompt alone")
-    ap.add_argument("--blend-without", action="append", metavar="OLD:NEW", help="... and not where these do")
-    ap.add_argument("--blend-mask", type=Path, metavar="PICTURE", help="... and only where this picture is bright")
-    ap.add_argument("--blend-threshold", metavar="X[:Y]", help="share of a map's maximum that counts (0.3); Y: for --blend-without")
-    ap.add_argument("--blend-start", type=float, metavar="X", help="share of the steps before blending begins (0.2)")
-    ap.add_argument("--blend-level", type=int, metavar="N", help="maps at the latents' side over this (4)")
-    ap.add_argument("--blend-keep", choices=["stored", "sampled"], help="outside of the mask stands the picture as the inversion "
-                    "stored it (stored), or the source as sampled, as in PnPInversion's runs")
-    ap.add_argument("--blend-middle", action="store_true", default=None, help="the middle block's maps count too, as in RoyiRa's "
-                    "code for SDXL")
-    ap.add_argument("--aligner", choices=["exact", "official"], help="official: google/prompt-to-prompt's mappers")
-
-
-def _settings(ap: argparse.ArgumentParser, seed: str) -> None:
-    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
-    ap.add_argument("--cfg", "--guidance-scale", type=float, default=None, help="0 and 1: the prompt alone; default: the "
-                    "model's own")
-    ap.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from, in place of the empty prompt")
-    ap.add_argument("--seed", type=int, default=None, help=seed)
-    ap.add_argument("--eta", type=float, help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
-                    "inversion: above 0 (1)")
-    ap.add_argument("--height", type=int, default=None, help="of the picture, in pixels; default: what the model was made for")
-    ap.add_argument("--width", type=int, default=None)
-
-
-def _sampling(ap: argparse.ArgumentParser) -> None:
-    _model(ap)
-    _settings(ap, seed="default: drawn, and printed; of an inversion that draws noise: 0")
-    ap.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder; every run makes a new one inside (out)")
-    said = ap.add_mutually_exclusive_group()
-    said.add_argument("-v", "--verbose", action="store_true", help="also print the UNet's rows that were computed, and seconds")
-    said.add_argument("-q", "--quiet", action="store_true", help="print neither progress nor files, only notes and a drawn seed")
-
-
-def _model(ap: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs."""
-    ap.add_argument("--model", default=None, help='"emoji" (bundled, the default), a Stable Diffusion file or folder, or '
-                    "org/name on the Hub")
-    _model_options(ap)
-    ap.add_argument("--text", type=Path, metavar="FILE|FOLDER", help="of DeepFloyd IF: prompts from p2p encode, or where T5 lies")
-    ap.add_argument("--clip-skip", type=int, metavar="N", help="read the text N layers earlier (0), as diffusers counts: 1 is "
-                    "A1111's \"Clip skip: 2\"")
-    ap.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, elsewhere as most of "
-                    "the UNet is stored")
-    ap.add_argument("--half-weights", action="store_true",
-                    help="hold the UNet's weights in float16 and compute in --dtype: half the memory, a little slower")
-    ap.add_argument("--offload", action="store_true", help="text towers and autoencoder wait on the CPU while they are idle")
-    ap.add_argument("--tile", type=int, metavar="LATENTS", help="decode pictures in squares of this side (64), for large ones")
-    ap.add_argument("--compile", action="store_true", help="torch.compile the UNet: worth it for many edits on a GPU")
-    ap.add_argument("--device", default=None)
-
-
-def _model_options(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "if", "emoji"], help="insist on this family")
-    ap.add_argument("--prediction", choices=["eps", "v", "x0"], help="what the model predicts, where that was guessed wrongly")
-    ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or of a whole model), or "
-                    "org/name on the Hub")
-    ap.add_argument("--ema", action="store_true", help="the averaged weights (EMA) of a file, or a folder (unet_ema), that "
-                    "holds plain ones too")
-    ap.add_argument("--zero-snr", action="store_true", help="stretch the noise schedule to zero terminal SNR")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,24 +94,28 @@ def _run(argv: list[str]) -> int:
             args = ap.parse_args(argv)
     except SystemExit as stop:   # argparse has said what was wrong
         return int(stop.code or 0)
-    # Not above: torch takes seconds to import, and nobody needs it to be told how to use the program.
-    from p2p.cli import commands as run
-    from p2p.errors import NumericsError, UsageError
-    from p2p.weights.errors import CheckpointError
-
     try:
-        do = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-              "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
-        if args.command not in do:
-            from p2p.cli import bulk
-            do = {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}
-        return do[args.command](args) or 0
+        if check := COMMANDS[args.command].check:
+            check(args)
+        return _function(args.command)(args) or 0
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:
         return _fail(error, NUMERICS)
     except UsageError as error:
         return _fail(error, USAGE)
+
+
+def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
+    """What runs it. Not imported above: torch takes seconds, and nobody needs it to be told how to use the program."""
+    with at_once():
+        from p2p.cli import commands as run
+        found = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
+                 "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
+        if command in found:
+            return found[command]
+        from p2p.cli import bulk
+        return {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}[command]
 
 
 def _fail(message: object, code: int) -> int:

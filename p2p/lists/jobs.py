@@ -21,7 +21,7 @@ from p2p.errors import UsageError
 from p2p.lists import lines
 from p2p.lists.fields import checked
 from p2p.lists.lines import present, write
-from p2p.model import Model
+from p2p.model import STEPS, Model
 from p2p.request.ready import EDITING, without_editor
 from p2p.request.source import METHODS
 from p2p.run import Result
@@ -130,7 +130,7 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     if said.get("fit") == "own" and {"height", "width"} & said.keys():
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
     edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
-    usual = {"steps": 50, "guidance_scale": model.guidance_scale, "seed": 0,
+    usual = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
     sampling = {k: said.get(k, usual[k]) for k in SAMPLING if k not in idle}
     if sampling["steps"] > len(model.alphas_cumprod):

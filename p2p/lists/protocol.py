@@ -22,6 +22,7 @@ from PIL import Image
 
 from p2p import align
 from p2p.editors import EDITORS
+from p2p.edits import Window
 from p2p.errors import UsageError
 from p2p.image import to_base64
 from p2p.model import Model
@@ -59,8 +60,8 @@ class Method:
     told: Literal["prompt", "nothing"] = "prompt"      # what the source is inverted and sampled with
     path: Literal["inverted", "resampled"] = "inverted"   # whose latents the source follows, see `resampled`
     mode: Literal["refine", "by word count"] | None = "refine"   # by word count: replace where both prompts have as many
-    cross: float = 0.4
-    self_: float = 0.6
+    cross: Window = 0.4
+    self_: Window = 0.6
     self_max_tokens: int = 32 * 32
     windows_over: Literal["run", "schedule"] = "run"
     aligner: Literal["exact", "official"] = "official"

@@ -5,8 +5,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
@@ -14,12 +18,27 @@ def stoppable() -> Iterator[None]:
     """SIGTERM and SIGHUP end what runs inside as Ctrl-C does, by a KeyboardInterrupt (that holds the signal's
     number), so that what was half done is cleared away. Signals that are ignored (nohup) or handled stay
     so."""
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    found = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))   # Windows has one of them
-    with _handled([s for s in found if s and signal.getsignal(s) is signal.SIG_DFL], stop):
+    with _handled([s for s in _known("SIGTERM", "SIGHUP") if signal.getsignal(s) is signal.SIG_DFL], _interrupt):
         yield
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Ctrl-C, and the signals of `stoppable`, end the process itself: for imports, in which there is nothing to clear away, and
+    extension modules lose a KeyboardInterrupt or make other errors of it."""
+    def end(number: int, _: Any) -> None:
+        with suppress(OSError):
+            os.write(2, b"p2p: interrupted\n")
+        os._exit(128 + number)
+
+    ours = (signal.default_int_handler, _interrupt)
+    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) in ours], end):
+        yield
+
+
+def _known(*names: str) -> list[signal.Signals]:
+    """Windows lacks SIGHUP."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size, upright
-from p2p.model import LARGEST, Model
+from p2p.model import LARGEST, STEPS, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
@@ -67,9 +67,6 @@ class Sampling:
     proximal: tuple[str, float] | None = None
     negative_prompt: str | None = None
     low: Low | None = None
-
-
-STEPS = 50
 
 
 class Start(NamedTuple):

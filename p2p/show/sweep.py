@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from p2p.edits import Edit, check
+from p2p.edits import Edit, Window, check, window
 from p2p.errors import UsageError
 from p2p.model import Model, find_model
 from p2p.request.checks import finite
@@ -29,10 +29,10 @@ class Sweep(NamedTuple):
     # alone: a column each)
     table: Image.Image
     runs: list[Result]                       # one a seed; its targets in the order of `variants`
-    variants: list[dict[str, float]]         # what each target was run with
+    variants: list[dict[str, Window]]        # what each target was run with
 
 
-def variant(base: Edit, name: str, value: float) -> Edit:
+def variant(base: Edit, name: str, value: Window) -> Edit:
     """The edit with one setting changed: "cross", "self", or "weight:WORD"."""
     if name == "cross" and isinstance(base.cross_replace_steps, Mapping):
         return replace(base, cross_replace_steps={**base.cross_replace_steps, "default_": value})
@@ -44,19 +44,27 @@ def variant(base: Edit, name: str, value: float) -> Edit:
     raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
 
 
-def _number(name: str, value: object) -> int | float:
-    """Seeds may have more digits than a float."""
+def shown(value: Window, digits: int = 6) -> str:
+    """A number, or a window as the command line takes it."""
+    return ":".join(f"{v:.{digits}g}" for v in (value if isinstance(value, tuple) else (value,)))
+
+
+def _value(name: str, value: Any) -> int | Window:
+    """Of windows a share or a pair (start, end). Seeds may have more digits than a float."""
+    if name in NAMES and isinstance(value, (tuple, list)):
+        return window(value, name)
     number = finite(f"a value of {name}", value)
     return int(value) if isinstance(value, Integral) else number
 
 
 def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
-          over: Mapping[str, Sequence[float]], *, seed: int = 0, **sampling: Any) -> Sweep:
+          over: Mapping[str, Sequence[Window]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """The edit with one or two settings varied, as a labelled table.
 
-    over: one or two of {"cross" | "self" | "weight:WORD": values} and {"seed": numbers}: the first along the
-    columns, the second along the rows (of seeds and another setting, the seeds). Without seeds everything is
-    one batch with one source. sampling: as in `edit`. Raises UsageError.
+    over: one or two of {"cross" | "self": shares or windows (start, end)}, {"weight:WORD": numbers} and
+    {"seed": numbers}: the first along the columns, the second along the rows (of seeds and another setting,
+    the seeds). Without seeds everything is one batch with one source.
+    sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)
     if not isinstance(over, Mapping) or not all(
@@ -68,21 +76,19 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
         raise UsageError("a sweep varies one or two settings, with at least one value each")
     count = prod(len(values) for name, values in over.items() if name != "seed")
     check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
-    over = {name: [_number(name, value) for value in values] for name, values in over.items()}
+    over = {name: [_value(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
         if len(set(values)) < len(values):
-            raise UsageError(f"a sweep over {name} names a value twice: "
-                             f"{', '.join(f'{v:g}' for v in values)}")
+            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
-        raise UsageError("a sweep over seeds takes whole numbers, not "
-                         f"{', '.join(f'{s:g}' for s in over['seed'])}")
+        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
     if "seed" in over and isinstance(source, (Inversion, Path)):
         raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
                          "noise")
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
     seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
-    variants: list[dict[str, float]] = [{}]
+    variants: list[dict[str, Window]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]
     edits = []
@@ -95,14 +101,14 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     return Sweep(_table(over, runs), runs, variants)
 
 
-def _table(over: Mapping[str, Sequence[float]], runs: Sequence[Result]) -> Image.Image:
+def _table(over: Mapping[str, Sequence[Window]], runs: Sequence[Result]) -> Image.Image:
     settings = [n for n in over if n != "seed"]
     if not settings:
         return table([[r.images[0] for r in runs], [r.images[1] for r in runs]],
-                     [f"{s:g}" for s in over["seed"]], ["source", "edit"], corner="seed")
+                     list(map(shown, over["seed"])), ["source", "edit"], corner="seed")
     column, row = settings[0], next((n for n in over if n != settings[0]), None)
     width = len(over[column])
     rows = [[r.images[0], *r.images[k:k + width]] for r in runs for k in range(1, len(r.images), width)]
-    labels = [""] if row is None else [f"{v:g}" for v in over[row]]
-    heads = ["source", *(f"{v:g}" for v in over[column])]
+    labels = [""] if row is None else list(map(shown, over[row]))
+    heads = ["source", *map(shown, over[column])]
     return table(rows, heads, labels, corner=column if row is None else f"{row} \\ {column}")

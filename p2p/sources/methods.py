@@ -29,7 +29,7 @@ from tqdm import tqdm
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit as fit_picture
-from p2p.model import Conditioning, Model, find_model
+from p2p.model import STEPS, Conditioning, Model, find_model
 from p2p.request import checks
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
@@ -76,8 +76,9 @@ def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *, method: str = DEFAULT,
-           steps: int = 50, skip: int | None = None, guidance_scale: float | None = None, inversion_guidance: float | None = None,
-           inner_steps: int | None = None, eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
+           steps: int = STEPS, skip: int | None = None, guidance_scale: float | None = None,
+           inversion_guidance: float | None = None, inner_steps: int | None = None, eta: float | None = None,
+           seed: int | None = None, final_alpha: float | None = None,
            height: int | None = None, width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from p2p.weights.aside import replacing
 from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, render, sample
 
 FILE = Path(__file__).with_name("recogniser.safetensors")
@@ -216,9 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             rate = (step + 1) * a.batch / (time.time() - started)
             print(f"{(step + 1) * a.batch} pictures, loss {loss.item():.4f}, {rate:.0f} a second", flush=True)
-            tmp = a.output.with_suffix(".tmp")
-            save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, tmp)
-            os.replace(tmp, a.output)
+            with replacing(a.output) as made:
+                save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, made)
     print({k: round(v, 4) for k, v in judge(load(a.output)).items()})
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from p2p.models.text import EMOJI as TEXT
 from p2p.models.text import END, START, TextEncoder, tokenizer
 from p2p.models.unet import EMOJI, UNet
+from p2p.weights.aside import replacing
 from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, SIZES, STYLES, WEATHERS, caption, curriculum, render, sample
 
 SHARPNESS = 6.0      # of the queries and keys of text at the start
@@ -174,19 +174,18 @@ def load_state(file: Path, model: nn.Module, ema: nn.Module, steppers: list[torc
 
 
 def save_state(file: Path, model: nn.Module, ema: nn.Module, steppers: list[torch.optim.Optimizer], seen: int) -> None:
-    tmp = file.with_suffix(".tmp")
-    torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in steppers],
-                "pictures": seen}, tmp)
-    os.replace(tmp, file)
+    with replacing(file) as made:
+        torch.save({"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in steppers],
+                    "pictures": seen}, made)
 
 
 def export(model: nn.Module, file: Path, pictures: int, alphas_cumprod: Tensor) -> None:
     """Half precision weights, the schedule, and what they are."""
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()} | {"alphas_cumprod": alphas_cumprod}
-    save_file(tensors, file.with_suffix(".tmp"), {
-        "format": "p2p-emoji", "prediction": "x0", "pictures": str(pictures), "unet": json.dumps(asdict(model.unet.config))})
-    os.replace(file.with_suffix(".tmp"), file)
+    about = {"format": "p2p-emoji", "prediction": "x0", "pictures": str(pictures), "unet": json.dumps(asdict(model.unet.config))}
+    with replacing(file) as made:
+        save_file(tensors, made, about)
 
 
 SAMPLES = ["a cat on grass", "a red car on the beach", "a purple house in the desert", "a castle at night",

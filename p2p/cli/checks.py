@@ -1,0 +1,89 @@
+"""What the arguments alone show to be wrong, said before torch is imported: every option is read by the command as it was given, or
+refused. Each function raises UsageError."""
+from __future__ import annotations
+
+import argparse
+
+from p2p.cli import arguments, values
+from p2p.cli.values import given, options_of, refuse
+from p2p.errors import UsageError
+from p2p.request.checks import whole
+
+EDIT = options_of(arguments.edit)
+INJECTION = options_of(arguments.injection)
+INVERSION = options_of(arguments.inversion)
+ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
+# With --from: where the model's files lie, where and how it runs, what is made of the result. All else is as the picture records.
+REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "device", "compile", "offload", "upscale", "upscaler",
+          *ENLARGED, "report", "leakage", "out", "verbose", "quiet"}
+ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")   # of `eval`, read by rows of --methods
+
+
+def edit(args: argparse.Namespace) -> None:
+    if not (args.upscale or args.upscaler) and (found := given(args, ENLARGED)):
+        raise UsageError(f"{', '.join(found)}: not without --upscale")
+    if args.replay:
+        if args.source is not None:
+            raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
+        return refuse(args, "--from, which does as the picture records", [name for name in EDIT if name not in REPLAY])
+    if args.inversion is not None and args.image is not None:
+        raise UsageError("give --image or --inversion, not both")
+    if len(values.prompts(args)) < (2 if args.inversion is None else 1):
+        raise UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a dog on grass"')
+    if args.inversion is not None:
+        refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *INVERSION))
+    elif args.image is None:
+        refuse(args, "a source prompt alone", INVERSION)
+    if args.editor is not None:
+        refuse(args, "--editor (these are Prompt-to-Prompt's)", [name for name in INJECTION if not name.startswith("blend")])
+    values.edit_settings(args)
+    values.proximal(args)
+
+
+def invert(args: argparse.Namespace) -> None:
+    refuse(args, "p2p invert: it is given to the edits", ["negative"])
+
+
+def maps(args: argparse.Namespace) -> None:
+    if args.targets:
+        values.edit_settings(args)
+    else:
+        refuse(args, "a prompt without targets", INJECTION)
+    if args.max_tokens < 1:
+        raise UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
+    if args.steps_range is not None:
+        values.window(args.steps_range, "--at")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    if "seed" in values.over(args.over):
+        refuse(args, "--over seed=...", ["seed"])
+    values.edit_settings(args)
+
+
+def batch(args: argparse.Namespace) -> None:
+    _positive(args, "workers", "together")
+    values.edit_settings(args)
+    values.proximal(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    _positive(args, "limit", "workers")
+    if args.engine == "torchrun" and args.retry_failed:
+        raise UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which jobs ran again")
+    if args.strips and not args.pictures:
+        raise UsageError("--strips: of --pictures NAME=FOLDER, which is not given")
+    if args.methods is None and (args.pictures or args.ways):
+        refuse(args, "--pictures and --ways alone: rows of --methods read it", ROWS)
+    values.windows_of_all(args)
+
+
+def dataset(args: argparse.Namespace) -> None:
+    _positive(args, "samples", "keep", "steps", "together")
+
+
+def _positive(args: argparse.Namespace, *names: str) -> None:
+    """Options that count from 1, where they are given."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            whole(f"--{name}", value)

@@ -1,0 +1,72 @@
+"""The end of an edit on the command line: larger pictures, and what is written and said of them."""
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import p2p
+from p2p.cli import options
+from p2p.cli.output import Output
+from p2p.run import Result
+from p2p.show.leakage import leakage
+from p2p.show.pictures import grid, names
+from p2p.show.report import report
+
+UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
+Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
+
+
+def stage(args: argparse.Namespace, family: str) -> Stage | None:
+    """The super-resolution stage that is asked for. Raises UsageError, CheckpointError."""
+    if not (args.upscale or args.upscaler):
+        return None
+    name = args.upscaler or UPSCALERS.get(family)
+    if name is None:
+        raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
+    model = p2p.load(name, device=options.device(args), text=args.text)
+    if args.upscale_edited and not model.text_encoders:
+        raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject into")
+    given = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
+                 edited=args.upscale_edited or None)
+    return model, {k: v for k, v in given.items() if v is not None}
+
+
+def enlarged(stage: Stage | None, result: Result, args: argparse.Namespace) -> Result | None:
+    return stage and p2p.upscale(stage[0], result, **stage[1], progress=not args.quiet)
+
+
+def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
+                large: Result | None) -> None:
+    shown, n = large or result, len(result.images)
+    counted = [f"{taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
+    options.say([*shown.notes, *counted, *cost(args, shown)])
+    if inversion is not None and inversion.picture is not None:
+        out.picture("input", inversion.picture)
+    for name, image in zip(names(n), shown.images):
+        out.picture(name, image, shown.settings)
+    out.picture("grid", grid(shown.images, shown.prompts), shown.settings)
+    if large is not None:
+        out.picture("small", grid(result.images, result.prompts), result.settings)
+    out.json("settings.json", shown.settings)
+    if result.maps is not None:
+        found = [leakage(result, k) for k in range(1, n)]
+        out.json("leakage.json", [f._asdict() for f in found])
+        for k, f in enumerate(found, 1):
+            options.say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of '
+                  "the pixels changed visibly"])
+        if args.report:
+            page = report(result, found)
+            out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    out.write(args.quiet)
+
+
+def taken(inversion: p2p.Inversion) -> str:
+    return f"{inversion.method} inversion, {inversion.rows} rows of the UNet"
+
+
+def cost(args: argparse.Namespace, *runs: Result) -> list[str]:
+    """What --verbose adds: only the rows that a step needs are computed, so they are counted."""
+    if not args.verbose:
+        return []
+    seconds = ", ".join(f"{name} {sum(r.timings[name] for r in runs):.2f} s" for name in runs[0].timings)
+    return [f"{sum(r.rows for r in runs)} rows of the UNet; {seconds}"]

@@ -1,0 +1,156 @@
+"""Values of the command line's options, read from what was typed. Nothing here imports torch, which takes seconds: a mistake is
+said at once."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from p2p.errors import UsageError
+
+Window = float | tuple[float, float]
+ALL = "default_"   # all words of a prompt, as `Edit.cross_replace_steps` names them
+
+
+def options_of(*adders: Callable[[argparse.ArgumentParser], None]) -> tuple[str, ...]:
+    """The attributes of the options that these functions add to a parser."""
+    ap = argparse.ArgumentParser()
+    for add in adders:
+        add(ap)
+    return tuple(vars(ap.parse_args([])))
+
+
+def given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of these options that were given; 0 is."""
+    return [f"--{n.strip('_').replace('_', '-')}" for n in names if (value := getattr(args, n)) is not None and value is not False]
+
+
+def refuse(args: argparse.Namespace, what: str, names: Iterable[str]) -> None:
+    """Options that would be ignored are an error."""
+    if found := given(args, names):
+        raise UsageError(f"{', '.join(found)}: not with {what}")
+
+
+def prompts(args: argparse.Namespace) -> list[str]:
+    """Those of an edit: the source's, where it is not in an inversion's file, and the targets'."""
+    return [prompt for prompt in (args.source, *args.targets) if prompt is not None]
+
+
+def number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{what}: {text!r} is not a number") from None
+
+
+def window(text: str, what: str) -> Window:
+    """X or START:END"""
+    parts = [number(p, what) for p in text.split(":", 1)]
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def cross(item: str, option: str = "--cross") -> tuple[str, Window]:
+    """[WORD=]END|START:END  ->  the word (`ALL` where none is named) and its window"""
+    word, _, value = item.rpartition("=")
+    return word or ALL, window(value, f"{option} {item}" if word else option)
+
+
+def cross_of_all(item: str, option: str, why: str) -> Window:
+    """END|START:END, where no word can be named."""
+    word, found = cross(item, option)
+    if word != ALL:
+        raise UsageError(f"{option}: a window of {word!r} alone; {why}")
+    return found
+
+
+def windows_of_all(args: argparse.Namespace) -> dict[str, Window]:
+    """--cross and --self of `eval`, those that are given."""
+    found = {}
+    if args.cross is not None:
+        found["cross"] = cross_of_all(args.cross, "--cross", "the prompts of a benchmark have other words each")
+    if args.self_ is not None:
+        found["self_"] = window(args.self_, "--self")
+    return found
+
+
+def once(items: list[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Of two values for one name neither is dropped in silence."""
+    for name, _ in items:
+        if [n for n, _ in items].count(name) > 1:
+            raise UsageError(f"{option}: given more than once for {'all words' if name == ALL else repr(name)}")
+    return dict(items)
+
+
+def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
+    left, found, right = item.partition(mark)
+    if not (left and found and right):
+        raise UsageError(f"{option} {item!r}: expected {form}")
+    return left, right
+
+
+def sides(items: list[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them alone  ->  words of the source, words of the target"""
+    split = [item.partition(":") if ":" in item else (item, ":", item) for item in items]
+    if bad := [item for item, (old, _, new) in zip(items, split) if not (old or new) or ":" in new]:
+        raise UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or :NEW")
+    return tuple(old for old, _, _ in split if old), tuple(new for _, _, new in split if new)
+
+
+def weight(item: str) -> tuple[str, float]:
+    word, equals, value = item.rpartition("=")
+    if not equals or not word:
+        raise UsageError(f"--weight {item!r}: expected WORD=NUMBER")
+    return word, number(value, f"--weight {item}")
+
+
+def over(items: list[str]) -> dict[str, list[Window]]:
+    """NAME=VALUE,VALUE,... of a sweep"""
+    named = [pair(item, "=", "--over", "NAME=VALUE,VALUE,...") for item in items]
+    why = "give that with --cross, and values for all other words here"
+    return once([(name, [cross_of_all(v, f"--over {item}", why) for v in values.split(",")])
+                 for item, (name, values) in zip(items, named)], "--over")
+
+
+def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
+    """NORM[:QUANTILE]"""
+    if args.proximal is None:
+        return None
+    norm, _, quantile = args.proximal.partition(":")
+    return norm, number(quantile or "0.7", "--proximal")
+
+
+def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Edit` that the options name; a local blend is a dict of its own fields, its mask a file."""
+    said: dict[str, Any] = dict(mode=args.mode, renormalise=args.renormalise)
+    if args.cross:
+        windows = once([cross(item) for item in args.cross], "--cross")
+        said["cross_replace_steps"] = windows[ALL] if list(windows) == [ALL] else windows
+    if args.self_ is not None:
+        said["self_replace_steps"] = window(args.self_, "--self")
+    for name in ("windows_over", "aligner"):
+        if getattr(args, name) is not None:
+            said[name] = getattr(args, name)
+    if args.weight:
+        said["equalizer"] = once([weight(w) for w in args.weight], "--weight")
+    if args.swap:
+        said["swap"] = once([pair(p, "=", "--swap", "OLD=NEW") for p in args.swap], "--swap")
+    if args.scope:
+        said["scope"] = tuple(args.scope)
+    if blend := _blend(args):
+        said["local_blend"] = blend
+    return said
+
+
+def _blend(args: argparse.Namespace) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
+        if items:
+            out[field] = sides(items, option)
+    for field in ("mask", "start", "level", "keep", "middle"):
+        if getattr(args, f"blend_{field}") is not None:
+            out[field] = getattr(args, f"blend_{field}")
+    if args.blend_threshold is not None:
+        out["threshold"] = window(args.blend_threshold, "--blend-threshold")
+    if out and not {"words", "mask"} & set(out) and not args.scope:
+        raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
+    return out
