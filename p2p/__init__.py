@@ -15,7 +15,8 @@ from p2p.editors.masactrl import MasaCtrl
 from p2p.editors.plug_and_play import PlugAndPlay
 from p2p.edits import Edit
 from p2p.errors import CheckpointError, NumericsError, UsageError
-from p2p.model import Model, load
+from p2p.model import Model
+from p2p.request.loading import load
 from p2p.request.record import Record
 from p2p.request.source import Inversion
 from p2p.run import Result, edit, generate, upscale

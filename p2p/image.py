@@ -38,9 +38,10 @@ def from_pil(image: Image.Image) -> Tensor:
 def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper` where it is transparent.
 
-    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched; those of mode F count from 0 to 255, as
-    in Pillow, and are clipped. Of colours of 16 bits Pillow keeps the upper half. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1, and
-    values far outside of these ranges mean another scale: they are refused. Colour profiles are left aside. Raises UsageError.
+    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched (of colours of 16 bits Pillow keeps the upper
+    half); those of mode F count from 0 to 255, as in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above
+    1 is likely to mean 8 bits and 0 to 1, and values far outside of these ranges mean another scale: they are refused. Colour
+    profiles are left aside. Raises UsageError.
     """
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
