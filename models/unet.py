@@ -123,11 +123,27 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig = SD1):
         super().__init__()
-        c, ch = config, config.channels
-        self.config = c
-        temb = c.temb_dim or 4 * ch[0]
-        style = ResidualStyle(c.act, c.scale_shift, c.skip_time_act, c.out_scale)
-        mid_style = style._replace(out_scale=c.mid_scale)
+        self.config = c = config
+        ch, temb = c.channels, c.temb_dim or 4 * c.channels[0]
+        self.conv_in = Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(ch[0], temb, c.act)
+        if c.vector_dim:
+            self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
+        if c.pool_heads:
+            self.add_embedding = TextPooling(c.text_dim or c.context_dim, temb, c.pool_heads)
+        if c.text_dim:
+            self.encoder_hid_proj = Linear(c.text_dim, c.context_dim)
+        if c.low_channels:
+            self.class_embedding = TimestepMLP(ch[0], temb, c.act)
+        self._add_levels(temb, ResidualStyle(c.act, c.scale_shift, c.skip_time_act, c.out_scale))
+        self.conv_norm_out = nn.GroupNorm(32, ch[0], 1e-5)
+        self.conv_out = Conv2d(ch[0], c.out_channels * c.patch**2, 3, padding=1)
+        for name, module in self.named_modules():
+            if isinstance(module, (Attention, ResnetBlock)):
+                module.site = name
+
+    def _add_levels(self, temb: int, style: ResidualStyle) -> None:
+        c, ch = self.config, self.config.channels
 
         def attentions(kind: str | None, level: int, n: int) -> list[nn.Module]:
             width, heads = ch[level], c.heads[level]
@@ -140,17 +156,6 @@ class UNet(nn.Module):
             if c.resample == "residual":
                 return ResnetBlock(dim, dim, temb, style=style, resample=way)
             return {"down": Downsample, "up": Upsample}[way](dim)
-
-        self.conv_in = Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(ch[0], temb, c.act)
-        if c.vector_dim:
-            self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
-        if c.pool_heads:
-            self.add_embedding = TextPooling(c.text_dim or c.context_dim, temb, c.pool_heads)
-        if c.text_dim:
-            self.encoder_hid_proj = Linear(c.text_dim, c.context_dim)
-        if c.low_channels:
-            self.class_embedding = TimestepMLP(ch[0], temb, c.act)
 
         self.down_blocks, skips, dim = nn.ModuleList(), [ch[0]], ch[0]
         for i, out in enumerate(ch):
@@ -165,9 +170,9 @@ class UNet(nn.Module):
                 skips.append(dim)
             self.down_blocks.append(block)
 
-        last = len(ch) - 1
-        self.mid_block = _Level([ResnetBlock(dim, dim, temb, style=mid_style) for _ in range(2)],
-                                attentions(c.mid_attention, last, 1))
+        middle = style._replace(out_scale=c.mid_scale)
+        self.mid_block = _Level([ResnetBlock(dim, dim, temb, style=middle) for _ in range(2)],
+                                attentions(c.mid_attention, len(ch) - 1, 1))
 
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(ch))):
@@ -179,12 +184,6 @@ class UNet(nn.Module):
             if i > 0:
                 block.upsamplers.append(resampler(dim, "up"))
             self.up_blocks.append(block)
-
-        self.conv_norm_out = nn.GroupNorm(32, dim, 1e-5)
-        self.conv_out = Conv2d(dim, c.out_channels * c.patch**2, 3, padding=1)
-        for name, module in self.named_modules():
-            if isinstance(module, (Attention, ResnetBlock)):
-                module.site = name
 
     def layers(self, kind: type[M]) -> list[M]:
         """The modules of that kind in the order in which they run."""

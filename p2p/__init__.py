@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from p2p.editors.masactrl import MasaCtrl
     from p2p.editors.plug_and_play import PlugAndPlay
     from p2p.edits import Edit
-    from p2p.model import Model, load
+    from p2p.model import Model
+    from p2p.request.loading import load
     from p2p.request.record import Record
     from p2p.request.source import Inversion
     from p2p.run import Result, edit, generate, upscale
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from p2p.sources.trace import trace
 else:
     _HOME = {"LocalBlend": "blend", "MasaCtrl": "editors.masactrl", "PlugAndPlay": "editors.plug_and_play", "Edit": "edits",
-             "Model": "model", "load": "model", "Record": "request.record", "Inversion": "request.source", "Result": "run",
+             "Model": "model", "load": "request.loading", "Record": "request.record", "Inversion": "request.source", "Result": "run",
              "edit": "run", "generate": "run", "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}
 
     def __getattr__(name: str) -> Any:

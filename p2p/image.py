@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that
 TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
 FITS = ("crop", "pad", "own")
 PIXELS = 2**26   # of a picture: a file of some kilobytes may ask for gigabytes
+GREYS = {"L;2": 3, "L;4": 15, "L": 255}   # the largest value of a grey PNG, by Pillow's name for how it is stored
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -36,18 +38,19 @@ def from_pil(image: Image.Image) -> Tensor:
 def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper` where it is transparent.
 
-    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched; those of mode F count from 0 to 255, as
-    in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1, and
-    values far outside of these ranges mean another scale: they are refused. Colour profiles are left aside. Raises UsageError.
+    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched (of colours of 16 bits Pillow keeps the upper
+    half); those of mode F count from 0 to 255, as in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above
+    1 is likely to mean 8 bits and 0 to 1, and values far outside of these ranges mean another scale: they are refused. Colour
+    profiles are left aside. Raises UsageError.
     """
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "La":   # premultiplied, which Pillow converts to its like alone
         image = image.convert("LA")
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:   # of a PNG of 16 bits a colour, of which Pillow reads the upper half
-        image.info["transparency"] = tuple(v >> 8 for v in key)
+    key = image.info.get("transparency", 0)
+    if image.mode == "P" and (key if isinstance(key, int) else len(key) - 1) > 255:   # of no palette: not valid, so not there
+        del image.info["transparency"]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
@@ -88,11 +91,13 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(file, formats=FORMATS) as image:
-        check_pixels(image.width, image.height)   # before it is decoded
-        found = upright(image)
-        found.format = image.format   # which a copy does not keep
-        return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # Pillow's, of a limit above PIXELS and of tags that we do not read
+        with Image.open(file, formats=FORMATS) as image:
+            check_pixels(image.width, image.height)   # before it is decoded
+            found = upright(image)
+            found.format = image.format   # which a copy does not keep
+            return found
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -103,7 +108,42 @@ def check_pixels(width: int, height: int) -> None:
 
 def upright(image: Image.Image) -> Image.Image:
     """A copy, turned as its EXIF tag says."""
-    return ImageOps.exif_transpose(image)
+    return ImageOps.exif_transpose(_keyed(image))
+
+
+def _keyed(image: Image.Image) -> Image.Image:
+    """A PNG in which one value stands for transparency (its chunk tRNS), decoded with that value as the pixels have it.
+
+    Pillow compares the stored value to pixels that it has scaled (grey of 2 and 4 bits) or cut to their upper half (colours of
+    16 bits). How they are stored is known until they are decoded, so `image` itself is left undecoded, to be given here again.
+    """
+    key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    stored = tiles[0].args if image.format == "PNG" and tiles and not image.tell() else None
+    if stored in GREYS and isinstance(key, int):
+        found, most = _reopened(image, stored), GREYS[stored]
+        found.info["transparency"] = (key & most) * 255 // most
+    elif stored == "RGB" and isinstance(key, tuple):
+        found = _reopened(image, stored)
+        found.info["transparency"] = tuple(value & 255 for value in key)
+    elif stored == "RGB;16B" and isinstance(key, tuple):
+        found, lower = _reopened(image, stored), _reopened(image, "RGB;16L")
+        values = np.asarray(found, np.uint16) * 256 + np.asarray(lower)
+        del found.info["transparency"]
+        found.putalpha(Image.fromarray((values != key).any(axis=-1).astype(np.uint8) * 255))
+    else:
+        found = image
+    return found
+
+
+def _reopened(image: Image.Image, stored: str) -> Image.Image:
+    """The first frame of the file that an undecoded picture comes from, its values read as Pillow's raw mode says."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    found = Image.open(image.fp, formats=[image.format])
+    found.tile = [tile._replace(args=stored) for tile in found.tile]
+    found.load()
+    image.fp.seek(place)
+    return found
 
 
 def _why(error: Exception) -> str:
@@ -111,12 +151,15 @@ def _why(error: Exception) -> str:
 
 
 def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.Image:
-    """A picture as such, or from the file that is named. Raises UsageError."""
+    """A picture, or the one in the file that is named, decoded and upright. Raises UsageError."""
     if isinstance(given, (str, Path)):
         return open_picture(given)
     if not isinstance(given, Image.Image) or not all(given.size):
         raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not {brief(given)}")
-    return given
+    try:
+        return upright(given)
+    except Exception as error:   # of bytes that are damaged, or of a file that was closed
+        raise UsageError(f"{what}: cannot be read ({_why(error)})") from None
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str = "crop", by: Image.Resampling = Image.LANCZOS) -> Image.Image:

@@ -17,7 +17,9 @@ from p2p.models.attention import SelfAttention
 from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
 from p2p.models.unet import UNet
+from p2p.request.checks import choice, flag, kind, place, whole
 from p2p.request.record import Record
+from p2p.weights.untrusted import brief
 
 
 @dataclass
@@ -38,9 +40,8 @@ class AttentionMaps:
 
     def _row(self, row: int, before: bool) -> int:
         n = len(self.prompts)
-        if not 0 <= row < n:
-            raise UsageError(f"row {row}: the run has {n} prompts")
-        if not before:
+        whole("row", row, 0, n - 1)
+        if not flag("before", before):
             return row
         rows = next(iter(self.sites.values())).shape[1]
         if row == 0 or rows == n:
@@ -59,6 +60,7 @@ class AttentionMaps:
 
     def sides(self, columns: str = "text") -> list[tuple[int, int]]:
         """(height, width) of the recorded maps, largest first; columns "text" or "pixels"."""
+        choice("columns", columns, ("text", "pixels"))
         found = {m.shape[3] for m in self._of(columns).values()}
         return [self._side(p) for p in sorted(found, reverse=True)]
 
@@ -70,25 +72,22 @@ class AttentionMaps:
         steps: their indices, None for all; heads likewise; sites: a part of the module names that
         count ("down", "up", "mid"); side: of the maps, None for a quarter of the latents' (16 x 16
         in Stable Diffusion at 512 x 512, as in the official code's figures), the largest recorded
-        where that is not there.
+        where that is not there. Raises UsageError.
         """
         sides = self.sides(columns)
         if not sides:
             raise UsageError(f"no maps of {columns} were recorded")
         usual = tuple(-(-s // 4) for s in self.size)
-        side = side or (usual if usual in sides else sides[0])
+        side = (usual if usual in sides else sides[0]) if side is None else kind("side", side, tuple)
+        kind("sites", sites, str, type(None))
         chosen = [m for name, m in self._of(columns).items() if self._side(m.shape[3]) == side
                   and (sites or "") in name]
         if not chosen:
-            raise UsageError(f"no maps of {columns} of {side[0]} x {side[1]}"
+            raise UsageError(f"no maps of {columns} of the side {brief(side)}"
                              f"{f' at sites named {sites}' if sites else ''}; recorded: {sides}")
         row = self._row(row, before)
-        steps, heads = (None if asked is None else list(asked) for asked in (steps, heads))
-        for what, asked, n in (("step", steps, chosen[0].shape[0]),
-                               ("head", heads, min(m.shape[2] for m in chosen))):
-            if asked is not None and not all(0 <= i < n for i in asked):
-                raise UsageError(f"{what}s {asked}: maps of {side[0]} x {side[1]} have the {what}s 0 to "
-                                 f"{n - 1}")
+        steps = _indices("steps", steps, chosen[0].shape[0])
+        heads = _indices("heads", heads, min(m.shape[2] for m in chosen))
         picked = []
         for m in chosen:
             m = m[:, row] if steps is None else m[steps, row]   # (steps, heads, pixels, columns)
@@ -98,11 +97,13 @@ class AttentionMaps:
     def word(self, word: str, row: int = 0, **which) -> Tensor:
         """The share of attention that a word or phrase gets, its pieces
         added.  -> (h, w); `which`: see `mean`"""
+        kind("word", word, str)
         return self.mean(row, **which)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
 
     def each_word(self, row: int = 0, ends: bool = False, **which) -> list[tuple[str, Tensor]]:
         """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the
         start and the end token."""
+        flag("ends", ends)
         mean, prompt = self.mean(row, **which), self.prompts[row]
         found = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
         if ends:
@@ -111,6 +112,7 @@ class AttentionMaps:
 
     def components(self, row: int = 0, count: int = 3, **which) -> Tensor:
         """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""
+        whole("count", count)
         p = self.mean(row, columns="pixels", **which)                            # (h, w, pixels)
         flat = p.flatten(0, 1).double()
         u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
@@ -119,12 +121,23 @@ class AttentionMaps:
         low, high = u.amin(0), u.amax(0)
         return ((u - low) / (high - low).clamp(min=1e-12)).float().unflatten(0, p.shape[:2])
 
-    def save(self, path: Path) -> None:
-        """All maps as a numpy archive: one array a site, and the tokens of each prompt."""
+    def save(self, path: str | Path) -> None:
+        """All maps as a numpy archive: one array a site, and the tokens of each prompt. Raises UsageError,
+        OSError."""
         arrays = {name: m.numpy() for name, m in self.sites.items()}
         tokens = {f"tokens_{i}": np.array(p.ids) for i, p in enumerate(self.prompts)}
-        with path.open("wb") as f:
+        with place("path", path).open("wb") as f:
             np.savez_compressed(f, timesteps=np.array(self.timesteps), **tokens, **arrays)
+
+
+def _indices(name: str, asked: Iterable[int] | None, n: int) -> list[int] | None:
+    if asked is None:
+        return None
+    try:
+        found = list(asked)
+    except TypeError:
+        raise UsageError(f"{name} are several whole numbers, not {brief(asked)}") from None
+    return [whole(f"each of {name}", i, 0, n - 1) for i in found]
 
 
 class Collector:

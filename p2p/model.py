@@ -23,16 +23,11 @@ from p2p.models.text import TextEncoder, Tokens
 from p2p.models.tiles import tiled
 from p2p.models.unet import Text, Time, UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.request.checks import flag, whole
+from p2p.request.checks import kind, tensor, whole
 from p2p.sampler import Clip, Schedule, ddim_schedule
-from p2p.weights import load as loading
-from p2p.weights.detect import FAMILY_RULE
 from p2p.weights.digest import together
-from p2p.weights.fill import stored
-from p2p.weights.identity import files
 from p2p.weights.untrusted import brief
 
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
 STEPS = 50       # of a run that says nothing else
@@ -57,7 +52,7 @@ class Conditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """Made by `load`. `unet(x, t, context)` gives the prediction and maps; everything else is listed below."""
+    """Made by `p2p.load`. `unet(x, t, context)` gives the prediction and maps; everything else is listed below."""
 
     name: str                            # as the user gave it
     file: Path
@@ -160,9 +155,11 @@ class Model:
 
     def tokens(self, prompt: str) -> Tokens:
         try:
-            prompt.encode()
+            kind("prompt", prompt, str).encode()
         except UnicodeEncodeError:
             raise UsageError(f"the prompt {brief(prompt)} is not valid text (UTF-8 is expected)") from None
+        if not self.text_encoders:
+            raise UsageError(f"{self.name} reads no text")
         try:
             return self.text_encoders[0].tokens(prompt)
         except ValueError as error:   # prompts encoded beforehand: another one was asked for
@@ -183,10 +180,13 @@ class Model:
 
     def read(self, told: Conditioning) -> Conditioning:
         """Conditioning with its text read once, for all the steps that are told it."""
-        return told._replace(context=self.unet.read(told.context))
+        return kind("told", told, Conditioning)._replace(context=self.unet.read(told.context))
 
     def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
         """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes one in place of t."""
+        kind("the context of told, which was read,", kind("told", told, Conditioning).context, Text)
+        if kind("timesteps", timesteps, Tensor).ndim != 1:
+            raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
         return self.unet.times(timesteps, told.context, self.dtype, told.vector, told.level)
 
     def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None, watch: Collection[str] = ()
@@ -195,8 +195,9 @@ class Model:
 
         -> prediction (B, C, H, W); learned variance in -1 .. 1 of that shape, or None; queries and keys of the sites watched
         """
-        if isinstance(t, int):   # a compiled graph is made for one number, and for one layout of x
-            t = torch.as_tensor(t, device=x.device)
+        tensor("x", x, "B", self.unet.config.in_channels, "H", "W"), kind("told", told, Conditioning)
+        if isinstance(kind("t", t, int, Tensor, dict), int):   # a compiled graph is made for one number, and for one layout of x
+            t = torch.as_tensor(whole("t", t, 0, len(self.alphas_cumprod) - 1), device=x.device)
         out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
         return out, variance if self.learned_variance else None, seen
@@ -208,10 +209,11 @@ class Model:
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
-        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know."""
+        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know. Raises UsageError."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
             raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
+        self.latent_shape(height, width)
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with self._at_work(*self.text_encoders):
@@ -232,6 +234,7 @@ class Model:
     @torch.no_grad()
     def null(self, n: int, height: int | None = None, width: int | None = None) -> Conditioning:
         """The empty prompt, n times, for guidance."""
+        whole("n", n, most=2**20)
         c = self.condition([""], height, width)
         if self.zero_negative:
             vector = c.vector if c.vector is None else self._vector(
@@ -240,7 +243,7 @@ class Model:
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
-        found = ddim_schedule(self.alphas_cumprod, steps, self.offset, self.final_alpha, self.timestep_spacing)
+        found = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha, self.timestep_spacing)
         if self.prediction == "eps" and not found.alphas[0] > 0:
             raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR): a model that "
                              "predicts the noise cannot begin there; leave out zero_snr, or give prediction, v or x0, if it was "
@@ -252,8 +255,7 @@ class Model:
         """A picture (as `image.shown`) or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's
         mean). Raises UsageError for a size that the model does not take."""
         x = image if isinstance(image, Tensor) else from_pil(as_picture(image))
-        if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise UsageError(f"a picture as a tensor is (B, 3, height, width) in [-1, 1], not {x.dtype} {tuple(x.shape)}")
+        tensor("a picture as a tensor", x, "B", 3, "height", "width")
         self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
@@ -266,99 +268,12 @@ class Model:
         """Latents as the sampler sees them -> pictures (B, 3, H, W), about [-1, 1], float32.
 
         With `tile`, in squares that overlap by a quarter and are blended there: bounded memory at any size, at the price
-        of group norms that see one square each.
+        of group norms that see one square each. Raises UsageError.
         """
-        x = latents.to(self.device)
+        x = tensor("latents", latents, "B", self.unet.config.in_channels, "H", "W").to(self.device)
         if self.vae is None:
             return x.float()
         x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
         decode = self.vae.decode if self.tile is None else partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
         with self._at_work(self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])
-
-
-def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
-    """A device that is there; None: a GPU, or else the CPU. Raises UsageError."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, TypeError, ValueError, ArithmeticError) as error:   # of what is none, or not there
-        raise UsageError(f"{what} {name if isinstance(name, str) else brief(name)}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def find_model(model: Model | str | Path) -> Model:
-    """A model, or the one of that name, loaded for this call alone. Raises CheckpointError, UsageError."""
-    if isinstance(model, (str, Path)):
-        return load(model)
-    if not isinstance(model, Model):
-        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {brief(model)}")
-    return model
-
-
-def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
-         device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
-         text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
-         offload: bool = False, tile: int | None = None, ema: bool = False, clip_skip: int | None = None,
-         zero_snr: bool = False) -> Model:
-    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
-    file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
-
-    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
-    `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
-    SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
-    `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the model's own where None), or a file of encoded prompts
-    (see `p2p.models.t5.EncodedPrompts`). compile: the UNet by torch.compile, one graph for all words, weights and windows of a
-    batch's shape (another where maps are read, or renormalised, or nothing of a known source is read any more); its first step
-    takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens its
-    own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU. tile: side in latents
-    (64) of the squares in which pictures are decoded. ema: the averaged weights, where both are there. clip_skip: layers of
-    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other programs).
-    zero_snr: the noise schedule stretched to zero terminal SNR (Lin et al. 2023); it shows where t = 999 is visited.
-    Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
-    """
-    _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype, held=held)
-    flag("compile", compile), flag("offload", offload), flag("ema", ema), flag("zero_snr", zero_snr)
-    tile = None if tile is None else whole("tile, in latents,", tile, least=8)
-    clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
-    device = find_device(device)
-    package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else stored(package.unet))
-    if held is not None and not held.itemsize < dtype.itemsize:
-        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
-    c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
-    if offload:
-        for part in filter(None, [*c.text, c.vae]):
-            part.to("cpu")
-    if compile:
-        c.unet.compile()
-    notes = list(package.notes)
-    if "guess" in package.why or package.why == FAMILY_RULE:
-        notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
-    own: dict[str, Any] = {
-        "emoji": dict(guidance_scale=3.0),
-        "if": dict(guidance_scale=4.0 if c.unet.config.low_channels else 7.0, eta=1.0),
-    }.get(package.family, {})
-    if package.family == "emoji" and c.unet.config.low_channels:
-        own |= dict(guidance_scale=1.0, steps=10, noise_level=0, align_corners=False)
-    s = package.sampling
-    asked = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr, "held": held and str(held).removeprefix("torch.")}
-    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, s.alphas_cumprod, s.prediction, package.size,
-                 offset=s.offset, final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
-                 learned_variance=s.learned_variance, latent_scale=package.latent_scale, zero_negative=package.zero_negative,
-                 compiled=compile, offload=offload, tile=tile, notes=tuple(notes), files=files(package, vae, text), asked=asked,
-                 places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None}, **own)
-
-
-def _check_arguments(source: object, **given: object) -> None:
-    if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {brief(source)}")
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name in ("dtype", "held") and not (isinstance(value, torch.dtype) and value in FLOATING):
-            raise UsageError(f"{name} is one of {', '.join(map(str, FLOATING))}, not {brief(value)}")
-        if name in ("vae", "text") and not isinstance(value, (str, Path)):
-            raise UsageError(f"{name} is named by a string or a path, not {brief(value)}")
-        if name in ("family", "prediction") and not isinstance(value, str):
-            raise UsageError(f"{name} is a name, not {brief(value)}")

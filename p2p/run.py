@@ -19,8 +19,9 @@ from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
-from p2p.model import Model, find_model
+from p2p.model import Model
 from p2p.request.checks import flag, whole
+from p2p.request.loading import find_model
 from p2p.request.ready import SAMPLING, Editor, Ready, empty_prompts, prepared, run_settings, split_prompts
 from p2p.request.record import Record
 from p2p.request.source import Inversion

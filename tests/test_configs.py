@@ -127,13 +127,29 @@ REFUSED = [   # file, field, value, what the message names
     ("text_encoder/config.json", "hidden_size", None, "text_encoder/config.json: hidden_size: null, where a size"),
     ("model_index.json", "unet", ["my_module", "MyUNet"], "MyUNet"), ("model_index.json", "controlnet", ["diffusers", "X"], "controlnet"),
     ("model_index.json", "text_encoder", ["transformers", "BertModel"], "BertModel"),
+    ("model_index.json", "unet", ["my_module", "UNet2DConditionModel"], "'my_module'.*supported, of diffusers: UNet2D"),
+    ("model_index.json", "vae", ["diffusers_modules.local", "AutoencoderKL"], "its vae is .*of diffusers: AutoencoderKL"),
+    ("model_index.json", "vae", ["x", "diffusers", "AutoencoderKL"], "its vae is"), ("model_index.json", "vae", "AutoencoderKL", "its vae is"),
+    ("model_index.json", "text_encoder", ["diffusers", "CLIPTextModel"], "of transformers: CLIPTextModel"),
+    ("model_index.json", "text_encoder", [None, "CLIPTextModel"], "its text_encoder is .None"),
+    ("model_index.json", "tokenizer", ["my_module", "CLIPTokenizer"], "of transformers: CLIPTokenizer"), ("model_index.json", "unet", 3, "is 3"),
+    ("model_index.json", "scheduler", ["my_module", "DDIMScheduler"], "its scheduler is .'my_module'.*of diffusers"),
+    ("model_index.json", "scheduler", "DDIMScheduler", "its scheduler is 'DDIM"), ("model_index.json", "scheduler", 3, "3, which is no name"),
+    ("unet/config.json", "attention_head_dim", [8] * 5, "one for each of 4 levels"),
+    ("unet/config.json", "transformer_layers_per_block", [1, 1], "transformer_layers_per_block = .1, 1.; one for each of 4"),
+    ("unet/config.json", "layers_per_block", [2] * 3, "layers_per_block = .2, 2, 2.; one for each"),
+    ("unet/config.json", "down_block_types", ["CrossAttnDownBlock2D"] * 3, "down_block_types = .*one for each of 4 levels"),
+    ("unet/config.json", "up_block_types", ["CrossAttnUpBlock2D"] * 3, "up_block_types do not mirror"),
+    ("unet/config.json", "down_block_types", 3, "down_block_types holds 3"),
 ]
 
 
 @pytest.mark.parametrize("field, value, said", [
     ("only_cross_attention", "no", "only_cross_attention = 'no'"), ("only_cross_attention", [True, "no"], "true or false"),
     ("mid_block_only_cross_attention", "no", "true or false"), ("resnet_skip_time_act", "no", "true or false"),
-    ("block_out_channels", None, "block_out_channels: null"), ("attention_head_dim", None, "attention_head_dim: null")])
+    ("block_out_channels", None, "block_out_channels: null"), ("attention_head_dim", None, "attention_head_dim: null"),
+    ("attention_head_dim", [64, 64], "one for each of 4 levels"), ("only_cross_attention", [True], "one for each of 4 levels"),
+    ("down_block_types", ["ResnetDownsampleBlock2D"], "one for each of 4 levels"), ("up_block_types", ["X"] * 4, "block types X")])
 def test_fields_of_if_have_their_types(tmp_path, field, value, said):
     with pytest.raises(CheckpointError, match=f"unet/config.json: .*{said}"):
         find(changed(laid_out(tmp_path, published.IF), "unet/config.json", **{field: value}))
@@ -235,6 +251,20 @@ def test_an_empty_prompt_that_is_encoded_stays_so_when_converted(made, tmp_path)
         for name in (f"{said}", f"{said}.safetensors"):
             convert(find(folder), tmp_path / name)
             assert find(tmp_path / name).zero_negative is (said and family == "sdxl")
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("said", [..., 0.18215, 0.13025])
+@pytest.mark.parametrize("where", ["own", "beside"])
+def test_a_scale_of_latents_that_is_not_said_is_that_of_diffusers(tmp_path, name, said, where):
+    """Also of an autoencoder given beside the model; and where it is not SDXL's usual one, that is noted."""
+    folder = changed(laid_out(tmp_path / "m", published.MODELS[name]), "vae/config.json", scaling_factor=said)
+    vae = folder / "vae" if where == "beside" else None
+    theirs = diffusers.AutoencoderKL.from_config({k: v for k, v in json.loads((folder / "vae/config.json").read_text()).items()
+                                                  if k == "scaling_factor"}).config.scaling_factor
+    found = find(folder, vae=vae)
+    assert found.latent_scale == theirs == (0.18215 if said is ... else said)
+    assert any("0.13025 is usual" in n for n in found.notes) == (name == "sdxl" and theirs == 0.18215)
 
 
 @pytest.mark.parametrize("own", [None, "DDIMScheduler", "PNDMScheduler"])

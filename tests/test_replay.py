@@ -54,7 +54,7 @@ def test_no_setting_of_a_stranger_ends_in_anything_but_a_refusal(made, tmp_path,
     models = {"emoji": model, "emoji-upscaler": stage}
 
     def load(source, *args, **kwargs):   # the same two, loaded once
-        return models[source] if isinstance(source, str) and source in models else p2p.model.load(source, *args, **kwargs)
+        return models[source] if isinstance(source, str) and source in models else p2p.request.loading.load(source, *args, **kwargs)
 
     monkeypatch.setattr(p2p, "load", load)
     monkeypatch.setattr(p2p.Model, "predict", reached)

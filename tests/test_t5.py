@@ -6,12 +6,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracles import transformers
 from safetensors.torch import load_file, save_file
-from test_deepfloyd import t5
+from test_deepfloyd import randomised, t5
 
 from p2p import CheckpointError
 from p2p.cli.parser import main
+from p2p.weights import fields
 from p2p.weights.deepfloyd import load_t5
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -56,6 +59,52 @@ def test_it_is_transformers_own(folder, how):
         assert not ours.tower.training and torch.equal(ours.encode(ids)[0], want)
 
 
+SIZES = [   # each field of the config, away from its usual value
+    dict(feed_forward_proj="relu"),
+    dict(feed_forward_proj="gelu", d_kv=4, num_heads=3),
+    dict(feed_forward_proj="gated-silu", d_kv=24, num_heads=5, num_layers=3),
+    dict(layer_norm_epsilon=0.03, d_ff=7),
+    dict(relative_attention_num_buckets=4, relative_attention_max_distance=2),
+    dict(relative_attention_num_buckets=9, relative_attention_max_distance=60, d_model=17),
+    dict(tie_word_embeddings=False, is_gated_act=False, dense_act_fn="relu"),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda c: ", ".join(f"{k}={v}" for k, v in c.items()))
+def test_every_field_of_its_config_is_used(folder, sizes):
+    """As transformers reads the same folder."""
+    change(folder / CONFIG, **sizes)
+    made = randomised(transformers.T5EncoderModel(transformers.T5Config.from_pretrained(folder / "text_encoder")))
+    save_file({k: v for k, v in made.state_dict().items() if k != "encoder.embed_tokens.weight"}, folder / WEIGHTS)
+    theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=F32)
+    ours = load_t5(folder, CPU, F32)
+    ids = ours.tokenize(["a cat on grass, a big red hippopotamus", ""])
+    with torch.no_grad():
+        want = theirs(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+        assert want.isfinite().all() and torch.equal(ours.encode(ids)[0], want)
+
+
+def test_every_field_of_transformers_config_is_in_a_table():
+    known = {*fields.T5.used.split(), *fields.T5.supported, *" ".join(fields.T5.idle).split()}
+    assert {k for k, v in transformers.T5Config().to_dict().items() if v} <= known
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1), count=st.integers(1, 40), put=st.binary(max_size=6))
+def test_a_damaged_tokenizer_is_read_or_refused(folder, at, count, put):
+    """tokenizer.json is read by compiled code, whose panics are no Exceptions."""
+    file = folder / "tokenizer/tokenizer.json"
+    whole = file.read_bytes()
+    at = int(at * len(whole))
+    file.write_bytes(whole[:at] + put + whole[at + count:])
+    try:
+        load_t5(folder, CPU, F32)
+    except CheckpointError:
+        pass
+    finally:
+        file.write_bytes(whole)
+
+
 def test_halves_keep_wide_what_transformers_keeps_wide(folder):
     theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float16)
     ours = load_t5(folder, CPU, torch.float16).tower
@@ -72,6 +121,26 @@ def rewritten(edit):
         save_file(state, folder / WEIGHTS)
 
     return damage
+
+
+def retokenized(folder, edit):
+    file = folder / "tokenizer/tokenizer.json"
+    said = json.loads(file.read_text())
+    edit(said)
+    file.write_text(json.dumps(said))
+
+
+def sentencepiece(folder, data):
+    """In place of tokenizer.json, as DeepFloyd released it."""
+    (folder / "tokenizer/tokenizer.json").unlink()
+    (folder / "tokenizer/spiece.model").write_bytes(data)
+    change(folder / "tokenizer/tokenizer_config.json", tokenizer_class="T5Tokenizer")
+
+
+def sharded(folder, name):
+    state = load_file(folder / WEIGHTS)
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, name)}))
+    (folder / WEIGHTS).unlink()
 
 
 LAYER = "encoder.block.1.layer.0.SelfAttention.q.weight"
@@ -137,6 +206,37 @@ DAMAGES = {  # what happened to the folder, what is said
         lambda f: (f / "tokenizer/tokenizer.json").write_text("{"),
         "tokenizer cannot be read",
     ),
+    "a tokenizer of more tokens": (
+        lambda f: retokenized(f, lambda t: t["model"]["vocab"].extend([f"x{i}", -3.0] for i in range(99))),
+        "has the token 130, of a network that knows 32",
+    ),
+    "a tokenizer without padding": (
+        lambda f: change(f / "tokenizer/tokenizer_config.json", pad_token=None),
+        "no token for padding",
+    ),
+    "a damaged spiece.model": (lambda f: sentencepiece(f, b"\x0a\xff\xff\xff\xff"), "tokenizer cannot be read"),
+    "no bytes of spiece.model": (lambda f: sentencepiece(f, b""), "tokenizer cannot be read"),
+    "another network": (lambda f: change(f / CONFIG, model_type="umt5"), "model_type = 'umt5'"),
+    "a field that nobody knows": (lambda f: change(f / CONFIG, colour=3), "colour = 3 .not known"),
+    "attention by code of a stranger's": (
+        lambda f: change(f / CONFIG, attn_implementation="evil/kernel"),
+        "attn_implementation = 'evil/kernel' .not known",
+    ),
+    "weights in another form": (
+        lambda f: change(f / CONFIG, quantization_config={"quant_method": "x"}),
+        "quantization_config",
+    ),
+    "a decoder": (lambda f: change(f / CONFIG, is_decoder=True), "is_decoder = True"),
+    "two buckets": (lambda f: change(f / CONFIG, relative_attention_num_buckets=2), "no T5 has 2 buckets"),
+    "buckets without a number": (lambda f: change(f / CONFIG, relative_attention_num_buckets=None), "no T5 has None"),
+    "near buckets alone": (
+        lambda f: change(f / CONFIG, relative_attention_max_distance=8),
+        "no T5 has 32 buckets for positions of which 8",
+    ),
+    "an epsilon of text": (lambda f: change(f / CONFIG, layer_norm_epsilon="x"), "layer_norm_epsilon = 'x'"),
+    "an epsilon that is null": (lambda f: change(f / CONFIG, layer_norm_epsilon=None), "no T5 has its config"),
+    "a shard outside": (lambda f: sharded(f, "../x.safetensors"), "only plain file names"),
+    "a shard that is absent": (lambda f: sharded(f, "x.safetensors"), "x.safetensors: no such file"),
     "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
     "no JSON": (lambda f: (f / CONFIG).write_text("["), "not readable as JSON"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no weights found"),

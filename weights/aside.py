@@ -57,6 +57,29 @@ def appearing(folder: Path, whole: str) -> Iterator[Path]:
         os.rename(made, folder)
 
 
+def settle(made: Path, place: Path) -> None:
+    """Moves a file or a folder to a place where nothing is. Whoever is stopped midway leaves nothing there.
+
+    Raises OSError; FileExistsError where there is something by now.
+    """
+    if made.is_dir():
+        place.mkdir()              # fails if something is there
+    else:
+        try:
+            os.link(made, place)   # likewise; os.replace would not
+            return
+        except FileExistsError:
+            raise
+        except OSError:            # a file system without links
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL))
+    try:
+        os.replace(made, place)    # in one step, over what is empty
+    except BaseException:
+        if made.exists():
+            place.rmdir() if made.is_dir() else place.unlink()
+        raise
+
+
 def finished(file: Path) -> bool:
     """Whether the file that ends a folder is there; an empty one is what a power failure leaves."""
     with suppress(OSError):

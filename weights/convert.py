@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from p2p.models.text import END, START, TextConfig, TextEncoder, tokenizer
+from p2p.models.text import END, START, TextConfig, TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.weights import keys, scheduler
-from p2p.weights.aside import aside, sweep
+from p2p.weights.aside import aside, settle, sweep
 from p2p.weights.detect import ENCODED_EMPTY, Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import read_tensors
 from p2p.weights.keys import Source
+from p2p.weights.tokenizer import merges, vocabulary
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 State = dict[str, Tensor]
@@ -46,28 +47,13 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
                 _save(single_file(package, half).items(), own / out.name, metadata)
             else:
                 _folder(package, own / out.name, half)
-            _appear(own / out.name, out)
+            try:
+                settle(own / out.name, out)
+            except FileExistsError:
+                raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten") from None
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
                               ) from None
-
-
-def _appear(made: Path, out: Path) -> None:
-    """Moves a file or a folder to its place, where nothing may be by now. Raises OSError, CheckpointError."""
-    try:
-        if made.is_dir():
-            out.mkdir()              # fails if something is there; an empty folder is replaced in one step
-            os.replace(made, out)
-            return
-        try:
-            os.link(made, out)       # fails if something is there; os.replace would not
-        except FileExistsError:
-            raise
-        except OSError:              # a file system without links
-            os.close(os.open(out, os.O_CREAT | os.O_EXCL))
-            os.replace(made, out)
-    except FileExistsError:
-        raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten") from None
 
 
 def _whole(part: Part, family: str, pooled: bool) -> Part:
@@ -200,12 +186,10 @@ def _text_config(c: TextConfig) -> dict[str, Any]:
 
 def _tokenizer(folder: Path, c: TextConfig) -> None:
     """open_clip's byte-pair encoder in the files that transformers reads."""
-    bpe, start, end = tokenizer(), "<|startoftext|>", "<|endoftext|>"
-    vocab = {{START: start, END: end}.get(i, word): i for word, i in bpe.encoder.items()}
-    pad = end if c.pad_id == END else next(word for word, i in vocab.items() if i == c.pad_id)
-    _write(folder / "vocab.json", vocab)
-    merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    words, start, end = vocabulary(), "<|startoftext|>", "<|endoftext|>"
+    pad = end if c.pad_id == END else next(word for word, i in words.items() if i == c.pad_id)
+    _write(folder / "vocab.json", words)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges(), ""]), encoding="utf-8")
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     _write(folder / "special_tokens_map.json", special)
     _write(folder / "tokenizer_config.json", special | {

@@ -15,9 +15,9 @@ from p2p.weights.detect import Package, Part, Shapes, count, read_settings
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile, open_file
 from p2p.weights.fill import read_tensors
-from p2p.weights.folder import read_index, read_json, scheduler_class, weights_file
+from p2p.weights.folder import read_index, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
-from p2p.weights.sizes import check_given, check_sizes
+from p2p.weights.sizes import check_given, check_sizes, per_level, read_json
 from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -59,25 +59,28 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
                 "attention_head_dim")
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
-    per_level = lambda value: tuple(value) if isinstance(value, (list, tuple)) else (value,) * n  # noqa: E731
-    text_only = per_level(c.get("only_cross_attention") or False)
 
-    def kinds(names: list[str], known: dict[str, bool], text_only: tuple[bool, ...]) -> tuple[str | None, ...]:
-        odd = sorted(set(names) - known.keys())
-        if odd:
+    def each(name: str, usual: Any) -> tuple[Any, ...]:
+        return per_level(path, name, c.get(name, usual), n)
+
+    text_only = each("only_cross_attention", False)
+
+    def kinds(name: str, known: dict[str, bool], text_only: tuple[bool, ...]) -> tuple[str | None, ...]:
+        names = per_level(path, name, c[name], n)
+        if odd := sorted(set(names) - known.keys()):
             raise CheckpointError(f"{path}: block types {', '.join(odd)}; supported: {', '.join(known)}.")
         return tuple(("added text" if only else "added") if known[name] else None for name, only in zip(names, text_only))
 
-    down = kinds(c["down_block_types"], {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}, text_only)
-    up = kinds(c["up_block_types"], {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}, text_only[::-1])[::-1]
+    down = kinds("down_block_types", {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}, text_only)
+    up = kinds("up_block_types", {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}, text_only[::-1])[::-1]
     only_mid = c.get("mid_block_only_cross_attention")
     mid = "added text" if (text_only[-1] if only_mid is None else only_mid) else "added"
     low = c.get("in_channels", 3) - 3 if c.get("class_embed_type") == "timestep" else 0
     text = c.get("encoder_hid_dim")
     return UNetConfig(
         in_channels=c.get("in_channels", 3) - low, out_channels=c.get("out_channels", 6), channels=channels,
-        layers_per_block=per_level(c.get("layers_per_block", 2)), down_attention=down, mid_attention=mid, up_attention=up,
-        depth=(1,) * n, heads=tuple(ch // d for ch, d in zip(channels, per_level(c.get("attention_head_dim", 64)))),
+        layers_per_block=each("layers_per_block", 2), down_attention=down, mid_attention=mid, up_attention=up,
+        depth=(1,) * n, heads=tuple(ch // d for ch, d in zip(channels, each("attention_head_dim", 64))),
         context_dim=c.get("cross_attention_dim", 1280), act=c.get("act_fn", "silu"),
         scale_shift=c.get("resnet_time_scale_shift") == "scale_shift", skip_time_act=bool(c.get("resnet_skip_time_act")),
         out_scale=c.get("resnet_out_scale_factor") or 1.0, mid_scale=c.get("mid_block_scale_factor") or 1.0, resample="residual",
@@ -199,13 +202,7 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
     except ImportError:
         raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
                               "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
-    config = read_json(folder / "text_encoder" / "config.json")
-    for where in (folder / "text_encoder", folder / "tokenizer"):
-        for file in where.glob("*config.json"):
-            said = read_json(file)
-            if "auto_map" in said or said.get("tokenizer_class") not in (None, *TOKENIZERS):
-                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
-                                      f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
+    config = _t5_config(folder)
     try:
         with torch.device("meta"):
             tower = T5EncoderModel(T5Config.from_dict(config))
@@ -215,10 +212,42 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True, trust_remote_code=False,
                                                   local_files_only=True)
-    except Exception as error:   # of transformers or tokenizers
+        _check_tokenizer(tokenizer, tower.config.vocab_size)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:   # of transformers or tokenizers, whose panics are no Exceptions
         raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
                               ) from None
     return T5Encoder(tower.eval(), tokenizer)
+
+
+def _t5_config(folder: Path) -> dict[str, Any]:
+    """The config of the network in a folder, in which nothing asks for other code. Raises CheckpointError."""
+    path = folder / "text_encoder" / "config.json"
+    config = read_json(path)
+    for where in (folder / "text_encoder", folder / "tokenizer"):
+        for file in where.glob("*config.json"):
+            said = read_json(file)
+            if "auto_map" in said or said.get("tokenizer_class") not in (None, *TOKENIZERS):
+                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
+                                      f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
+    fields.check(path, config, fields.T5)
+    buckets, farthest = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
+    # half of them are for each direction, half of these for single positions
+    if not (isinstance(buckets, int) and isinstance(farthest, int) and 4 <= buckets < 4 * farthest):
+        raise CheckpointError(f"{path}: no T5 has {fields.short(buckets)} buckets for positions of which "
+                              f"{fields.short(farthest)} is the farthest.")
+    return config
+
+
+def _check_tokenizer(tokenizer: Any, known: int) -> None:
+    """Raises ValueError unless it gives what `T5Encoder` reads, and the network knows all of its tokens."""
+    if not tokenizer.is_fast:
+        raise ValueError("it does not say where tokens stand in their text; a fast one is needed")
+    if None in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        raise ValueError("it has no token for padding, or none for what is unknown")
+    if (most := max(tokenizer.get_vocab().values())) >= known:
+        raise ValueError(f"it has the token {most}, of a network that knows {known}")
 
 
 def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:

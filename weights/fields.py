@@ -74,23 +74,35 @@ VAE = Fields(
     },
     {**ANY, "sample_size": "of diffusers' tiles", "force_upcast": "SDXL's autoencoder runs in float32 here whatever it says"})
 
+_TRANSFORMERS = {   # in any config of a text tower
+    "architectures": "of the same tower; its projection is read where the family has one",
+    "bos_token_id pad_token_id sep_token_id decoder_start_token_id": "are the tokenizer's affair",
+    "return_dict output_hidden_states output_attentions torchscript use_cache tie_word_embeddings "
+    "problem_type id2label label2id finetuning_task task_specific_params": "of the form in which transformers gives its output",
+    "max_length min_length num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "num_return_sequences diversity_penalty": "of the generation of text"}
+
 TEXT = Fields(
     "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads max_position_embeddings hidden_act "
     "vocab_size",
     {"layer_norm_eps": (1e-5,), "model_type": ("clip_text_model", "clip"), "eos_token_id": (49407, 2)},
-    {**ANY, "architectures": "of the same tower; its projection is read where the family has one",
-     "attention_dropout dropout initializer_factor initializer_range": "act in training alone",
-     "bos_token_id pad_token_id sep_token_id decoder_start_token_id": "are the tokenizer's affair",
-     "return_dict output_hidden_states output_attentions torchscript use_cache attn_implementation tie_word_embeddings "
-     "problem_type id2label label2id finetuning_task task_specific_params": "of the form in which transformers gives its output",
-     "max_length min_length num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty "
-     "num_return_sequences diversity_penalty": "of the generation of text"})
+    {**ANY, **_TRANSFORMERS, "attn_implementation": "of transformers' network, which is not used",
+     "attention_dropout dropout initializer_factor initializer_range": "act in training alone"})
+
+T5 = Fields(   # transformers' own network, which computes as the fields that are used here ask
+    "vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets relative_attention_max_distance "
+    "layer_norm_epsilon feed_forward_proj is_gated_act dense_act_fn",
+    {"model_type": ("t5",), "is_decoder": (False,)},
+    {**ANY, **_TRANSFORMERS, "dropout_rate dropout classifier_dropout initializer_factor": "act in training alone",
+     "num_decoder_layers is_encoder_decoder scale_decoder_outputs output_past": "of a decoder, which is not read",
+     "eos_token_id": "is the tokenizer's affair", "n_positions": "of positions that are relative, so of any number"})
 
 # Of a tokenizer the tokens are compared (its vocabulary), so that all other fields are of no concern.
 TOKENIZER = Fields(
-    "pad_token",
+    "pad_token model_max_length added_tokens_decoder",
     {"tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast", None), "do_lower_case": (True,), "padding_side": ("right",),
-     "truncation_side": ("right",)}, {})
+     "truncation_side": ("right",), "bos_token": ("<|startoftext|>",), "eos_token": ("<|endoftext|>",), "add_bos_token": (True,),
+     "add_eos_token": (True,), "additional_special_tokens": ([], None), "extra_special_tokens": ({}, [], None)}, {})
 
 SCHEDULER = Fields(
     "_class_name beta_start beta_end beta_schedule trained_betas prediction_type timestep_spacing steps_offset "
@@ -112,12 +124,13 @@ INDEX = Fields(
      "image_encoder": "is read for IP-Adapters alone", "watermarker add_watermarker": "marks finished pictures; not here",
      "image_noising_scheduler": "of super-resolution in IF: its betas are those of the scheduler"})
 
-# Classes that the components of a model may have, where model_index.json names them.
+# Libraries and classes that the components of a model may be of, where model_index.json names them.
+_CLIP = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
 CLASSES = {
-    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer",
-                                                                      "T5TokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("diffusers", ("UNet2DConditionModel",)), "vae": ("diffusers", ("AutoencoderKL",)),
+    "text_encoder": ("transformers", ("CLIPTextModel", "T5EncoderModel")),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "tokenizer": ("transformers", (*_CLIP[1], "T5Tokenizer", "T5TokenizerFast")), "tokenizer_2": _CLIP,
 }
 
 

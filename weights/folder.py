@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from p2p.models.text import CLIP_L, END, START, TextConfig, tokenizer
+from p2p.models.text import CLIP_L, END
 from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, scheduler
@@ -16,33 +16,12 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
 from p2p.weights.refuse import DISTILLED
 from p2p.weights.scheduler import Sampling, scaled_linear
-from p2p.weights.sizes import check_given, check_sizes
-from p2p.weights.untrusted import parse_json, read_text
+from p2p.weights.sizes import check_given, per_level, read_json
+from p2p.weights.tokenizer import read_tokenizer
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
 AVERAGED = "unet_ema"
 EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
-PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
-    found = parsed(path)
-    check_sizes(path, found)
-    return found
-
-
-def parsed(path: Path) -> dict[str, Any]:
-    """A file of one JSON object. Raises CheckpointError."""
-    try:
-        found = parse_json(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the fields of a config.")
-    return found
 
 
 def candidates() -> list[str]:
@@ -80,10 +59,13 @@ def read_index(path: Path, notes: list[str]) -> dict[str, Any]:
     fields.check(where, index, fields.INDEX)
     notes += [f"model_index.json names no {name} (null), but there is a folder of that name, which is used"
               for name in (*fields.CLASSES, "scheduler") if name in said and name not in index and (path / name).is_dir()]
-    for name, known in fields.CLASSES.items():
-        if name in index and not (isinstance(index[name], list) and index[name][-1] in known):
-            raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported: {', '.join(known)}.")
+    for name, (library, known) in fields.CLASSES.items():
+        if name in index and index[name] not in [[library, kind] for kind in known]:
+            raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported, of {library}: "
+                                  f"{', '.join(known)}.")
     scheduler.check_class(where, scheduler_class(index))
+    if "scheduler" in index and index["scheduler"][:-1] != ["diffusers"]:
+        raise CheckpointError(f"{where}: its scheduler is {fields.short(index['scheduler'])}; those of diffusers are supported.")
     return index
 
 
@@ -172,12 +154,9 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
                 "transformer_layers_per_block", *([] if c.get("num_attention_heads") else ["attention_head_dim"]))
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
-
-    def per_level(value: Any) -> tuple[Any, ...]:
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,) * n
-
     kinds = []
-    for name in c.get("down_block_types", ("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",)):
+    usual = ("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",)
+    for name in per_level(path, "down_block_types", c.get("down_block_types", usual), n):
         if name not in ("CrossAttnDownBlock2D", "DownBlock2D"):
             raise CheckpointError(f"{path}: down_block_types holds {fields.short(name)}; supported: CrossAttnDownBlock2D, "
                                   "DownBlock2D.")
@@ -186,7 +165,7 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
            c.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1))]
     if ups != kinds[::-1]:
         raise CheckpointError(f"{path}: up_block_types do not mirror down_block_types.")
-    layers = per_level(c.get("layers_per_block", 2))
+    layers = per_level(path, "layers_per_block", c.get("layers_per_block", 2), n)
     if len(set(layers)) > 1:
         raise CheckpointError(f"{path}: layers_per_block = {fields.short(c['layers_per_block'])}; one number for all levels is "
                               "supported.")
@@ -194,11 +173,13 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     if channels_out != channels_in:
         raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels {fields.short(channels_in)}; as "
                               "many are expected.")
-    depth = per_level(c.get("transformer_layers_per_block", 1))
-    if any(isinstance(d, (list, tuple)) for d in depth):
+    blocks = c.get("transformer_layers_per_block", 1)
+    if isinstance(blocks, list) and any(isinstance(each, list) for each in blocks):
         raise CheckpointError(f"{path}: {DISTILLED}.")
+    depth = per_level(path, "transformer_layers_per_block", blocks, n)
     # "attention_head_dim" holds the number of heads in these configs, an old slip of diffusers
-    heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
+    heads = per_level(path, "num_attention_heads or attention_head_dim",
+                      c.get("num_attention_heads") or c.get("attention_head_dim", 8), n)
     if odd := [f"{n} heads of {width} channels" for n, width in zip(heads, channels) if width % n]:
         raise CheckpointError(f"{path}: num_attention_heads or attention_head_dim = {fields.short(heads)}: {odd[0]}, "
                               "which they do not divide.")
@@ -212,8 +193,9 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     )
 
 
-def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None) -> tuple[Part, float | None]:
-    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale (None: its family's).
+def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None) -> tuple[Part, float]:
+    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale (0.18215 where
+    the config is silent, as in diffusers).
 
     file: another than the one that would be chosen there.
     """
@@ -233,7 +215,7 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
             raise CheckpointError(f"{where}: {name} holds {fields.short(odd[0])}; supported: {known}.")
     file = file or weights_file(path, notes)
     old = "encoder.mid_block.attentions.0.query.weight" in file.shapes
-    return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor")
+    return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor", 0.18215)
 
 
 def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str]) -> tuple[Part, list[Path]]:
@@ -265,26 +247,3 @@ def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: b
         file, prefix = Renamed(file, {k.removeprefix(prefix): k for k in file.shapes}), ""
     part = Part(file, prefix, "hf", replace(config, pad_id=pad_id), ignored)
     return part, [where, *configs]
-
-
-def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
-    """What the tokenizer of a folder pads with, and the files that say so. Our own is used: its tokens must be the same."""
-    said: dict[str, Any] = {}
-    found = [p for p in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if p.exists()]
-    for path in found:   # of the two the second counts, as in transformers
-        c = read_json(path)
-        fields.check(path, c, fields.TOKENIZER, strangers=True)
-        said |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
-    length, longest = said.get("model_max_length", config.context_length), config.context_length
-    if length != longest and not (isinstance(length, (int, float)) and length > 10**9):   # no length at all, that means
-        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower reads {longest} tokens.")
-    if (vocabulary := folder / "vocab.json").exists():
-        ids = {{START: "<|startoftext|>", END: "<|endoftext|>"}.get(i, word): i for word, i in tokenizer().encoder.items()}
-        if parsed(vocabulary) != ids:
-            raise CheckpointError(f"{vocabulary}: another vocabulary than CLIP's; its tokens are not known here.")
-        found.append(vocabulary)
-    pad = said.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad not in (None, *PADS):
-        raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
-    return PADS.get(pad, config.pad_id), found

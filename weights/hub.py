@@ -9,11 +9,12 @@ from pathlib import Path
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import PICKLES, weight_map
 from p2p.weights.folder import AVERAGED, candidates
+from p2p.weights.tokenizer import CONFIGS, VOCABULARIES
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# read where they are there
 BESIDE = ("scheduler/scheduler_config.json", f"{AVERAGED}/config.json",
-          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (
-    "tokenizer_config.json", "special_tokens_map.json", "vocab.json")))   # read where they are there
+          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (*CONFIGS, *VOCABULARIES)))
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -1,4 +1,4 @@
-"""The numbers that a stranger's config holds: whole, and such as networks have, before anything is built of them."""
+"""A stranger's config, and the numbers that it holds: whole, and such as networks have, before anything is built of them."""
 from __future__ import annotations
 
 import math
@@ -10,6 +10,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
+from p2p.weights.untrusted import parse_json, read_text
 
 LEVELS = 16   # most numbers of a list, one a level of the network
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
@@ -26,8 +27,28 @@ _MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10, "tra
 _FLAGS = ("clip_sample", "force_zeros_for_empty_prompt", "linear_projection", "mid_block_only_cross_attention", "norm_text",
           "only_cross_attention", "rescale_betas_zero_snr", "resnet_skip_time_act", "scale_shift", "set_alpha_to_one",
           "skip_time_act", "thresholding", "upcast_attention", "use_linear_projection")
-_FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "mid_block_scale_factor", "mid_scale",
+_FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "layer_norm_epsilon", "mid_block_scale_factor", "mid_scale",
            "out_scale", "resnet_out_scale_factor", "sample_max_value", "scaling_factor", "shift_factor")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
+    found = parsed(path)
+    check_sizes(path, found)
+    return found
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises CheckpointError."""
+    try:
+        found = parse_json(read_text(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the fields of a config.")
+    return found
 
 
 def check_sizes(path: Path, config: dict[str, Any]) -> None:
@@ -51,6 +72,13 @@ def check_given(path: Path, config: dict[str, Any], *names: str) -> None:
     """Raises CheckpointError for sizes that are null; one that is absent has its usual value."""
     if null := [name for name in names if name in config and config[name] is None]:
         raise CheckpointError(f"{path}: {', '.join(null)}: null, where a size is expected.")
+
+
+def per_level(path: Path, name: str, value: Any, levels: int) -> tuple[Any, ...]:
+    """A field that holds one value for all levels of a network, or a list of one for each. Raises CheckpointError."""
+    if isinstance(value, (list, tuple)) and len(value) != levels:
+        raise CheckpointError(f"{path}: {name} = {fields.short(value)}; one for each of {levels} levels is expected.")
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 
 def _whole(value: Any, least: int, most: int) -> bool:

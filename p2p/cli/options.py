@@ -12,7 +12,8 @@ import torch
 import p2p
 from p2p.cli import values
 from p2p.image import open_picture
-from p2p.model import STEPS, find_device
+from p2p.model import STEPS
+from p2p.request.loading import find_device
 from p2p.weights.untrusted import printable
 
 MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels

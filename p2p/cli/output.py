@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 
 from p2p.errors import UsageError
 from p2p.show.pictures import save_png
-from p2p.weights.aside import aside, sweep
+from p2p.weights.aside import aside, settle, sweep
 
 
 class Output:
@@ -74,9 +73,8 @@ class Output:
         while True:
             folder = self.parent / f"{number:04}-{self.slug}"
             try:
-                folder.mkdir()               # fails if another run took the number meanwhile
-            except FileExistsError:
+                settle(made, folder)
+            except FileExistsError:   # another run took the number meanwhile
                 number += 1
                 continue
-            os.replace(made, folder)         # an empty folder is replaced in one step
             return folder

@@ -18,7 +18,8 @@ from p2p.errors import UsageError
 from p2p.lists.cluster import in_processes, on_ray
 from p2p.lists.jobs import Job, Store, groups, read
 from p2p.lists.work import Batch, work
-from p2p.model import Model, load
+from p2p.model import Model
+from p2p.request.loading import load
 from p2p.weights.untrusted import printable
 
 ENGINES = ("local", "torchrun", "ray")

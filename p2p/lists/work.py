@@ -16,7 +16,8 @@ from p2p.image import open_picture
 from p2p.lists.jobs import Job, Store, arguments
 from p2p.lists.protocol import resampled, square
 from p2p.lists.together import run_together
-from p2p.model import Model, load
+from p2p.model import Model
+from p2p.request.loading import load
 from p2p.request.ready import Ready, prepared
 from p2p.run import Result
 from p2p.run import run as sample

@@ -2,11 +2,45 @@
 that names the argument."""
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.weights.untrusted import brief
+
+T = TypeVar("T")
+
+
+def kind(name: str, value: T, *kinds: type) -> T:
+    if not isinstance(value, kinds):
+        raise UsageError(f"{name} must be of the type {' or '.join(k.__name__ for k in kinds)}, not {brief(value)}")
+    return value
+
+
+def tensor(name: str, value: object, *shape: int | str) -> Tensor:
+    """Real numbers of that shape: sizes, and names of those that may be any but 0."""
+    fits = isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and value.ndim == len(shape)
+    if not fits or not all(n == wanted if isinstance(wanted, int) else n for n, wanted in zip(value.shape, shape)):
+        given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+        raise UsageError(f"{name} must be a tensor of floating-point numbers ({', '.join(map(str, shape))}), not {given}")
+    return value
+
+
+def place(name: str, value: object) -> Path:
+    """A path that a file system may have."""
+    try:
+        known = isinstance(value, (str, Path)) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        known = False
+    if not known:
+        raise UsageError(f"{name} must be a path, not {brief(value)}")
+    return Path(value)
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -19,6 +19,7 @@ from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 from p2p.model import Model
 from p2p.models.attention import QK
+from p2p.request.checks import kind, place
 from p2p.request.memory import qk_shapes
 from p2p.request.start import check_latents
 from p2p.weights.untrusted import check_regular, parse_object
@@ -65,7 +66,8 @@ class Inversion:
         return said | {"picture": self.picture and to_base64(self.picture)}
 
     def save(self, file: str | Path) -> None:
-        """Writes a .safetensors file, its settings in the header. Raises OSError."""
+        """Writes a .safetensors file, its settings in the header. Raises UsageError, OSError."""
+        file = place("file", file)
         tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
                    **{QUERIES + k: v for k, v in (self.queries or {}).items()}}
         tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
@@ -77,6 +79,7 @@ class Inversion:
     @staticmethod
     def load(file: str | Path) -> Inversion:
         """Reads what `save` wrote, and believes none of it. Raises UsageError."""
+        file = place("file", file)
         try:
             found = Inversion(**_read(file))
         except TypeError as error:
@@ -86,6 +89,7 @@ class Inversion:
 
     def check(self, model: Model) -> None:
         """Raises UsageError unless it was made with this model."""
+        kind("model", model, Model)
         if (self.family, self.prediction) != (model.family, model.prediction) or self.sha256 != model.sha256:
             raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
                              f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "

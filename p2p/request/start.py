@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.image import FITS, as_picture, own_size, upright
+from p2p.image import FITS, as_picture, own_size
 from p2p.model import LARGEST, STEPS, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
@@ -90,7 +90,7 @@ def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: i
     own size has, in the picture's own shape. Raises UsageError.
     """
     choice("fit", how, FITS)
-    picture = upright(as_picture(picture))
+    picture = as_picture(picture)
     if how == "own":
         if height is not None or width is not None:
             raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')

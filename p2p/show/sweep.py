@@ -12,8 +12,9 @@ from PIL import Image
 
 from p2p.edits import Edit, Window, check, window
 from p2p.errors import UsageError
-from p2p.model import Model, find_model
+from p2p.model import Model
 from p2p.request.checks import finite
+from p2p.request.loading import find_model
 from p2p.request.memory import check_run
 from p2p.request.source import Inversion
 from p2p.request.start import check_seed

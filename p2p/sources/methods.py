@@ -29,8 +29,9 @@ from tqdm import tqdm
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit as fit_picture
-from p2p.model import STEPS, Conditioning, Model, find_model
+from p2p.model import STEPS, Conditioning, Model
 from p2p.request import checks
+from p2p.request.loading import find_model
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import METHODS, Inversion

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from p2p.denoise import Batch, denoise
 from p2p.errors import UsageError
-from p2p.model import Model, find_model
+from p2p.model import Model
 from p2p.models.attention import QK, Attention
 from p2p.request.checks import flag
+from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import FOLLOW, Inversion

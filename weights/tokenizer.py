@@ -1,0 +1,95 @@
+"""What the folder of CLIP's tokenizer says. Our own tokenizer is used: it must give the same tokens."""
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from p2p.models.text import END, START, TextConfig, tokenizer
+from p2p.weights import fields
+from p2p.weights.errors import CheckpointError
+from p2p.weights.sizes import parsed, read_json
+from p2p.weights.untrusted import read_text
+
+PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")   # of the two the second counts, as in transformers
+VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
+
+
+def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
+    """What it pads with, and the files that were read. Raises CheckpointError."""
+    said: dict[str, Any] = {}
+    found = [p for p in (folder / name for name in CONFIGS) if p.exists()]
+    for path in found:
+        c = {name: _content(value) for name, value in read_json(path).items()}
+        fields.check(path, c, fields.TOKENIZER, strangers=True)
+        _check_added(path, [(_content(token), i) for i, token in _mapping(path, c, "added_tokens_decoder").items()])
+        said |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
+    length, longest = said.get("model_max_length", config.context_length), config.context_length
+    if length != longest and not (isinstance(length, (int, float)) and length > 10**9):   # no length at all, that means
+        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower reads {longest} tokens.")
+    pad = said.get("pad_token")
+    if pad not in (None, *PADS):
+        raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
+    vocabularies = [p for p in (folder / name for name in VOCABULARIES) if p.exists()]
+    for path in vocabularies:
+        _check_vocabulary(path)
+    return PADS.get(pad, config.pad_id), [*found, *vocabularies]
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Raises CheckpointError unless its words, or the order in which pieces are merged to words, are CLIP's."""
+    if path.name == "added_tokens.json":
+        _check_added(path, parsed(path).items())
+    elif path.name == "vocab.json":
+        _same(path, parsed(path), vocabulary())
+    elif path.name == "merges.txt":
+        try:
+            lines = read_text(path).rstrip("\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; beyond these transformers reads none
+    else:
+        whole = parsed(path)
+        model, added = _mapping(path, whole, "model"), whole.get("added_tokens") or []
+        _same(path, model.get("vocab"), vocabulary())
+        pieces = model.get("merges")
+        _same(path, [m if isinstance(m, str) else " ".join(map(str, m)) for m in pieces] if isinstance(pieces, list) else pieces,
+              merges())
+        _check_added(path, [(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
+
+
+def vocabulary() -> dict[str, int]:
+    """CLIP's words, as transformers writes them."""
+    return {{START: "<|startoftext|>", END: "<|endoftext|>"}.get(i, word): i for word, i in tokenizer().encoder.items()}
+
+
+def merges() -> list[str]:
+    """Which two pieces are joined, the first ones first."""
+    ranks = tokenizer().bpe_ranks
+    return [" ".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
+
+
+def _same(path: Path, given: Any, known: Any) -> None:
+    if given != known:
+        raise CheckpointError(f"{path}: another vocabulary than CLIP's; its tokens are not known here.")
+
+
+def _check_added(path: Path, tokens: Collection[tuple[Any, Any]]) -> None:
+    """Raises CheckpointError for tokens (a word and its number, maybe as text) that are not CLIP's."""
+    known = {(word, str(i)) for word, i in vocabulary().items()} if tokens else set()
+    if odd := [word for word, i in tokens if not isinstance(word, str) or (word, str(i)) not in known]:
+        raise CheckpointError(f"{path}: adds the token {fields.short(odd[0])}, which is not one of CLIP's.")
+
+
+def _mapping(path: Path, c: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that is an object; an absent one is empty. Raises CheckpointError."""
+    found = c.get(name) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: {name} = {fields.short(found)}; expected an object.")
+    return found
+
+
+def _content(token: Any) -> Any:
+    """A token is its text, or an object that holds it."""
+    return token["content"] if isinstance(token, dict) and isinstance(token.get("content"), str) else token
