@@ -16,8 +16,9 @@ if not (Path(__file__).parent / "models").is_dir():   # a clone: models/ and wei
 from p2p.errors import CheckpointError, NumericsError, UsageError
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError", "PlugAndPlay", "Record",
-           "Result", "UsageError", "edit", "generate", "invert", "load", "trace", "upscale"]
+__all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError",
+           "PlugAndPlay", "Record", "Result", "UsageError", "edit", "generate", "invert", "load", "trace",
+           "upscale"]
 
 if TYPE_CHECKING:
     from p2p.blend import LocalBlend
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from p2p.sources.methods import invert
     from p2p.sources.trace import trace
 else:
-    _HOME = {"LocalBlend": "blend", "MasaCtrl": "editors.masactrl", "PlugAndPlay": "editors.plug_and_play", "Edit": "edits",
-             "Model": "model", "load": "request.loading", "Record": "request.record", "Inversion": "request.source", "Result": "run",
-             "edit": "run", "generate": "run", "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}
+    _HOME = {"LocalBlend": "blend", "MasaCtrl": "editors.masactrl", "PlugAndPlay": "editors.plug_and_play",
+             "Edit": "edits", "Model": "model", "load": "request.loading", "Record": "request.record",
+             "Inversion": "request.source", "Result": "run", "edit": "run", "generate": "run",
+             "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}
 
     def __getattr__(name: str) -> Any:
-        """A public name, or a submodule, when it is first asked for (PEP 562): torch takes seconds to import."""
+        """A public name, or a submodule, when it is first asked for (PEP 562): torch takes
+        seconds to import."""
         if name in _HOME:
             value = globals()[name] = getattr(import_module(f"p2p.{_HOME[name]}"), name)
             return value

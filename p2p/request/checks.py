@@ -1,34 +1,40 @@
-"""Single arguments, checked: each function gives the value back as Python's own kind, which JSON can hold, or raises a UsageError
-that names the argument."""
+"""Single arguments, checked: each function gives the value back as Python's own kind, which JSON can hold, or
+raises a UsageError that names the argument."""
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from p2p.errors import UsageError
 from p2p.weights.untrusted import brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 
 def kind(name: str, value: T, *kinds: type) -> T:
     if not isinstance(value, kinds):
-        raise UsageError(f"{name} must be of the type {' or '.join(k.__name__ for k in kinds)}, not {brief(value)}")
+        raise UsageError(f"{name} must be of the type {' or '.join(k.__name__ for k in kinds)}, not "
+                         f"{brief(value)}")
     return value
 
 
-def tensor(name: str, value: object, *shape: int | str) -> Tensor:
+def tensor(name: str, value: Any, *shape: int | str) -> Tensor:
     """Real numbers of that shape: sizes, and names of those that may be any but 0."""
-    fits = isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and value.ndim == len(shape)
-    if not fits or not all(n == wanted if isinstance(wanted, int) else n for n, wanted in zip(value.shape, shape)):
-        given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
-        raise UsageError(f"{name} must be a tensor of floating-point numbers ({', '.join(map(str, shape))}), not {given}")
+    # not above: the command line checks its arguments before torch is there
+    from torch import Tensor, strided
+
+    given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+    fits = isinstance(value, Tensor) and value.is_floating_point() and value.layout == strided
+    if not fits or value.ndim != len(shape) or not all(
+            n == wanted if isinstance(wanted, int) else n for n, wanted in zip(value.shape, shape)):
+        raise UsageError(f"{name} must be a tensor of floating-point numbers ({', '.join(map(str, shape))}), "
+                         f"not {given}")
     return value
 
 
@@ -44,7 +50,8 @@ def place(name: str, value: object) -> Path:
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None
+                                                                                       and value > most):
         raise UsageError(f"{name} must be a whole number from {least}{'' if most is None else f' to {most}'}, not {brief(value)}")
     return int(value)
 
