@@ -24,7 +24,8 @@ from p2p.models.tiles import tiled
 from p2p.models.unet import Text, Time, UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import kind, tensor, whole
-from p2p.sampler import Clip, Schedule, ddim_schedule
+from p2p.request.schedules import Schedule, ddim_schedule
+from p2p.sampler import Clip
 from p2p.weights.digest import together
 from p2p.weights.untrusted import brief
 

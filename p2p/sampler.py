@@ -1,92 +1,17 @@
-"""The numbers of one step: which timesteps a run visits, and pure functions of tensors from one to the next.
+"""The numbers of one step: pure functions of tensors from one timestep to the next.
 
-a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t); schedules hold float64
-numbers of no device.
+a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t).
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.weights.untrusted import brief
-
-
-class Schedule(NamedTuple):
-    """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], that of the next step)."""
-
-    timesteps: tuple[int, ...] | tuple[float, ...]   # falling
-    alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
-
-    def __iter__(self) -> Iterator[tuple[int | float, float, float]]:   # type: ignore[override]
-        return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
-
-    @property
-    def steps(self) -> int:
-        return len(self.timesteps)
-
-    def ending(self, final_alpha: float | None) -> Schedule:
-        """These steps, the last one to that alphas_cumprod; None: as they are. Raises UsageError."""
-        if final_alpha is not None and final_alpha < self.alphas[-2]:
-            raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the last "
-                             f"timestep's level, {self.alphas[-2]:g}; give at least that")
-        return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
-
-
-def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,
-                  spacing: str = "leading") -> Schedule:
-    """Evenly spaced timesteps, each step ending at the level where the next begins (not 1000 // N below, as
-    in diffusers, which is another level where N does not divide 1000 and the spacing is not leading).
-
-    alphas_cumprod (1000,). spacing, as Lin et al. 2023, table 2, and diffusers name it, with the same
-    timesteps: "leading": offset, offset + 1000 // N, ..., as Stable Diffusion samples; "trailing": ...,
-    999 - 1000 / N, 999, from pure noise (models of few steps, or of zero terminal SNR); "linspace": 0,
-    ..., 999. `offset` 1 or 0, of leading alone (the official Prompt-to-Prompt code: 1). `final_alpha` is
-    what the last step reaches: None for alphas_cumprod[0] (set_alpha_to_one False, Stable Diffusion), 1.0
-    for the clean picture.
-    """
-    total = len(alphas_cumprod)
-    if not 1 <= steps <= total:
-        raise UsageError(f"steps must be from 1 to {total}, not {steps}")
-    if spacing == "leading":
-        stride = total // steps
-        # of 1000 steps the first is 999
-        rising = np.arange(steps) * stride + min(offset, total - 1 - (steps - 1) * stride)
-    elif spacing == "trailing":
-        rising = np.arange(total, 0, -total / steps)[:steps][::-1].round() - 1
-    elif spacing == "linspace":
-        rising = np.linspace(0, total - 1, steps).round()
-    else:
-        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
-                         "linspace")
-    timesteps = [int(t) for t in rising[::-1]]
-    table = alphas_cumprod.tolist()
-    alphas = [table[t] for t in timesteps]
-    return Schedule(tuple(timesteps), (*alphas, table[0] if final_alpha is None else final_alpha))
-
-
-def sigma_schedule(alphas_cumprod: Tensor, steps: int) -> Schedule:
-    """k-diffusion's default noise levels of a model with discrete timesteps (`get_sigmas`).
-
-    Timesteps fall evenly from the last to 0 and are fractions; between two, log(sigma) is interpolated, where
-    sigma^2 = (1 - a) / a; the last step ends at the clean picture.
-    """
-    total = len(alphas_cumprod)
-    if not 1 <= steps <= total:
-        raise UsageError(f"steps must be from 1 to {total}, not {steps}")
-    table = alphas_cumprod.double().cpu()
-    if not table[-1] > 0:
-        raise UsageError(f"at t = {total - 1} there is nothing but noise (zero terminal SNR): no sigma is so "
-                         "large; leave out zero_snr, or sample by DDIM")
-    log_sigmas = ((1 - table) / table).log() / 2
-    t = torch.linspace(total - 1, 0, steps, dtype=torch.float64)
-    sigmas = torch.lerp(log_sigmas[t.floor().long()], log_sigmas[t.ceil().long()], t.frac()).exp()
-    return Schedule(tuple(t.tolist()), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+from p2p.request.schedules import Schedule
 
 
 def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
@@ -158,6 +83,35 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor
         return mean + variance**0.5 * noise
     share = (v + 1) / 2
     return mean + (0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))).exp() * noise
+
+
+def dpmpp_step(x_t: Tensor, x_0: Tensor, a_t: float, a_next: float,
+               before: tuple[Tensor, float] | None = None) -> Tensor:
+    """DPM-Solver++ (Lu et al. 2022, algorithm 2, "2M"); before: x_0 of the step before and its a,
+    None for first order."""
+    if a_next >= 1:
+        return x_0
+    log_snr = lambda a: math.log(a / (1 - a)) / 2  # noqa: E731
+    h = log_snr(a_next) - log_snr(a_t)
+    if before is not None:
+        x_0 = x_0 + (x_0 - before[0]) * (h / (log_snr(a_t) - log_snr(before[1])) / 2)
+    return ((1 - a_next) / (1 - a_t)) ** 0.5 * x_t - a_next**0.5 * math.expm1(-h) * x_0
+
+
+def lcm_step(x_t: Tensor, x_0: Tensor, t: float, a_next: float, noise: Tensor) -> Tensor:
+    """Latent consistency models (Luo et al. 2023): the picture, and fresh noise on it; a_next 1: the
+    picture alone. The boundary condition's coefficients are those of the authors' code (sigma_data 1/2,
+    timesteps scaled by 10)."""
+    skip = 0.25 / ((10 * t) ** 2 + 0.25)
+    picture = skip * x_t + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
+    return picture if a_next >= 1 else a_next**0.5 * picture + (1 - a_next) ** 0.5 * noise
+
+
+def tcd_step(x_0: Tensor, eps: Tensor, a_s: float, a_next: float, noise: Tensor | None) -> Tensor:
+    """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4): down to the level a_s, and noise
+    up to a_next; None: no noise, a_s is the end."""
+    x_s = a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * eps
+    return x_s if noise is None else (a_next / a_s) ** 0.5 * x_s + max(1 - a_next / a_s, 0.0) ** 0.5 * noise
 
 
 BELM_FROM_NOISE = ("belm cannot begin where there is nothing but noise (zero terminal SNR): it divides by "

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import p2p
 from p2p import CheckpointError
 from p2p.models.text import END, START, tokenizer
-from p2p.sampler import ddim_schedule
+from p2p.request.schedules import ddim_schedule
 from p2p.weights import fields, scheduler
 from p2p.weights.convert import convert
 from p2p.weights.detect import scaled_linear

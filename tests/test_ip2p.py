@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from p2p.lists import ip2p
+from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
-from p2p.sampler import ddim_step, sigma_schedule, x0_and_eps
+from p2p.sampler import ddim_step, x0_and_eps
 
 PROMPTS = ip2p.Prompts("a cat on grass", "a dog on grass")
 

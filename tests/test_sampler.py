@@ -6,8 +6,10 @@ from oracles import diffusers
 import p2p
 from p2p import sampler
 from p2p.errors import UsageError
+from p2p.request import schedules
+from p2p.request.schedules import ddim_schedule
 from p2p.request.source import METHODS
-from p2p.sampler import ddim_schedule, ddim_step, ddpm_step, guide, x0_and_eps
+from p2p.sampler import ddim_step, ddpm_step, guide, x0_and_eps
 from p2p.weights.detect import scaled_linear
 
 ABAR = scaled_linear()
@@ -122,6 +124,6 @@ def test_steps_from_pure_noise_divide_by_nothing(from_noise):
     for eta in (0.0, 0.5, 1.0):
         assert p2p.generate(from_noise, "a cat", steps=2, eta=eta, height=64, width=64).latents.isfinite().all()
     with pytest.raises(p2p.UsageError, match="at t = 999 there is nothing but noise.*no sigma is so large"):
-        sampler.sigma_schedule(from_noise.alphas_cumprod, 3)
+        schedules.sigma_schedule(from_noise.alphas_cumprod, 3)
     with pytest.raises(p2p.UsageError, match="belm cannot begin"):
         sampler.belm_step(*[torch.zeros(1)] * 3, 0.0, 0.5, 0.9)

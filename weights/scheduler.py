@@ -40,7 +40,7 @@ class Sampling:
     alphas_cumprod: Tensor                         # (1000,) float64
     prediction: str = "eps"
     why: str = "scheduler_config.json"
-    timestep_spacing: str = "leading"              # this and the next two: see `p2p.sampler.ddim_schedule`
+    timestep_spacing: str = "leading"              # this and the next two: see `p2p.request.schedules.ddim_schedule`
     offset: int = 1
     final_alpha: float | None = None
     clip: float | tuple[float, float] | None = None    # bound of x_0, see `p2p.sampler.bounded`

@@ -31,8 +31,9 @@ from p2p.lists.metrics import Embedder
 from p2p.lists.together import edit_together
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
+from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
-from p2p.sampler import sigma_schedule, stepper
+from p2p.sampler import stepper
 
 Kept = tuple[dict[str, Any], Sequence[Image.Image]]                      # what is known of a sample, and its two pictures
 Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]   # both (B, 3, H, W) in 0..1, and with 8 bits

@@ -22,9 +22,10 @@ from p2p.request.checks import choice, finite, share
 from p2p.request.effect import blends_without, without
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
+from p2p.request.schedules import Schedule
 from p2p.request.source import FOLLOW, Inversion, Queries
 from p2p.request.start import Sampling, Start, begin, guidance, late
-from p2p.sampler import PROXIMAL, Schedule, Stepper, guide, proximal_guide, stepper
+from p2p.sampler import PROXIMAL, Stepper, guide, proximal_guide, stepper
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
 

@@ -18,7 +18,7 @@ from p2p.model import LARGEST, STEPS, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
-from p2p.sampler import Schedule
+from p2p.request.schedules import Schedule
 from p2p.weights.untrusted import brief
 
 UPSCALING = 4   # of a super-resolution stage, per side

@@ -34,9 +34,10 @@ from p2p.request import checks
 from p2p.request.loading import find_model
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
+from p2p.request.schedules import Schedule
 from p2p.request.source import METHODS, Inversion
 from p2p.request.start import check_latents, check_seed, draw, fitting, guidance, late
-from p2p.sampler import BELM_FROM_NOISE, Schedule, belm_step_up, ddim_step, guide, x0_and_eps
+from p2p.sampler import BELM_FROM_NOISE, belm_step_up, ddim_step, guide, x0_and_eps
 
 READ_BY = {   # settings that some methods alone read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),

@@ -1,0 +1,140 @@
+"""Which timesteps a run visits, by name of the spacing or one by one; float64 numbers of no device."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2p.errors import UsageError
+from p2p.weights.untrusted import brief
+
+
+class Schedule(NamedTuple):
+    """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], that of the next step)."""
+
+    timesteps: tuple[int, ...] | tuple[float, ...]   # falling
+    alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
+
+    def __iter__(self) -> Iterator[tuple[int | float, float, float]]:   # type: ignore[override]
+        return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+    def ending(self, final_alpha: float | None) -> Schedule:
+        """These steps, the last one to that alphas_cumprod; None: as they are. Raises UsageError."""
+        if final_alpha is not None and final_alpha < self.alphas[-2]:
+            raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the last "
+                             f"timestep's level, {self.alphas[-2]:g}; give at least that")
+        return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
+
+
+def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,
+                  spacing: str = "leading") -> Schedule:
+    """Evenly spaced timesteps, each step ending at the level where the next begins (not 1000 // N below, as
+    in diffusers, which is another level where N does not divide 1000 and the spacing is not leading).
+
+    alphas_cumprod (1000,). spacing, as Lin et al. 2023, table 2, and diffusers name it, with the same
+    timesteps: "leading": offset, offset + 1000 // N, ..., as Stable Diffusion samples; "trailing": ...,
+    999 - 1000 / N, 999, from pure noise (models of few steps, or of zero terminal SNR); "linspace": 0,
+    ..., 999. `offset` 1 or 0, of leading alone (the official Prompt-to-Prompt code: 1). `final_alpha` is
+    what the last step reaches: None for alphas_cumprod[0] (set_alpha_to_one False, Stable Diffusion), 1.0
+    for the clean picture.
+    """
+    total = _length(alphas_cumprod, steps)
+    if spacing == "leading":
+        stride = total // steps
+        # of 1000 steps the first is 999
+        rising = np.arange(steps) * stride + min(offset, total - 1 - (steps - 1) * stride)
+    elif spacing == "trailing":
+        rising = _trailing(total, steps)
+    elif spacing == "linspace":
+        rising = np.linspace(0, total - 1, steps).round()
+    else:
+        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
+                         "linspace")
+    return listed_schedule(alphas_cumprod, rising[::-1], final_alpha)
+
+
+def listed_schedule(alphas_cumprod: Tensor, timesteps: Iterable[int],
+                    final_alpha: float | None = None) -> Schedule:
+    """These timesteps, falling. Raises UsageError."""
+    found = tuple(int(t) for t in timesteps)
+    total = len(alphas_cumprod)
+    if not found or not all(0 <= t < total for t in found) or any(s <= t for s, t in pairwise(found)):
+        raise UsageError(f"timesteps must fall, from {total - 1} at most to 0 at least; not "
+                         f"{brief(list(found))}")
+    table = alphas_cumprod.tolist()
+    return Schedule(found, (*(table[t] for t in found), table[0] if final_alpha is None else final_alpha))
+
+
+def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: str = "leading") -> Schedule:
+    """The timesteps of diffusers' DPMSolverMultistepScheduler, whose leading and linspace count one step more
+    than DDIM's; to the clean picture. "karras": levels as Karras et al. 2022, Eq. 5, has them, with rho 7,
+    told to the network as the nearest timesteps."""
+    total = _length(alphas_cumprod, steps)
+    if spacing == "karras":
+        log_sigmas = _log_sigmas(alphas_cumprod)
+        low, high = (float(log_sigmas[i].exp()) ** (1 / 7) for i in (0, -1))
+        sigmas = np.linspace(high, low, steps) ** 7
+        timesteps = np.interp(np.log(sigmas), log_sigmas.numpy(), np.arange(total)).round()
+        return Schedule(tuple(int(t) for t in timesteps), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+    if spacing == "leading":
+        rising = np.arange(1, steps + 1) * (total // (steps + 1)) + offset
+    elif spacing == "linspace":
+        rising = np.linspace(0, total - 1, steps + 1).round()[1:]
+    elif spacing == "trailing":
+        rising = _trailing(total, steps)
+    else:
+        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
+                         "linspace, karras")
+    return listed_schedule(alphas_cumprod, rising[::-1], 1.0)
+
+
+def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:
+    """Of the `origin` timesteps with which a latent consistency model was distilled, evenly spaced ones, from
+    the noisiest (Luo et al. 2023, as diffusers' LCMScheduler and TCDScheduler have them)."""
+    total = _length(alphas_cumprod, steps)
+    if steps > origin:
+        raise UsageError(f"steps must be from 1 to {origin}, as many as the model was distilled with, not "
+                         f"{steps}")
+    timesteps = np.arange(origin, 0, -1) * (total // origin) - 1
+    return listed_schedule(alphas_cumprod,
+                           timesteps[np.floor(np.linspace(0, origin, steps, endpoint=False)).astype(int)])
+
+
+def sigma_schedule(alphas_cumprod: Tensor, steps: int) -> Schedule:
+    """k-diffusion's default noise levels of a model with discrete timesteps (`get_sigmas`).
+
+    Timesteps fall evenly from the last to 0 and are fractions; between two, log(sigma) is interpolated, where
+    sigma^2 = (1 - a) / a; the last step ends at the clean picture.
+    """
+    total, log_sigmas = _length(alphas_cumprod, steps), _log_sigmas(alphas_cumprod)
+    t = torch.linspace(total - 1, 0, steps, dtype=torch.float64)
+    sigmas = torch.lerp(log_sigmas[t.floor().long()], log_sigmas[t.ceil().long()], t.frac()).exp()
+    return Schedule(tuple(t.tolist()), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+
+
+def _length(alphas_cumprod: Tensor, steps: int) -> int:
+    """Of the schedule. Raises UsageError where it has no so many steps."""
+    if not 1 <= steps <= len(alphas_cumprod):
+        raise UsageError(f"steps must be from 1 to {len(alphas_cumprod)}, not {steps}")
+    return len(alphas_cumprod)
+
+
+def _trailing(total: int, steps: int) -> np.ndarray:
+    return np.arange(total, 0, -total / steps)[:steps][::-1].round() - 1
+
+
+def _log_sigmas(alphas_cumprod: Tensor) -> Tensor:
+    """Of every timestep, sigma^2 = (1 - a) / a.  -> (1000,) float64"""
+    table = alphas_cumprod.double().cpu()
+    if not table[-1] > 0:
+        raise UsageError(f"at t = {len(table) - 1} there is nothing but noise (zero terminal SNR): no sigma "
+                         "is so large; leave out zero_snr, or sample by DDIM")
+    return ((1 - table) / table).log() / 2
