@@ -167,3 +167,19 @@ def test_the_number_of_steps_is_written_once():
     (",".join(paired.METHODS), list(paired.METHODS))])
 def test_the_methods_of_the_paired_benchmark_are_separated_by_commas(text, meant):
     assert paired.named(text) == meant
+
+
+EMPTY = {   # what is false of itself is given all the same
+    "--side 0: maps were recorded at": ["maps", "a cat", "--steps", "1", "--side", "0"],
+    "no picture of editing type": ["eval", "pie", "--data", "DATA", "-o", "o", "--types", ""],
+    "--editors : known are": ["eval", "pie", "--data", "DATA", "-o", "o", "--editors", ""],
+    ": no method; published:": ["eval", "pie", "--data", "DATA", "-o", "o", "--methods", ""],
+}
+
+
+@pytest.mark.parametrize("message", EMPTY)
+def test_what_is_empty_or_zero_is_given_too(capsys, tmp_path, message):
+    (tmp_path / "mapping_file.json").write_text('{"0": {"image_path": "0.jpg", "original_prompt": "a", "editing_prompt": "b", '
+                                                '"mask": [], "editing_type_id": "0"}}')
+    argv = [str(tmp_path) if word == "DATA" else word for word in EMPTY[message]]
+    assert main([*argv, "-o", str(tmp_path / "out")]) == 2 and message in capsys.readouterr().err

@@ -58,7 +58,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> int:
     ways = _ways(args)
-    items = pie.read(args.data, args.limit, args.types and args.types.split(","))
+    items = pie.read(args.data, args.limit, None if args.types is None else args.types.split(","))
     metrics.torchmetrics()
     judges = metrics.Judges(args.lpips and metrics.lpips(args.lpips), args.clip and metrics.clip(args.clip),
                             args.dino and metrics.structure(args.dino),
@@ -112,11 +112,11 @@ OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed"}   # fields
 def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
     """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed as they are
     asked for. Raises UsageError."""
-    editors = (args.editors or "p2p").split(",")
+    editors = ("p2p" if args.editors is None else args.editors).split(",")
     if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
         raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
     names: list[str] = []
-    for name in (args.methods or DEFAULT).split(","):
+    for name in (DEFAULT if args.methods is None else args.methods).split(","):
         edited = [name if e == "p2p" else f"{name}, {e}" for e in editors]
         names += GROUPS.get(name) or (edited if name in METHODS else [name])
     if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):

@@ -20,9 +20,9 @@ ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")   # of 
 
 
 def edit(args: argparse.Namespace) -> None:
-    if not (args.upscale or args.upscaler) and (found := given(args, ENLARGED)):
+    if not args.upscale and args.upscaler is None and (found := given(args, ENLARGED)):
         raise UsageError(f"{', '.join(found)}: not without --upscale")
-    if args.replay:
+    if args.replay is not None:
         if args.source is not None:
             raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
         return refuse(args, "--from, which does as the picture records", [name for name in EDIT if name not in REPLAY])
@@ -71,9 +71,9 @@ def evaluate(args: argparse.Namespace) -> None:
     _positive(args, "limit", "workers")
     if args.engine == "torchrun" and args.retry_failed:
         raise UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which jobs ran again")
-    if args.strips and not args.pictures:
+    if args.strips and args.pictures is None:
         raise UsageError("--strips: of --pictures NAME=FOLDER, which is not given")
-    if args.methods is None and (args.pictures or args.ways):
+    if args.methods is None and (args.pictures is not None or args.ways is not None):
         refuse(args, "--pictures and --ways alone: rows of --methods read it", ROWS)
     values.windows_of_all(args)
 

@@ -31,7 +31,7 @@ from p2p.weights.untrusted import printable
 
 
 def edit(args: argparse.Namespace) -> None:
-    if args.replay:
+    if args.replay is not None:
         return replay.run(args)
     prompts = values.prompts(args)
     out = Output(args.out, prompts[0])
@@ -88,7 +88,7 @@ def maps(args: argparse.Namespace) -> None:
     model, sampling = options.load_for_sampling(args)
     steps = None if args.steps_range is None else _steps(args.steps_range, sampling["steps"])
     layers = model.unet.text_sites()
-    if args.site and not any(args.site in name for name in layers):
+    if args.site is not None and not any(args.site in name for name in layers):
         raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are {', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
     sampling |= dict(record=record, negative_prompt=args.negative, progress=not args.quiet)
@@ -97,7 +97,8 @@ def maps(args: argparse.Namespace) -> None:
     else:
         result = p2p.generate(model, args.prompt, **sampling)
     options.say([*result.notes, *cost(args, result)])
-    which: dict[str, Any] = dict(sites=args.site, heads=args.head, side=args.side and _side(result, args.side), steps=steps)
+    which: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
+                                 side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
     for k, name in enumerate(names(len(result.images))[1:], 1):
@@ -114,8 +115,9 @@ def maps(args: argparse.Namespace) -> None:
                                           [f"{name or 'picture'}", *labels], ["map", "overlay"]))
         if args.components and not before:
             parts = result.maps.components(row, sites=args.site, heads=args.head, steps=steps)
-            shown = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
-            out.picture(f"{stem}components", table([[picture, *shown]], ["picture", *(f"{i + 1}" for i in range(len(shown)))]))
+            columns = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
+            heads = ["picture", *(f"{i + 1}" for i in range(len(columns)))]
+            out.picture(f"{stem}components", table([[picture, *columns]], heads))
         numbers[name or "picture"] = {w: {"share": float(m.mean()), "max": float(m.max())} for w, m in each}
     out.json("maps.json", numbers)
     if args.arrays:

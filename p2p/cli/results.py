@@ -18,9 +18,9 @@ Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settin
 
 def stage(args: argparse.Namespace, family: str) -> Stage | None:
     """The super-resolution stage that is asked for. Raises UsageError, CheckpointError."""
-    if not (args.upscale or args.upscaler):
+    if not args.upscale and args.upscaler is None:
         return None
-    name = args.upscaler or UPSCALERS.get(family)
+    name = UPSCALERS.get(family) if args.upscaler is None else args.upscaler
     if name is None:
         raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
     model = p2p.load(name, device=options.device(args), text=args.text)
