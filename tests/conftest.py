@@ -1,9 +1,12 @@
 """Shared models: the bundled one, and a small Stable Diffusion 1 checkpoint made from the names of its tensors."""
 import json
 import math
+import os
 import resource
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,40 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import p2p
+from p2p.models.unet import UNet
 from p2p.weights.convert import convert
-from p2p.weights.load import find
+from p2p.weights.load import BUNDLED, find
 
 GOLDEN = Path(__file__).with_name("golden") / "sd1_small"
+
+
+# ------------------------------------------------------------------------------------------------------------ how tests run
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest-xdist, all tests (no single files) run on all cores, a file to a worker; `-n 0`: in one process."""
+    if not hasattr(config.option, "numprocesses"):
+        return
+    if config.option.numprocesses is None and not config.option.usepdb and CORES > 1 and all(map(os.path.isdir, config.args)):
+        config.option.numprocesses = min(4, CORES)   # a worker takes up to 2 GB
+    if config.option.numprocesses and config.option.dist == "no":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):   # workers share the cores, and so do the processes that they start
+        share = max(1, CORES // config.workerinput["workercount"])
+        torch.set_num_threads(share)
+        os.environ["OMP_NUM_THREADS"] = str(share)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker is left with one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def made_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
@@ -62,6 +95,25 @@ def emoji():
     return p2p.load("emoji", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def narrow(emoji):
+    """The bundled model with an untrained network, several times as fast: for what holds of any weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(replace(emoji.unet.config, channels=(32, 32, 32), heads=(1, 1, 1), temb_dim=32))
+    return replace(emoji, unet=unet.eval().requires_grad_(False))
+
+
+loaded = cache(p2p.load)
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Commands load a bundled model once for all tests, and a file every time."""
+    real = p2p.load
+    monkeypatch.setattr(p2p, "load", lambda source, *more, **asked: (loaded if source in BUNDLED else real)(source, *more, **asked))
+
+
 @pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl"])
 def made(request, tmp_path_factory):
     """(family, its parts by diffusers, their folder): small, with random weights."""
@@ -77,6 +129,12 @@ def single(made, tmp_path_factory):
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
     convert(find(made[2]), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def plain(single):
+    """The model of the single file, for tests that only look at it."""
+    return p2p.load(single, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

@@ -40,19 +40,19 @@ ENGINES = {
 }
 
 
-N = 60
+N, SMALL = 30, dict(guidance_scale=1, height=32, width=32)   # starting a process takes longer than such a job
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 
 def batch(engine, file):
-    return [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--out"]
+    return [sys.executable, *ENGINES[engine], str(file), "--quiet", "--device", "cpu", "--together", "2", "--out"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What N jobs end in, by one process that is not disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    file = listed(folder / "jobs.jsonl", N, guidance_scale=1)
+    file = listed(folder / "jobs.jsonl", N, **SMALL)
     assert subprocess.run([*batch("local", file), str(folder / "out")], env=ENV, capture_output=True).returncode == 0
     return found(folder / "out")
 
@@ -60,19 +60,19 @@ def whole(tmp_path_factory):
 def killed_three_times(folder, engine):
     """Starts, kills, and at last lets finish.  -> the output folder, and its job.json with their times before the last start"""
     rng, out = random.Random(engine), folder / "out"
-    command = batch(engine, listed(folder / "jobs.jsonl", N, guidance_scale=1))
+    command = batch(engine, listed(folder / "jobs.jsonl", N, **SMALL))
     done = lambda: len(list(out.glob("[!.]*/job.json")))  # noqa: E731
     for _ in range(3):
-        limit = done() + rng.randint(1, 12)
+        limit = done() + rng.randint(1, 4)                # of two workers up to four more are done when it is seen
         run = subprocess.Popen([*command, str(out)], env=ENV, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
         while done() < limit and run.poll() is None:
-            time.sleep(0.005)
+            time.sleep(0.01)
         assert run.poll() is None, "it ended before it was killed"
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         for job in out.glob("[!.]*/job.json"):           # what is there is whole
-            assert all(Image.open(p).size == (64, 64) for p in job.parent.glob("*.png"))
+            assert all(Image.open(p).size == (32, 32) for p in job.parent.glob("*.png"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("[!.]*/job.json")}
     assert subprocess.run([*command, str(out)], env=ENV, capture_output=True).returncode == 0
     return out, before

@@ -14,7 +14,7 @@ from p2p.errors import UsageError
 SOURCE, SWAP, REFINED = (f"a red {words}" for words in (
     "cat next to a tree on grass", "dog next to a tree on grass", "cat next to a tree on grass at night"))
 STEPS = 6
-SIZE = {"emoji": (64, 64), "sd1": (256, 256)}
+SIZE = {"emoji": (64, 64), "sd1": (192, 192)}
 
 
 def columns(model, prompt, words):

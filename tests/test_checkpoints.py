@@ -88,15 +88,16 @@ def test_ldm_names_are_those_that_diffusers_reads(family, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- formats, equal tensors
 
-def test_single_file_and_back(made, single, tmp_path):
+def test_single_file_and_back(made, single, plain, tmp_path):
     family, _, folder = made
-    equal(load(single), load(folder))
+    equal(plain, load(folder))
     convert(find(single), tmp_path / "back")
-    equal(load(tmp_path / "back"), load(folder))
-    assert load(single).family == load(tmp_path / "back").family == family
+    back = load(tmp_path / "back")
+    equal(back, plain)
+    assert plain.family == back.family == family
 
 
-def test_diffusers_opens_a_converted_folder(made, single, tmp_path):
+def test_diffusers_opens_a_converted_folder(made, single, plain, tmp_path):
     """With tokenizers, since a pipeline cannot do without them."""
     family, parts, _ = made
     convert(find(single), tmp_path / "back")
@@ -105,7 +106,7 @@ def test_diffusers_opens_a_converted_folder(made, single, tmp_path):
     want = parts["unet"].state_dict()
     assert all(torch.equal(v, want[k]) for k, v in pipe.unet.state_dict().items())
     ids = pipe.tokenizer(["a photo of a cat", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    assert torch.equal(ids, load(single).text_encoders[0].tokenize(["a photo of a cat", ""]))
+    assert torch.equal(ids, plain.text_encoders[0].tokenize(["a photo of a cat", ""]))
 
 
 FOLDERS = {
@@ -115,15 +116,15 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("how", FOLDERS)
-def test_folder_formats(made, tmp_path, how):
-    family, parts, folder = made
+def test_folder_formats(made, plain, tmp_path, how):
+    family, parts, _ = made
     other = families.save(parts, tmp_path / "other", family, **FOLDERS[how])
     shards = list((other / "unet").glob("*.index*.json"))
     assert bool(shards) == ("shards" in how)
-    equal(load(other), load(folder))
+    equal(load(other), plain)
 
 
-def test_old_and_new_names_in_folders(made, tmp_path):
+def test_old_and_new_names_in_folders(made, plain, tmp_path):
     """Autoencoders saved before diffusers 0.17, and text towers with and without `text_model.`."""
     _, parts, folder = made
     other = shutil.copytree(folder, tmp_path / "other")
@@ -143,7 +144,7 @@ def test_old_and_new_names_in_folders(made, tmp_path):
         ends = ("text_projection",)
         save_file({(k.removeprefix("text_model.") if wrapped or k.startswith(ends) else "text_model." + k): v
                    for k, v in state.items()}, file)
-    equal(load(other), load(folder))
+    equal(load(other), plain)
 
 
 def nested(state, depth):
@@ -153,12 +154,12 @@ def nested(state, depth):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_pickles(single, tmp_path, depth):
+def test_pickles(single, plain, tmp_path, depth):
     torch.save(nested(load_file(single), depth), tmp_path / "model.ckpt")
-    equal(load(tmp_path / "model.ckpt"), load(single))
+    equal(load(tmp_path / "model.ckpt"), plain)
 
 
-def test_lightning_pickle_with_its_leftovers(single, tmp_path):
+def test_lightning_pickle_with_its_leftovers(single, plain, tmp_path):
     """A callback's class, numpy numbers and optimizer states, in today's and in the oldest file format."""
     import sys
     import types
@@ -178,12 +179,12 @@ def test_lightning_pickle_with_its_leftovers(single, tmp_path):
         for name in fake:
             del sys.modules[name]
     for new in (True, False):
-        equal(load(tmp_path / f"{new}.ckpt"), load(single))
+        equal(load(tmp_path / f"{new}.ckpt"), plain)
 
 
 @pytest.mark.parametrize("less", ["model.", "", keys.UNET])
 @pytest.mark.parametrize("dots", [False, True])
-def test_averaged_weights_are_taken_when_asked_for(single, tmp_path, dots, less):
+def test_averaged_weights_are_taken_when_asked_for(single, plain, tmp_path, dots, less):
     """Of a file with both the plain ones are used, as elsewhere: a merge may carry the averages of its base. Which, is said."""
     state = load_file(single)
     unet = [k for k in state if k.startswith(keys.UNET)]
@@ -191,23 +192,23 @@ def test_averaged_weights_are_taken_when_asked_for(single, tmp_path, dots, less)
     twins = {"model_ema." + form(k.removeprefix(less)): state[k] + 1 for k in unet}
     extra = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
     save_file(state | twins | extra, tmp_path / "ema.safetensors")
-    plain, averaged = (load(tmp_path / "ema.safetensors", ema=ema) for ema in (False, True))
-    equal(plain, load(single))
-    assert torch.equal(averaged.unet.conv_in.bias, plain.unet.conv_in.bias + 1)
-    assert any("plain weights are used, not the averaged ones (EMA)" in n for n in plain.notes)
+    own, averaged = (load(tmp_path / "ema.safetensors", ema=ema) for ema in (False, True))
+    equal(own, plain)
+    assert torch.equal(averaged.unet.conv_in.bias, own.unet.conv_in.bias + 1)
+    assert any("plain weights are used, not the averaged ones (EMA)" in n for n in own.notes)
     assert any("averaged weights (EMA) used" in n for n in averaged.notes)
-    assert averaged.identity() == plain.identity() | {"ema": True}
+    assert averaged.identity() == own.identity() | {"ema": True}
     convert(find(tmp_path / "ema.safetensors", ema=True), tmp_path / "out.safetensors")
     assert torch.equal(load(tmp_path / "out.safetensors").unet.conv_in.bias, averaged.unet.conv_in.bias)
     twins.pop(next(iter(twins)))
     save_file(state | twins | extra, tmp_path / "part.safetensors")
-    equal(load(tmp_path / "part.safetensors"), load(single))
+    equal(load(tmp_path / "part.safetensors"), plain)
     for path, said in (("part.safetensors", "are there for .* of"), (single, "no averaged weights")):
         with pytest.raises(CheckpointError, match=said):
             load(tmp_path / path, ema=True)
 
 
-def test_mixed_types_and_ranks(single, tmp_path):
+def test_mixed_types_and_ranks(single, plain, tmp_path):
     """fp16 UNet beside fp32 autoencoder; projections stored as 1x1 convolutions or linear layers; old position_ids."""
     state = load_file(single)
     for k in list(state):
@@ -218,18 +219,17 @@ def test_mixed_types_and_ranks(single, tmp_path):
     if any(k.startswith(keys.TEXT_SD1) for k in state):
         state[keys.TEXT_SD1 + "embeddings.position_ids"] = torch.arange(77)[None].half()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "mixed.safetensors")
-    mixed, plain = load(tmp_path / "mixed.safetensors"), load(single)
+    mixed = load(tmp_path / "mixed.safetensors")
     for a, b in zip(mixed.unet.state_dict().values(), plain.unet.state_dict().values()):
         assert torch.equal(a.flatten(), b.half().float().flatten())
     assert torch.equal(mixed.vae.quant_conv.weight, plain.vae.quant_conv.weight)
 
 
-def test_separate_autoencoder(made, single, tmp_path):
+def test_separate_autoencoder(made, single, plain, tmp_path):
     """As LDM saves it (with training leftovers), from inside a whole model, and as a diffusers folder."""
     state = {k.removeprefix(keys.VAE): v + 1 for k, v in load_file(single).items() if k.startswith(keys.VAE)}
     save_file(state | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors")
     torch.save({"state_dict": state}, tmp_path / "vae.ckpt")
-    plain = load(single)
     for path in ("vae.safetensors", "vae.ckpt"):
         assert torch.equal(load(single, vae=tmp_path / path).vae.quant_conv.weight, plain.vae.quant_conv.weight + 1)
     equal(load(single, vae=made[2] / "vae"), plain)
@@ -256,34 +256,32 @@ def reference_text(parts, model, prompts):
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def test_text_is_theirs(made, single):
+def test_text_is_theirs(made, plain):
     _, parts, _ = made
-    model = load(single)
     with torch.no_grad():
-        context, pooled = reference_text(parts, model, PROMPTS)
-    c = model.condition(PROMPTS)
+        context, pooled = reference_text(parts, plain, PROMPTS)
+    c = plain.condition(PROMPTS)
     close(c.context, context)
     if pooled is not None:
         close(c.vector[:, : families.POOLED], pooled)
 
 
-def test_tokens_are_those_of_transformers(made, single, tmp_path):
+def test_tokens_are_those_of_transformers(single, plain, tmp_path):
     """On everything but what is documented: ftfy's repairs, and `!` where it is the padding's name (SD 2, SDXL's second)."""
     convert(find(single), tmp_path / "back")
-    model = load(single)
-    plain = ["a cat, on (grass)...", "Ünïcode & émojis: 2 cats 😀 日本語", "", "  double  spaces ", "cat " * 100, "it's 1,234.5%"]
-    for i, encoder in enumerate(model.text_encoders):
+    alike = ["a cat, on (grass)...", "Ünïcode & émojis: 2 cats 😀 日本語", "", "  double  spaces ", "cat " * 100, "it's 1,234.5%"]
+    for i, encoder in enumerate(plain.text_encoders):
         theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "back" / ("tokenizer_2" if i else "tokenizer"))
-        prompts = plain + (["wow!", "!! a cat !"] if encoder.config.pad_id == 49407 else [])
+        prompts = alike + (["wow!", "!! a cat !"] if encoder.config.pad_id == 49407 else [])
         ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         assert torch.equal(ids, encoder.tokenize(prompts))
         assert torch.equal(encoder.tokenize(["don’t “quote”"]), encoder.tokenize(['don\'t "quote"']))   # ftfy
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_unet_is_theirs(made, single, size):
+def test_unet_is_theirs(made, plain, size):
     family, parts, _ = made
-    model, height, width = load(single), size[0] * 2, size[1] * 2
+    model, height, width = plain, size[0] * 2, size[1] * 2
     x, t = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900])
     c, extra = model.condition(PROMPTS[:2], height, width), {}
     with torch.no_grad():
@@ -295,43 +293,40 @@ def test_unet_is_theirs(made, single, size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
-def test_autoencoder_is_theirs(made, single, size):
+def test_autoencoder_is_theirs(made, plain, size):
     _, parts, _ = made
-    model = load(single)
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        close(model.encode(x) / model.latent_scale, parts["vae"].encode(x).latent_dist.mean)
+        close(plain.encode(x) / plain.latent_scale, parts["vae"].encode(x).latent_dist.mean)
         z = torch.randn(2, 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(1))
-        close(model.decode(z * model.latent_scale), parts["vae"].decode(z).sample)
+        close(plain.decode(z * plain.latent_scale), parts["vae"].decode(z).sample)
 
 
-def test_empty_prompt_of_sdxl(made, single):
+def test_empty_prompt_of_sdxl(made, plain):
     """Zeros, pooled text too, as released; or the encoded "" if asked."""
     family, _, _ = made
-    model = load(single)
-    c = model.null(2)
-    assert (c.context.abs().sum() == 0) == (family == "sdxl") == model.zero_negative
+    c = plain.null(2)
+    assert (c.context.abs().sum() == 0) == (family == "sdxl") == plain.zero_negative
     if family == "sdxl":
         assert c.vector[:, : families.POOLED].abs().sum() == 0 and c.vector.abs().sum() > 0
-        assert replace(model, zero_negative=False).null(1).context.abs().sum() > 0
+        assert replace(plain, zero_negative=False).null(1).context.abs().sum() > 0
 
 
 # ------------------------------------------------------------------------------------------------------ sizes and precision
 
-def test_sizes_that_do_not_fit(single):
-    model = load(single)
+def test_sizes_that_do_not_fit(plain):
     with pytest.raises(p2p.UsageError, match="height must be a positive multiple of 8, not 60"):
-        p2p.generate(model, "a cat", steps=1, height=60)
+        p2p.generate(plain, "a cat", steps=1, height=60)
 
 
-def test_half_precision_with_float32_where_it_would_overflow(made, single):
+def test_half_precision_with_float32_where_it_would_overflow(made, single, plain):
     """SD 2's attention and SDXL's autoencoder run in float32 in a half-precision model."""
     family = made[0]
     model = p2p.load(single, device="cpu", dtype=torch.float16)
     assert model.unet.config.upcast_attention == (family == "sd2")
     assert model.vae.quant_conv.weight.dtype == (torch.float32 if family == "sdxl" else torch.float16)
     latents = p2p.generate(model, "a cat", steps=2, height=32, width=32).latents
-    exact = p2p.generate(load(single), "a cat", steps=2, height=32, width=32).latents
+    exact = p2p.generate(plain, "a cat", steps=2, height=32, width=32).latents
     assert (latents - exact).abs().max() < 0.1 * exact.std()
 
 

@@ -16,6 +16,7 @@ from p2p.request.source import METHODS
 from p2p.show.pictures import CHUNK, grid, read_settings, save_png
 from p2p.weights.detect import FAMILIES, PREDICTIONS
 
+pytestmark = pytest.mark.usefixtures("once")
 EDIT = ["edit", "a red cat on grass", "a red dog on grass", "--steps", "3"]
 
 
@@ -108,15 +109,16 @@ ROWS = {"every prompt and its empty one, every step": (12, EDIT), "guidance 1: n
         "a sweep: one source": (18, ["sweep", *EDIT[1:], "--over", "cross=0,1"]),
         "... a source for every seed": (24, ["sweep", *EDIT[1:], "--over", "seed=1,2"]),
         "no edit": (6, ["generate", EDIT[1], *EDIT[3:]]), "maps": (12, ["maps", *EDIT[1:]])}
+SMALL = ["--height", "32", "--width", "32"]
 
 
 @pytest.mark.parametrize("what", ROWS)
 def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tmp_path, what):
     rows, argv = ROWS[what]
-    code, _, err = run(capsys, *argv, "--verbose", "-o", tmp_path)
+    code, _, err = run(capsys, *argv, *SMALL, "--verbose", "-o", tmp_path)
     assert code == 0 and f"note: {rows} rows of the UNet; text " in err
     for quieter in ([], ["-q"]):
-        assert "rows" not in run(capsys, *argv, *quieter, "-o", tmp_path)[2]
+        assert "rows" not in run(capsys, *argv, *SMALL, *quieter, "-o", tmp_path)[2]
 
 
 @pytest.mark.parametrize("cross, rows", [("0", 6), ("0.25", 7), ("0.5", 8)])   # windows end at int(share * (steps + 1))

@@ -23,6 +23,12 @@ def picture():
 
 
 @pytest.fixture(scope="module")
+def small():
+    """(1, 3, 32, 32)"""
+    return render(sample(1, 5, "held out"), 32)[0]
+
+
+@pytest.fixture(scope="module")
 def x_0(picture):
     """Latents for a small Stable Diffusion 1: (1, 4, 8, 8)."""
     x = torch.nn.functional.avg_pool2d(picture, 8)
@@ -32,18 +38,18 @@ def x_0(picture):
 # ------------------------------------------------------------------------------------------- settings that are read, or not
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_setting_is_read_or_refused(emoji, picture, method):
+def test_a_setting_is_read_or_refused(emoji, small, method):
     """Read: the result or what comes of it differs. Refused: by name, with the methods that read it."""
-    plain = p2p.invert(emoji, picture, SOURCE, method=method, steps=2, skip=0)
+    plain = p2p.invert(emoji, small, SOURCE, method=method, steps=2, skip=0)
     for name, value in VALUES.items():
         if method in READ_BY[name]:
-            other = p2p.invert(emoji, picture, SOURCE, method=method, steps=2, skip=0, **{name: value})
+            other = p2p.invert(emoji, small, SOURCE, method=method, steps=2, skip=0, **{name: value})
             told = [(a.latents, a.null_context, a.offsets) for a in (plain, other)]
             assert any(a is not None and not torch.equal(a, b) for a, b in zip(*told)), name
             assert other.settings()[name] == value
         else:
             with pytest.raises(p2p.UsageError, match=f"{name}: {method} inversion does not read it"):
-                p2p.invert(emoji, picture, SOURCE, method=method, steps=2, **{name: value})
+                p2p.invert(emoji, small, SOURCE, method=method, steps=2, **{name: value})
 
 
 @pytest.mark.parametrize("method", ["direct", "negative-prompt", "null-text"])
@@ -100,17 +106,17 @@ def test_published_proximal_guidance_reads_the_sources_row(emoji, picture):
 # ----------------------------------------------------------------------------------------------------------------- blends
 
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text", "direct"])
-def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(emoji, picture, method):
-    inv = p2p.invert(emoji, picture, SOURCE, method=method, steps=STEPS, inner_steps=1 if method == "null-text" else None)
-    mask = torch.zeros(64, 64)
-    mask[:32] = 1
+def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(emoji, small, method):
+    inv = p2p.invert(emoji, small, SOURCE, method=method, steps=STEPS, inner_steps=1 if method == "null-text" else None)
+    mask = torch.zeros(32, 32)
+    mask[:16] = 1
     for keep in ("stored", "sampled"):
         blend = p2p.LocalBlend(mask=mask, start=0.0, keep=keep)
         r = p2p.edit(emoji, inv, TARGET, local_blend=blend)
-        outside = {"stored": picture[0], "sampled": r.latents[0]}[keep]
-        assert torch.equal(r.latents[1][:, 32:], outside[:, 32:])
+        outside = {"stored": small[0], "sampled": r.latents[0]}[keep]
+        assert torch.equal(r.latents[1][:, 16:], outside[:, 16:])
         assert r.settings["targets"][0]["local_blend"]["keep"] == keep
-    assert (r.latents[0] - picture[0]).abs().max() > 1e-3 or method == "direct"
+    assert (r.latents[0] - small[0]).abs().max() > 1e-3 or method == "direct"
 
 
 @torch.no_grad()

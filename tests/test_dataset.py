@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import redirect_stderr
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,27 +19,37 @@ PROMPTS = [("a cat on grass", "make it a dog", "a dog on grass"), ("a red car", 
            ("a house on grass", "keep it", "a house on grass")]
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    file = tmp_path / "prompts.jsonl"
+def listed(file):
     entries = [dict(zip(("caption", "edit", "output"), p)) for p in PROMPTS]
     entries[0] |= {"url": "https://example.org/cat.jpg", "input": PROMPTS[0][0]}
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return file
 
 
+@pytest.fixture
+def prompts(tmp_path):
+    return listed(tmp_path / "prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(a finished folder with its export, what was said): other folders are compared with it, and copies of it go on."""
+    folder, said = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with redirect_stderr(said):
+        assert main(command(listed(folder / "prompts.jsonl"), folder / "out", "--format", "webdataset")) == 0
+    return folder / "out", said.getvalue()
+
+
 def command(prompts, out, *more, recipe="ip2p"):
-    return ["dataset", "--recipe", recipe, str(prompts), "--out", str(out), "--steps", "6", "--samples", "8", "--keep", "2", *more]
+    return ["dataset", "--recipe", recipe, str(prompts), "--out", str(out), "--steps", "3", "--samples", "5", "--keep", "2", *more]
 
 
 def tree(out):
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != "recipe.json"}
 
 
-def test_pairs_are_kept_as_the_original_lays_them_out(prompts, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(command(prompts, out, "--format", "webdataset")) == 0
-    said = capsys.readouterr().err
+def test_pairs_are_kept_as_the_original_lays_them_out(prompts, finished):
+    out, said = finished
     seeds = json.loads((out / "seeds.json").read_text())
     assert [name for name, _ in seeds] == ["0000000", "0000001"]      # two of the same prompt have no direction in common
     for name, found in seeds:
@@ -51,7 +62,7 @@ def test_pairs_are_kept_as_the_original_lays_them_out(prompts, tmp_path, capsys)
             assert 0.1 <= r["p2p_threshold"] <= 0.9 and 3 <= r["cfg_scale"] <= 6
             assert all(Image.open(out / name / f"{r['seed']}_{k}.jpg").size == (64, 64) for k in (0, 1))
         assert json.loads((out / name / "prompt.json").read_text()) == json.loads(prompts.read_text().splitlines()[int(name)])
-    assert json.loads((out / "0000002" / "counts.json").read_text())["kept"] == 0 and "kept 4" in said and "samples 24" in said
+    assert json.loads((out / "0000002" / "counts.json").read_text())["kept"] == 0 and "kept 4" in said and "samples 15" in said
     assert not (out / "0000002" / "metadata.jsonl").exists()          # there it is opened when a pair is kept
     with tarfile.open(out / "shard-000000.tar") as tar:
         names = tar.getnames()
@@ -59,9 +70,8 @@ def test_pairs_are_kept_as_the_original_lays_them_out(prompts, tmp_path, capsys)
         assert Image.open(io.BytesIO(tar.extractfile(names[1]).read())).size == (64, 64)
 
 
-def test_a_stopped_run_goes_on_to_the_same_files(prompts, tmp_path, capsys, emoji):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main(command(prompts, whole, "-q")) == 0
+def test_a_stopped_run_goes_on_to_the_same_files(prompts, finished, tmp_path, capsys):
+    whole, out = finished[0], tmp_path / "out"
     real = dataset._put
 
     def stopped(folder, *rest):
@@ -73,7 +83,7 @@ def test_a_stopped_run_goes_on_to_the_same_files(prompts, tmp_path, capsys, emoj
         patch.setattr(dataset, "_put", stopped)
         assert main(command(prompts, out, "-q")) == 2 and "No space left" in capsys.readouterr().err
     first = (out / "0000000" / "metadata.jsonl").stat().st_mtime_ns
-    assert main(command(prompts, out, "-q")) == 0 and tree(out) == tree(whole)
+    assert main(command(prompts, out, "--format", "webdataset", "-q")) == 0 and tree(out) == tree(whole)
     assert (out / "0000000" / "metadata.jsonl").stat().st_mtime_ns == first
 
 
@@ -127,7 +137,8 @@ def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other,
 
 @pytest.mark.parametrize("where", ["sampler", "judge"])
 def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts, tmp_path, capsys, monkeypatch, where):
-    out, real = tmp_path / "out", ip2p.similarities if where == "judge" else ip2p.SAMPLERS["ip2p"]
+    out, few = tmp_path / "out", ["--samples", "2", "--steps", "1"]
+    real = ip2p.similarities if where == "judge" else ip2p.SAMPLERS["ip2p"]
 
     def broken(*given):
         found = real(*given)
@@ -140,11 +151,11 @@ def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts,
             patch.setattr(ip2p, "similarities", broken)
         else:
             patch.setitem(ip2p.SAMPLERS, "ip2p", broken)
-        assert main(command(prompts, out)) == 1
+        assert main(command(prompts, out, *few)) == 1
     err = capsys.readouterr().err
     assert "prompt 0: failed: " in err and "not finite" in err and "3 of 3 prompts failed" in err
     assert not list(out.glob("0*")) and json.loads((out / "seeds.json").read_text()) == []
-    assert main(command(prompts, out, "-q")) == 0 and len(list(out.glob("0*"))) == 3
+    assert main(command(prompts, out, "-q", *few)) == 0 and len(list(out.glob("0*"))) == 3
 
 
 def test_pure_noise_has_no_sigma(prompts, tmp_path, capsys):
@@ -152,9 +163,10 @@ def test_pure_noise_has_no_sigma(prompts, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_parquet_holds_the_same_pairs(prompts, tmp_path, capsys):
-    assert main(command(prompts, tmp_path / "out", "--format", "parquet", "-q")) == 0
-    rows = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+def test_parquet_holds_the_same_pairs(prompts, finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    assert main(command(prompts, out, "--format", "parquet", "-q")) == 0
+    rows = pq.read_table(out / "pairs.parquet").to_pylist()
     assert len(rows) == 4 and rows[0]["edit_prompt"] == PROMPTS[0][1] and rows[0]["url"].endswith("cat.jpg")
     assert rows[3]["url"] is None and rows[3]["caption"] == PROMPTS[1][0]
     assert Image.open(io.BytesIO(rows[3]["edited_image"])).size == (64, 64)

@@ -8,7 +8,7 @@ from p2p.errors import NumericsError, UsageError
 from p2p.models import attention
 from p2p.request.start import draw
 
-SETTINGS = dict(steps=6, seed=3)
+SETTINGS = dict(steps=6, seed=3, height=32, width=32)
 PAIR = ("a red cat on grass", "a red dog on grass")
 
 
@@ -41,7 +41,7 @@ def test_no_window_is_no_edit(emoji):
 def test_edits_are_algorithm_1_written_out(emoji, pair, mode, edits):
     """With every map formed, source and target in runs of their own: tests/literal.py."""
     with torch.no_grad():
-        *_, wanted = literal.algorithm_1(emoji, *pair, edits(emoji, *pair, 6, 0.8), int(0.4 * 6), 6, seed=3)
+        *_, wanted = literal.algorithm_1(emoji, *pair, edits(emoji, *pair, 6, 0.8), int(0.4 * 6), 6, seed=3, size=(32, 32))
     got = p2p.edit(emoji, pair[0], p2p.Edit(pair[1], mode=mode), **SETTINGS).latents
     close(got, wanted)
     assert (got[1] - got[0]).abs().max() > 0.05
@@ -127,13 +127,13 @@ def test_one_seed_for_all_prompts_or_one_for_each(emoji):
 
 
 def test_result_records_what_is_needed(emoji, edited):
-    assert edited.latents.shape == (2, 3, 64, 64) and edited.latents.dtype == torch.float32
-    assert [i.size for i in edited.images] == [(64, 64)] * 2 and edited.prompts == list(PAIR)
+    assert edited.latents.shape == (2, 3, 32, 32) and edited.latents.dtype == torch.float32
+    assert [i.size for i in edited.images] == [(32, 32)] * 2 and edited.prompts == list(PAIR)
     s = edited.settings
     assert s["seed"] == 3 and s["steps"] == 6 and s["source"] == PAIR[0] and len(s["sha256"]) == 64
     assert s["targets"][0]["prompt"] == PAIR[1] and s["targets"][0]["mode"] == "replace"
     again = p2p.edit(emoji, s["source"], [p2p.Edit(**t) for t in s["targets"]], steps=s["steps"], seed=s["seed"],
-                     guidance_scale=s["guidance_scale"], eta=s["eta"])
+                     guidance_scale=s["guidance_scale"], eta=s["eta"], height=s["height"], width=s["width"])
     assert torch.equal(again.latents, edited.latents)
 
 

@@ -94,12 +94,12 @@ def test_masactrl_asks_the_source_of_its_own_half(rows_of, guided):
 
 
 @pytest.mark.parametrize("method", ["direct", "edit-friendly", "negative-prompt"])
-def test_masactrl_of_a_known_source_has_both_its_rows(emoji, method):
+def test_masactrl_of_a_known_source_has_both_its_rows(narrow, method):
     """A source that needs no guidance of its own is run without a prompt all the same: the targets' halves without one ask it."""
-    inv = p2p.invert(emoji, render(sample(1, 5, "held out"))[0], SOURCE, method=method, steps=4)
+    inv = p2p.invert(narrow, render(sample(1, 5, "held out"))[0], SOURCE, method=method, steps=4)
     seen = []
-    hook = emoji.unet.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
-    p2p.edit(emoji, inv, TARGET, editor=p2p.MasaCtrl(start=0.0))
+    hook = narrow.unet.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    p2p.edit(narrow, inv, TARGET, editor=p2p.MasaCtrl(start=0.0))
     hook.remove()
     assert set(seen) == {4}
 
@@ -154,10 +154,10 @@ def test_layers_are_the_authors_choice(sd1):
 
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("method", ["ddim", "direct", "negative-prompt"])
-def test_editors_take_real_pictures_and_blends(emoji, editor, method):
+def test_editors_take_real_pictures_and_blends(narrow, editor, method):
     picture = render(sample(1, 5, "held out"))[0]
-    inv = p2p.invert(emoji, picture, SOURCE, method=method, steps=4)
+    inv = p2p.invert(narrow, picture, SOURCE, method=method, steps=4)
     mask = torch.zeros(64, 64)
     mask[:32] = 1
-    r = p2p.edit(emoji, inv, TARGET, editor=editor, local_blend=p2p.LocalBlend(mask=mask))
+    r = p2p.edit(narrow, inv, TARGET, editor=editor, local_blend=p2p.LocalBlend(mask=mask))
     assert torch.equal(r.latents[1][:, 32:], picture[0][:, 32:]) and r.settings["editor"]["name"] == type(editor).__name__

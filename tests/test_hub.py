@@ -143,11 +143,11 @@ def test_shards_are_followed(hub, tmp_path):
 
 def test_of_an_autoencoder_no_more_is_fetched(hub, tmp_path, sd1_file):
     """From a repository of one, or that of a whole model."""
-    for repo, part in (("org/vae", ""), ("org/both", "vae/")):
-        hub.asked.clear()
-        [(code, out, wrong)] = inspect(hub, [f"{sd1_file} --vae {repo}"], tmp_path)
+    hub.asked.clear()
+    repos = ("org/vae", "org/both")
+    for repo, (code, out, wrong) in zip(repos, inspect(hub, [f"{sd1_file} --vae {repo}" for repo in repos], tmp_path), strict=True):
         assert code == 0 and f"autoencoder from {repo}" in out, wrong
-        assert sorted(hub.asked) == [f"{part}config.json", f"{part}diffusion_pytorch_model.safetensors"]
+    assert sorted(hub.asked) == [f"{part}{name}" for part in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")]
 
 
 def refused(answer, *messages):

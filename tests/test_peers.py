@@ -4,7 +4,7 @@ import torch
 
 from benchmarks import peers
 
-SIZE = peers.Size(32, 36)   # 1,296 positions on the first level: above 32 x 32, whose self-attention is not injected
+SIZE = peers.Size(32, 33)   # 1,089 positions on the first level: above 32 x 32, whose self-attention is not injected
 
 
 @pytest.fixture(scope="module")

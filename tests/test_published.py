@@ -228,6 +228,13 @@ class Published:
         return x
 
 
+@pytest.fixture(scope="module")
+def run(model, picture):
+    """The scripts' inversion of the picture with the source's prompt."""
+    with torch.no_grad():
+        return Published(model, picture)
+
+
 def ours(model, picture, name, target, blended):
     """Latents of the target, by the published row cut down to few steps."""
     method = replace(protocol.find(name), steps=STEPS)
@@ -252,8 +259,7 @@ def agree(found, wanted, *others):
     ("negative-prompt-inversion+p2p", dict(scale=7.5, null=SOURCE)),
     ("negative-prompt-inversion+proximal-guidance", dict(scale=7.5, null=SOURCE, proximal=0.75))])
 @pytest.mark.parametrize("target, blended", [(TARGET, ""), (LONGER, "cat dog big")])
-def test_rows_of_run_editing_p2p(model, picture, name, told, target, blended):
-    run = Published(model, picture)
+def test_rows_of_run_editing_p2p(model, picture, run, name, told, target, blended):
     null = {"null": run.text(SOURCE, SOURCE)} if "null" in told else {}
     words = blended.split(" ")[:2] if blended else None
     control = PromptToPrompt(model, target, words, "refine", 32**2, 4)
@@ -263,18 +269,18 @@ def test_rows_of_run_editing_p2p(model, picture, name, told, target, blended):
 
 
 @torch.no_grad()
-def test_words_of_neither_prompt_make_the_source_of_it(model, picture):
+def test_words_of_neither_prompt_make_the_source_of_it(model, picture, run):
     """0 / 0 > 0.3 nowhere: after int(0.2 N) steps the target is the source's row."""
-    run = Published(model, picture)
     control = PromptToPrompt(model, TARGET, ("sky", "lion"), "refine", 32**2, 4)
-    agree(ours(model, picture, "directinversion+p2p", TARGET, "sky lion"), run.p2p(control, TARGET, 7.5, direct=True))
-    assert (ours(model, picture, "directinversion+p2p", TARGET, "sky lion") - run.path[0]).abs().max() < 1e-9
+    found = ours(model, picture, "directinversion+p2p", TARGET, "sky lion")
+    agree(found, run.p2p(control, TARGET, 7.5, direct=True))
+    assert (found - run.path[0]).abs().max() < 1e-9
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("target, mode, side", [(TARGET, "replace", 256), (LONGER, "refine", 128)])
+@pytest.mark.parametrize("target, mode, side", [(TARGET, "replace", 160), (LONGER, "refine", 128)])
 def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode, side):
-    model = replace(model, size=(side, side))                     # self-attention with 32 x 32 pixels is left alone
+    model = replace(model, size=(side, side))                     # self-attention with 20 x 20 pixels is left alone
     run = Published(model, picture)
     control = PromptToPrompt(model, target, None, mode, 16**2, 0)
     agree(ours(model, picture, "edit-friendly-inversion+p2p", target, "cat dog"), run.edit_friendly(control, target))
@@ -289,8 +295,7 @@ def test_rows_of_run_editing_masactrl(model, picture, direct):
 
 @torch.no_grad()
 @pytest.mark.parametrize("direct", [False, True])
-def test_rows_of_run_editing_pnp(model, picture, direct):
-    run = Published(model, picture)
+def test_rows_of_run_editing_pnp(model, picture, run, direct):
     wanted, other = (run.pnp(TARGET, d) for d in (direct, not direct))
     agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+pnp", TARGET, "cat dog"), wanted, other)
 

@@ -100,7 +100,7 @@ def test_parts_of_different_precisions_work_together(single, tmp_path, how):
 
 # ------------------------------------------------------------------------------------------------------------- autoencoders
 
-def test_a_checkpoint_without_autoencoder_takes_another(made, single, tmp_path):
+def test_a_checkpoint_without_autoencoder_takes_another(made, single, plain, tmp_path):
     """From a file, a whole file, a folder, a whole folder; of a diffusers folder the file in it."""
     _, _, folder = made
     state = load_file(single)
@@ -108,12 +108,12 @@ def test_a_checkpoint_without_autoencoder_takes_another(made, single, tmp_path):
     save_file(without, tmp_path / "bare.safetensors")
     save_file({k.removeprefix(keys.VAE): v for k, v in state.items() if k.startswith(keys.VAE)}, tmp_path / "vae.safetensors")
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("vae"))
-    want = load(single).vae.state_dict()
+    want = plain.vae.state_dict()
     places = [tmp_path / "vae.safetensors", single, folder, folder / "vae", folder / "vae" / "diffusion_pytorch_model.safetensors"]
     for model in (tmp_path / "bare.safetensors", bare):
-        for place in places:
-            got = load(model, vae=place)
-            assert all(torch.equal(v, want[k]) for k, v in got.vae.state_dict().items()) and got.size == load(model, vae=single).size
+        found = [load(model, vae=place) for place in places]
+        for got in found:
+            assert all(torch.equal(v, want[k]) for k, v in got.vae.state_dict().items()) and got.size == found[1].size   # of `single`
         with pytest.raises(CheckpointError, match="no autoencoder found in it; give one with vae"):
             load(model)
     with pytest.raises(CheckpointError, match="no such file"):
@@ -142,10 +142,10 @@ def test_autoencoders_of_other_kinds_are_refused(made, single, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- clip skip
 
-def test_clip_skip_is_that_of_diffusers(made, single):
+def test_clip_skip_is_that_of_diffusers(made, single, plain):
     """SD 1 and 2: hidden_states[-(1 + n)] and the last LayerNorm; SDXL: [-(2 + n)] of both towers, the pooled text as before."""
     family, parts, _ = made
-    plain, model = load(single), load(single, clip_skip=1)
+    model = load(single, clip_skip=1)
     got = model.condition(PROMPTS)
     if family == "sdxl":
         want = torch.cat([hidden(parts[n], model, i, 2) for i, n in enumerate(("text_encoder", "text_encoder_2"))], dim=-1)
@@ -213,9 +213,9 @@ def test_the_size_of_sd2_follows_the_prediction_that_was_asked_for(sd2, tmp_path
     assert [find(tmp_path / "m.safetensors", prediction=p).size[0] for p in ("eps", "v")] == [512, 768]
 
 
-def test_guidance_0_is_the_prompt_alone(single, tmp_path, capsys):
+def test_guidance_0_is_the_prompt_alone(single, plain, tmp_path, capsys):
     """As 1 is, and as elsewhere: other prompts give other pictures, and no other row of the network is run."""
-    model = load(single)
+    model = plain
     common = dict(steps=2, height=16, width=16)
     for a, b in ((0, 1), (0.0, 1.0)):
         zero, one = (p2p.generate(model, ["a cat", "a dog"], guidance_scale=g, **common) for g in (a, b))

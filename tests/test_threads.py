@@ -16,8 +16,8 @@ SOURCE = "a cat on grass"
 def runs(model):
     """Different edits, inversions and pictures, each with what of it must be the same again."""
     blend = p2p.LocalBlend(words=("cat", "cat"), level=4 if model.vae is None else 1)
-    picture = Image.linear_gradient("L").resize((64, 64))
-    size = dict(height=64, width=64)
+    picture = Image.linear_gradient("L").resize((32, 32))
+    size = dict(height=32, width=32)
     return [
         lambda: p2p.edit(model, SOURCE, "a dog on grass", steps=3, seed=1, **size).latents,
         lambda: p2p.edit(model, SOURCE, ["a cat on grass at night", "a red cat on grass"], steps=2, seed=2, **size).latents,

@@ -23,7 +23,7 @@ def model(request):
 @pytest.mark.parametrize("latents_only", [False, True])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, latents_only, guidance_scale):
-    common, recorded = dict(steps=5, seed=2, height=64, width=96), p2p.Record(text=256, pixels=256, before=True)
+    common, recorded = dict(steps=5, seed=2, height=32, width=64), p2p.Record(text=256, pixels=256, before=True)
     r = p2p.edit(model, SOURCE, EDITS, guidance_scale=guidance_scale, record=recorded, **common)
     found = p2p.trace(model, SOURCE, guidance_scale=guidance_scale, latents_only=latents_only, **common)
     again = p2p.edit(model, found, EDITS, record=recorded)
@@ -47,10 +47,10 @@ def test_an_inverted_picture_is_traced_too(emoji, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_size_is_known_beforehand(model, dtype):
-    common = dict(steps=3, seed=1, height=64, width=96)
+    common = dict(steps=3, seed=1, height=32, width=64)
     found = p2p.trace(model, SOURCE, dtype=dtype, **common)
     held = [found.latents, *found.queries.values()]
-    assert size(model, 3, dtype, 64, 96) == sum(x.numel() * x.element_size() for x in held)
+    assert size(model, 3, dtype, 32, 64) == sum(x.numel() * x.element_size() for x in held)
     if dtype is not None:   # half precision of the queries and keys alone: the picture hardly changes
         exact = p2p.edit(model, p2p.trace(model, SOURCE, **common), EDITS[0]).latents
         assert (p2p.edit(model, found, EDITS[0]).latents - exact).abs().max() < 0.05 * exact.std()
