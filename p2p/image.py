@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that
 TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
 FITS = ("crop", "pad", "own")
 PIXELS = 2**26   # of a picture: a file of some kilobytes may ask for gigabytes
-GREYS = {"L;2": 3, "L;4": 15, "L": 255}   # the largest value of a grey PNG, by Pillow's name for how it is stored
+GREYS = {"L;2": 3, "L;4": 15, "L": 255}   # largest value of a grey PNG, by Pillow's name for how it is stored
 
 
 def to_pil(pictures: Tensor) -> list[Image.Image]:
@@ -49,7 +49,8 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     elif image.mode == "La":   # premultiplied, which Pillow converts to its like alone
         image = image.convert("LA")
     key = image.info.get("transparency", 0)
-    if image.mode == "P" and (key if isinstance(key, int) else len(key) - 1) > 255:   # of no palette: not valid, so not there
+    # of no palette: not valid, so not there
+    if image.mode == "P" and (key if isinstance(key, int) else len(key) - 1) > 255:
         del image.info["transparency"]
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -112,10 +113,12 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _keyed(image: Image.Image) -> Image.Image:
-    """A PNG in which one value stands for transparency (its chunk tRNS), decoded with that value as the pixels have it.
+    """A PNG in which one value stands for transparency (its chunk tRNS), decoded with that value as the
+    pixels have it.
 
-    Pillow compares the stored value to pixels that it has scaled (grey of 2 and 4 bits) or cut to their upper half (colours of
-    16 bits). How they are stored is known until they are decoded, so `image` itself is left undecoded, to be given here again.
+    Pillow compares the stored value to pixels that it has scaled (grey of 2 and 4 bits) or cut to their
+    upper half (colours of 16 bits). How they are stored is known until they are decoded, so `image` itself
+    is left undecoded, to be given here again.
     """
     key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
     stored = tiles[0].args if image.format == "PNG" and tiles and not image.tell() else None
@@ -136,7 +139,7 @@ def _keyed(image: Image.Image) -> Image.Image:
 
 
 def _reopened(image: Image.Image, stored: str) -> Image.Image:
-    """The first frame of the file that an undecoded picture comes from, its values read as Pillow's raw mode says."""
+    """The first frame of an undecoded picture's file, its values read as Pillow's raw mode says."""
     place = image.fp.tell()
     image.fp.seek(0)
     found = Image.open(image.fp, formats=[image.format])

@@ -199,6 +199,8 @@ class Model:
         tensor("x", x, "B", self.unet.config.in_channels, "H", "W"), kind("told", told, Conditioning)
         if isinstance(kind("t", t, int, Tensor, dict), int):   # a compiled graph is made for one number, and for one layout of x
             t = torch.as_tensor(whole("t", t, 0, len(self.alphas_cumprod) - 1), device=x.device)
+        if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x),)):
+            raise UsageError(f"t must be one number, or one for each of the {len(x)} rows of x, not {tuple(t.shape)}")
         out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch, **told._asdict())
         out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
         return out, variance if self.learned_variance else None, seen

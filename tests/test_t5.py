@@ -289,3 +289,10 @@ def test_it_is_a_model_file_that_the_exit_code_blames(folder, capsys):
     rewritten(lambda s: s.pop(LAYER))(folder)
     assert main(["encode", "a cat", "--model", str(folder), "--out", str(folder / "out")]) == 3
     assert LAYER in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def test_what_is_not_finite_is_not_written(folder, capsys):
+    """Weights that are finite, and text that is not: an exit code of its own, and no file."""
+    rewritten(lambda s: s.update({"encoder.final_layer_norm.weight": torch.full((32,), 3e38)}))(folder)
+    assert main(["encode", "a cat", "--model", str(folder), "--out", str(folder / "out")]) == 4
+    assert "T5 gives values that are not finite in float32" in capsys.readouterr().err and not (folder / "out").exists()

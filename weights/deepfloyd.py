@@ -11,13 +11,13 @@ from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import Tokens
 from p2p.models.unet import UNetConfig
 from p2p.weights import fields, scheduler
-from p2p.weights.detect import Package, Part, Shapes, count, read_settings
+from p2p.weights.detect import Package, Part, Shapes, count
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile, open_file
 from p2p.weights.fill import read_tensors
 from p2p.weights.folder import read_index, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
-from p2p.weights.sizes import check_given, check_sizes, per_level, read_json
+from p2p.weights.sizes import check_given, check_sizes, per_level, read_json, read_settings
 from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
@@ -71,8 +71,10 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
             raise CheckpointError(f"{path}: block types {', '.join(odd)}; supported: {', '.join(known)}.")
         return tuple(("added text" if only else "added") if known[name] else None for name, only in zip(names, text_only))
 
-    down = kinds("down_block_types", {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}, text_only)
-    up = kinds("up_block_types", {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}, text_only[::-1])[::-1]
+    down = kinds("down_block_types", {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True},
+                 text_only)
+    up = kinds("up_block_types", {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True},
+               text_only[::-1])[::-1]
     only_mid = c.get("mid_block_only_cross_attention")
     mid = "added text" if (text_only[-1] if only_mid is None else only_mid) else "added"
     low = c.get("in_channels", 3) - 3 if c.get("class_embed_type") == "timestep" else 0
@@ -232,7 +234,8 @@ def _t5_config(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
                                       f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
     fields.check(path, config, fields.T5)
-    buckets, farthest = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
+    buckets = config.get("relative_attention_num_buckets", 32)
+    farthest = config.get("relative_attention_max_distance", 128)
     # half of them are for each direction, half of these for single positions
     if not (isinstance(buckets, int) and isinstance(farthest, int) and 4 <= buckets < 4 * farthest):
         raise CheckpointError(f"{path}: no T5 has {fields.short(buckets)} buckets for positions of which "

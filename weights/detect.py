@@ -18,10 +18,11 @@ from p2p.models.vae import VAEConfig
 from p2p.weights import keys, refuse, scheduler
 from p2p.weights.averages import averaged
 from p2p.weights.errors import CheckpointError
+from p2p.weights.fields import listed
 from p2p.weights.files import TensorFile
 from p2p.weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
-from p2p.weights.sizes import check_sizes
-from p2p.weights.untrusted import parse_object, parse_settings, read_text
+from p2p.weights.sizes import check_sizes, read_settings
+from p2p.weights.untrusted import parse_object
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
@@ -292,17 +293,3 @@ def _emoji(file: TensorFile) -> Package:
         check_widths(file.path, unet.context_dim, text)
     said = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata", final_alpha=1.0, clip=1.0)
     return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, said, (256, 256) if large else (64, 64))
-
-
-def read_settings(path: Path) -> dict[str, str]:
-    """The "key: value" lines of a YAML file. Raises CheckpointError."""
-    try:
-        return parse_settings(read_text(path, 2**20, errors="replace"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
-
-
-def listed(what: str, names: list[str], most: int = 5) -> str:
-    """The first few of many names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {what}: {', '.join(names[:most])}{more}"

@@ -155,3 +155,9 @@ def short(value: Any) -> str:
     form.maxlist = form.maxtuple = form.maxdict = 6
     form.maxstring = form.maxother = 60
     return form.repr(value)
+
+
+def listed(what: str, names: list[str], most: int = 5) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {what}: {', '.join(names[:most])}{more}"

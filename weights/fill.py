@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from p2p.models.layers import widened_names
 from p2p.models.unet import UNetConfig
 from p2p.weights import keys
-from p2p.weights.detect import Part, listed
+from p2p.weights.detect import Part
 from p2p.weights.errors import CheckpointError
+from p2p.weights.fields import listed
 from p2p.weights.keys import Source
 from p2p.weights.sizes import check_bill
 

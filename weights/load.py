@@ -87,8 +87,8 @@ def _autoencoder(package: Package, vae: str | Path | None, given: tuple[Part, fl
         if averages.held(package.vae.file.shapes):
             package.notes.append(f"{vae}: {averages.NOT_USED}")
     if package.family == "sdxl" and package.latent_scale == 0.18215:
-        package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, where that is silent); "
-                             "0.13025 is usual of SDXL")
+        package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, where "
+                             "that is silent); 0.13025 is usual of SDXL")
     if package.vae is None:
         raise CheckpointError(f"{package.where}: no autoencoder found in it; give one with vae (--vae): a file, a folder, or an "
                               "org/name on the Hub.")

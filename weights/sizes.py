@@ -1,4 +1,5 @@
-"""A stranger's config, and the numbers that it holds: whole, and such as networks have, before anything is built of them."""
+"""A stranger's config, and the numbers that it holds: whole, and such as networks have, before anything is
+built of them."""
 from __future__ import annotations
 
 import math
@@ -10,7 +11,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
-from p2p.weights.untrusted import parse_json, read_text
+from p2p.weights.untrusted import parse_json, parse_settings, read_text
 
 LEVELS = 16   # most numbers of a list, one a level of the network
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
@@ -51,6 +52,14 @@ def parsed(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_settings(path: Path) -> dict[str, str]:
+    """The "key: value" lines of a YAML file. Raises CheckpointError."""
+    try:
+        return parse_settings(read_text(path, 2**20, errors="replace"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+
+
 def check_sizes(path: Path, config: dict[str, Any]) -> None:
     """Raises CheckpointError that names the field."""
     for name, value in config.items():
@@ -75,9 +84,11 @@ def check_given(path: Path, config: dict[str, Any], *names: str) -> None:
 
 
 def per_level(path: Path, name: str, value: Any, levels: int) -> tuple[Any, ...]:
-    """A field that holds one value for all levels of a network, or a list of one for each. Raises CheckpointError."""
+    """A field that holds one value for all levels of a network, or a list of one for each. Raises
+    CheckpointError."""
     if isinstance(value, (list, tuple)) and len(value) != levels:
-        raise CheckpointError(f"{path}: {name} = {fields.short(value)}; one for each of {levels} levels is expected.")
+        raise CheckpointError(f"{path}: {name} = {fields.short(value)}; one for each of {levels} levels is "
+                              "expected.")
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
 
 

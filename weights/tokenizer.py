@@ -12,7 +12,7 @@ from p2p.weights.sizes import parsed, read_json
 from p2p.weights.untrusted import read_text
 
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")   # of the two the second counts, as in transformers
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")   # the second one counts, as in transformers
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 
 
@@ -23,11 +23,14 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
     for path in found:
         c = {name: _content(value) for name, value in read_json(path).items()}
         fields.check(path, c, fields.TOKENIZER, strangers=True)
-        _check_added(path, [(_content(token), i) for i, token in _mapping(path, c, "added_tokens_decoder").items()])
+        added = _mapping(path, c, "added_tokens_decoder")
+        _check_added(path, [(_content(token), i) for i, token in added.items()])
         said |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
     length, longest = said.get("model_max_length", config.context_length), config.context_length
-    if length != longest and not (isinstance(length, (int, float)) and length > 10**9):   # no length at all, that means
-        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower reads {longest} tokens.")
+    unlimited = isinstance(length, (int, float)) and length > 10**9   # as transformers writes it
+    if length != longest and not unlimited:
+        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower "
+                              f"reads {longest} tokens.")
     pad = said.get("pad_token")
     if pad not in (None, *PADS):
         raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
@@ -38,7 +41,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
 
 
 def _check_vocabulary(path: Path) -> None:
-    """Raises CheckpointError unless its words, or the order in which pieces are merged to words, are CLIP's."""
+    """Raises CheckpointError unless its words, or the pieces that are joined to words, are CLIP's."""
     if path.name == "added_tokens.json":
         _check_added(path, parsed(path).items())
     elif path.name == "vocab.json":
@@ -48,20 +51,22 @@ def _check_vocabulary(path: Path) -> None:
             lines = read_text(path).rstrip("\n").split("\n")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}).") from None
-        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; beyond these transformers reads none
+        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; transformers reads so many
     else:
         whole = parsed(path)
         model, added = _mapping(path, whole, "model"), whole.get("added_tokens") or []
         _same(path, model.get("vocab"), vocabulary())
         pieces = model.get("merges")
-        _same(path, [m if isinstance(m, str) else " ".join(map(str, m)) for m in pieces] if isinstance(pieces, list) else pieces,
-              merges())
+        if isinstance(pieces, list):   # a pair of them, or a text, as versions have it
+            pieces = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in pieces]
+        _same(path, pieces, merges())
         _check_added(path, [(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
 
 
 def vocabulary() -> dict[str, int]:
     """CLIP's words, as transformers writes them."""
-    return {{START: "<|startoftext|>", END: "<|endoftext|>"}.get(i, word): i for word, i in tokenizer().encoder.items()}
+    ends = {START: "<|startoftext|>", END: "<|endoftext|>"}
+    return {ends.get(i, word): i for word, i in tokenizer().encoder.items()}
 
 
 def merges() -> list[str]:

@@ -163,7 +163,10 @@ def encode(args: argparse.Namespace) -> None:
     for prompt in args.prompts:
         options.say(check_prompt(prompt))
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
-    out.add("prompts.safetensors", EncodedPrompts.encoded_by(tower, args.prompts).save)
+    found = EncodedPrompts.encoded_by(tower, args.prompts)
+    if not found.embeddings.isfinite().all():
+        raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
+    out.add("prompts.safetensors", found.save)
     out.write()
 
 

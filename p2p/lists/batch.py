@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from p2p.errors import UsageError
-from p2p.lists.cluster import in_processes, on_ray
+from p2p.lists.cluster import all_ended, in_processes, on_ray
 from p2p.lists.jobs import Job, Store, groups, read
 from p2p.lists.work import Batch, work
 from p2p.model import Model
@@ -91,7 +91,10 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
                 print(f"stopped: {said}, see {store.root / 'results.jsonl'}; the same command goes on from "
                       "there", file=sys.stderr)
         raise
-    return store.index(jobs, mine)
+    counts = store.index(jobs, mine)
+    if engine == "torchrun":
+        all_ended()
+    return counts
 
 
 def _open(store: Store, job: Job, retry_failed: bool) -> bool:

@@ -1,8 +1,11 @@
 """Engines that run groups of jobs in other processes. They hand out groups; the store keeps the results."""
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -14,6 +17,7 @@ from p2p.lists.stop import deaf, stoppable
 from p2p.lists.work import Batch, Group, loaded, work
 
 Finished = tuple[Job, str | None]
+_CALLS = count()   # of `all_ended`
 PATIENCE = 10   # seconds in which a worker that is told to stop clears away what is half done
 
 
@@ -69,6 +73,18 @@ def _dismiss(crew: Sequence[Any]) -> None:
                 getattr(process, end)()
         for process in crew:
             process.join(PATIENCE)
+
+
+def all_ended() -> None:
+    """Waits until every rank of torchrun has called it as often: torchrun ends the others as soon as one exits
+    with a failure, which a failed job of its share is. Of a rank that dies it tells by SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:   # started by something else, which may say no address
+        return
+    store, _, world = next(iter(torch.distributed.rendezvous("env://")))
+    key = f"p2p-ended-{next(_CALLS)}"
+    store.add(key, 1)
+    while store.add(key, 0) < world:
+        time.sleep(0.1)
 
 
 def _worker(batch: Batch, pipe: Connection, device: str | None, threads: int) -> None:

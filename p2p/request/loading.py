@@ -23,8 +23,10 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, TypeError, ValueError, ArithmeticError) as error:   # of what is none, or not there
-        raise UsageError(f"{what} {name if isinstance(name, str) else brief(name)}: {str(error).splitlines()[0]}") from None
+    # of what is none, or not there
+    except (RuntimeError, AssertionError, TypeError, ValueError, ArithmeticError) as error:
+        named = name if isinstance(name, str) else brief(name)
+        raise UsageError(f"{what} {named}: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -33,33 +35,37 @@ def find_model(model: Model | str | Path) -> Model:
     if isinstance(model, (str, Path)):
         return load(model)
     if not isinstance(model, Model):
-        raise UsageError(f"a model is needed, as p2p.load gives it, or what it is loaded from, not {brief(model)}")
+        raise UsageError("a model is needed, as p2p.load gives it, or what it is loaded from, not "
+                         f"{brief(model)}")
     return model
 
 
 def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
-         device: str | torch.device | None = None, dtype: torch.dtype | None = None, vae: str | Path | None = None,
-         text: str | Path | None = None, compile: bool = False, held: torch.dtype | None = None,
-         offload: bool = False, tile: int | None = None, ema: bool = False, clip_skip: int | None = None,
-         zero_snr: bool = False) -> Model:
-    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a .safetensors or .ckpt
-    file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
+         device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+         vae: str | Path | None = None, text: str | Path | None = None, compile: bool = False,
+         held: torch.dtype | None = None, offload: bool = False, tile: int | None = None, ema: bool = False,
+         clip_skip: int | None = None, zero_snr: bool = False) -> Model:
+    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a
+    .safetensors or .ckpt file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers
+    folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None, and said in
-    `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
-    SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
-    `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the model's own where None), or a file of encoded prompts
-    (see `p2p.models.t5.EncodedPrompts`). compile: the UNet by torch.compile, one graph for all words, weights and windows of a
-    batch's shape (another where maps are read, or renormalised, or nothing of a known source is read any more); its first step
-    takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens its
-    own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU. tile: side in latents
-    (64) of the squares in which pictures are decoded. ema: the averaged weights, where both are there. clip_skip: layers of
-    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other programs).
-    zero_snr: the noise schedule stretched to zero terminal SNR (Lin et al. 2023); it shows where t = 999 is visited.
-    Raises CheckpointError, and UsageError for arguments of the wrong kind and devices that are not there.
+    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None,
+    and said in `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that
+    most of the UNet is stored in; SDXL's autoencoder always runs in float32, where half precision overflows.
+    vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the
+    model's own where None), or a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: the
+    UNet by torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps
+    are read, or renormalised, or nothing of a known source is read any more); its first step takes a minute
+    or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens
+    its own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU.
+    tile: side in latents (64) of the squares in which pictures are decoded. ema: the averaged weights, where
+    both are there. clip_skip: layers of text left out before those that the family leaves out, as diffusers
+    counts (1 is the "clip skip 2" of other programs). zero_snr: the noise schedule stretched to zero terminal
+    SNR (Lin et al. 2023); it shows where t = 999 is visited. Raises CheckpointError, and UsageError for
+    arguments of the wrong kind and devices that are not there.
     """
-    _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype, held=held)
-    flag("compile", compile), flag("offload", offload), flag("ema", ema), flag("zero_snr", zero_snr)
+    _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype,
+                     held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
     tile = None if tile is None else whole("tile, in latents,", tile, least=8)
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
@@ -73,9 +79,10 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
             part.to("cpu")
     if compile:
         c.unet.compile()
-    asked = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr, "held": held and str(held).removeprefix("torch.")}
-    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile, offload=offload, tile=tile,
-                 files=files(package, vae, text), asked=asked,
+    asked = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
+             "held": held and str(held).removeprefix("torch.")}
+    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
+                 offload=offload, tile=tile, files=files(package, vae, text), asked=asked,
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
                  **_found_out(package), **_own(package.family, bool(c.unet.config.low_channels)))
 
@@ -86,8 +93,9 @@ def _found_out(package: Package) -> dict[str, Any]:
     if "guess" in package.why or package.why == FAMILY_RULE:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
     return dict(alphas_cumprod=s.alphas_cumprod, prediction=s.prediction, size=package.size, offset=s.offset,
-                final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip, learned_variance=s.learned_variance,
-                latent_scale=package.latent_scale, zero_negative=package.zero_negative, notes=tuple(notes))
+                final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
+                learned_variance=s.learned_variance, latent_scale=package.latent_scale,
+                zero_negative=package.zero_negative, notes=tuple(notes))
 
 
 def _own(family: str, enlarges: bool) -> dict[str, Any]:
@@ -103,6 +111,8 @@ def _check_arguments(source: object, **given: object) -> None:
     if not isinstance(source, (str, Path)):
         raise UsageError(f"a model is named by a string or a path, not {brief(source)}")
     for name, value in given.items():
+        if name in ("compile", "offload", "ema", "zero_snr"):
+            flag(name, value)
         if value is None:
             continue
         if name in ("dtype", "held") and not (isinstance(value, torch.dtype) and value in FLOATING):

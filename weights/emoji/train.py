@@ -198,7 +198,7 @@ def draw_samples(folder: Path) -> None:
                     "--seed", "0", "--steps", "25", "--out", str(folder / "samples"), "--quiet"], check=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def asked(argv: list[str] | None) -> argparse.Namespace:
     ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.train", description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
     ap.add_argument("--pictures", type=int, default=600_000, help="in all; the last fifth cools the learning rate down")
@@ -213,8 +213,11 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     ap.add_argument("--samples", type=int, default=10, help="checkpoints between sample grids; 0 for none")
-    a = ap.parse_args(argv)
+    return ap.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> None:
+    a = asked(argv)
     a.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)

@@ -1,0 +1,153 @@
+"""The opcodes of a pickle, followed with stand-ins: nothing that it names is imported, built or called.
+
+Of dictionaries the entries whose keys are strings or numbers are kept: nothing else is ever hashed.
+"""
+from __future__ import annotations
+
+import io
+import pickletools
+from typing import Any, NamedTuple
+
+import torch
+
+OPCODES = 2**20    # most of a pickle: Stable Diffusion XL with averages takes a tenth
+NAME = 200         # most characters of a name
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+KINDS = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+         "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+         "ComplexFloat": "complex64", "ComplexDouble": "complex128"}
+STORAGES = {"torch.storage.UntypedStorage": torch.uint8,
+            **{f"torch.{k}Storage": DTYPES[f"torch.{d}"] for k, d in KINDS.items()}}
+
+
+class Name(NamedTuple):
+    """What a file names."""
+
+    path: str
+
+
+class Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+    count: int                  # of numbers
+
+
+class Tensor(NamedTuple):
+    """As the file describes it: not checked yet."""
+
+    storage: Any
+    dtype: Any
+    offset: Any
+    shape: Any
+    stride: Any
+
+
+class Object:
+    """Whatever else a file would build."""
+
+
+_CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
+              "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": Object}
+_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+           "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+           "BINBYTES8", "BYTEARRAY8"}
+# How many values an opcode takes off the stack, or that it takes all above the last mark.
+_TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2,
+          "NEWOBJ": 2, "NEWOBJ_EX": 3, "BINPERSID": 1, "POP": 1, "BUILD": 1}
+_MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "ADDITEMS", "FROZENSET", "POP_MARK", "INST", "OBJ"}
+
+
+def followed(stream: io.BytesIO, names: set[str], storages: dict[str, Storage]) -> Any:
+    """What a pickle would build, of stand-ins; what it names is added to `names`, its storages to `storages`."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    for n, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        op = opcode.name
+        if n > OPCODES:
+            raise ValueError(f"a pickle of more than {OPCODES:,} opcodes")
+        at = marks.pop() if op in _MARKED else len(stack) - _TAKEN.get(op, 0)
+        if at < 0:
+            raise ValueError(f"nothing for {op} to take")
+        taken = stack[at:]
+        del stack[at:]
+        if op == "STOP":
+            return stack.pop()
+        if op == "MARK":
+            marks.append(len(stack))
+        elif op in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if op == "MEMOIZE" else arg] = stack[-1]
+        elif op in ("GET", "BINGET", "LONG_BINGET", "DUP"):
+            stack.append(stack[-1] if op == "DUP" else memo[arg])
+        elif op in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            if type(stack[-1]) is list:
+                stack[-1].extend(taken)
+            elif type(stack[-1]) is dict:
+                stack[-1].update(_entries(taken))
+        elif op not in ("PROTO", "FRAME", "POP", "POP_MARK", "BUILD", "ADDITEMS"):
+            stack.append(_pushed(op, arg, taken, names, storages))
+    raise ValueError("it does not end")
+
+
+def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict[str, Storage]) -> Any:
+    """What an opcode puts on the stack."""
+    if op in _VALUES:
+        return Object() if type(arg) is int and arg.bit_length() > 128 else arg   # megabytes, to be read as a key
+    if op in _CONSTANTS:
+        return _CONSTANTS[op]()
+    if op.startswith("TUPLE") or op == "LIST":
+        return taken if op == "LIST" else tuple(taken)
+    if op == "DICT":
+        return _entries(taken)
+    if op in ("GLOBAL", "STACK_GLOBAL", "INST"):
+        module, name = taken if op == "STACK_GLOBAL" else arg.split(" ", 1)
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a name that is no text")
+        names.add(path := f"{_PYTHON_2.get(module, module)[:NAME]}.{name[:NAME]}"[:NAME])
+        return Object() if op == "INST" else Name(path)
+    if op in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+        return _built(*taken[:2])
+    if op == "BINPERSID":
+        storage = _storage(taken[0])
+        return storages.setdefault(storage.key, storage)
+    if op in ("OBJ", "FROZENSET"):
+        return Object()
+    raise ValueError(f"the opcode {op}, which no checkpoint has")
+
+
+def _entries(items: list[Any]) -> dict[str | int, Any]:
+    """What of a dictionary is kept: hashing another key may take for ever."""
+    return {k: v for k, v in zip(items[::2], items[1::2])
+            if type(k) is str or (type(k) is int and abs(k) < 2**63)}
+
+
+def _storage(said: Any) -> Storage:
+    """What a persistent id stands for: ("storage", type, key, device, count of numbers, ...)."""
+    if type(said) is not tuple or len(said) < 5 or said[0] != "storage" or said[5:] not in ((), (None,)):
+        raise ValueError("a persistent id that is no storage")
+    _, kind, key, _, count = said[:5]
+    if type(key) is not str or type(count) is not int or count < 0:
+        raise ValueError("a storage without a key or a size")
+    return Storage(STORAGES[kind.path.replace("torch.cuda.", "torch.")], key, count)
+
+
+def _built(what: Any, args: Any) -> Any:
+    """What a call would build, where it is needed: dictionaries, tensors, parameters."""
+    path = what.path if isinstance(what, Name) else ""
+    if path == "torch._tensor._rebuild_from_type_v2" and len(args) > 2 and isinstance(args[0], Name):
+        path, args = args[0].path, args[2]
+    if path in ("collections.OrderedDict", "builtins.dict"):
+        pairs = args[0] if args and type(args[0]) is list else []
+        found = _entries([x for pair in pairs for x in pair[:2]])
+        pairs.clear()   # a file may ask for the same ones a million times
+        return found
+    if path == "torch.Size" and len(args) == 1:
+        return args[0]
+    if path.startswith("torch._utils._rebuild_parameter") and args:
+        return args[0]
+    if path in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2") and not any(args[6:7]):
+        return Tensor(args[0], args[0].dtype, *args[1:4])
+    if path == "torch._utils._rebuild_tensor_v3":
+        return Tensor(args[0], DTYPES[args[6].path], *args[1:4])
+    return Object()
