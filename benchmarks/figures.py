@@ -22,9 +22,9 @@ import p2p
 from benchmarks import paired
 from benchmarks.quality import GUIDANCE, ONE, REWEIGHT, TWO, Bench, mean_ci, other_place, other_thing, psnr, psnr_outside, shown
 from p2p.image import to_pil
+from p2p.request.inverting import DEFAULT
 from p2p.show.leakage import NOTICED
 from p2p.show.pictures import grid, heat, save_png, table
-from p2p.sources.methods import DEFAULT
 from p2p.weights.emoji.recogniser import iou
 from p2p.weights.emoji.world import OBJECTS, PLACES, caption, render
 

@@ -25,7 +25,7 @@ import p2p
 from benchmarks.quality import ONE, TWO, first, other, other_place, other_thing, psnr
 from p2p.image import from_pil, to_pil
 from p2p.lists.lines import write
-from p2p.sources.methods import settings_read
+from p2p.request.inverting import settings_read
 from p2p.weights.emoji import recogniser
 from p2p.weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 

@@ -141,6 +141,8 @@ class UNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (Attention, ResnetBlock)):
                 module.site = name
+        parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        self.in_order = [m for part in parts for m in part.modules()]   # to walk there takes milliseconds
 
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
@@ -187,8 +189,7 @@ class UNet(nn.Module):
 
     def layers(self, kind: type[M]) -> list[M]:
         """The modules of that kind in the order in which they run."""
-        parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [m for part in parts for m in part.modules() if isinstance(m, kind)]
+        return [m for m in self.in_order if isinstance(m, kind)]
 
     def text_sites(self) -> list[str]:
         """The layers whose maps have columns of text."""
@@ -203,9 +204,11 @@ class UNet(nn.Module):
         c, sides, found = self.config, [(height // self.config.patch, width // self.config.patch)], {}
         for _ in c.channels[1:]:   # a convolution rounds up, a mean of 2 x 2 down
             sides.append(tuple(n // 2 if c.resample == "residual" else -(-n // 2) for n in sides[-1]))
-        parts = [*zip(self.down_blocks, sides), (self.mid_block, sides[-1]), *zip(self.up_blocks, sides[::-1])]
-        for part, (h, w) in parts:
-            found |= {m.site: h * w for m in part.modules() if isinstance(m, Attention)}
+        for m in self.layers(Attention):
+            block, number, *_ = m.site.split(".")
+            at = {"down_blocks": int(number), "up_blocks": -1 - int(number)} if number.isdecimal() else {}
+            h, w = sides[at.get(block, -1)]
+            found[m.site] = h * w
         return found
 
     def read(self, context: Tensor) -> Text:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +128,7 @@ def _cut(t: Tokens, length: int) -> list[int]:
 Word = tuple[str, list[int]]   # and its token positions
 
 
-def _paired_words(source: Tokens, target: Tokens) -> list[tuple[Word, Word]]:
+def paired_words(source: Tokens, target: Tokens) -> list[tuple[Word, Word]]:
     a, b = words(source), words(target)
     if len(a) != len(b):
         raise UsageError(f'a word swap needs as many words on both sides: "{source.text}" has {len(a)}, '
@@ -144,27 +145,26 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     text was cut belongs to the end of the other. Rows sum to 1, so P_src M still holds all of the attention.
     Raises UsageError for different word counts.
     """
-    m = torch.zeros(length, length, dtype=torch.float64)
+    m = np.zeros((length, length))
     m[0, 0] = 1
-    groups = [(s, t) for (_, s), (_, t) in _paired_words(source, target)]
+    groups = [(s, t) for (_, s), (_, t) in paired_words(source, target)]
     a, b = len(_cut(source, length)), len(_cut(target, length))
     groups = [([i for i in s if i < a - 1], [j for j in t if j < b - 1]) for s, t in groups]
     for s, t in groups:
         if len(s) == len(t):
             m[s, t] = 1
         elif s and t:
-            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+            m[np.ix_(s, t)] = 1 / len(t)
     m[a - 1, b - 1] = 1                                               # the end of the text
     first = max(a, b)
-    both = range(first, length)
-    m[both, both] = 1
+    m[range(first, length), range(first, length)] = 1
     if first < length:
         m[a:first, first] = 1   # padding of the source where the target has words
         m[first, b:first + 1] = 1 / (first + 1 - b)                   # and the other way round
-    ends = [b - 1, *(m.sum(0) == 0).nonzero().flatten().tolist()]
+    ends = [b - 1, *(m.sum(0) == 0).nonzero()[0]]
     m[a - 1, ends] = 1 / len(ends)
     m[m.sum(1) == 0, b - 1] = 1
-    return m
+    return torch.from_numpy(m)
 
 
 def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Tensor]:
@@ -180,8 +180,8 @@ def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Ten
         if i is not None:
             mapper[j], a[j] = i, 1
     mapper[len(y) - 1], a[len(y) - 1] = len(x) - 1, 1
-    for j in range(max(len(x), len(y)), length):
-        mapper[j], a[j] = j, 1
+    both = slice(max(len(x), len(y)), length)
+    mapper[both], a[both] = torch.arange(length)[both], 1
     return mapper, a
 
 
@@ -212,7 +212,7 @@ def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) ->
 
 def official_replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     """The official mapper: after the last swapped word token j reads token j, whatever was shifted."""
-    pairs = _paired_words(source, target)
+    pairs = paired_words(source, target)
     swapped = [(s, t) for (u, s), (v, t) in pairs if u != v]
     m = torch.zeros(length, length, dtype=torch.float64)
     i = j = 0

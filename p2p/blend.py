@@ -81,13 +81,13 @@ class Blend(NamedTuple):
     sites: tuple[str, ...] = ()   # the layers whose maps count
 
 
-def _listed(words: Words) -> Sequence[str]:
+def listed(words: Words) -> Sequence[str]:
     return [words] if isinstance(words, str) else words
 
 
 def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     out = torch.zeros(length)
-    for word in _listed(words):
+    for word in listed(words):
         out[word_tokens(prompt, word, length)] = 1
     return out
 
@@ -131,18 +131,12 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         return None
     for b in filter(None, blends):
         check(b)
-    read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
-    for name in ("level", "middle"):
-        if len(found := {getattr(b, name) for b in read}) > 1:
-            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
-    level = read[0].level if read else None
-    side = (0, 0) if level is None else (-(-size[0] // level), -(-size[1] // level))
-    sites = () if level is None else _sites(unet, size, side, read[0].middle)
+    side, sites = placed(blends, unet, size)
     columns, threshold, start, everywhere, masks = [], [], [], [], []
     for b, target in zip(blends, targets):
         b = b or LocalBlend(mask=torch.ones(1, 1))
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
-        rivals = zip_longest(*(_listed(words) for words in b.rivals or ()), fillvalue=())
+        rivals = zip_longest(*(listed(words) for words in b.rivals or ()), fillvalue=())
         columns.append(torch.stack([
             torch.stack([_columns(source, ours, length), _columns(target, theirs, length)])
             for ours, theirs in (b.words or ((), ()), b.substruct or ((), ()), *rivals)]))
@@ -154,6 +148,20 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(masks).to(device),
                  sampled, torch.zeros(len(targets), dtype=torch.long, device=device), sites)
+
+
+def placed(blends: Sequence[LocalBlend | None], unet: UNet,
+           size: tuple[int, int]) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """The side of the maps that the blends of one batch read, of latents of that size, and the layers that
+    have them. Raises UsageError."""
+    read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
+    for name in ("level", "middle"):
+        if len(found := {getattr(b, name) for b in read}) > 1:
+            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
+    if not read:
+        return (0, 0), ()
+    side = (-(-size[0] // read[0].level), -(-size[1] // read[0].level))
+    return side, _sites(unet, size, side, read[0].middle)
 
 
 def sites_of_side(unet: UNet, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
@@ -196,13 +204,6 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
     flag("local_blend: middle", b.middle)
     if b.mask is not None:
         _check_mask(b.mask)
-
-
-def idle(blend: Blend, steps: int) -> list[str | None]:
-    """For every target what keeps its blend from mattering, in words."""
-    return ["local_blend starts after the last step" if start >= steps else
-            "local_blend's mask is dark: nothing may change" if not fixed.any() else None
-            for start, fixed in zip(blend.start.tolist(), blend.fixed)]
 
 
 def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, blend: Blend) -> Tensor:

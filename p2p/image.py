@@ -79,16 +79,21 @@ def brightness(mask: Image.Image) -> Image.Image:
 
 def open_picture(path: str | Path) -> Image.Image:
     """A picture from a file in one of FORMATS, upright; of an animation the first frame. Raises UsageError."""
+    check_file(path)
+    try:
+        return _decoded(path)
+    except Exception as error:   # decoders raise anything over damaged bytes
+        raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are {', '.join(FORMATS)}") from None
+
+
+def check_file(path: str | Path) -> None:
+    """Raises UsageError unless it is a file that is there."""
     try:
         check_regular(Path(path))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {_why(error)}") from None
-    try:
-        return _decoded(path)
-    except Exception as error:   # decoders raise anything over damaged bytes
-        raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are {', '.join(FORMATS)}") from None
 
 
 def _decoded(file: str | Path | BinaryIO) -> Image.Image:

@@ -20,12 +20,14 @@ from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
+from p2p.request.asked import SAMPLING, Editor, check_negative
 from p2p.request.checks import flag, whole
 from p2p.request.loading import find_model
-from p2p.request.ready import SAMPLING, Editor, Ready, empty_prompts, prepared, run_settings, split_prompts
+from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
 from p2p.request.record import Record
+from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
-from p2p.request.start import Low, Sampling, begin, late
+from p2p.request.start import Low, Sampling, begun, late, settle
 from p2p.sampler import stepper
 from p2p.weights.untrusted import brief
 
@@ -84,9 +86,11 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     if not prompts or len(seeds) not in (1, len(prompts)):
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
                          "prompt")
-    start = begin(model, sampling, seeds, len(prompts), record=record)
-    notes = [*model.notes, *late(model, start.schedule)]
-    split_prompts(model, prompts, notes)
+    settled = settle(model, sampling, seeds, len(prompts), record=record)
+    check_negative(sampling.negative_prompt, settled.guidance_scale)
+    notes = [*model.notes, *late(model, settled.schedule), *prompt_notes(model, prompts),
+             *sampling_idle(sampling, settled)]
+    start = begun(model, sampling, settled, len(prompts))
     batch = Batch(len(prompts), 0, start.guidance_scale != 1)
     said = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)

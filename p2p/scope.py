@@ -17,11 +17,12 @@ def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
     return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
 
 
-def subject(source: Tokens, target: Tokens, edit: Edit, mode: str,
-            length: int) -> tuple[list[str], list[str]]:
+def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
+            aligned: tuple[Tensor, Tensor] | None = None) -> tuple[list[str], list[str]]:
     """What an edit is about, as words of the source and of the target: its scope and what replaces or joins
-    that; without a scope the words that differ and those with weights."""
-    m, a = alignment(source, target, edit, mode, length)
+    that; without a scope the words that differ and those with weights other than 1. aligned: what `alignment`
+    gives, if it is known."""
+    m, a = aligned or alignment(source, target, edit, mode, length)
     ours, theirs = align.named_words(source), align.named_words(target)
     reads = (m * a).bool()   # (L, L): source token i, target token j
 
@@ -34,7 +35,8 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str,
         old = [(name, i) for name, i in ours if inside & set(i)]
         new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
         return [name for name, _ in old], new
-    weighted = {j for word in (edit.equalizer or {}) for j in align.word_tokens(target, word, length)}
+    weighted = {j for word, c in (edit.equalizer or {}).items() if c != 1
+                for j in align.word_tokens(target, word, length)}
 
     def changed(i: list[int], j: list[int]) -> bool:
         return [source.ids[x] for x in i] != [target.ids[y] for y in j] or bool(weighted & set(j))

@@ -105,20 +105,21 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, capsys):
 
 def test_failures_are_rows_and_retried_alone(tmp_path, capsys):
     file = listed(tmp_path / "jobs.jsonl", 3)
-    bad = {"source": "a cat on grass", "targets": "a dog on grass", "steps": 2}
-    picture = {**bad, "image": "photo.png", "method": "ddim"}
+    bad = {"source": "a cat on grass", "targets": "a dog on grass", "steps": 2, "method": "ddim"}
+    for name in ("broken.png", "photo.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n not")
     with file.open("a") as f:
-        f.write(json.dumps(bad | {"weight": {"bird": 2}}) + "\n" + json.dumps(picture) + "\n")
+        f.write(json.dumps(bad | {"image": "broken.png"}) + "\n" + json.dumps(bad | {"image": "photo.png", "seed": None, "steps": 1}) + "\n")
     command = ["batch", str(file), "--out", str(tmp_path / "out")]
     assert main(command) == 1
     said = capsys.readouterr().err
-    assert 'line 4 failed: no word "bird"' in said and "photo.png: no such file" in said and "3 done, 2 failed, 0 open" in said
+    assert re.search("line 4 failed: .*broken.png: not a picture", said) and "photo.png: not a picture" in said and "3 done, 2 failed, 0 open" in said
     assert main(command) == 1 and "5 jobs, 0 to do" in capsys.readouterr().err          # failures are not tried again
     assert main([*command, "--retry-failed"]) == 1 and "5 jobs, 2 to do" in capsys.readouterr().err
-    Image.new("RGB", (80, 70), "green").save(tmp_path / "photo.png")                      # a picture that is there is another job
+    Image.new("RGB", (80, 70), "green").save(tmp_path / "photo.png")                      # another picture is another job
     assert main(command) == 1 and "4 done, 1 failed" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [r["state"] for r in rows] == ["done", "done", "done", "failed", "done"] and "bird" in rows[3]["error"]
+    assert [r["state"] for r in rows] == ["done", "done", "done", "failed", "done"] and "broken.png" in rows[3]["error"]
 
 
 def test_a_list_that_cannot_be_meant_is_refused_whole(tmp_path, capsys):

@@ -9,10 +9,9 @@ from PIL import Image
 import p2p
 from p2p.cli.parser import main
 from p2p.image import from_pil, to_pil
+from p2p.request.inverting import READ_BY
 from p2p.request.source import METHODS
 from p2p.show.pictures import read_settings
-from p2p.sources.methods import READ_BY
-
 
 loaded = cache(p2p.load)
 

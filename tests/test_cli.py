@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tm
     rows, argv = ROWS[what]
     code, _, err = run(capsys, *argv, *SMALL, "--verbose", "-o", tmp_path)
     assert code == 0 and f"note: {rows} rows of the UNet; text " in err
+    assert not ("seed=1,2" in argv and re.search(r"^seed \d", err, re.M))   # none is drawn that nothing reads
     for quieter in ([], ["-q"]):
         assert "rows" not in run(capsys, *argv, *SMALL, *quieter, "-o", tmp_path)[2]
 

@@ -8,9 +8,9 @@ from p2p.blend import prepare, word_maps
 from p2p.edits import Edit, tables
 from p2p.models.maps import site_maps
 from p2p.models.text import tokens
+from p2p.request.inverting import READ_BY, settings_read
 from p2p.request.source import METHODS
 from p2p.sampler import proximal_guide
-from p2p.sources.methods import READ_BY, settings_read
 from p2p.weights.emoji.world import render, sample
 
 SOURCE, TARGET, STEPS = "a red cat on grass", "a red dog on grass", 4

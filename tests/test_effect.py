@@ -29,13 +29,18 @@ IDLE = {   # (target, settings, what is said of it)
     "level of a mask": (SWAPPED, dict(local_blend=p2p.LocalBlend(mask=torch.ones(2, 2), level=8)), "level changes nothing"),
     "threshold of a mask": (SWAPPED, dict(local_blend=p2p.LocalBlend(mask=torch.ones(2, 2), threshold=0.5)), "threshold changes"),
     "second threshold": (SWAPPED, dict(local_blend=p2p.LocalBlend(words=("cat", "dog"), threshold=(0.3, 0.5))), "second threshold"),
+    "weight 1": (SWAPPED, dict(equalizer={"dog": 1.0}), 'weight of "dog" .* changes nothing: it is 1'),
+    "weight 1 of a closed window": (SWAPPED, dict(equalizer={"dog": 1}, cross_replace_steps=0.0), "it is 1"),
+    "threshold 0": (SWAPPED, dict(local_blend=p2p.LocalBlend(words=("cat", "dog"), threshold=0)), "at threshold 0 the words limit"),
+    "threshold 0 of substruct": (SWAPPED, dict(local_blend=p2p.LocalBlend(
+        words=("cat", "dog"), substruct=("grass", "grass"), threshold=(0.3, 0))), "at threshold 0 substruct leaves nothing"),
     "scope and words": (SWAPPED, dict(scope="cat", local_blend=p2p.LocalBlend(words=("cat", "dog"))), "scope changes nothing"),
 }
 ACTS = [(SWAPPED, {}), (SWAPPED, dict(equalizer={"dog": 2.0})), (REFINED, dict(cross_replace_steps=0.0)), (SOURCE, dict(equalizer={"cat": 2.0})),
         (SWAPPED, dict(cross_replace_steps=0.5, renormalise=True, equalizer={"dog": 2.0})), (SWAPPED, dict(self_replace_steps=0.0)),
         (SWAPPED, dict(cross_replace_steps={"default_": 0.8, "dog": 0.2})), ("a big dog on grass", dict(swap={"cat": "dog"})),
         (SWAPPED, dict(self_max_tokens=0)), (SWAPPED, dict(scope="cat")), (REFINED, dict(equalizer={"night": 3.0})),
-        ("a hippopotamus on grass", dict(aligner="official")), (SWAPPED, dict(equalizer={"dog": 1.0}, cross_replace_steps=0.0)),
+        ("a hippopotamus on grass", dict(aligner="official")),
         (SWAPPED, dict(local_blend=p2p.LocalBlend(words=("cat", "dog"), substruct=("grass", "grass"), threshold=(0.3, 0.5), level=8)))]
 
 

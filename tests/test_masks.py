@@ -11,7 +11,8 @@ from PIL import Image
 import p2p
 from p2p.blend import fixed
 from p2p.cli.parser import main
-from p2p.edits import Edit, from_dict, from_settings, to_dict, to_settings
+from p2p.edits import Edit
+from p2p.request.settings import from_dict, from_settings, to_dict, to_settings
 from p2p.show.pictures import read_settings
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"

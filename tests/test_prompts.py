@@ -40,8 +40,23 @@ def test_plain_brackets_are_text_and_said_to_be(prompt, noted):
     assert bool(check(prompt)) == noted
 
 
+@pytest.mark.parametrize("prompt, weight", [
+    ("a dog:1.4 on grass", "dog=1.4"), ("a dog:1.4, a cat", "dog=1.4"), ("a dog:.5.", "dog=0.5"), ("hot dog::2", "dog=2"),
+    ("food::-1", "food=-1"), ("dog::1.5 [x]", "dog=1.5"), ("a fluffy-dog:1.10", "fluffy-dog=1.1")])
+def test_a_word_with_a_decimal_factor_is_text_and_said_to_be(prompt, weight):
+    """A habit from programs in which it is a weight in brackets (and "::" one without them)."""
+    assert f"is read as text; if a weight is meant, write the word alone, and weigh it in an edit: --weight {weight} " in check(prompt)[0]
+
+
+@pytest.mark.parametrize("prompt", ["ratio 16:9", "at 12:30", "scale 1:2.5", "psalm 23:4", "a cat: 1.5 m tall", "room dog:14", "v:1.4.5",
+                                    "std::vector", "a map 1:25.000", "https://x.y:80.1/z"])
+def test_other_colons_are_ordinary_text(prompt):
+    assert check(prompt) == []
+
+
 @pytest.mark.parametrize("prompt", ["(" * 10**5, "[" * 10**5, "((" * 10**5 + "))", "(a:" * 10**5, "[a:" * 10**5, "<lora:" * 10**5,
-                                    "(a " * 10**5 + ":1", "( " * 10**5, "(" + " " * 10**5 + ")", "a" * 10**6, "[a|" * 10**5])
+                                    "(a " * 10**5 + ":1", "( " * 10**5, "(" + " " * 10**5 + ")", "a" * 10**6, "[a|" * 10**5,
+                                    "a-" * 9999, "a'" * 9999, "a:" * 9999, "a:1." * 4999, "a::" * 6666, "a:" + "1" * 19_990])
 def test_no_prompt_takes_long_to_check(prompt):
     began = time.process_time()
     try:

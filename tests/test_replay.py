@@ -81,6 +81,54 @@ def test_no_setting_of_a_stranger_ends_in_anything_but_a_refusal(made, tmp_path,
     assert tried > 400
 
 
+def again(tmp_path, changed, capsys):
+    save_png(tmp_path / "x.png", Image.new("L", (1, 1)), changed)
+    code = main(["edit", "--from", str(tmp_path / "x.png"), "-o", str(tmp_path / "out"), "-q"])
+    return code, capsys.readouterr().err
+
+
+def without(settings, *path):
+    changed = copy.deepcopy(settings)
+    holder = changed
+    for name in path[:-1]:
+        holder = holder[name]
+    del holder[path[-1]]
+    return changed
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "skip", "guidance_scale", "inversion_guidance", "eta"])
+@pytest.mark.parametrize("lost", ["left out", "null"])
+def test_an_inversion_is_not_made_again_by_guesses(made, tmp_path, capsys, name, lost):
+    settings, _ = made   # by edit-friendly, which reads all of them
+    changed = without(settings, "inversion", name)
+    if lost == "null":
+        changed["inversion"][name] = None
+    code, said = again(tmp_path, changed, capsys)
+    assert code == 2 and f"does not say its {name}, on which the pixels depend" in said
+
+
+@pytest.mark.parametrize("name", ["mode", "cross_replace_steps", "self_replace_steps", "self_max_tokens", "equalizer", "aligner",
+                                  "local_blend.words", "local_blend.substruct", "local_blend.threshold", "local_blend.start",
+                                  "local_blend.level", "local_blend.mask"])
+def test_nor_is_a_target(made, tmp_path, capsys, name):
+    code, said = again(tmp_path, without(made[0], "targets", 0, *name.split(".")), capsys)
+    assert code == 2 and f"does not say its {name}, on which the pixels depend" in said
+
+
+@pytest.mark.parametrize("name", ["sha256", "vae", "tile"])
+def test_a_model_that_is_not_known_to_be_the_same_is_said_to_be_so(made, tmp_path, capsys, name):
+    settings, file = made
+    code, said = again(tmp_path, without(settings, name), capsys)
+    assert code == 0 and f"does not say the {name} of the model that made it, so nobody can tell" in said
+    (picture,) = tmp_path.glob("out/*/edit.png")
+    assert Image.open(picture).tobytes() == Image.open(file).tobytes()
+
+
+def test_pictures_of_versions_that_recorded_less_are_not_said_to(made, tmp_path, capsys):
+    code, said = again(tmp_path, without(without(made[0], "version"), "tile"), capsys)
+    assert code == 0 and "does not say" not in said
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "{}", '{"command": "edit"}', '{"command": "invert"}', "{" * 9999])
 def test_settings_that_are_none_are_refused(text, tmp_path, capsys):
     from PIL.PngImagePlugin import PngInfo

@@ -98,8 +98,8 @@ def test_what_a_changed_row_does_not_read_is_not_inherited(emoji, folder, like, 
     ({"like": "ddim+masactrl", "cross": 0.5}, "cross_replace_steps: of Prompt-to-Prompt"),
     ({"like": "ddim+p2p", "editor": "masactrl", "self": 0.5}, "self_replace_steps: of Prompt-to-Prompt"),
     ({"like": "directinversion+p2p", "seed": 3}, "seed: direct inversion does not read it"),
-    ({"steps": 3000}, "steps: 3000 is more than the model's 1000"), ({"height": 63}, "height must be a positive multiple"),
-    ({"method": "ddim", "steps": 3, "skip": 3}, "skip: 3 of 3 steps leaves none")])
+    ({"steps": 3000}, "steps must be from 1 to 1000, not 3000"), ({"height": 63}, "height must be a positive multiple"),
+    ({"method": "ddim", "steps": 3, "skip": 3}, "skip, which leaves steps to run, must be a whole number from 0 to 2, not 3")])
 def test_rows_that_cannot_be_meant_are_refused_before_anything_is_written(emoji, folder, settings, why):
     item = protocol.Item("k", folder / "photo.png", "a cat on grass", "a dog on grass", "cat dog", [])
     ways = {"fine": pie.own({"method": "noise", "steps": 1}), "mine": pie.own(settings)}

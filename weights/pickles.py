@@ -18,6 +18,7 @@ import torch
 from p2p.weights import refuse
 from p2p.weights.errors import CheckpointError
 from p2p.weights.opcodes import DTYPES, KINDS, STORAGES, Storage, Tensor, followed
+from p2p.weights.untrusted import kind_of
 
 BYTES = 2**24      # most of a pickle: Stable Diffusion XL with averages takes a tenth
 REPEATED = 2**20   # most numbers of a tensor that repeats its own by a stride of 0, as positions may
@@ -83,8 +84,7 @@ def _state_dict(path: Path, state: Any) -> tuple[dict[str, Tensor], dict[str, st
                 metadata["global_step"] = str(step)
             state = state["state_dict"]
     if not isinstance(state, dict):
-        kind = type(state).__name__.strip("_").lower()
-        raise CheckpointError(f"{path}: holds a {kind}, not a dictionary of tensors.")
+        raise CheckpointError(f"{path}: holds {kind_of(state)}, not a dictionary of tensors.")
     if kind := refuse.by_structure(state):
         raise CheckpointError(f"{path}: {kind}.")
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}, metadata

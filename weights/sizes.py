@@ -11,7 +11,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
-from p2p.weights.untrusted import parse_json, parse_settings, read_text
+from p2p.weights.untrusted import kind_of, parse_json, parse_settings, read_text
 
 LEVELS = 16   # most numbers of a list, one a level of the network
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
@@ -48,7 +48,7 @@ def parsed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not the fields of a config.")
+        raise CheckpointError(f"{path}: holds {kind_of(found)}, not the fields of a config.")
     return found
 
 

@@ -55,7 +55,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """JSON that is an object. Raises ValueError."""
     found = parse_json(text)
     if not isinstance(found, dict):
-        raise ValueError(f"holds a {type(found).__name__}, not an object")
+        raise ValueError(f"holds {kind_of(found)}, not an object")
     return found
 
 
@@ -133,8 +133,14 @@ def brief(value: object) -> str:
     try:
         text = " ".join(repr(value).split())
     except Exception:   # a repr of anybody's making
-        text = f"a {type(value).__name__}"
+        text = kind_of(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(value: object) -> str:
+    """What a value is, with its article: "a list", "an object"; None is JSON's null."""
+    name = type(value).__name__.strip("_").lower()
+    return "null" if value is None else f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
 
 
 def _cut(text: str, most: int) -> str:

@@ -176,9 +176,10 @@ def inversion(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
     ap.add_argument("--final-alpha", type=float, metavar="X", help="alphas_cumprod at which the picture is taken to be; "
                     "default: the model's; 1: as O-BELM's code")
-    ap.add_argument("--fit", choices=["crop", "pad", "own"], help="how a picture comes to the model's size: cropped (the default), "
-                    "whole with its edges repeated around it, or in a size of its own shape")
-    ap.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
+    fit = ap.add_mutually_exclusive_group()
+    fit.add_argument("--fit", choices=["crop", "pad", "own"], help="how a picture comes to the model's size: cropped (the "
+                     "default), whole with its edges repeated around it, or in a size of its own shape")
+    fit.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
 
 
 def injection(ap: argparse.ArgumentParser) -> None:

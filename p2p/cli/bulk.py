@@ -17,7 +17,6 @@ from tqdm import tqdm
 import p2p
 from p2p.cli import options, values
 from p2p.editors import EDITORS
-from p2p.edits import to_dict
 from p2p.lists import dataset, metrics, pie, pie_report
 from p2p.lists.batch import Batch, load_for, run_jobs
 from p2p.lists.batch import run as run_batch
@@ -26,9 +25,10 @@ from p2p.lists.jobs import Job, Store
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
+from p2p.request.inverting import DEFAULT, READ_BY
+from p2p.request.settings import to_dict
 from p2p.request.source import METHODS
 from p2p.show.sweep import shown
-from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
 
@@ -95,9 +95,10 @@ def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
     elsewhere = [values.pair(said, "=", "--pictures", "NAME=FOLDER") for said in args.pictures or ()]
     found = [] if args.methods is None and (elsewhere or args.ways) else _methods(args)
     if args.ways is not None:
-        said = read_json(args.ways)
+        form = 'expected {"NAME": {settings of a job, "like": a row of --methods}, ...}'
+        said = read_json(args.ways, form)
         if not isinstance(said, dict) or not all(isinstance(settings, dict) for settings in said.values()):
-            raise p2p.UsageError(f'--ways {args.ways}: expected {{"NAME": {{settings of a job, "like": a row of --methods}}, ...}}')
+            raise p2p.UsageError(f"--ways {args.ways}: {form}")
         found += [(name, pie.own(settings)) for name, settings in said.items()]
     found += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
     for name, _ in found:

@@ -42,6 +42,7 @@ def edit(args: argparse.Namespace) -> None:
 
 def invert(args: argparse.Namespace) -> None:
     refuse(args, "p2p invert: it is given to the edits", ["negative"])
+    refuse(args, "p2p invert: it decodes no picture", ["tile"])
 
 
 def maps(args: argparse.Namespace) -> None:

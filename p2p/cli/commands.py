@@ -129,6 +129,8 @@ def maps(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     out = Output(args.out, f"sweep {args.source}")
     over = values.over(args.over)
+    if "seed" in over:
+        args.seed = 0   # so that none is drawn, and said, which nothing reads
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative, progress=not args.quiet)

@@ -14,12 +14,12 @@ from p2p.cli.output import Output
 from p2p.cli.results import Stage, enlarged, stage, write_edit
 from p2p.cli.values import refuse
 from p2p.editors import find_editor
-from p2p.edits import from_settings
 from p2p.image import FITS, from_base64
 from p2p.request.checks import choice
+from p2p.request.inverting import settings_recorded
+from p2p.request.settings import from_settings
 from p2p.run import Result
 from p2p.show.pictures import read_settings
-from p2p.sources.methods import settings_read
 from p2p.weights.averages import taken_unasked
 from p2p.weights.hub import is_id
 from p2p.weights.load import BUNDLED, find
@@ -62,8 +62,7 @@ def _again(model: p2p.Model, said: dict[str, Any], progress: bool) -> p2p.Invers
     """The inversion that an edit's settings describe."""
     if said["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
-    names = ("steps", "skip", "guidance_scale", "inversion_guidance", "inner_steps", "eta", "seed", "final_alpha")
-    how = settings_read(said["method"], {k: said.get(k) for k in names})
+    how = settings_recorded(said)
     picture, fit = from_base64(said["picture"]), said.get("fit", "crop")         # as fitted: of the size that it was run at
     made = p2p.invert(model, picture, said["prompt"], method=said["method"], height=picture.height, width=picture.width,
                       progress=progress, **how)
@@ -103,6 +102,9 @@ def _place(args: argparse.Namespace, option: str, recorded: str | None) -> str |
 def _same_model(args: argparse.Namespace, model: p2p.Model, s: dict[str, Any], option: str = "model") -> None:
     """Raises CheckpointError unless all is the same that is recorded of a model."""
     found = model.identity()
+    if lost := [k for k in found if k not in s and (k == "sha256" or "version" in s)]:   # older ones say less
+        options.say([f"{args.replay} does not say the {', '.join(lost)} of the {option} that made it, so nobody can "
+                     "tell whether it was this one, read in this way"])
     for name, what, of in (("sha256", "weights", option), ("vae", "autoencoder", "vae"), ("text", "text", "text")):
         if name in s and found[name] != s[name]:
             where = model.file if name == "sha256" else model.places.get(name, f"without --{name}")

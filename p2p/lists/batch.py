@@ -31,7 +31,7 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
     Raises UsageError, CheckpointError.
     """
     model = load_for(batch, engine)
-    return run_jobs(model, read(batch.jobs, model, batch.defaults), batch, engine, workers)
+    return run_jobs(model, read(batch.jobs, model, batch.defaults, batch.out), batch, engine, workers)
 
 
 def load_for(batch: Batch, engine: str = "local") -> Model:
@@ -65,6 +65,8 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     However it ends, results.jsonl then has a row for each of the jobs. Raises UsageError; KeyboardInterrupt,
     once it has said how far it came.
     """
+    if engine == "torchrun" and workers is not None:
+        raise UsageError("--workers: torchrun starts the processes (--nproc-per-node); leave it out")
     (rank, world), store = _place(engine), Store(batch.out)
     for note in model.notes if rank == 0 else ():
         print(f"note: {printable(note)}", file=sys.stderr)

@@ -28,10 +28,11 @@ from p2p.lists.ip2p import Kept, Prompts, Recipe, check
 from p2p.lists.ip2p import samples as samples_of
 from p2p.lists.lines import write
 from p2p.lists.metrics import Embedder
-from p2p.lists.pie_report import flat
+from p2p.lists.pie_report import flat, read_json
 from p2p.model import Model
+from p2p.request.prompts import check as check_prompt
 from p2p.weights.aside import appearing, aside, finished, sweep
-from p2p.weights.untrusted import brief, parse_json, read_text
+from p2p.weights.untrusted import brief
 
 WHOLE = "counts.json"   # the file by which a finished folder is known
 
@@ -55,6 +56,7 @@ def read(file: Path) -> list[Pair]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
         if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
+        check_prompt(texts["caption"]), check_prompt(texts["output"])
         return Prompts(texts["caption"], texts["output"]), said
 
     return [Pair(i, *found) for i, found in enumerate(lines.read(file, parts, "no prompt in it"))]
@@ -125,10 +127,7 @@ def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -
 
 def _json(file: Path) -> Any:
     """A file of an earlier run. Raises UsageError."""
-    try:
-        return parse_json(read_text(file))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); give another --out") from None
+    return read_json(file, "give another --out")
 
 
 def finish(out: Path) -> Counter[str]:

@@ -13,7 +13,7 @@ from p2p.blend import LocalBlend
 from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
-from p2p.request.ready import proximal_by
+from p2p.request.asked import proximal_by
 from p2p.request.source import METHODS
 from p2p.weights.untrusted import brief
 

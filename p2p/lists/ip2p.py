@@ -31,6 +31,7 @@ from p2p.lists.metrics import Embedder
 from p2p.lists.together import edit_together
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
+from p2p.request.checks import finite
 from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import stepper
@@ -62,7 +63,12 @@ class Recipe:
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Raises UsageError for steps that the model cannot be sampled in."""
+    """Raises UsageError for steps that the model has not, and filters that nothing would pass."""
+    for name in ("image", "direction", "text"):
+        least = finite(f"least similarity ({name})", getattr(recipe, name))
+        if least > 1:
+            raise UsageError(f"least similarity ({name}): no cosine is above 1, so nothing would pass "
+                             f"{least:g}")
     model.schedule(recipe.steps)
     if recipe.sampler == "ip2p":
         sigma_schedule(model.alphas_cumprod, recipe.steps)

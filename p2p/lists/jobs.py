@@ -9,82 +9,93 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from p2p.blend import LocalBlend
-from p2p.edits import Edit, check, to_dict
+from p2p.edits import Edit
+from p2p.edits import check as check_edit
 from p2p.errors import UsageError
 from p2p.lists import lines
 from p2p.lists.fields import checked
+from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
 from p2p.lists.lines import present, write
 from p2p.model import STEPS, Model
-from p2p.request.ready import EDITING, without_editor
+from p2p.request.asked import EDITING, without_editor
+from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.source import METHODS
 from p2p.run import Result
 from p2p.show.pictures import names, save_png
-from p2p.sources.methods import DEFAULT, READ_BY
 from p2p.weights.aside import appearing, finished, sweep
 from p2p.weights.untrusted import brief, parse_object, read_text
 
-SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
-INVERTING = {"method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
-             "fit": "crop", "path": "inverted"}   # see `invert`; "square" and the last: `protocol.square`, `protocol.resampled`
-OTHERS = ("proximal", "editor", "negative_prompt")
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))   # of Prompt-to-Prompt alone
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in ("negative-prompt", "null-text"))}
+RESULT = ("id", "notes", "rows", "seconds")   # what job.json holds besides the settings
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
 
-class Job(NamedTuple):
-    """One line of the list, complete: every setting has its value."""
-
-    id: str                       # a hash of what is asked for, of the picture's content and of the model
-    line: int
-    source: str                   # the prompt, or what describes the picture
-    targets: tuple[Edit, ...]
-    sampling: dict[str, Any]      # SAMPLING, and
-    image: Path | None
-    inverting: dict[str, Any]     # INVERTING, if there is a picture: those that are read, see `unread`
-    others: dict[str, Any]        # OTHERS
-    own: str | int | None = None  # the user's id and tags: for the rows of results.jsonl, they change nothing
-    tags: Any = None
-
-    def settings(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {"source": self.source, "targets": [to_dict(e) for e in self.targets], **self.sampling,
-                "image": self.image and str(self.image), **self.inverting, **self.others}
-
-    def row(self) -> dict[str, Any]:
-        """What is known of it before it has run, as a row of results.jsonl."""
-        return {"line": self.line, "id": self.id if self.own is None else self.own, "job": self.id,
-                "state": "open", "tags": self.tags, "source": self.source,
-                "targets": [e.prompt for e in self.targets], "seed": self.sampling.get("seed"), "images": [],
-                "seconds": None, "notes": [], "error": None}
-
-
-def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> list[Job]:
+def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
+         out: Path | None = None) -> list[Job]:
     """The jobs of a list (see `lines.read`), one a line; lines that ask for the same have the same identity.
     Pictures lie relative to the file. defaults: settings of lines without their own; INVERTING of pictures
-    alone.
+    alone. out: where results of the list may lie; what is done is not checked again.
 
     Raises UsageError naming every line that cannot be meant, before anything is computed.
     """
     defaults = present(dict(defaults or {})) or {}
     for name, value in defaults.items():
         checked(name, value)
-    jobs = lines.read(file, lambda said, number: meant(parse(said, number, file.parent, model, defaults)),
-                      'no job in it; a job is a line such as {"source": "a cat", "targets": ["a dog"]}')
+    checks = Checks(model, out)
+
+    def job(said: Any, number: int) -> Job:
+        found = meant(parse(said, number, file.parent, model, defaults))
+        checks(found)
+        return found
+
+    example = '{"source": "a cat", "targets": ["a dog"]}'
+    jobs = lines.read(file, job, f"no job in it; a job is a line such as {example}")
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
     left = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
     if idle := [k for k in defaults if all(k in each for each in left)]:
         raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: {left[0][idle[0]]})")
     return jobs
+
+
+class Checks:
+    """`check`, once for each identity that is not done."""
+
+    def __init__(self, model: Model, out: Path | None):
+        self.model, self.out, self.fine = model, out, set()
+
+    def __call__(self, job: Job) -> None:
+        """Raises UsageError."""
+        if job.id in self.fine or (self.out is not None and finished(self.out / job.id / "job.json")):
+            return
+        try:
+            check(self.model, job)
+        except UsageError:
+            if job.image is None or os.path.exists(job.image) or _plain(job.settings()) not in self.done:
+                raise   # a picture that is gone since its job was done is no fault of the list
+        except Exception:   # nobody foresaw it: the job fails alone, at its turn, and says where
+            return
+        self.fine.add(job.id)
+
+    @cached_property
+    def done(self) -> set[str]:
+        """What finished jobs asked for, whatever their pictures held."""
+        found = () if self.out is None else self.out.glob("*/job.json")
+        return {_plain({k: v for k, v in _read(file).items() if k not in RESULT}) for file in found}
+
+
+def _plain(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def unread(method: str | None, editor: Any) -> dict[str, str]:
@@ -133,8 +144,6 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     usual = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
     sampling = {k: said.get(k, usual[k]) for k in SAMPLING if k not in idle}
-    if sampling["steps"] > len(model.alphas_cumprod):
-        raise UsageError(f"steps: {sampling['steps']} is more than the model's {len(model.alphas_cumprod)}")
     inverting = {k: said.get(k, v) for k, v in INVERTING.items() if k not in idle}
     others = {k: said[k] for k in OTHERS if k in said}
     image = folder / said["image"] if pictured else None
@@ -147,7 +156,7 @@ def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
     if "prompt" not in own:
         raise UsageError("a target that is an object needs its prompt")
     edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
-    check(edit)
+    check_edit(edit)
     blend = edit.local_blend
     if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
         raise UsageError("local_blend: give words or a mask, or the target's scope")
@@ -168,7 +177,7 @@ def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[st
 def _identity(job: Job, model: Model) -> str:
     content = None if job.image is None else _content(job.image)
     asked = job.settings() | {"image": content, "model": model.identity()}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(_plain(asked).encode()).hexdigest()[:16]
 
 
 def _content(picture: Path) -> str:
@@ -277,8 +286,3 @@ def _shape(job: Job) -> tuple | None:
     levels = {(b.level, b.middle) for b in blends}
     s = job.sampling
     return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
-
-
-def arguments(job: Job) -> Mapping[str, Any]:
-    """Of `edit`, for a job without a picture."""
-    return {"source": job.source, "targets": list(job.targets), **job.sampling}

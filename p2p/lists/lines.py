@@ -52,8 +52,8 @@ def _text(file: Path) -> str:
         raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(content) > BYTES:
         raise UsageError(f"{file}: a list of more than {BYTES:,} bytes; split it")
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UsageError(f"{file}: UTF-16 text; save it as UTF-8")
+    if not (found := json.detect_encoding(content)).startswith("utf-8"):
+        raise UsageError(f"{file}: {found.upper()} text; save it as UTF-8")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

@@ -24,16 +24,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
+from p2p.lists.job import check
 from p2p.lists.jobs import SHORT, Job, Store, groups, meant, parse, unread
 from p2p.lists.lines import write
 from p2p.lists.metrics import CONVENTIONS, NAMES, Judges, measure
 from p2p.lists.protocol import Item
 from p2p.lists.work import work
 from p2p.model import Model
-from p2p.sources.methods import DEFAULT
+from p2p.request.inverting import DEFAULT
 from p2p.weights import digest
 from p2p.weights.untrusted import parse_object, read_text
 
@@ -194,18 +196,14 @@ def _said(way: Way, model: Model, data: str) -> dict[str, Any]:
 
 
 def _check(name: str, way: Way, item: Item, model: Model) -> None:
-    """Raises UsageError for settings that no item can have: one with words that every row can read is tried."""
+    """Raises UsageError for settings that no item can have: all is tried but words and pictures."""
     if way.job is None:
         return
     job = _asked(way, item._replace(source="the source", target="the target", blended=""), model, 1)
     try:
         if isinstance(job, str):
             raise UsageError(job)
-        steps, skip = job.sampling["steps"], job.inverting["skip"]
-        model.schedule(steps)
-        model.latent_shape(job.sampling["height"], job.sampling["width"])
-        if skip is not None and skip >= steps:
-            raise UsageError(f"skip: {skip} of {steps} steps leaves none to run")
+        check(model, job._replace(targets=(Edit(job.targets[0].prompt),)), there=False)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
 

@@ -29,12 +29,12 @@ def scale(column: str) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ files
 
-def read_json(file: Path) -> Any:
-    """Raises UsageError."""
+def read_json(file: Path, instead: str = "remove it, or give another --out") -> Any:
+    """instead: what to do where it is none. Raises UsageError."""
     try:
         return parse_json(read_text(file))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); remove it, or give another --out") from None
+        raise UsageError(f"{file}: cannot be read ({error}); {instead}") from None
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:

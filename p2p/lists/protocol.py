@@ -26,8 +26,8 @@ from p2p.edits import Window
 from p2p.errors import UsageError
 from p2p.image import to_base64
 from p2p.model import Model
+from p2p.request.inverting import settings_read
 from p2p.request.source import METHODS, Inversion
-from p2p.sources.methods import settings_read
 from p2p.sources.trace import trace
 
 

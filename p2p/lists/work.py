@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from p2p.editors import find_editor
 from p2p.errors import NumericsError, UsageError
 from p2p.image import open_picture
-from p2p.lists.jobs import Job, Store, arguments
+from p2p.lists.jobs import Job, Store
 from p2p.lists.protocol import resampled, square
 from p2p.lists.together import run_together
 from p2p.model import Model
@@ -21,7 +20,7 @@ from p2p.request.loading import load
 from p2p.request.ready import Ready, prepared
 from p2p.run import Result
 from p2p.run import run as sample
-from p2p.sources.methods import invert, settings_read
+from p2p.sources.methods import invert
 
 Group = list[Job]
 T = TypeVar("T")
@@ -97,19 +96,15 @@ def _probe(device: torch.device) -> None:
 
 def _ready(model: Model, job: Job) -> Ready:
     """All that comes before the sampling of one job: a picture is inverted here."""
-    how = {**job.others, "editor": find_editor(job.others.get("editor"))}
-    if job.image is None:
-        return prepared(model, **arguments(job), **how)
-    said = {**job.inverting, **job.sampling}
-    path, picture = said.pop("path"), open_picture(job.image)
-    if said["fit"] == "square":
-        picture, said["fit"] = square(picture, (said["height"], said["width"])), None
-    if said["fit"] == "own":
-        said |= {"height": None, "width": None}
-    source = invert(model, picture, job.source, **settings_read(said["method"], said))
-    if path == "resampled":
-        source = resampled(model, source)
-    return prepared(model, source, list(job.targets), guidance_scale=job.sampling["guidance_scale"], **how)
+    source: Any = job.source
+    if job.image is not None:
+        said, picture = job.inversion(), open_picture(job.image)
+        if said["fit"] == "square":
+            picture, said["fit"] = square(picture, (said["height"], said["width"])), None
+        source = invert(model, picture, job.source, **said)
+        if job.inverting["path"] == "resampled":
+            source = resampled(model, source)
+    return prepared(model, source=source, **job.editing())
 
 
 def work(model: Model, todo: Iterable[Group], store: Store, retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:

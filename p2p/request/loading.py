@@ -84,14 +84,17 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
                  offload=offload, tile=tile, files=files(package, vae, text), asked=asked,
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
-                 **_found_out(package), **_own(package.family, bool(c.unet.config.low_channels)))
+                 **_found_out(package, tile is not None and c.vae is None),
+                 **_own(package.family, bool(c.unet.config.low_channels)))
 
 
-def _found_out(package: Package) -> dict[str, Any]:
-    """What the files say of how the model is sampled, and notes of it."""
+def _found_out(package: Package, tiled: bool) -> dict[str, Any]:
+    """What the files say of how the model is sampled, and notes of it. tiled: asked of a model on pixels."""
     s, notes = package.sampling, list(package.notes)
     if "guess" in package.why or package.why == FAMILY_RULE:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
+    if tiled:
+        notes.append("tile changes nothing: this model works on pixels, so that there is nothing to decode")
     return dict(alphas_cumprod=s.alphas_cumprod, prediction=s.prediction, size=package.size, offset=s.offset,
                 final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
                 learned_variance=s.learned_variance, latent_scale=package.latent_scale,

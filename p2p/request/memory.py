@@ -6,8 +6,9 @@ by then. What is refused would have failed; what is not may fail still.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,15 +35,18 @@ def machine(device: torch.device = CPU) -> int | None:
     return min(found, default=None)
 
 
-def _limits() -> Iterator[Path]:
+@cache
+def _limits() -> list[Path]:
     """Where Linux says how much a control group may take (cgroups, version 2 or 1), and those that it lies in."""
     root = Path("/sys/fs/cgroup")
-    yield root / "memory" / "memory.limit_in_bytes"
+    found = [root / "memory" / "memory.limit_in_bytes"]
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             own = root / line.rpartition(":")[2].lstrip("/")
             if line.startswith("0::"):
-                yield from (folder / "memory.max" for folder in (own, *own.parents) if folder.is_relative_to(root))
+                inside = (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+                found += [folder / "memory.max" for folder in inside]
+    return found
 
 
 def afford(bill: Mapping[str, int], device: torch.device = CPU) -> None:

@@ -3,8 +3,9 @@
 What can only be syntax is refused: weights "(dog:1.4)", schedules "[dog:cat:0.4]", alternatives "[dog|cat]" and "{dog|cat}",
 nested emphasis "((dog))" and "[[dog]]", add-ons "<lora:name:1>" and "embedding:name", and the words BREAK and AND in capitals
 among words that are not (nothing is lost: CLIP reads small letters alone). What may also be meant as it
-stands, as in "a cat (photo)", is text, and a note says so; "(ratio 16:9)" and "(at 10:30)" are ordinary text.
-Syntax of AUTOMATIC1111's web UI, ComfyUI, NovelAI and Compel.
+stands, as in "a cat (photo)" or "a cat:1.4", is text, and a note says so; "16:9" and "(at 10:30)" are
+ordinary text.
+Syntax of AUTOMATIC1111's web UI, ComfyUI, NovelAI, Compel and Midjourney ("cat::2").
 """
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
     (r"<\s*(?:lora|lyco|locon|loha|hypernet|ti|embedding)\s*:[^<>]*>|\bembedding:\S+", "an add-on", _ADDED),
     (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction", "write one prompt, and the other as an edit of it"),
 ))
+_BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
 _TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
 
 
@@ -60,10 +62,17 @@ def check(prompt: object) -> list[str]:
         if word in ("BREAK", "AND") and any(w != w.upper() for w in beside):
             raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read as the word: leave it '
                              f'out, or write "{word.lower()}" for the word')
+    notes = []
+    if found := _BARE.search(prompt):
+        word, weight = filter(None, found.groups())
+        weight = f"{float(weight):g}"
+        notes.append(f'"{_short(prompt)}": {_short(found.group())} is read as text; if a weight is meant, '
+                     f"write the word alone, and weigh it in an edit: --weight {word}={weight} "
+                     f'(equalizer={{"{word}": {weight}}})')
     if found := _TEXT.search(prompt):
-        return [f'"{_short(prompt)}": {_short(found.group())} is read as text, not as emphasis; weigh a word with --weight '
-                "WORD=1.2 (equalizer)"]
-    return []
+        notes.append(f'"{_short(prompt)}": {_short(found.group())} is read as text, not as emphasis; weigh a '
+                     "word with --weight WORD=1.2 (equalizer)")
+    return notes
 
 
 def _short(text: str) -> str:

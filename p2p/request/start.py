@@ -101,8 +101,9 @@ def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: i
     notes = []
     if how != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
         seen = [round(side * min(shares)) for side in (width, height)]
+        instead = '--pad (fit="pad") keeps all of it' + ("" if how == "own" else ", --fit own its shape")
         notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x {seen[1]} around its centre, "
-                     f"for the model's {width} x {height}: --pad (fit=\"pad\") keeps all of it, --fit own its shape")
+                     f"for the model's {width} x {height}: {instead}")
     return picture, (height, width), notes
 
 
@@ -136,10 +137,21 @@ def guidance(model: Model, asked: float | None) -> float:
     return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
 
 
-def begin(model: Model, sampling: Sampling, seeds: list[int], n: int, *, targets: int = 0, record: Record = Record()) -> Start:
-    """n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, and before anything is allocated
-    for more than the machine has."""
-    low, x_T = sampling.low, sampling.x_T
+class Settled(NamedTuple):
+    """What is decided of a run before anything is drawn."""
+
+    schedule: Schedule
+    guidance_scale: float
+    eta: float
+    shape: tuple[int, int, int]   # of the latents, (C, H, W)
+    seeds: list[int]
+
+
+def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *, targets: int = 0,
+           record: Record = Record()) -> Settled:
+    """Of n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, also for more
+    memory than the machine has: nothing is allocated here."""
+    low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
     eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
     if bool(model.unet.config.low_channels) != (low is not None):
@@ -149,10 +161,21 @@ def begin(model: Model, sampling: Sampling, seeds: list[int], n: int, *, targets
     schedule = model.schedule(steps)
     shape = model.latent_shape(*_sides(model, sampling, n))
     drawn = [check_seed(seed) for seed in seeds]
-    count = 1 + (steps if eta else 0)
-    check_run(model, n, shape, steps, guided=guidance_scale != 1, noises=len(drawn) * (count + (low is not None)),
-              targets=targets, record=record)
-    noise = [z.to(model.device) for z in draw(shape, drawn, count + (low is not None))]
+    check_run(model, n, shape, steps, guided=guidance_scale != 1, targets=targets, record=record,
+              noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))
+    return Settled(schedule, guidance_scale, eta, shape, drawn)
+
+
+def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> Start:
+    """n rows with their noise, see `settle`. Raises UsageError."""
+    return begun(model, sampling, settle(model, sampling, seeds, n), n)
+
+
+def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
+    """What was settled, with its noise."""
+    low, x_T, (schedule, guidance_scale, eta, shape, seeds) = sampling.low, sampling.x_T, settled
+    count = 1 + (schedule.steps if eta else 0)
+    noise = [z.to(model.device) for z in draw(shape, seeds, count + (low is not None))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,   # the same noise in all rows
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))

@@ -86,6 +86,8 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     if "seed" in over and isinstance(source, (Inversion, Path)):
         raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
                          "noise")
+    if "seed" in over and seed != 0:
+        raise UsageError("seed: the sweep is over seeds; leave it out")
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
     seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]

@@ -15,10 +15,11 @@ Every method ends in an `Inversion`: the latents of the picture at each noise le
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -30,23 +31,13 @@ from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit as fit_picture
 from p2p.model import STEPS, Conditioning, Model
-from p2p.request import checks
+from p2p.request.checks import flag
+from p2p.request.inverting import DEFAULT, expected
 from p2p.request.loading import find_model
-from p2p.request.memory import check_run
-from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import Schedule
-from p2p.request.source import METHODS, Inversion
-from p2p.request.start import check_latents, check_seed, draw, fitting, guidance, late
-from p2p.sampler import BELM_FROM_NOISE, belm_step_up, ddim_step, guide, x0_and_eps
-
-READ_BY = {   # settings that some methods alone read; the others refuse them
-    "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
-    "inner_steps": ("fixed-point", "null-text"),
-    "eta": ("edit-friendly",),
-    "seed": ("noise", "edit-friendly"),
-}
-DEFAULT = "edit-friendly"                      # of `benchmarks.paired`: nearest to the true edits, with the fewest rows but noise's
-SKIPPED = {"edit-friendly": 0.24}              # share of the steps left out, unless told: 12 of 50, as in its PIE-Bench runs
+from p2p.request.source import Inversion
+from p2p.request.start import check_latents, draw, fitting
+from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 
 
 class _Run(NamedTuple):
@@ -72,11 +63,6 @@ class _Run(NamedTuple):
         return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
 
 
-def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of these settings of `invert` that the method reads."""
-    return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
-
-
 def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *, method: str = DEFAULT,
            steps: int = STEPS, skip: int | None = None, guidance_scale: float | None = None,
            inversion_guidance: float | None = None, inner_steps: int | None = None, eta: float | None = None,
@@ -95,83 +81,62 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     in O-BELM's code. A setting that a method does not read is refused. Raises UsageError, NumericsError.
     """
     model = find_model(model)
-    checks.choice("inversion method", method, METHODS)
-    given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
-    for name, value in given.items():
-        if value is not None and method not in READ_BY[name]:
-            raise UsageError(f"{name}: {method} inversion does not read it (read by {', '.join(READ_BY[name])}); leave it out")
-    whole = model.schedule(checks.whole("steps", steps))
-    if final_alpha is not None and checks.share("final_alpha", final_alpha) == 0:
-        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
-    whole = whole.ending(final_alpha)
-    guidance_scale = guidance(model, guidance_scale)
-    inversion_guidance = checks.finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
-    inner_steps = None if inner_steps is None else checks.whole("inner_steps", inner_steps, most=10**6)
-    seed, eta = check_seed(0 if seed is None else seed), checks.share("eta", 1 if eta is None else eta)
-    checks.flag("progress", progress)
-    if model.unet.config.low_channels:
-        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another model, see `upscale`")
-    if isinstance(picture, Tensor) and any(given is not None for given in (height, width, fit)):
-        raise UsageError("height, width, fit: latents have their size; leave these out")
-    check_prompt(prompt)
-    skip = checks.whole("skip, which leaves steps to run,", int(SKIPPED.get(method, 0) * steps) if skip is None else skip, 0,
-                        steps - 1)
-    if eta == 0:
-        raise UsageError("eta must lie within 0 and 1, above 0, not 0")
-    notes = late(model, whole)
-    if not isinstance(picture, Tensor):
-        fit = "crop" if fit is None else fit
-        picture, size, cropped = fitting(model, picture, fit, height, width)
-        notes += cropped
-        _afford(model, size, steps - skip, method, inversion_guidance)
-        kept = fit_picture(picture, size, fit)
-        x_0 = model.encode(kept)
-    else:
+    flag("progress", progress)
+    kept, cropped, fitted = None, [], "crop" if fit is None else fit
+    if isinstance(picture, Tensor):
+        if any(given is not None for given in (height, width, fit)):
+            raise UsageError("height, width, fit: latents have their size; leave these out")
         check_latents("latents", picture, (1,), model)
-        x_0, kept = picture.to(model.device), None
-        x_0 = x_0 if x_0.dtype == torch.float64 else x_0.float()
-        _afford(model, [side * model.shrink for side in x_0.shape[2:]], steps - skip, method, inversion_guidance)
-    schedule = Schedule(whole.timesteps[skip:], whole.alphas[skip:])
-    if method == "belm" and not schedule.alphas[0] > 0:
-        raise UsageError(BELM_FROM_NOISE)
+        height, width = (side * model.shrink for side in picture.shape[2:])
+    else:
+        picture, (height, width), cropped = fitting(model, picture, fitted, height, width)
+    asked = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
+                     inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
+                     final_alpha=final_alpha, height=height, width=width, fit=fitted)
+    if isinstance(picture, Tensor):
+        x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
+    else:
+        kept = fit_picture(picture, (height, width), fitted)
+        x_0 = model.encode(kept)
+    found = _inverted(_begun(model, x_0, asked, progress), asked)
+    return replace(found, picture=kept, notes=(*asked.notes, *cropped))
+
+
+def _begun(model: Model, x_0: Tensor, asked: Inversion, progress: bool) -> _Run:
+    whole = model.schedule(asked.steps).ending(asked.final_alpha)
+    schedule = Schedule(whole.timesteps[asked.skip:], whole.alphas[asked.skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
-    text, null = model.condition([prompt], *pixels), model.null(1, *pixels)
+    text, null = model.condition([asked.prompt], *pixels), model.null(1, *pixels)
     with torch.no_grad():
         told, both = model.read(text), model.read(Conditioning.cat([null, text]))
-    run = _Run(model, x_0, null, told, both, schedule, progress)
-    null_context = offsets = None
-    rows = 1 if inversion_guidance == 1 else 2
+    return _Run(model, x_0, null, told, both, schedule, progress)
+
+
+def _inverted(run: _Run, asked: Inversion) -> Inversion:
+    """What was asked for, with its tensors. Raises NumericsError."""
+    method, scale, null_context, offsets = asked.method, asked.inversion_guidance, None, None
+    rows = 1 if scale == 1 else 2
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":
-            latents, rows = _noised(run, seed, independent=False), 0
+            latents, rows = _noised(run, asked.seed, independent=False), 0
         elif method == "edit-friendly":
-            latents = _noised(run, seed, independent=True)
-            offsets = _offsets(run, latents, inversion_guidance, eta)
+            latents = _noised(run, asked.seed, independent=True)
+            offsets = _offsets(run, latents, scale, asked.eta).cpu()
         elif method == "belm":
-            latents = _belm(run, inversion_guidance)
+            latents = _belm(run, scale)
         else:
-            solver = (inner_steps or 5) if method == "fixed-point" else 1
-            latents = _ddim(run, inversion_guidance, solver)
+            solver = asked.inner_steps if method == "fixed-point" else 1
+            latents = _ddim(run, scale, solver)
             rows *= solver
-    rows *= schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
+    rows *= run.schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
     if not latents.isfinite().all():
-        raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(model)}")
+        raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(run.model)}")
     if method == "null-text":
         with _explicit_where_small(run):
-            null_context, more = _null_text(run, latents, guidance_scale, inner_steps or 10)
+            null_context, more = _null_text(run, latents, asked.guidance_scale, asked.inner_steps)
         rows += more
-    return Inversion(prompt, method, latents.cpu(), steps, skip, guidance_scale, inversion_guidance, inner_steps,
-                     eta if method == "edit-friendly" else 0.0, seed if method in READ_BY["seed"] else None, model.family,
-                     model.prediction, model.sha256, rows, null_context, None if offsets is None else offsets.cpu(), kept,
-                     fit=fit or "crop", final_alpha=final_alpha, overrides=model.overrides, notes=tuple(notes))
-
-
-def _afford(model: Model, size: Sequence[int], steps: int, method: str, inversion_guidance: float) -> None:
-    """Raises UsageError for an inversion that the machine has no memory for."""
-    independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
-    check_run(model, 1, model.latent_shape(*size), steps, guided=inversion_guidance != 1, noises=1 + steps * independent,
-              kept=(2 + independent) * (steps + 1), encodes=True)
+    return replace(asked, latents=latents.cpu(), rows=rows, null_context=null_context, offsets=offsets)
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:

@@ -1,0 +1,228 @@
+"""An edit as it is asked for: all of it that can be checked, or decided, before the network runs.
+
+A single edit and each line of a list go through the same `asked`, so that what an edit is refused for is said
+of a list before its first line runs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from p2p import align
+from p2p.blend import LocalBlend, listed, placed
+from p2p.denoise import Batch
+from p2p.edits import Edit, check, choose_mode
+from p2p.errors import UsageError
+from p2p.model import Model
+from p2p.models.text import Tokens
+from p2p.models.unet import UNet
+from p2p.request.checks import choice, finite, share
+from p2p.request.effect import left_out
+from p2p.request.prompts import check as check_prompt
+from p2p.request.record import Record
+from p2p.request.source import Inversion
+from p2p.request.start import Sampling, Settled, settle
+from p2p.sampler import PROXIMAL, proximal_guide
+from p2p.scope import scoped
+from p2p.weights.untrusted import brief
+
+SAMPLING = tuple(f.name for f in fields(Sampling))
+EDITING = tuple(f.name for f in fields(Edit))[1:]
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`."""
+
+    guided_source: bool          # a known source is run unconditionally too
+    source_prompt: str | None    # what the source is told; None: its own prompt
+
+    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[Any]:
+        """For each step an edit by site, or one for all."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An edit, checked: its source looked up, its prompts split, its modes chosen."""
+
+    model: Model
+    source: str
+    inversion: Inversion | None
+    sampling: Sampling
+    settled: Settled
+    editor: Editor | None
+    record: Record
+    edits: list[Edit]
+    tokens: list[Tokens]         # of the source, then of each target
+    blends: list[LocalBlend | None]   # by target, its scope written out
+    chosen: list[bool]           # by target, whether its mode was chosen from the prompts
+    notes: list[str]             # of what scopes leave out
+
+    @property
+    def whole(self) -> int | None:
+        """Steps of the whole schedule, of which an inversion may leave some out."""
+        return None if self.inversion is None else self.inversion.steps
+
+    @property
+    def recorded(self) -> list[Edit]:
+        """The edits without what nothing reads of them: the mode, beside another editor."""
+        unread = self.editor is not None
+        return [replace(e, mode=None) if unread and e.scope is None else e for e in self.edits]
+
+    def pairs(self) -> list[tuple[Edit, Tokens]]:
+        return list(zip(self.edits, self.tokens[1:]))
+
+
+def asked(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
+          editor: Editor | None = None, record: Record = Record(), **settings: Any) -> Asked:
+    """The arguments of `edit`, checked. source: also an inversion that is still to be made, see
+    `inverting.expected`. Raises UsageError."""
+    _check_kinds(model, editor, record, settings)
+    sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
+    if sampling.proximal is not None:
+        proximal_by(sampling.proximal)
+    source = Inversion.load(source) if isinstance(source, Path) else source
+    inversion = source if isinstance(source, Inversion) else None
+    if inversion is not None:
+        source, sampling = inversion.prompt, _sampled_from(inversion, model, sampling)
+    n = len(targets) if isinstance(targets, (list, tuple)) else 1
+    settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
+    edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
+    if editor is not None:
+        without_editor(edits)
+    for prompt in (source, *(e.prompt for e in edits)):
+        check_prompt(prompt)
+    check_negative(sampling.negative_prompt, settled.guidance_scale, inversion)
+    for other in filter(None, (sampling.negative_prompt, editor and editor.source_prompt)):
+        model.tokens(other)   # of prompts encoded beforehand it may be none
+    own, *theirs = (model.tokens(prompt) for prompt in (source, *(e.prompt for e in edits)))
+    chosen = [e.mode is None for e in edits]
+    edits = [replace(e, mode=choose_mode(own, e, t)) for e, t in zip(edits, theirs)]
+    blends, notes = [], []
+    for e, t in zip(edits, theirs):
+        _check_words(e, own, t, model.length, windows=editor is None)
+        if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):
+            notes += [f'"{e.prompt}": {why}' for why in left_out(own, t, e, str(e.mode), model.length)]
+        blends.append(scoped(own, t, e, str(e.mode), model.length).local_blend)
+        _check_blend(blends[-1], own, t, model.length)
+    placed(blends, model.unet, settled.shape[1:])
+    return Asked(model, source, inversion, sampling, settled, editor, record, edits, [own, *theirs], blends,
+                 chosen, notes)
+
+
+def _check_kinds(model: Model, editor: Editor | None, record: Record, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError."""
+    if not model.text_encoders:
+        raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
+    Record.check(record)
+    if editor is not None and not isinstance(editor, Editor):
+        raise UsageError("editor: an object is needed, such as p2p.MasaCtrl() or p2p.PlugAndPlay(), not "
+                         f"{brief(editor)}")
+    if editor is not None and record.before:
+        raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves "
+                         "those of text alone")
+    if unknown := [name for name in settings if name not in SAMPLING + EDITING]:
+        raise UsageError(f"{', '.join(unknown)}: no setting of an edit; known: "
+                         f"{', '.join(EDITING + SAMPLING)}")
+
+
+def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sampling:
+    """How an inversion is edited. Raises UsageError for another model, or settings that it has fixed."""
+    inversion.check(model)
+    height, width = (side * model.shrink for side in inversion.latents.shape[2:])
+    fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
+    for name, made in fixed.items():
+        given = getattr(sampling, name)
+        if given is not None and finite(name, given) != made:
+            raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the "
+                             "picture again")
+    if sampling.x_T is not None:
+        raise UsageError("x_T is stored in this inversion: leave it out")
+    scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+    return replace(sampling, steps=inversion.steps, eta=inversion.eta, x_T=inversion.latents[-1:],
+                   guidance_scale=scale)
+
+
+def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:
+    """Targets as edits; `settings` are those of plain prompts. Raises UsageError."""
+    given = [targets] if isinstance(targets, (str, Edit)) else targets
+    if not isinstance(given, (list, tuple)) or not all(isinstance(t, (str, Edit)) for t in given):
+        raise UsageError(f"targets: {brief(targets)} is neither a prompt nor an Edit, nor a list of them")
+    if not given:
+        raise UsageError("no target prompt given")
+    if settings and all(isinstance(t, Edit) for t in given):
+        raise UsageError(f"{', '.join(settings)}: belongs to targets given as plain prompts; write it into "
+                         "the Edit")
+    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in given]
+    for e in edits:
+        check(e)
+    return edits
+
+
+def without_editor(edits: Sequence[Edit]) -> None:
+    """Raises UsageError for what Prompt-to-Prompt alone reads of an edit, and another editor would drop."""
+    for e in edits:
+        if said := [f.name for f in fields(e) if f.name not in ("prompt", "mode", "local_blend", "scope")
+                    and getattr(e, f.name) not in (None, f.default)]:
+            raise UsageError(f"{e.prompt:.60}: {', '.join(said)}: of Prompt-to-Prompt, in whose stead the "
+                             "editor injects; leave it out")
+
+
+def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, windows: bool) -> None:
+    """Raises UsageError for words that an edit names and its prompts lack, and prompts that its mode does not
+    take, or that do not differ in what is read. windows: Prompt-to-Prompt's own settings count."""
+    last = length - 1
+    if source.ids != target.ids and source.ids[:last] == target.ids[:last]:
+        raise UsageError(f'"{edit.prompt[:40]}...": what differs from the source lies beyond the {length} '
+                         "tokens that the text tower reads; shorten the prompt")
+    if edit.mode == "replace" and (windows or edit.scope is not None):
+        align.paired_words(source, target)
+    for word, c in (edit.equalizer or {}).items():
+        finite(f'equalizer: the weight of "{word}"', c)
+    cross = edit.cross_replace_steps if isinstance(edit.cross_replace_steps, Mapping) else {}
+    swap = edit.swap or {}
+    ours = [*listed(edit.scope or ()), *swap]
+    theirs = [*(edit.equalizer or {}), *(word for word in cross if word != "default_"), *swap.values()]
+    for prompt, words in ((source, ours), (target, theirs)):
+        for word in words:
+            align.word_tokens(prompt, word, length)
+
+
+def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, length: int) -> None:
+    """Raises UsageError for words of a local blend that the prompts lack."""
+    for pair in () if blend is None else filter(None, (blend.words, blend.substruct, blend.rivals)):
+        for prompt, words in zip((source, target), pair):
+            for word in listed(words):
+                align.word_tokens(prompt, word, length)
+
+
+def check_negative(negative_prompt: str | None, guidance_scale: float,
+                   inversion: Inversion | None = None) -> None:
+    """Raises UsageError for a negative prompt from which nothing would lead away."""
+    if negative_prompt is None:
+        return
+    check_prompt(negative_prompt)
+    if guidance_scale == 1:
+        raise UsageError("negative_prompt: nothing leads away from it without guidance; give a "
+                         "guidance_scale other than 1, or leave it out")
+    method = None if inversion is None else inversion.method
+    if method in ("negative-prompt", "null-text"):
+        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "
+                         "out, or invert by direct")
+
+
+def proximal_by(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Raises UsageError."""
+    try:
+        norm, quantile = proximal if isinstance(proximal, (list, tuple)) else ()
+        if choice("norm", norm, PROXIMAL) and share("quantile", quantile) == 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UsageError(f"proximal: {brief(proximal)} must be a norm ({', '.join(PROXIMAL)}) and a quantile "
+                         "from 0 to below 1") from None
+    return lambda uncond, cond, scale: proximal_guide(uncond, cond, scale, norm, quantile)

@@ -1,0 +1,106 @@
+"""An inversion as it is asked for: all of it that can be checked, or decided, before the network runs."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from p2p.errors import UsageError
+from p2p.model import STEPS, Model
+from p2p.request.checks import choice, finite, share, whole
+from p2p.request.memory import check_run
+from p2p.request.prompts import check as check_prompt
+from p2p.request.source import METHODS, Inversion
+from p2p.request.start import check_seed, guidance, late
+from p2p.sampler import BELM_FROM_NOISE
+
+READ_BY = {   # settings that some methods alone read; the others refuse them
+    "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
+    "inner_steps": ("fixed-point", "null-text"),
+    "eta": ("edit-friendly",),
+    "seed": ("noise", "edit-friendly"),
+}
+DEFAULT = "edit-friendly"           # `benchmarks.paired`: nearest to the true edits, fewest rows but noise's
+SKIPPED = {"edit-friendly": 0.24}   # share of the steps left out, unless told: 12 of 50, as in PIE-Bench runs
+INNER_STEPS = {"fixed-point": 5, "null-text": 10}
+
+
+def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these settings of `invert` that the method reads."""
+    return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
+
+
+def settings_recorded(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `invert` that an inversion's record names, so that it is made again. Raises KeyError;
+    UsageError where one is lost on which its tensors depend: no default is taken for it."""
+    needed = ("steps", "skip", "guidance_scale", "inversion_guidance", "eta", "seed")
+    later = ("inner_steps", "final_alpha")   # of which older versions recorded nothing, or none
+    how = settings_read(said["method"], {name: said.get(name) for name in (*needed, *later)})
+    if lost := [name for name in needed if how.get(name, 0) is None]:
+        raise UsageError(f"its inversion's record does not say its {', '.join(lost)}, on which the pixels "
+                         "depend: they cannot be made again; edit the picture anew, with --image")
+    return how
+
+
+def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
+             guidance_scale: float | None = None, inversion_guidance: float | None = None,
+             inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
+             final_alpha: float | None = None, height: int | None = None, width: int | None = None,
+             fit: str = "crop") -> Inversion:
+    """The inversion that these settings of `invert` end in, with latents of its shape and no values (torch's
+    "meta" device); height, width: of the picture as fitted. Raises UsageError."""
+    if model.unet.config.low_channels:
+        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
+                         "model, see `upscale`")
+    choice("inversion method", method, METHODS)
+    given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
+    for name, value in given.items():
+        if value is not None and method not in READ_BY[name]:
+            raise UsageError(f"{name}: {method} inversion does not read it (read by "
+                             f"{', '.join(READ_BY[name])}); leave it out")
+    notes = check_prompt(prompt)
+    schedule = model.schedule(whole("steps", steps))
+    if final_alpha is not None and share("final_alpha", final_alpha) == 0:
+        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
+    schedule = schedule.ending(final_alpha)
+    guidance_scale = guidance(model, guidance_scale)
+    inversion_guidance = finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
+    inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
+    inner_steps = whole("inner_steps", inner_steps, most=10**6)
+    seed, eta = check_seed(0 if seed is None else seed), share("eta", 1 if eta is None else eta)
+    if eta == 0:
+        raise UsageError("eta must lie within 0 and 1, above 0, not 0")
+    skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
+    skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
+    if method == "belm" and not schedule.alphas[skip] > 0:
+        raise UsageError(BELM_FROM_NOISE)
+    shape, run = model.latent_shape(height, width), steps - skip
+    independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
+    check_run(model, 1, shape, run, guided=inversion_guidance != 1, noises=1 + run * independent,
+              kept=(2 + independent) * (run + 1), encodes=True)
+    notes += late(model, schedule)
+    if method == "null-text" and guidance_scale == 1:
+        notes += unguided(method)
+    if inversion_guidance != 1 and _empty(model, prompt):
+        notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
+    return Inversion(prompt, method, torch.empty(run + 1, *shape, device="meta"), steps, skip, guidance_scale,
+                     inversion_guidance, inner_steps if method in INNER_STEPS else None,
+                     eta if independent else 0.0, seed if method in READ_BY["seed"] else None, model.family,
+                     model.prediction, model.sha256, fit=fit, final_alpha=final_alpha,
+                     overrides=model.overrides, notes=tuple(notes))
+
+
+def _empty(model: Model, prompt: str) -> bool:
+    """Does the network read the same of this prompt as of the one that guidance leads away from?"""
+    if not model.text_encoders:
+        return True
+    return not model.zero_negative and model.tokens(prompt).ids == model.tokens("").ids
+
+
+def unguided(method: str) -> list[str]:
+    """A note where an inversion ends in something for the empty prompt's place, which nothing is told."""
+    if method not in ("negative-prompt", "null-text"):
+        return []
+    return [f"{method} inversion changes nothing at guidance_scale 1: what it puts in place of the empty "
+            "prompt is read by guidance alone"]

@@ -1,0 +1,126 @@
+"""What is asked for and changes nothing is said to, and it is so: the latents with it and without it are the same."""
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import p2p
+from p2p import UsageError
+from p2p.cli.parser import main
+from p2p.lists import ip2p
+from p2p.show.sweep import sweep
+
+SOURCE, TARGET = "a cat on grass", "a dog on grass"
+WHITE, HALF = torch.ones(4, 4), torch.tensor([[1.0, 0.0]])
+BLEND = p2p.LocalBlend(words=("cat", "dog"), start=0.0)
+
+
+def edited(model, source=SOURCE, target=TARGET, **settings):
+    return p2p.edit(model, source, target, **({"steps": 3} if isinstance(source, str) else {}) | settings)
+
+
+IDLE = {   # (settings, what is the same without them, what is said)
+    "white mask": (dict(local_blend=p2p.LocalBlend(mask=WHITE, start=0.0)), {}, "local_blend changes nothing: the mask is bright"),
+    "white picture": (dict(local_blend=p2p.LocalBlend(mask=Image.new("L", (9, 9), 255), start=0.0)), {}, "mask is bright everywhere"),
+    "white mask beside words": (dict(local_blend=replace(BLEND, mask=WHITE)), dict(local_blend=BLEND), "local_blend: mask changes nothing"),
+    "white mask beside a scope": (dict(scope="cat", local_blend=p2p.LocalBlend(mask=WHITE, start=0.0)),
+                                  dict(scope="cat", local_blend=p2p.LocalBlend(start=0.0)), "local_blend: mask changes nothing"),
+    "threshold 0": (dict(local_blend=replace(BLEND, threshold=0.0)), {}, "at threshold 0 the words limit nothing"),
+    "threshold 0 of substruct": (dict(local_blend=replace(BLEND, substruct=("grass", "grass"), threshold=(0.3, 0.0))),
+                                 dict(local_blend=p2p.LocalBlend(mask=torch.zeros(2, 2), start=0.0)), "substruct leaves nothing"),
+    "weight 1": (dict(equalizer={"dog": 1.0}), {}, "it is 1"),
+    "few pixels": (dict(self_max_tokens=3), dict(self_replace_steps=0.0), "self_max_tokens 3 leaves self-attention alone: its smallest maps"),
+    "proximal from 0 on": (dict(proximal=("l0", 0)), {}, "proximal l0 changes nothing: from quantile 0"),
+    "no negative prompt": (dict(negative_prompt=""), {}, "negative_prompt changes nothing"),
+    "MasaCtrl that never begins": (dict(editor=p2p.MasaCtrl(start=1.0)), dict(cross_replace_steps=0.0, self_replace_steps=0.0), "acts in no"),
+    "MasaCtrl in no layer": (dict(editor=p2p.MasaCtrl(layers=1.0)), dict(cross_replace_steps=0.0, self_replace_steps=0.0), "acts in no"),
+    "Plug-and-Play of no step": (dict(editor=p2p.PlugAndPlay(features=0.0, attention=0.3)),
+                                 dict(cross_replace_steps=0.0, self_replace_steps=0.0), "acts in no layer, or in none of the 3 steps"),
+    "features of no step": (dict(editor=p2p.PlugAndPlay(features=0.3)), dict(editor=p2p.PlugAndPlay(features=0.0)), "features 0.3 covers none"),
+    "mode of an editor": (dict(editor=p2p.MasaCtrl(start=0.0), mode="refine"), dict(editor=p2p.MasaCtrl(start=0.0)), "mode changes nothing"),
+    "the same prompt, another editor": (dict(editor=p2p.MasaCtrl(start=0.0), target=SOURCE), None, "the same prompt: this edit changes nothing"),
+}
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_it_is_said_and_so(emoji, what):
+    settings, without, wanted = IDLE[what]
+    r = edited(emoji, **settings)
+    assert sum(wanted in note for note in r.notes) == 1, r.notes
+    if without is None:
+        assert torch.allclose(r.latents[0], r.latents[1], atol=1e-5)
+        return
+    plain = edited(emoji, **without)
+    assert torch.allclose(r.latents, plain.latents, atol=1e-5) and not any(wanted in note for note in plain.notes)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(local_blend=p2p.LocalBlend(mask=HALF, start=0.0)), dict(local_blend=replace(BLEND, mask=HALF)), dict(self_max_tokens=10**9),
+    dict(local_blend=replace(BLEND, threshold=0.01)), dict(equalizer={"dog": 1.01}), dict(proximal=("l1", 0.1)),
+    dict(scope="cat", local_blend=p2p.LocalBlend(threshold=0.0)), dict(editor=p2p.MasaCtrl(start=0.0)), dict(editor=p2p.PlugAndPlay()),
+    dict(self_max_tokens=256)])
+def test_what_acts_or_only_bounds_is_not(emoji, settings):
+    assert not [note for note in edited(emoji, **settings).notes if "nothing" in note or "none" in note or "leaves" in note]
+
+
+def test_an_editor_records_no_mode_that_it_does_not_read(emoji):
+    assert edited(emoji, editor=p2p.MasaCtrl()).settings["targets"][0]["mode"] is None
+    assert edited(emoji, editor=p2p.MasaCtrl(), scope="cat").settings["targets"][0]["mode"] == "replace"
+
+
+@pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
+def test_what_stands_for_the_empty_prompt_is_read_by_guidance_alone(emoji, method):
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    made = [p2p.invert(emoji, picture, SOURCE, method=m, steps=2, guidance_scale=1.0) for m in (method, "ddim")]
+    first, second = (p2p.edit(emoji, m, TARGET) for m in made)
+    assert torch.allclose(first.latents, second.latents, atol=1e-5)
+    assert sum(f"{method} inversion changes nothing at guidance_scale 1" in note for note in first.notes) == 1
+    assert not any("inversion changes nothing" in note for note in p2p.edit(emoji, made[0], TARGET, guidance_scale=3.0).notes
+                   if method == "negative-prompt")
+
+
+def test_guidance_of_an_inversion_by_the_empty_prompt(emoji):
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    plain, guided = (p2p.invert(emoji, picture, "", method="ddim", steps=2, inversion_guidance=s) for s in (1, 5))
+    assert torch.allclose(plain.latents, guided.latents, atol=1e-5)
+    assert any("inversion_guidance changes nothing" in note for note in guided.notes) and not any("guidance" in n for n in plain.notes)
+
+
+def test_a_seed_beside_noise_that_is_given(emoji):
+    x_T = torch.zeros(1, 3, 64, 64)
+    for settings, said in ((dict(seed=5), True), (dict(seed=5, eta=1.0), False), ({}, False)):
+        notes = p2p.generate(emoji, SOURCE, steps=1, x_T=x_T, **settings).notes
+        assert any("seed changes nothing" in note for note in notes) == said
+    with pytest.raises(UsageError, match="seed: the sweep is over seeds"):
+        sweep(emoji, SOURCE, TARGET, {"seed": [1, 2]}, seed=3, steps=1)
+
+
+def test_tiles_of_a_model_without_an_autoencoder(tmp_path, capsys):
+    assert any("tile changes nothing" in note for note in p2p.load("emoji", device="cpu", tile=16).notes)
+    assert not any("tile" in note for note in p2p.load("emoji", device="cpu").notes)
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    assert main(["invert", str(tmp_path / "x.png"), SOURCE, "--tile", "64", "-o", str(tmp_path)]) == 2
+    assert "--tile: not with p2p invert: it decodes no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["image", "direction", "text"])
+def test_filters_that_nothing_passes_are_refused(emoji, name):
+    ip2p.check(emoji, ip2p.Recipe(**{name: 1.0}))
+    for least in (1.01, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"least similarity .{name}."):
+            ip2p.check(emoji, ip2p.Recipe(**{name: least}))
+
+
+def test_how_a_picture_is_fitted_is_said_once(emoji, tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    for options in (["--fit", "crop", "--pad"], ["--pad", "--fit", "own"]):
+        assert main(["invert", str(tmp_path / "x.png"), SOURCE, *options, "-o", str(tmp_path)]) == 2
+        assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_what_own_shapes_cut_off_is_not_cured_by_own_shapes(emoji):
+    strip = Image.new("RGB", (3000, 10))
+    notes = [p2p.invert(emoji, strip, SOURCE, method="noise", steps=1, fit=fit).notes for fit in ("own", "crop")]
+    own, crop = ("".join(note for note in each if "cropped" in note) for each in notes)
+    assert "--pad" in own and "--fit own" not in own and "--fit own its shape" in crop
