@@ -1,12 +1,12 @@
-"""Attention with the edit as an argument: the whole of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
+"""Attention with the edit as an argument: all of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
 
-Notation of the paper: M = softmax(Q K^T / sqrt(d)) (Eq. 1); rows are pixels, columns are text tokens. Here P is
-the map of an edited row and P_src the map of its source. Every edit of the paper is linear in their columns:
+Notation of the paper: M = softmax(Q K^T / sqrt(d)) (Eq. 1); rows are pixels, columns are text tokens. Here P
+is the map of an edited row and P_src that of its source. Every edit of the paper is linear in their columns:
 
-    P' = P_src . mix + P . diag(keep)      hence      P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)
+    P'   = P_src . mix + P . diag(keep)
+    P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)
 
-so an edit is two small tensors a step, and no map has to be formed. `edited_attend` is that, fused; `edited_probs`
-is P' itself, which an edit that is not linear replaces.
+so an edit is two small tensors a step, and no map has to be formed: `edited_attend`. `edited_probs` is P'.
 """
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from p2p.models.layers import Linear
 
-QK = tuple[Tensor, Tensor]   # queries and keys of a layer: (B, N, h d) and (B, K, h d)
+QK = tuple[Tensor, Tensor]            # queries and keys of a layer: (B, N, h d) and (B, K, h d)
+QKV = tuple[Tensor, Tensor, Tensor]   # and values, (B, K, h d)
 
 
 class AttentionEdit(NamedTuple):
@@ -29,12 +30,12 @@ class AttentionEdit(NamedTuple):
     source: Tensor                      # (E,) long: the row whose text columns each edited row borrows
     mix: Tensor | None = None           # (E, L, L): source columns -> own columns
     keep: Tensor | None = None          # (E, L): share of the own columns that stays
-    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit need not keep at 1;
-                                        # where weights are negative, by those of their sizes
-    pixels: Tensor | None = None        # (3, E) long: the rows whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... in self-attention, at sites of at most this many pixels;
-                                        # None: at every site, in hybrid attention too
-    cached: Mapping[str, QK] | None = None   # by site, q and k of rows beside the batch, numbered after its last row
+    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit may move
+                                        # away from 1; where weights are negative, by those of their sizes
+    pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
+    max_pixels: Tensor | None = None    # (E,) long: ... in self-attention, at sites of at most so many
+                                        # pixels; None: at every site, in hybrid attention too
+    cached: Mapping[str, QK] | None = None   # by site: q and k of rows numbered after the batch's last
 
 
 class TextKV(NamedTuple):
@@ -46,10 +47,10 @@ class TextKV(NamedTuple):
 
 Edits = AttentionEdit | Mapping[str, AttentionEdit] | None   # one for all layers, or by site
 Texts = Mapping[str, TextKV]                                 # by site
-Seen = dict[str, QK | None]                                  # the sites that are watched: layers put q and k there
+Seen = dict[str, QK | None]                                  # the watched sites: layers put q and k there
 
 
-# ------------------------------------------------------------------------------------------------- the mathematics
+# ------------------------------------------------------------------------------------------ the mathematics
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, fused.  (B, h, N, d), (B, h, K, d), (B, h, K, e) -> (B, h, N, e)"""
@@ -61,13 +62,13 @@ def attend_probs(q: Tensor, k: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
-def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
+def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor,
+                  keep: Tensor) -> Tensor:
     """P' V, fused. The edit is of the last L columns of the last E rows; all others are the row's own.
 
-    q (B, h, N, d); k, v (B, h, K, d); q_src (E, h, N, d); k_src (E, h, K, d); mix (E, L, L); keep (E, L)
-    -> (B, h, N, d)
+    q (B, h, N, d); k, v (B, h, K, d); q_src, k_src (E, h, ...); mix (E, L, L); keep (E, L)  ->  (B, h, N, d)
     """
-    e, pixels = len(mix), v.shape[2] - mix.shape[-1]                  # columns of pixels stand before the text
+    e, pixels = len(mix), v.shape[2] - mix.shape[-1]                  # columns of pixels before the text
     mix, keep = mix[:, None].to(v.dtype), keep[:, None, :, None].to(v.dtype)
     text = v[-e:, :, pixels:]                                         # (E, h, L, d)
     own = torch.cat([v[-e:, :, :pixels], keep * text], dim=2)         # (E, h, K, d)
@@ -87,19 +88,19 @@ def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([p[..., :pixels], text], dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------ the modules
+# ----------------------------------------------------------------------------------------------- the modules
 
 class Attention(nn.Module):
     """Projections, heads, and whose rows an edit reads."""
 
     site = ""   # the layer's name in its network, which gives it once, when it is built
 
-    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool = False, bias: bool = False):
+    def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool = False,
+                 bias: bool = False):
         super().__init__()
         self.heads, self.upcast = heads, upcast
         self.to_q = Linear(dim, heads * head_dim, bias)
-        self.to_k = Linear(kv_dim, heads * head_dim, bias)
-        self.to_v = Linear(kv_dim, heads * head_dim, bias)
+        self.to_k, self.to_v = (Linear(kv_dim, heads * head_dim, bias) for _ in range(2))
         self.to_out = nn.Sequential(Linear(heads * head_dim, dim))
 
     def split(self, *parts: Tensor) -> list[Tensor]:
@@ -120,20 +121,20 @@ class Attention(nn.Module):
         more_q, more_k = edit.cached[self.site]
         return torch.cat([q, more_q.to(q)]), torch.cat([k, more_k.to(k)])
 
-    def borrow(self, edit: AttentionEdit | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def borrow(self, edit: AttentionEdit | None, q: Tensor, k: Tensor, v: Tensor) -> QKV:
         """What is used between pixels: q, k and v (B, N, h d) of the rows that the edit names."""
         if edit is None or edit.pixels is None:
             return q, k, v
-        own = torch.arange(len(q), device=q.device)
-        first, last = own.split([len(q) - len(edit.source), len(edit.source)])
-        chosen = edit.pixels if edit.max_pixels is None else torch.where(q.shape[1] <= edit.max_pixels, edit.pixels, last)
-        of_q, of_k, of_v = torch.cat([first.expand(3, -1), chosen], dim=1)        # (B,) each
+        rows, chosen, e = torch.arange(len(q), device=q.device), edit.pixels, len(edit.source)
+        if edit.max_pixels is not None:
+            chosen = torch.where(q.shape[1] <= edit.max_pixels, chosen, rows[-e:])
+        of_q, of_k, of_v = torch.cat([rows[:-e].expand(3, -1), chosen], dim=1)   # (B,) each
         all_q, all_k = self.rows(edit, q, k)
         return all_q.index_select(0, of_q), all_k.index_select(0, of_k), v.index_select(0, of_v)
 
 
 class SelfAttention(Attention):
-    """Pixels attend to pixels. Injection: P_src V, that is, the source's queries and keys with the row's own values."""
+    """Pixels attend to pixels. Injection: P_src V, the source's queries and keys with own values."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast)
@@ -155,7 +156,7 @@ class CrossAttention(Attention):
         """(B, L, C) -> keys and values (B, L, h d)"""
         return TextKV(self.to_k(context), self.to_v(context))
 
-    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> tuple[Tensor, Tensor, Tensor]:
+    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
         """Queries, and all keys and values that they are compared with: (B, N, h d) and (B, K, h d)"""
         return self.to_q(x), text.k, text.v
 
@@ -169,7 +170,7 @@ class CrossAttention(Attention):
         q_src, k_src = self.split(*(rows.index_select(0, edit.source) for rows in self.rows(edit, q, k)))
         q, k, v = self.split(q, k, v)                                            # (B, h, N, d), (B, h, K, d)
         out = edited_attend(q, k, v, q_src, k_src, edit.mix, edit.keep)          # P' V
-        if edit.renormalise is not None:   # row sums are a map times a column of ones: no map is needed either
+        if edit.renormalise is not None:   # row sums are P' times a column of ones: no map is needed either
             sums = edited_attend(q, k, torch.ones_like(v), q_src, k_src, edit.mix.abs(), edit.keep.abs())
             some = F.pad(edit.renormalise, (len(q) - len(edit.source), 0))
             out = torch.where(some[:, None, None, None], out / sums, out)
@@ -177,20 +178,20 @@ class CrossAttention(Attention):
 
 
 class HybridAttention(CrossAttention):
-    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only the text columns are edited.
+    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only text columns are edited.
 
-    Without to_k and to_v (None) there are no columns of pixels: cross-attention under hybrid attention's names.
+    Without to_k and to_v (None) there are no columns of pixels: cross-attention by another name.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False, bias: bool = False):
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False,
+                 bias: bool = False):
         Attention.__init__(self, dim, dim, heads, head_dim, upcast, bias)
-        self.add_k_proj = Linear(context_dim, heads * head_dim, bias)
-        self.add_v_proj = Linear(context_dim, heads * head_dim, bias)
+        self.add_k_proj, self.add_v_proj = (Linear(context_dim, heads * head_dim, bias) for _ in range(2))
 
     def text(self, context: Tensor) -> TextKV:
         return TextKV(self.add_k_proj(context), self.add_v_proj(context))
 
-    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> tuple[Tensor, Tensor, Tensor]:
+    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
         if self.to_k is None or self.to_v is None:
             return self.to_q(x), text.k, text.v
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)

@@ -8,13 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import CrossAttention, Edits, HybridAttention, Seen, SelfAttention, TextKV, Texts, attend
+from p2p.models.attention import (
+    CrossAttention,
+    Edits,
+    HybridAttention,
+    Seen,
+    SelfAttention,
+    TextKV,
+    Texts,
+    attend,
+)
 from p2p.models.layers import Conv2d, Linear
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first (DDPM appendix B, as in Stable Diffusion).  (...) -> (..., dim) float32"""
-    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    """Sinusoids of the timestep, cosines first (DDPM appendix B, as in Stable Diffusion).  (...) ->
+    (..., dim) float32"""
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10_000) * steps / (dim // 2))
     angles = t[..., None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -33,7 +44,8 @@ class TimestepMLP(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """The whole text as one vector: the mean token attends to it and to all others (DeepFloyd IF).  (B, L, C) -> (B, out)"""
+    """The whole text as one vector: the mean token attends to it and to all others (DeepFloyd
+    IF).  (B, L, C) -> (B, out)"""
 
     class _Pool(nn.Module):   # the nesting keeps the tensor names of public checkpoints
         def __init__(self, dim: int, heads: int):
@@ -59,7 +71,8 @@ class TextPooling(nn.Module):
 
 
 class ResidualStyle(NamedTuple):
-    """How a family builds its residual blocks. The defaults are Stable Diffusion's, the alternatives DeepFloyd IF's."""
+    """How a family builds its residual blocks. The defaults are Stable Diffusion's, the
+    alternatives DeepFloyd IF's."""
 
     act: str = "silu"
     scale_shift: bool = False      # the timestep scales and shifts the second norm; else it is added before
@@ -68,7 +81,8 @@ class ResidualStyle(NamedTuple):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, activation, conv, twice, what `time` makes of the timestep between; `temb_dim` None in the autoencoder.
+    """Norm, activation, conv, twice, what `time` makes of the timestep between; `temb_dim`
+    None in the autoencoder.
 
     resample: "down" (2 x 2 means) or "up" (nearest) between the first activation and the first conv.
     """
@@ -83,16 +97,18 @@ class ResnetBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups, out, eps), Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = Conv2d(dim, out, 1) if dim != out else None
         self.style, self.act = style, ACTIVATIONS[style.act]
-        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
+        self.resample = {None: nn.Identity(), "down": nn.AvgPool2d(2),
+                         "up": nn.Upsample(scale_factor=2)}[resample]
 
     def time(self, temb: Tensor) -> Tensor:
-        """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and shift (..., 2 out)"""
+        """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and
+        shift (..., 2 out)"""
         return self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))
 
     def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None,
                 rows: Tensor | None = None) -> Tensor:
-        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`; rows (B,) long:
-        whose residual each row adds to its own skip connection (Plug-and-Play's features)."""
+        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`;
+        rows (B,) long: whose residual each row adds to its own skip connection (Plug-and-Play's features)."""
         h = self.conv1(self.resample(self.act(self.norm1(x))))                   # (B, out, H, W)
         if time is None:
             h = self.norm2(h)
@@ -130,8 +146,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None) -> Tensor:
         """`size`: (H, W) of the skip that follows, where it is not exactly twice as large."""
-        x = F.interpolate(x, size=size, mode="nearest") if size else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x)
+        scale = None if size else 2.0
+        return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
 
 
 class FeedForward(nn.Module):
@@ -162,9 +178,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """kind "cross": self-attention, cross-attention, feed-forward. kind "hybrid": hybrid attention, feed-forward."""
+    """kind "cross": self-attention, cross-attention, feed-forward. kind "hybrid": hybrid
+    attention, feed-forward."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4, upcast: bool = False):
+    def __init__(self, dim: int, context_dim: int, heads: int, kind: str, ff_mult: int = 4,
+                 upcast: bool = False):
         super().__init__()
         head_dim = dim // heads
         self.norm1, self.norm3, self.ff = nn.LayerNorm(dim), nn.LayerNorm(dim), FeedForward(dim, ff_mult)
@@ -173,7 +191,8 @@ class TransformerBlock(nn.Module):
             self.attn1 = HybridAttention(dim, context_dim, heads, head_dim, upcast)
         else:
             self.attn1 = SelfAttention(dim, heads, head_dim, upcast)
-            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim, upcast)
+            self.norm2, self.attn2 = nn.LayerNorm(dim), CrossAttention(dim, context_dim, heads, head_dim,
+                                                                       upcast)
 
     def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
         if self.hybrid:
@@ -211,9 +230,11 @@ class SpatialTransformer(nn.Module):
 
 
 class AddedAttention(HybridAttention):
-    """Hybrid attention as a layer of its own, as a residual: DeepFloyd IF's ("added key and value projections").
+    """Hybrid attention as a layer of its own, as a residual: DeepFloyd IF's ("added key and
+    value projections").
 
-    text_only: no columns of pixels, as in IF's super-resolution stages. norm_text: GroupNorm over the text's channels.
+    text_only: no columns of pixels, as in IF's super-resolution stages. norm_text: GroupNorm over
+    the text's channels.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, text_only: bool, norm_text: bool):

@@ -1,13 +1,14 @@
 """What only makes a CPU faster. Nothing here changes what is computed: readers of the method may skip it.
 
-Measured: a UNet call without it, over one with it, in turn in one process; two Intel cores (AVX512), torch 2.14, float32, four
-rows. mid is Stable Diffusion 1's own width on latents of 32 x 32, full the same on 64 x 64.
+Measured: a UNet call without it, over one with it, in turn in one process; two Intel cores
+(AVX512), torch 2.14, float32, four rows. mid is Stable Diffusion 1's own width on latents of 32 x
+32, full the same on 64 x 64.
 
     conv3x3, the large ones as one product     mid 1.14   full 1.03
-    linear by oneDNN                           mid 1.06   full 1.03, and about 2 for a linear layer alone on AMD
+    linear by oneDNN                           mid 1.06   full 1.03, on AMD twice as fast a layer
 
-Tried and dropped, with less than 5 % at either size: feed-forwards in pieces that fit the cache; glibc kept from giving freed
-memory back.
+Tried and dropped, with less than 5 % at either size: feed-forwards in pieces that fit the cache; glibc kept
+from giving freed memory back.
 """
 from __future__ import annotations
 
@@ -31,15 +32,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def one_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution is a large 3 x 3 kernel on few positions: oneDNN's convolution rearranges the whole kernel
-    at every call, which there takes longer than the sums."""
+    """Whether a convolution is a large 3 x 3 kernel on few positions: oneDNN's convolution rearranges the
+    whole kernel at every call, which there takes longer than the sums."""
     like = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     few = x.ndim == 4 and 2 * len(x) * x.shape[2] * x.shape[3] <= conv.out_channels
     return like == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and few and conv.weight.numel() >= LARGE
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution as the product of its kernel and every position's neighbourhood.  (B, C, H, W) -> (B, out, H, W)"""
+    """The convolution as the product of its kernel and every position's neighbourhood.  (B, C, H, W)
+    -> (B, out, H, W)"""
     out = linear(_neighbourhoods(x), weight.flatten(1), bias)                # (B, H W, out)
     return out.transpose(1, 2).unflatten(2, x.shape[2:]).contiguous()
 

@@ -1,8 +1,9 @@
-"""The linear and convolution layers of every network here. Their weights may be stored in less precision than they compute
-in: they are widened to that of the input, a layer at a time.
+"""The linear and convolution layers of every network here. Their weights may be stored in less precision than
+they compute in: they are widened to that of the input, a layer at a time.
 
-Kernels and activations lie contiguous, with their channels first. With channels last both oneDNN's convolution and ATen's
-group norm on CPUs round 4 to 10 times as coarsely (a 3 x 3 convolution of 1280 channels: 1.3e-6 against 2.6e-7, relative).
+Kernels and activations lie contiguous, with their channels first. With channels last both oneDNN's
+convolution and ATen's group norm on CPUs round 4 to 10 times as coarsely (a 3 x 3 convolution of 1280
+channels: 1.3e-6 against 2.6e-7, relative).
 """
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ class T5Config:
 
 
 class T5Encoder(nn.Module):
-    """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of `p2p.models.text.TextEncoder`.
+    """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of
+    `p2p.models.text.TextEncoder`.
 
     Padding is masked inside T5 alone: the UNet attends to all `context_length` tokens.
     """
@@ -34,7 +35,8 @@ class T5Encoder(nn.Module):
         self.config = T5Config(tower.config.d_model, context_length)
 
     def tokens(self, prompt: str) -> Tokens:
-        """Where each token stands in the prompt; a piece that is a space alone belongs to the word after it."""
+        """Where each token stands in the prompt; a piece that is a space alone belongs to
+        the word after it."""
         prompt = " ".join(prompt.split())
         found = self.tokenizer(prompt, return_offsets_mapping=True)
         ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
@@ -49,8 +51,8 @@ class T5Encoder(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one the end's) and padded."""
-        found = self.tokenizer([" ".join(p.split()) for p in prompts], max_length=self.config.context_length, truncation=True,
-                               padding="max_length", return_tensors="pt")
+        found = self.tokenizer([" ".join(p.split()) for p in prompts], max_length=self.config.context_length,
+                               truncation=True, padding="max_length", return_tensors="pt")
         return found["input_ids"]
 
     def unknown(self, ids: Tensor) -> Tensor:
@@ -58,14 +60,16 @@ class T5Encoder(nn.Module):
 
     def encode(self, ids: Tensor) -> tuple[Tensor, None]:
         """ids (B, L) -> context (B, L, C); no pooled text (the UNet pools its own)."""
-        return self.tower(input_ids=ids, attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state, None
+        return self.tower(input_ids=ids,
+                          attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state, None
 
 
 class EncodedPrompts(nn.Module):
-    """Prompts with their embeddings and tokens, in place of the tower that made them (read by `p2p.weights.deepfloyd`).
+    """Prompts with their embeddings and tokens, in place of the tower that made them (read by
+    `p2p.weights.deepfloyd`).
 
-    The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its text and
-    [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
+    The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its
+    text and [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
     """
 
     def __init__(self, prompts: list[str], tokens: list[Tokens], embeddings: Tensor):
@@ -94,7 +98,8 @@ class EncodedPrompts(nn.Module):
 
     def _known(self, prompt: str) -> str:
         if prompt not in self.split:
-            raise ValueError(f'the prompt "{prompt}" is not among the encoded ones: {", ".join(repr(p) for p in self.prompts)}')
+            raise ValueError(f'the prompt "{prompt}" is not among the encoded ones: '
+                             f'{", ".join(repr(p) for p in self.prompts)}')
         return prompt
 
     def tokens(self, prompt: str) -> Tokens:

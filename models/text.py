@@ -17,16 +17,19 @@ START, END = 49406, 49407   # <start_of_text>, <end_of_text>
 
 
 def _define_torchvision_operators() -> None:
-    """Beside a CPU build of torch, a torchvision that was built for CUDA (the registry's) lacks its compiled operators, and its
-    import fails. Nothing here calls them: that two of their schemas exist lets open_clip, timm and transformers be imported.
+    """Beside a CPU build of torch, a torchvision that was built for CUDA (the registry's) lacks its compiled
+    operators, and its import fails. Nothing here calls them: that two of their schemas exist lets open_clip,
+    timm and transformers be imported.
     """
     found = find_spec("torchvision")
     if torch.version.cuda is not None or found is None or found.origin is None:
         return
     version = Path(found.origin).with_name("version.py")
-    if version.is_file() and "+cu" in version.read_text(encoding="utf-8") and not hasattr(torch.ops.torchvision, "nms"):
+    for_cuda = version.is_file() and "+cu" in version.read_text(encoding="utf-8")
+    if for_cuda and not hasattr(torch.ops.torchvision, "nms"):
         for op in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define(f"torchvision::{op}",
+                                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 _define_torchvision_operators()
@@ -36,7 +39,8 @@ _define_torchvision_operators()
 def tokenizer() -> Any:
     """open_clip's byte-pair encoder (lower case, ftfy, html unescaped).
 
-    Its file is run by itself: the package around it imports torchvision, timm and transformers, which takes seconds.
+    Its file is run by itself: the package around it imports torchvision, timm and transformers,
+    which takes seconds.
     """
     package = find_spec("open_clip")
     if package is not None and package.origin is not None:
@@ -53,11 +57,12 @@ def tokenizer() -> Any:
 
 
 class Tokens(NamedTuple):
-    """A prompt as the tower reads it. `text` is cleaned (lower case, single spaces); the ends count as tokens."""
+    """A prompt as the tower reads it. `text` is cleaned (lower case, single spaces); the
+    ends count as tokens."""
 
     text: str
     ids: list[int]                      # START, ..., END; not padded, not cut
-    spans: list[tuple[int, int]]        # the characters of `text` that each token belongs to; (0, 0) for the ends
+    spans: list[tuple[int, int]]   # the characters of `text` that each token belongs to; (0, 0) for the ends
 
 
 def tokens(prompt: str) -> Tokens:
@@ -89,14 +94,17 @@ class TextConfig:
     final_norm: bool = True       # the context goes through the final LayerNorm
     pooled_dim: int | None = None  # width of the pooled text: last layer, LayerNorm, END token, projection
     compact: bool = False         # only the rows of the tokens listed in `vocab` are stored
-    mask_padding: bool = False    # padding gives a zero context: no text, but a place where attention may rest
+    mask_padding: bool = False   # padding gives a zero context: no text, but a place where attention may rest
 
 
 CLIP_L = TextConfig()
-OPENCLIP_H = TextConfig(width=1024, heads=16, layers=23, quick_gelu=False, pad_id=0)   # of 24: the last is never used
+# of 24: the last is never used
+OPENCLIP_H = TextConfig(width=1024, heads=16, layers=23, quick_gelu=False, pad_id=0)
 SDXL_L = TextConfig(layers=11, final_norm=False)                                       # of 12
-OPENCLIP_G = TextConfig(width=1280, heads=20, layers=32, quick_gelu=False, pad_id=0, skip=1, final_norm=False, pooled_dim=1280)
-EMOJI = TextConfig(width=128, heads=4, layers=3, context_length=32, vocab_size=0, pad_id=0, compact=True, mask_padding=True)
+OPENCLIP_G = TextConfig(width=1280, heads=20, layers=32, quick_gelu=False, pad_id=0, skip=1, final_norm=False,
+                        pooled_dim=1280)
+EMOJI = TextConfig(width=128, heads=4, layers=3, context_length=32, vocab_size=0, pad_id=0, compact=True,
+                   mask_padding=True)
 
 
 def _drawn(std: float, *shape: int) -> Tensor:
@@ -116,7 +124,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=act(), c_proj=nn.Linear(mlp_width, width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, mlp_width), gelu=act(),
+                                             c_proj=nn.Linear(mlp_width, width)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y = self.ln_1(x)
@@ -125,7 +134,8 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids -> context (and, for towers that have one, the pooled text). Tensors are named as in open_clip."""
+    """Token ids -> context (and, for towers that have one, the pooled text). Tensors are
+    named as in open_clip."""
 
     def __init__(self, config: TextConfig = CLIP_L):
         super().__init__()
@@ -139,7 +149,8 @@ class TextEncoder(nn.Module):
         if c.pooled_dim:
             self.text_projection = nn.Parameter(_drawn(c.width**-0.5, c.width, c.pooled_dim))
         if c.compact:
-            self.register_buffer("vocab", torch.zeros(c.vocab_size, dtype=torch.long))   # (V,) sorted token ids
+            # (V,) sorted token ids
+            self.register_buffer("vocab", torch.zeros(c.vocab_size, dtype=torch.long))
 
     def tokens(self, prompt: str) -> Tokens:
         return tokens(prompt)
@@ -156,7 +167,7 @@ class TextEncoder(nn.Module):
 
     def unknown(self, ids: Tensor) -> Tensor:
         """Which tokens a compact vocabulary does not hold.  (..., L) -> (..., L) bool"""
-        return ~torch.isin(ids, self.vocab) if self.config.compact else torch.zeros_like(ids, dtype=torch.bool)
+        return ~torch.isin(ids, self.vocab) if self.config.compact else torch.zeros_like(ids).bool()
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids (B, L) -> context (B, L, C), pooled (B, P) or None."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: int) -> Tensor:
-    """f, which enlarges `scale` times, on overlapping squares of x (B, C, H, W); where they overlap, the mean weighs each by the
-    distance from its edge.  -> (B, C', scale H, scale W)"""
+    """f, which enlarges `scale` times, on overlapping squares of x (B, C, H, W); where they overlap, the mean
+    weighs each by the distance from its edge.  -> (B, C', scale H, scale W)"""
     def starts(n: int) -> list[int]:
         return [*range(0, max(1, n - tile), tile - tile // 4), max(0, n - tile)]
 

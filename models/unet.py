@@ -1,4 +1,4 @@
-"""One UNet for latent models (self- and cross-attention) and pixel models (cross going down, hybrid going up)."""
+"""One UNet for latent models (self- and cross-attention) and pixel models (cross going down, hybrid up)."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import QK, Attention, CrossAttention, Edits, HybridAttention, Seen, SelfAttention, TextKV
+from p2p.models.attention import (
+    QK,
+    Attention,
+    CrossAttention,
+    Edits,
+    HybridAttention,
+    Seen,
+    SelfAttention,
+    TextKV,
+)
 from p2p.models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -35,30 +44,30 @@ class UNetConfig:
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
-    # "cross" or "hybrid": in transformer blocks; "added" or "added text": hybrid or text alone, a layer of its own; or None
+    # "cross", "hybrid": in transformer blocks; "added", or text alone "added text": a layer of its own; None
     down_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)
     mid_attention: str | None = "cross"
-    up_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)     # level order, as down_attention
+    up_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)  # level order, as down_attention
     depth: tuple[int, ...] = (1, 1, 1, 1)          # transformer blocks per attention layer
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
     linear_projection: bool = False                # proj_in, proj_out: linear (SD 2, SDXL) or 1x1 convolution
-    vector_dim: int | None = None                  # width of a vector added to the timestep's (SDXL: pooled text, sizes)
-    upcast_attention: bool = False                 # attention in float32 whatever the model's precision (SD 2.1)
+    vector_dim: int | None = None   # width of a vector added to the timestep's (SDXL: pooled text, sizes)
+    upcast_attention: bool = False   # attention in float32 whatever the model's precision (SD 2.1)
     ff_mult: int = 4                               # width of the feed-forward, times that of the level
-    patch: int = 1                                 # pixels per side that one position of the first level holds
-    act: str = "silu"                              # of the residual blocks and of the embeddings: "silu" or "gelu"
+    patch: int = 1   # pixels per side that one position of the first level holds
+    act: str = "silu"   # of the residual blocks and of the embeddings: "silu" or "gelu"
     scale_shift: bool = False                      # this and the next two: see ResidualStyle
     skip_time_act: bool = False
     out_scale: float = 1.0
     mid_scale: float = 1.0                         # out_scale of the middle block
-    resample: str = "conv"                         # between levels: "conv", or "residual" (inside a residual block)
-    temb_dim: int | None = None                    # width of the timestep's embedding; None: 4 times the first level's
+    resample: str = "conv"   # between levels: "conv", or "residual" (inside a residual block)
+    temb_dim: int | None = None   # width of the timestep's embedding; None: 4 times the first level's
     time_act: str | None = None                    # activation of the finished embedding
     text_dim: int | None = None                    # width of the text as given, projected to context_dim
-    pool_heads: int | None = None                  # of the pooling of the text, added to the timestep's embedding
+    pool_heads: int | None = None   # of the pooling of the text, added to the timestep's embedding
     norm_text: bool = True                         # GroupNorm over the text in "added" attention
-    low_channels: int = 0                          # of a low-resolution picture beside x_t, whose noise level is embedded
+    low_channels: int = 0   # of a low-resolution picture beside x_t, whose noise level is embedded
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -74,25 +83,28 @@ SDXL = UNetConfig(
     depth=(1, 2, 10), heads=(5, 10, 20), context_dim=2048, linear_projection=True, vector_dim=2816,
 )
 EMOJI = UNetConfig(
-    in_channels=3, out_channels=3, channels=(64, 96, 160), layers_per_block=1, down_attention=(None, "cross", "cross"),
-    mid_attention="hybrid", up_attention=(None, "hybrid", "hybrid"), depth=(1, 1, 1), heads=(1, 3, 5), context_dim=128,
-    linear_projection=True, ff_mult=2, patch=2, temb_dim=384,
+    in_channels=3, out_channels=3, channels=(64, 96, 160), layers_per_block=1,
+    down_attention=(None, "cross", "cross"), mid_attention="hybrid", up_attention=(None, "hybrid", "hybrid"),
+    depth=(1, 1, 1), heads=(1, 3, 5), context_dim=128, linear_projection=True, ff_mult=2, patch=2,
+    temb_dim=384,
 )
 
 EMOJI_UPSCALER = UNetConfig(
-    in_channels=3, out_channels=3, channels=(64, 96), layers_per_block=1, down_attention=(None, None), mid_attention=None,
-    up_attention=(None, None), depth=(1, 1), heads=(1, 1), context_dim=1, patch=4, low_channels=3,
+    in_channels=3, out_channels=3, channels=(64, 96), layers_per_block=1, down_attention=(None, None),
+    mid_attention=None, up_attention=(None, None), depth=(1, 1), heads=(1, 1), context_dim=1, patch=4,
+    low_channels=3,
 )
 
 
 def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
-    """Stage I of DeepFloyd IF: M, L and XL have the widths 192, 320 and 704; six channels come out, eps and its variance."""
+    """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL); out come eps and its variance."""
     channels = tuple(width * m for m in multiples)
     added = (None, *("added",) * (len(channels) - 1))
     return UNetConfig(
-        in_channels=3, out_channels=6, channels=channels, layers_per_block=3, down_attention=added, mid_attention="added",
-        up_attention=added, depth=(1,) * len(channels), heads=tuple(c // 64 for c in channels), context_dim=channels[-1],
-        act="gelu", scale_shift=True, resample="residual", text_dim=4096, pool_heads=64,
+        in_channels=3, out_channels=6, channels=channels, layers_per_block=3, down_attention=added,
+        mid_attention="added", up_attention=added, depth=(1,) * len(channels),
+        heads=tuple(c // 64 for c in channels), context_dim=channels[-1], act="gelu", scale_shift=True,
+        resample="residual", text_dim=4096, pool_heads=64,
     )
 
 
@@ -150,9 +162,10 @@ class UNet(nn.Module):
         def attentions(kind: str | None, level: int, n: int) -> list[nn.Module]:
             width, heads = ch[level], c.heads[level]
             if kind and kind.startswith("added"):
-                return [AddedAttention(width, c.context_dim, heads, kind == "added text", c.norm_text) for _ in range(n)]
-            return [SpatialTransformer(width, c.context_dim, heads, c.depth[level], kind, c.linear_projection, c.ff_mult,
-                                       c.upcast_attention) for _ in range(n if kind else 0)]
+                return [AddedAttention(width, c.context_dim, heads, kind == "added text", c.norm_text)
+                        for _ in range(n)]
+            return [SpatialTransformer(width, c.context_dim, heads, c.depth[level], kind, c.linear_projection,
+                                       c.ff_mult, c.upcast_attention) for _ in range(n if kind else 0)]
 
         def resampler(dim: int, way: str) -> nn.Module:
             if c.resample == "residual":
@@ -212,13 +225,14 @@ class UNet(nn.Module):
         return found
 
     def read(self, context: Tensor) -> Text:
-        """All that depends on the text alone.  (B, L, D) -> Text, which `forward` takes in place of the context"""
+        """All that depends on the text alone; `forward` takes it in place of the context (B, L, D)."""
         pooled = self.add_embedding(context) if self.config.pool_heads else None
         if self.config.text_dim:
             context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
         return Text({m.site: m.text(context) for m in self.layers(CrossAttention)}, pooled)
 
-    def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None, level: Tensor | None) -> Time:
+    def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None,
+              level: Tensor | None) -> Time:
         """(..., 1 or B) -> (..., 1 or B, out) each"""
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.config.vector_dim:
@@ -231,22 +245,23 @@ class UNet(nn.Module):
             temb = ACTIVATIONS[self.config.time_act](temb)
         return {m.site: m.time(temb) for m in self.layers(ResnetBlock)}
 
-    def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None, level: Tensor | None = None
-              ) -> list[Time]:
-        """All that depends on the timesteps (T,) and not on x, for rows that are told the rest: one entry a step, which
-        `forward` takes in place of t."""
+    def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None,
+              level: Tensor | None = None) -> list[Time]:
+        """What depends on the timesteps (T,), not on x: one entry a step, which `forward` takes for t."""
         together = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
         return [{name: of[i] for name, of in together.items()} for i in range(len(t))]
 
-    def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text, edit: Edits | Mapping[str, Any] = None,
-                watch: Collection[str] = (), vector: Tensor | None = None, low: Tensor | None = None,
+    def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text,
+                edit: Edits | Mapping[str, Any] = None, watch: Collection[str] = (),
+                vector: Tensor | None = None, low: Tensor | None = None,
                 level: Tensor | None = None) -> tuple[Tensor, dict[str, QK]]:
-        """x (B, C, H, W), t int or (B,) or what `times` made of it, context (B, L, D) or what `read` made of it
+        """x (B, C, H, W), t int or (B,) or from `times`, context (B, L, D) or from `read`
         ->  prediction (B, C', H, W), queries and keys of the attention layers that are watched, by site.
 
-        edit: of all attention layers, or by site; then by site of a residual block too: (B,) long, the rows whose
-        residual each row adds. Only for models that take them: vector (B, vector_dim); low (B, low_channels, H, W), the
-        low-resolution picture at this size, and level (B,), the timestep of its noise.
+        edit: of all attention layers, or by site; then by site of a residual block too: (B,) long,
+        the rows whose residual each row adds. Only for models that take them: vector (B, vector_dim);
+        low (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the
+        timestep of its noise.
         """
         c = self.config
         text = self.read(context) if isinstance(context, Tensor) else context
@@ -281,4 +296,5 @@ class UNet(nn.Module):
                 x = up(x, time.get(up.site), skips[-1].shape[2:])                # (B, C_i, 2H, 2W)
 
         x = self.conv_out(ACTIVATIONS[c.act](self.conv_norm_out(x)))             # (B, p^2 C', H/p, W/p)
-        return F.pixel_shuffle(x, c.patch).contiguous(), {site: qk for site, qk in seen.items() if qk is not None}
+        found = {site: qk for site, qk in seen.items() if qk is not None}
+        return F.pixel_shuffle(x, c.patch).contiguous(), found

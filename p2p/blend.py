@@ -1,8 +1,9 @@
 """Local edits: outside a mask made from the attention of chosen words, the target keeps the source's latents.
 
-Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does: maps after
-the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only where it alone has that
-side), summed over the steps so far, pooled 3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
+Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does:
+maps after the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only
+where it alone has that side), summed over the steps so far, pooled 3 x 3, divided by their maximum,
+thresholded; source's and target's masks joined.
 """
 from __future__ import annotations
 
@@ -39,21 +40,24 @@ class LocalBlend:
 
     words: (of the source prompt, of the target prompt), each a word, a phrase or a list of them: the mask.
     substruct: the same, for regions to be taken out of the mask again.
-    rivals: the same, one thing each: a position counts only where the words attract more than any of these. Each map is taken
-        as a share of its maximum, and words that mark no thing of their own (wide maps, or peaks where the words have one) do
-        not compete.
+    rivals: the same, one thing each: a position counts only where the words attract more than any of these.
+        Each map is taken as a share of its maximum, and words that mark no thing of their own (wide maps, or
+        peaks where the words have one) do not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
-    start: share of the steps after which blending begins. level: the maps' side is that of the latents over this, rounded up.
-    keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so that it is the picture
-        itself in every method; or "sampled", the source's row as it came out of the step, as in PnPInversion's runs. (Where the
-        source follows its stored latents, and where it was generated, that is the same.)
-    middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the maps); the official code
-        leaves it out.
-    mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was; transparent is dark), or
-        a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead of words, or, with words, a limit to them.
+    start: share of the steps after which blending begins. level: the maps' side is that of the latents
+    over this, rounded up.
+    keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so
+        that it is the picture itself in every method; or "sampled", the source's row as it came out of the
+        step, as in PnPInversion's runs. (Where the source follows its stored latents, and where it was
+        generated, that is the same.)
+    middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the
+        maps); the official code leaves it out.
+    mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was;
+        transparent is dark), or a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead
+        of words, or, with words, a limit to them.
 
-    Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the mask's edge, so
-    there the pixels near it are not.
+    Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the
+    mask's edge, so there the pixels near it are not.
     """
 
     words: tuple[Words, Words] | None = None
@@ -71,7 +75,8 @@ class Blend(NamedTuple):
     """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
 
     side: tuple[int, int]   # of the maps; (0, 0): only masks are given, no map is needed
-    columns: Tensor      # (N, 2 + R, 2, L): words, substruct or a rival, in the source or the target; sums of their tokens
+    # (N, 2 + R, 2, L): words, substruct or a rival, in the source or the target; sums of their tokens
+    columns: Tensor
     threshold: Tensor    # (N, 2): for words, for substruct
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
@@ -93,7 +98,8 @@ def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
 
 
 def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], how: str = "crop") -> Tensor:
-    """(1, H, W) bool at the latents' size; a position counts if half of it is bright. how: see `image.fit`."""
+    """(1, H, W) bool at the latents' size; a position counts if half of it is bright.
+    how: see `image.fit`."""
     if mask is None:
         return torch.ones(1, *size, dtype=torch.bool)
     _check_mask(mask)
@@ -116,17 +122,21 @@ def _check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor):
         as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
     elif mask.numel() > PIXELS:
-        raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; make it smaller")
+        raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; "
+                         "make it smaller")
     elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
-        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} {tuple(mask.shape)}")
+        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} "
+                         f"{tuple(mask.shape)}")
     elif not (mask >= 0).all() or not (mask <= 1).all():
-        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to {mask.max().item():g}")
+        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to "
+                         f"{mask.max().item():g}")
 
 
-def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: UNet, steps: int,
-            length: int, size: tuple[int, int], device: torch.device, how: str = "crop") -> Blend | None:
-    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no target blends.
-    Raises UsageError."""
+def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: UNet,
+            steps: int, length: int, size: tuple[int, int], device: torch.device,
+            how: str = "crop") -> Blend | None:
+    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no
+    target blends. Raises UsageError."""
     if not any(blends):
         return None
     for b in filter(None, blends):
@@ -146,8 +156,9 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         masks.append(fixed(b.mask, size, how))
     sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
-                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device), torch.stack(masks).to(device),
-                 sampled, torch.zeros(len(targets), dtype=torch.long, device=device), sites)
+                 torch.tensor(start, device=device), torch.tensor(everywhere, device=device),
+                 torch.stack(masks).to(device), sampled,
+                 torch.zeros(len(targets), dtype=torch.long, device=device), sites)
 
 
 def placed(blends: Sequence[LocalBlend | None], unet: UNet,
@@ -171,7 +182,8 @@ def sites_of_side(unet: UNet, size: tuple[int, int], side: tuple[int, int]) -> l
 
 
 def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
-    """Those that count: the middle block where it is asked for, or alone has maps of that side. Raises UsageError."""
+    """Those that count: the middle block where it is asked for, or alone has maps of that side.
+    Raises UsageError."""
     found = sites_of_side(unet, size, side)
     if not found:
         pixels = unet.site_pixels(*size)
@@ -191,13 +203,15 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
         raise UsageError("local_blend: rivals compete with words; give words")
     for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):
         if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
-                isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side) for side in pair)
+                isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side)
+                for side in pair)
                 or not any(pair)):
-            raise UsageError(f"local_blend: {name} {brief(pair)}: words, substruct and rivals are pairs (of the source prompt, of "
-                             "the target prompt), each a word or a list of words")
+            raise UsageError(f"local_blend: {name} {brief(pair)}: words, substruct and rivals are pairs (of "
+                             "the source prompt, of the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
-        raise UsageError(f"local_blend: threshold {brief(b.threshold)} must lie within 0 and 1, one number or two")
+        raise UsageError(f"local_blend: threshold {brief(b.threshold)} must lie within 0 and 1, one number "
+                         "or two")
     share("local_blend: start", b.start)
     whole("local_blend: level", b.level, most=2**31)
     choice("local_blend: keep", b.keep, ("stored", "sampled"))
@@ -217,7 +231,7 @@ def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, ble
     total, heads = 0, 0
     for site in blend.sites:
         layer = unet.get_submodule(site)
-        p = site_maps(layer, seen[site], edit, rows, mean=True)[1]                       # (S + N, 1 or h, pixels, L)
+        p = site_maps(layer, seen[site], edit, rows, mean=True)[1]   # (S + N, 1 or h, pixels, L)
         total, heads = total + layer.heads * p.mean(1, dtype=torch.float32), heads + layer.heads
     p = total / heads                                                                    # (S + N, pixels, L)
     both = torch.stack([p[blend.of], p[-len(blend.of):]], dim=1)                         # (N, 2, pixels, L)
@@ -228,20 +242,21 @@ def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     """Sums of word maps (N, 2 + R, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
     if not blend.sites:
         return blend.fixed
-    m = seen.unflatten(-1, blend.side).clamp(min=0)                               # (N, 2 + R, 2, h, w): weights may be < 0
+    m = seen.unflatten(-1, blend.side).clamp(min=0)   # (N, 2 + R, 2, h, w): weights may be < 0
     pooled = F.max_pool2d(m.flatten(1, 2), 3, 1, 1).unflatten(1, m.shape[1:3])
     m = torch.cat([pooled[:, :1], m[:, 1:2], pooled[:, 2:]], dim=1)
     m = F.interpolate(m.flatten(1, 2), size=size).unflatten(1, m.shape[1:3])             # nearest
-    m = (m / m.amax((-2, -1), keepdim=True)).nan_to_num()                                # no words: 0 / 0, never on
+    m = (m / m.amax((-2, -1), keepdim=True)).nan_to_num()   # no words: 0 / 0, never on
     on = m[:, :2] > blend.threshold[:, :, None, None, None]
     wins = m[:, 0] > _strongest(m[:, 0], m[:, 2:])
-    on = torch.stack([on[:, 0] & wins, on[:, 1]], dim=1).any(dim=2)                      # in the source's map or the target's
+    on = torch.stack([on[:, 0] & wins, on[:, 1]], dim=1).any(dim=2)   # in the source's map or the target's
     inside = (on[:, :1] | blend.everywhere[:, None, None, None]) & ~on[:, 1:]
     return inside & blend.fixed
 
 
 def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
-    """words (N, 2, H, W), rivals (N, R, 2, H, W): shares of their maxima  ->  the strongest rival that marks a thing of its own"""
+    """words (N, 2, H, W), rivals (N, R, 2, H, W): shares of their
+    maxima  ->  the strongest rival that marks a thing of its own"""
     if not rivals.shape[1]:
         return torch.zeros_like(words)
     compact = (rivals > 0.5).float().mean((-2, -1)) < 0.3
@@ -249,10 +264,13 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
     return (rivals * (compact & apart)[..., None, None]).amax(1)
 
 
-def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their masks, once they started.
+def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int,
+                source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their
+    masks, once they started.
 
-    source (1, C, H, W): what is stored of the source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    source (1, C, H, W): what is stored of the
+    source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
     inside, n = masks(seen, blend, x.shape[2:]) | ~started, len(blend.of)

@@ -94,7 +94,8 @@ class Known(NamedTuple):
 
 
 class Inputs:
-    """Timestep and conditioning of every step. The text is read once, until other rows or other texts follow."""
+    """Timestep and conditioning of every step. The text is read once, until other rows or
+    other texts follow."""
 
     def __init__(self, model: Model, prompts: Conditioning,
                  empty: Conditioning | Sequence[Conditioning] | None, timesteps: Sequence[float],

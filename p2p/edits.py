@@ -7,8 +7,8 @@
     replace, then reweight    M diag(c alpha) 1 - alpha
     refine, then reweight     G diag(a c alpha)  (1 - a) c alpha + 1 - alpha
 
-alpha: which tokens are injected at this step, M: word-swap matrix, G: gather by the alignment A(j), a: 1 where A(j)
-is not None, c: the word weights.
+alpha: which tokens are injected at this step, M: word-swap matrix, G: gather by the alignment A(j), a: 1
+where A(j) is not None, c: the word weights.
 """
 from __future__ import annotations
 
@@ -38,19 +38,22 @@ MODES = ("replace", "refine", "reweight")
 class Edit:
     """One target: its prompt and how the source's attention is injected (paper section 3.2).
 
-    mode: "replace" (word swap), "refine" (added phrases) or "reweight" (only the weights); None: chosen from the prompts.
-    cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of the
-        target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
+    mode: "replace" (word swap), "refine" (added phrases) or "reweight" (only the weights); None:
+    chosen from the prompts.
+    cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of
+        the target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
     self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
-    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion leaves some out;
-        they are counted from the first that is run, as in the edit-friendly code. (With 12 of 50 skipped, 0.6 then ends after
-        30 of the 38.) "run" is what a share says: 0.6 means the same whatever is skipped.
+    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion
+        leaves some out; they are counted from the first that is run, as in the edit-friendly code. (With 12
+        of 50 skipped, 0.6 then ends after 30 of the 38.) "run" is what a share says: 0.6 means the same
+        whatever is skipped.
     equalizer: {"word": c}: the attention of that word times c.
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
-    swap: {"source word": "target word"} in an edit that also adds words: the new word takes the old one's attention.
+    swap: {"source word": "target word"} in an edit that also adds words: the new word takes the
+    old one's attention.
     local_blend: where the target may differ from the source; None: everywhere.
-    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where these words and
-        what replaces or joins them attend, and no other thing of the prompts attracts more.
+    scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where
+        these words and what replaces or joins them attend, and no other thing of the prompts attracts more.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -69,7 +72,8 @@ class Edit:
 
 
 def check(edit: Edit) -> None:
-    """Raises UsageError for fields of the wrong kind; words and windows are checked where the prompts are known."""
+    """Raises UsageError for fields of the wrong kind; words and windows are checked where the
+    prompts are known."""
     def words(value: Any) -> bool:
         return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(w, str) for w in value)
 
@@ -79,8 +83,10 @@ def check(edit: Edit) -> None:
     for name, fits, wanted in (
             ("prompt", isinstance(edit.prompt, str), "a string"),
             ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
-            ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())), '{"source word": "target word"}'),
-            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope), "a word or a list of words")):
+            ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())),
+             '{"source word": "target word"}'),
+            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope),
+             "a word or a list of words")):
         if not fits:
             raise UsageError(f"{name}: {brief(getattr(edit, name))} is not {wanted}")
     if edit.mode is not None:
@@ -100,12 +106,13 @@ def check(edit: Edit) -> None:
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
-    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place swapped, others refined."""
+    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place
+    swapped, others refined."""
     if edit.mode is not None:
         choice("mode", edit.mode, MODES)
         if edit.mode == "reweight" and source.ids != target.ids:
-            raise UsageError(f'mode "reweight" is for one and the same prompt: "{target.text}" differs from "{source.text}"; other '
-                             "modes take weights too")
+            raise UsageError(f'mode "reweight" is for one and the same prompt: "{target.text}" differs from '
+                             f'"{source.text}"; other modes take weights too')
         return edit.mode
     if source.ids == target.ids:
         return "reweight"
@@ -129,8 +136,8 @@ def window(value: Window, what: str) -> tuple[float, float]:
 def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
     """alpha of every step and token of the target.  -> (steps, length) float64, 0 or 1
 
-    With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the rounding of
-    the official code.
+    With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the
+    rounding of the official code.
     """
     by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
     alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
@@ -155,14 +162,16 @@ def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) 
 
 
 def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """One row of the table above. alpha (T, L), c (L,), m (L, L): M, G or the identity, a (L,)  ->  (T, L, L), (T, L)"""
+    """One row of the table above. alpha (T, L), c (L,), m (L, L): M, G or the identity, a
+    (L,)  ->  (T, L, L), (T, L)"""
     if mode == "refine":
         return m * (a * c * alpha)[:, None, :], (1 - a) * c * alpha + 1 - alpha
     return m * (c * alpha)[:, None, :], 1 - alpha
 
 
 def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
-    """Which source tokens a target token reads (M, G or the identity), and a.  -> (length, length), (length,) float64"""
+    """Which source tokens a target token reads (M, G or the identity), and
+    a.  -> (length, length), (length,) float64"""
     official = choice("aligner", edit.aligner, ("exact", "official")) == "official"
     m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
     if mode == "replace":
@@ -195,7 +204,8 @@ class Tables(NamedTuple):
         return self.mix.flatten(1).any(1) | (self.keep != 1).any(1)
 
 
-def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int, whole: int | None = None
+def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
+           whole: int | None = None
            ) -> Tables:
     """The tables of one target; whole: steps of the schedule, if some are left out."""
     m, a = alignment(source, target, edit, mode, length)
@@ -203,8 +213,8 @@ def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, le
     alpha = cross_alpha(edit.cross_replace_steps, target, counted, length)[:steps]
     first, end = (int(share * counted) for share in window(edit.self_replace_steps, "self_replace_steps"))
     i = torch.arange(steps)
-    return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a), (i >= first) & (i < end),
-                  edit.self_max_tokens, edit.renormalise)
+    return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a),
+                  (i >= first) & (i < end), edit.self_max_tokens, edit.renormalise)
 
 
 def windowed(edit: Edit, steps: int, whole: int | None) -> int:
@@ -214,13 +224,14 @@ def windowed(edit: Edit, steps: int, whole: int | None) -> int:
 
 def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: torch.dtype, *,
          of: Sequence[int] | None = None, dense: bool = False) -> list[AttentionEdit | None]:
-    """One AttentionEdit a step, None where nothing is edited. of: the number of each target's source, 0 where None.
-    dense: every step has the same fields (a compiled network has a graph for each set of them)."""
+    """One AttentionEdit a step, None where nothing is edited. of: the number of each target's source, 0 where
+    None. dense: every step has the same fields (a compiled network has a graph for each set of them)."""
     of = [0] * batch.targets if of is None else of
     source = torch.tensor([batch.source(j) for j in of], device=device)
     own = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
     limit = torch.tensor([t.max_pixels for t in tables], device=device)
-    some = torch.tensor([t.renormalise for t in tables], device=device) if any(t.renormalise for t in tables) else None
+    some = torch.tensor([t.renormalise for t in tables],
+                        device=device) if any(t.renormalise for t in tables) else None
     mix = torch.stack([t.mix for t in tables], dim=1).to(device, dtype)               # (T, N, L, L)
     keep = torch.stack([t.keep for t in tables], dim=1).to(device, dtype)             # (T, N, L)
     inject = torch.stack([t.inject for t in tables], dim=1)                           # (T, N)
@@ -233,5 +244,6 @@ def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: to
             edit = edit._replace(mix=mix[i], keep=keep[i], renormalise=some)
         if injects or dense:
             edit = edit._replace(pixels=torch.stack([rows[i], rows[i], own]), max_pixels=limit)
-        steps.append(edit if reads or injects or dense or batch.absent else None)   # absent: something is cached in it
+        # absent: something is cached in it
+        steps.append(edit if reads or injects or dense or batch.absent else None)
     return steps

@@ -6,7 +6,8 @@ __all__ = ["CheckpointError", "NumericsError", "UsageError"]
 
 
 class UsageError(ValueError):
-    """What was asked cannot be done: says what was found and what to do. What came from files is made harmless here."""
+    """What was asked cannot be done: says what was found and what to do. What came from files is
+    made harmless here."""
 
     def __init__(self, message: object):
         super().__init__(printable(message))

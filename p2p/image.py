@@ -15,8 +15,10 @@ from torch import Tensor
 from p2p.errors import NumericsError, UsageError
 from p2p.weights.untrusted import brief, check_regular
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")   # decoders that start no other program (EPS starts Ghostscript)
-TEXT = PngImagePlugin.MAX_TEXT_MEMORY   # characters of a chunk, or of a picture in base64: more Pillow does not read again
+# decoders that start no other program (EPS starts Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# characters of a chunk, or of a picture in base64: more Pillow does not read again
+TEXT = PngImagePlugin.MAX_TEXT_MEMORY
 FITS = ("crop", "pad", "own")
 PIXELS = 2**26   # of a picture: a file of some kilobytes may ask for gigabytes
 GREYS = {"L;2": 3, "L;4": 15, "L": 255}   # largest value of a grey PNG, by Pillow's name for how it is stored
@@ -36,12 +38,13 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def shown(image: Image.Image, paper: str = "white") -> Image.Image:
-    """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper` where it is transparent.
+    """A picture of any mode as a viewer shows it: RGB of 8 bits, upright by its EXIF tag, on `paper`
+    where it is transparent.
 
-    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched (of colours of 16 bits Pillow keeps the upper
-    half); those of mode F count from 0 to 255, as in Pillow, and are clipped. In mode I nothing above 255, in mode F nothing above
-    1 is likely to mean 8 bits and 0 to 1, and values far outside of these ranges mean another scale: they are refused. Colour
-    profiles are left aside. Raises UsageError.
+    Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched (of colours of 16 bits
+    Pillow keeps the upper half); those of mode F count from 0 to 255, as in Pillow, and are clipped. In mode
+    I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1, and values far outside
+    of these ranges mean another scale: they are refused. Colour profiles are left aside. Raises UsageError.
     """
     image = upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -59,16 +62,19 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits, or floating-point ones, as L; with its alpha, LA, where one of them stands for transparency."""
+    """Grey values of 16 bits, or floating-point ones, as L; with its alpha, LA, where one of them stands
+    for transparency."""
     values = np.asarray(image, dtype=np.float32)
     low, high = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (0, 65535))
     least, most = values.min(), values.max()
-    if not np.isfinite(values).all() or 0 < most <= low or most > 1.01 * high or least < -0.01 * high:   # resampling overshoots
-        raise UsageError(f"a picture of mode {image.mode} holds finite values from 0 to {high}, and this one holds {least:g} to "
-                         f"{most:g}; scale it, or convert it to mode L")
+    # resampling overshoots
+    if not np.isfinite(values).all() or 0 < most <= low or most > 1.01 * high or least < -0.01 * high:
+        raise UsageError(f"a picture of mode {image.mode} holds finite values from 0 to {high}, and this one "
+                         f"holds {least:g} to {most:g}; scale it, or convert it to mode L")
     grey = Image.fromarray((values * 255 / high).clip(0, 255).round().astype(np.uint8))
     if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0,
+                                               255).astype(np.uint8)))
     return grey
 
 
@@ -78,12 +84,14 @@ def brightness(mask: Image.Image) -> Image.Image:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """A picture from a file in one of FORMATS, upright; of an animation the first frame. Raises UsageError."""
+    """A picture from a file in one of FORMATS, upright; of an animation the first frame.
+    Raises UsageError."""
     check_file(path)
     try:
         return _decoded(path)
     except Exception as error:   # decoders raise anything over damaged bytes
-        raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are {', '.join(FORMATS)}") from None
+        raise UsageError(f"{path}: not a picture that can be read ({_why(error)}); the formats are "
+                         f"{', '.join(FORMATS)}") from None
 
 
 def check_file(path: str | Path) -> None:
@@ -163,17 +171,19 @@ def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.
     if isinstance(given, (str, Path)):
         return open_picture(given)
     if not isinstance(given, Image.Image) or not all(given.size):
-        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not {brief(given)}")
+        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not "
+                         f"{brief(given)}")
     try:
         return upright(given)
     except Exception as error:   # of bytes that are damaged, or of a file that was closed
         raise UsageError(f"{what}: cannot be read ({_why(error)})") from None
 
 
-def fit(image: Image.Image, size: tuple[int, int], how: str = "crop", by: Image.Resampling = Image.LANCZOS) -> Image.Image:
-    """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it, cropped
-    around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a white margin is a thing that a
-    model would draw again; more of the same is not)."""
+def fit(image: Image.Image, size: tuple[int, int], how: str = "crop",
+        by: Image.Resampling = Image.LANCZOS) -> Image.Image:
+    """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it,
+    cropped around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a
+    white margin is a thing that a model would draw again; more of the same is not)."""
     image, (height, width) = shown(image), size
     if how != "pad":
         return ImageOps.fit(image, (width, height), by)
@@ -185,9 +195,11 @@ def fit(image: Image.Image, size: tuple[int, int], how: str = "crop", by: Image.
 
 
 def own_size(image: Image.Image, size: tuple[int, int], unit: int, most: int) -> tuple[int, int]:
-    """(height, width) with the upright picture's aspect and about as many pixels as `size`, in multiples of `unit` up to `most`."""
+    """(height, width) with the upright picture's aspect and about as many pixels as `size`, in multiples of
+    `unit` up to `most`."""
     scale = (size[0] * size[1] / (image.height * image.width)) ** 0.5
-    return tuple(min(max(round(side * scale / unit), 1) * unit, most // unit * unit) for side in image.size[::-1])
+    return tuple(min(max(round(side * scale / unit), 1) * unit, most // unit * unit)
+                 for side in image.size[::-1])
 
 
 def to_base64(image: Image.Image) -> str:
@@ -200,7 +212,8 @@ def to_base64(image: Image.Image) -> str:
 def from_base64(text: str) -> Image.Image:
     """What `to_base64` wrote. Raises UsageError."""
     if not isinstance(text, str) or len(text) > TEXT:
-        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not {brief(text)}")
+        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not "
+                         f"{brief(text)}")
     try:
         return _decoded(io.BytesIO(base64.b64decode(text, validate=True)))
     except Exception as error:   # decoders raise anything over damaged bytes

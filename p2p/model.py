@@ -37,9 +37,11 @@ STEPS = 50       # of a run that says nothing else
 class Conditioning(NamedTuple):
     """What the UNet is told besides x_t and t, for B rows."""
 
-    context: Tensor | Text           # (B, L, C): the text, token by token; or what the UNet made of it, see `Model.read`
+    # (B, L, C): the text, token by token; or what the UNet made of it, see `Model.read`
+    context: Tensor | Text
     vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
-    low: Tensor | None = None        # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
+    # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
+    low: Tensor | None = None
     level: Tensor | None = None      # (B,): the timestep of its noise
 
     def rows(self, first: int) -> Conditioning:
@@ -53,13 +55,15 @@ class Conditioning(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """Made by `p2p.load`. `unet(x, t, context)` gives the prediction and maps; everything else is listed below."""
+    """Made by `p2p.load`. `unet(x, t, context)` gives the prediction and maps; everything
+    else is listed below."""
 
     name: str                            # as the user gave it
     file: Path
     family: str
     unet: UNet
-    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts] = field(repr=False)   # none: it reads no text
+    # none: it reads no text
+    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts] = field(repr=False)
     vae: AutoencoderKL | None            # None: the model works on pixels
     alphas_cumprod: Tensor = field(repr=False)
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
@@ -67,7 +71,7 @@ class Model:
     guidance_scale: float = 7.5          # used where none is asked for
     eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
     steps: int = STEPS                   # likewise, in super-resolution
-    noise_level: int = 250               # likewise: timestep of the noise on what a super-resolution stage enlarges
+    noise_level: int = 250   # likewise: timestep of the noise on what a super-resolution stage enlarges
     align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
     offset: int = 1                      # this and the next two: see `ddim_schedule`
@@ -75,14 +79,16 @@ class Model:
     timestep_spacing: str = "leading"
     learned_variance: bool = True        # where the network gives one: a step of DDPM takes it
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
-    zero_negative: bool = False          # the empty prompt is all zeros (SDXL as released), not the encoded ""
+    zero_negative: bool = False   # the empty prompt is all zeros (SDXL as released), not the encoded ""
     compiled: bool = False               # the UNet, by torch.compile
-    offload: bool = False                # text towers and autoencoder wait on the CPU and come to the device for their work
-    tile: int | None = None              # the autoencoder decodes squares of so many latents a side, see `decode`
+    offload: bool = False  # text towers and autoencoder wait on the CPU and come to the device for their work
+    tile: int | None = None   # the autoencoder decodes squares of so many latents a side, see `decode`
     notes: tuple[str, ...] = ()          # what was found out while loading, and how
-    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict, repr=False)   # that decide pixels, see `identity`
+    # that decide pixels, see `identity`
+    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict, repr=False)
     asked: Mapping[str, Any] = field(default_factory=dict, repr=False)   # how they were to be read
-    places: Mapping[str, str] = field(default_factory=dict, repr=False)  # of "vae" and "text", where they were given
+    # of "vae" and "text", where they were given
+    places: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -129,13 +135,15 @@ class Model:
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
         for name, side in zip(("height", "width"), sides):
             if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
-                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {brief(side)}, and at most {LARGEST}")
+                raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {brief(side)}, and "
+                                 f"at most {LARGEST}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
-        """sha256 of the "model" (of its file; of a folder, over all that decides pixels in it) and of the "vae" and "text" given
-        beside it: read when first asked for, and cached on disk; None of what is gone by then."""
+        """sha256 of the "model" (of its file; of a folder, over all that decides pixels in it) and of
+        the "vae" and "text" given beside it: read when first asked for, and cached on disk; None of
+        what is gone by then."""
         return {name: together(each) for name, each in self.files.items()}
 
     @property
@@ -146,13 +154,14 @@ class Model:
     def overrides(self) -> dict[str, Any]:
         """What was asked of the model that makes it another one than its files alone: digests and values."""
         asked = {k: v for k, v in self.asked.items() if k != "held"}
-        return {k: v for k, v in ({k: v for k, v in self.digests.items() if k != "model"} | asked).items() if v}
+        return {k: v for k, v in ({k: v for k, v in self.digests.items() if k != "model"} | asked).items()
+                if v}
 
     def identity(self) -> dict[str, Any]:
         """All that decides pixels and is no setting of a run, as JSON can hold it: contents, not places."""
         return {"sha256": self.sha256, "family": self.family, "prediction": self.prediction,
-                "dtype": str(self.dtype).removeprefix("torch."), "vae": self.digests.get("vae"), "text": self.digests.get("text"),
-                **self.asked, "tile": self.tile}
+                "dtype": str(self.dtype).removeprefix("torch."), "vae": self.digests.get("vae"),
+                "text": self.digests.get("text"), **self.asked, "tile": self.tile}
 
     def tokens(self, prompt: str) -> Tokens:
         try:
@@ -171,7 +180,8 @@ class Model:
         t, found = self.tokens(prompt), []
         if len(t.ids) > self.length:
             cut = t.text[t.spans[self.length - 1][0]:]
-            found.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut off "{cut}"')
+            found.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut '
+                         f'off "{cut}"')
         with self._at_work(self.text_encoders[0]):
             unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
         words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
@@ -184,25 +194,31 @@ class Model:
         return kind("told", told, Conditioning)._replace(context=self.unet.read(told.context))
 
     def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
-        """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes one in place of t."""
+        """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes
+        one in place of t."""
         kind("the context of told, which was read,", kind("told", told, Conditioning).context, Text)
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
         return self.unet.times(timesteps, told.context, self.dtype, told.vector, told.level)
 
-    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None, watch: Collection[str] = ()
+    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None,
+                watch: Collection[str] = ()
                 ) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
         """The network on all rows of x (B, C, H, W), in its precision.
 
-        -> prediction (B, C, H, W); learned variance in -1 .. 1 of that shape, or None; queries and keys of the sites watched
+        -> prediction (B, C, H, W); learned variance in -1 .. 1 of that shape, or None; queries and keys
+        of the sites watched
         """
         tensor("x", x, "B", self.unet.config.in_channels, "H", "W"), kind("told", told, Conditioning)
-        if isinstance(kind("t", t, int, Tensor, dict), int):   # a compiled graph is made for one number, and for one layout of x
+        # a compiled graph is made for one number, and for one layout of x
+        if isinstance(kind("t", t, int, Tensor, dict), int):
             t = torch.as_tensor(whole("t", t, 0, len(self.alphas_cumprod) - 1), device=x.device)
         if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x),)):
-            raise UsageError(f"t must be one number, or one for each of the {len(x)} rows of x, not {tuple(t.shape)}")
+            raise UsageError(f"t must be one number, or one for each of the {len(x)} rows of x, not "
+                             f"{tuple(t.shape)}")
         out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch, **told._asdict())
-        out, variance = (out.to(x.dtype), None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
+        out, variance = (out.to(x.dtype),
+                         None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
         return out, variance if self.learned_variance else None, seen
 
     @torch.no_grad()
@@ -211,8 +227,10 @@ class Model:
         return self.condition(prompts).context
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str], height: int | None = None, width: int | None = None) -> Conditioning:
-        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know. Raises UsageError."""
+    def condition(self, prompts: Sequence[str], height: int | None = None,
+                  width: int | None = None) -> Conditioning:
+        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know.
+        Raises UsageError."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
             raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
@@ -246,23 +264,24 @@ class Model:
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
-        found = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha, self.timestep_spacing)
+        found = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha,
+                              self.timestep_spacing)
         if self.prediction == "eps" and not found.alphas[0] > 0:
-            raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR): a model that "
-                             "predicts the noise cannot begin there; leave out zero_snr, or give prediction, v or x0, if it was "
-                             "guessed wrongly")
+            raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR): a "
+                             "model that predicts the noise cannot begin there; leave out zero_snr, or give "
+                             "prediction, v or x0, if it was guessed wrongly")
         return found
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:
-        """A picture (as `image.shown`) or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them, float32 (the posterior's
-        mean). Raises UsageError for a size that the model does not take."""
+        """A picture (as `image.shown`) or (B, 3, H, W) in [-1, 1] -> latents as the sampler sees them,
+        float32 (the posterior's mean). Raises UsageError for a size that the model does not take."""
         x = image if isinstance(image, Tensor) else from_pil(as_picture(image))
         tensor("a picture as a tensor", x, "B", 3, "height", "width")
         self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
-        x = x.to(self.device, self.vae.quant_conv.weight.dtype)                  # one at a time: memory for one
+        x = x.to(self.device, self.vae.quant_conv.weight.dtype)   # one at a time: memory for one
         with self._at_work(self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
@@ -270,13 +289,14 @@ class Model:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as the sampler sees them -> pictures (B, 3, H, W), about [-1, 1], float32.
 
-        With `tile`, in squares that overlap by a quarter and are blended there: bounded memory at any size, at the price
-        of group norms that see one square each. Raises UsageError.
+        With `tile`, in squares that overlap by a quarter and are blended there: bounded memory at any size,
+        at the price of group norms that see one square each. Raises UsageError.
         """
         x = tensor("latents", latents, "B", self.unet.config.in_channels, "H", "W").to(self.device)
         if self.vae is None:
             return x.float()
         x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
-        decode = self.vae.decode if self.tile is None else partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
+        decode = self.vae.decode if self.tile is None else partial(tiled, self.vae.decode, tile=self.tile,
+                                                                   scale=self.shrink)
         with self._at_work(self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])

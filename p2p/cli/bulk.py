@@ -51,8 +51,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor, "proximal": values.proximal(args),
-            "negative_prompt": args.negative}
+            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
+            "proximal": values.proximal(args), "negative_prompt": args.negative}
     return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
 
 
@@ -71,11 +71,13 @@ def evaluate(args: argparse.Namespace) -> int:
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
         store = Store(folder)
-        while args.engine == "torchrun" and rank == 0 and any(not store.done(j) and not store.failed(j) for j in jobs):
+        while args.engine == "torchrun" and rank == 0 and any(not store.done(j) and not store.failed(j)
+                                                              for j in jobs):
             time.sleep(1)   # for the other ranks
 
     data = hashlib.sha256((args.data / "mapping_file.json").read_bytes()).hexdigest()[:16]
-    report = pie.evaluate(model, items, ways, args.out, judges, run=run, data=data, figures=rank == 0, progress=not args.quiet)
+    report = pie.evaluate(model, items, ways, args.out, judges, run=run, data=data, figures=rank == 0,
+                          progress=not args.quiet)
     if rank:
         return 0
     for convention in metrics.CONVENTIONS:
@@ -103,7 +105,8 @@ def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
     found += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
     for name, _ in found:
         if [n for n, _ in found].count(name) > 1 or Path(name).name != name or name.startswith("."):
-            raise p2p.UsageError(f"{name!r}: a row's name is that of its folder in --out, and no other row has it")
+            raise p2p.UsageError(f"{name!r}: a row's name is that of its folder in --out, and no other row "
+                                 "has it")
     return dict(found)
 
 
@@ -111,8 +114,8 @@ OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed"}   # fields
 
 
 def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
-    """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed as they are
-    asked for. Raises UsageError."""
+    """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed
+    as they are asked for. Raises UsageError."""
     editors = ("p2p" if args.editors is None else args.editors).split(",")
     if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
         raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
@@ -121,8 +124,10 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         edited = [name if e == "p2p" else f"{name}, {e}" for e in editors]
         names += GROUPS.get(name) or (edited if name in METHODS else [name])
     if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
-        raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its own")
-    given = {field: value for field, option in OPTIONS.items() if (value := getattr(args, option)) is not None}
+        raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its "
+                             "own")
+    given = {field: value for field, option in OPTIONS.items()
+             if (value := getattr(args, option)) is not None}
     given |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
     out, read = [], set()
     for name in dict.fromkeys(names):
@@ -131,7 +136,8 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         idle |= set() if found.inversion in READ_BY["seed"] else {"seed"}
         changed = {field: value for field, value in given.items() if field not in idle}
         read |= set(changed)
-        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {shown(v).replace(':', '-')}" for k, v in changed.items())
+        label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {shown(v).replace(':', '-')}"
+                        for k, v in changed.items())
         out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
     if unread := [_option(field) for field in given if field not in read]:
         raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are "
@@ -150,15 +156,18 @@ def make_dataset(args: argparse.Namespace) -> int:
         embedder = metrics.clip(args.clip, prepare=metrics.squeezed)
     elif model.family == "emoji":
         eye = recogniser.load()
-        embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1, 64, mode="area")),
+        embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1,
+                                                                                                    64, mode="area")),
                                     recogniser.embed_captions, sha256(recogniser.FILE))
     else:
-        raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of OpenAI's ViT-L/14")
+        raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of "
+                             "OpenAI's ViT-L/14")
     least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
-    recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction, text=args.min_text,
-                    together=args.together, seed=args.seed, sampler=args.recipe)
+    recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction,
+                    text=args.min_text, together=args.together, seed=args.seed, sampler=args.recipe)
     todo = len(dataset.remaining(pairs, args.out))
-    bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt", disable=args.quiet)
+    bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
+               disable=args.quiet)
     for pair, counts in bar:
         if why := next((name for name in counts if name.startswith("failed")), None):
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)
@@ -166,7 +175,8 @@ def make_dataset(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(", ".join(f"{name} {n}" for name, n in total.items()), file=sys.stderr)
     if left := len(dataset.remaining(pairs, args.out)):
-        print(f"{left} of {len(pairs)} prompts failed: no sample of them could be drawn; the same command tries again",
+        print(f"{left} of {len(pairs)} prompts failed: no sample of them could be drawn; the same command "
+              "tries again",
               file=sys.stderr)
     export = {"webdataset": dataset.webdataset, "parquet": dataset.parquet}.get(args.format)
     for file in [args.out / "seeds.json", *(export(args.out) if export else [])]:

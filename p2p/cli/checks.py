@@ -1,5 +1,5 @@
-"""What the arguments alone show to be wrong, said before torch is imported: every option is read by the command as it was given, or
-refused. Each function raises UsageError."""
+"""What the arguments alone show to be wrong, said before torch is imported: every option is read by the
+command as it was given, or refused. Each function raises UsageError."""
 from __future__ import annotations
 
 import argparse
@@ -13,10 +13,12 @@ EDIT = options_of(arguments.edit)
 INJECTION = options_of(arguments.injection)
 INVERSION = options_of(arguments.inversion)
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
-# With --from: where the model's files lie, where and how it runs, what is made of the result. All else is as the picture records.
-REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "device", "compile", "offload", "upscale", "upscaler",
-          *ENLARGED, "report", "leakage", "out", "verbose", "quiet"}
-ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")   # of `eval`, read by rows of --methods
+# With --from: where the model's files lie, where and how it runs, what is made of the result. All else is as
+# the picture records.
+REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "device", "compile", "offload",
+          "upscale", "upscaler", *ENLARGED, "report", "leakage", "out", "verbose", "quiet"}
+# of `eval`, read by rows of --methods
+ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -25,17 +27,20 @@ def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         if args.source is not None:
             raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
-        return refuse(args, "--from, which does as the picture records", [name for name in EDIT if name not in REPLAY])
+        return refuse(args, "--from, which does as the picture records",
+                      [name for name in EDIT if name not in REPLAY])
     if args.inversion is not None and args.image is not None:
         raise UsageError("give --image or --inversion, not both")
     if len(values.prompts(args)) < (2 if args.inversion is None else 1):
-        raise UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a dog on grass"')
+        raise UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a '
+                         'dog on grass"')
     if args.inversion is not None:
         refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *INVERSION))
     elif args.image is None:
         refuse(args, "a source prompt alone", INVERSION)
     if args.editor is not None:
-        refuse(args, "--editor (these are Prompt-to-Prompt's)", [name for name in INJECTION if not name.startswith("blend")])
+        refuse(args, "--editor (these are Prompt-to-Prompt's)",
+               [name for name in INJECTION if not name.startswith("blend")])
     values.edit_settings(args)
     values.proximal(args)
 
@@ -71,7 +76,8 @@ def batch(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     _positive(args, "limit", "workers")
     if args.engine == "torchrun" and args.retry_failed:
-        raise UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which jobs ran again")
+        raise UsageError("--retry-failed: not with --engine torchrun, whose first rank cannot tell which "
+                         "jobs ran again")
     if args.strips and args.pictures is None:
         raise UsageError("--strips: of --pictures NAME=FOLDER, which is not given")
     if args.methods is None and (args.pictures is not None or args.ways is not None):

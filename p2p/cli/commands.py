@@ -47,9 +47,10 @@ def edit(args: argparse.Namespace) -> None:
         model, sampling = options.load_for_sampling(args)
     upscaler = stage(args, model.family)
     result = p2p.edit(model, source, targets, **settings, **sampling, proximal=values.proximal(args),
-                      editor=find_editor(args.editor), negative_prompt=args.negative, record=options.record(args),
-                      progress=not args.quiet)
-    write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None, enlarged(upscaler, result, args))
+                      editor=find_editor(args.editor), negative_prompt=args.negative,
+                      record=options.record(args), progress=not args.quiet)
+    write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
+               enlarged(upscaler, result, args))
 
 
 def invert(args: argparse.Namespace) -> None:
@@ -63,16 +64,19 @@ def invert(args: argparse.Namespace) -> None:
 
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
-    given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
-                 eta=args.eta, steps=args.steps, seed=args.seed, final_alpha=args.final_alpha, fit=args.fit)
-    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height, width=args.width,
-                      progress=not args.quiet, **{k: v for k, v in given.items() if v is not None})
+    given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps,
+                 inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
+                 final_alpha=args.final_alpha, fit=args.fit)
+    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height,
+                      width=args.width, progress=not args.quiet,
+                      **{k: v for k, v in given.items() if v is not None})
 
 
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=args.negative, progress=not args.quiet)
+    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=args.negative,
+                          progress=not args.quiet)
     options.say([*result.notes, *cost(args, result)])
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
@@ -89,8 +93,10 @@ def maps(args: argparse.Namespace) -> None:
     steps = None if args.steps_range is None else _steps(args.steps_range, sampling["steps"])
     layers = model.unet.text_sites()
     if args.site is not None and not any(args.site in name for name in layers):
-        raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are {', '.join(layers)}")
-    record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0, before=bool(args.targets))
+        raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are "
+                             f"{', '.join(layers)}")
+    record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0,
+                        before=bool(args.targets))
     sampling |= dict(record=record, negative_prompt=args.negative, progress=not args.quiet)
     if args.targets:
         result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
@@ -133,13 +139,15 @@ def sweep(args: argparse.Namespace) -> None:
         args.seed = 0   # so that none is drawn, and said, which nothing reads
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
-    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative, progress=not args.quiet)
+    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative,
+                     progress=not args.quiet)
     options.say([*done.runs[0].notes, *cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
         out.picture(f"{seed}source", r.images[0], r.settings)
         for image, v in zip(r.images[1:], done.variants):
-            parts = [re.sub(r"[^a-z0-9#]+", "-", n.lower()) + shown(x, 15).replace(":", "-") for n, x in v.items()]
+            parts = [re.sub(r"[^a-z0-9#]+", "-", n.lower()) + shown(x, 15).replace(":", "-")
+                     for n, x in v.items()]
             out.picture(seed + ("-".join(parts) or "edit"), image, r.settings)
     out.picture("table", done.table)
     out.json("settings.json", [r.settings for r in done.runs])
@@ -173,7 +181,8 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema, zero_snr=args.zero_snr)
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema,
+                     zero_snr=args.zero_snr)
     print("\n".join(map(printable, lines)))
 
 

@@ -29,24 +29,28 @@ def load(args: argparse.Namespace) -> p2p.Model:
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `p2p.load`, without the device."""
-    return dict(source="emoji" if args.model is None else args.model, family=args.family, prediction=args.prediction,
-                dtype=getattr(torch, args.dtype) if args.dtype else None, vae=args.vae, text=args.text, ema=args.ema,
-                clip_skip=args.clip_skip, zero_snr=args.zero_snr, **memory(args))
+    return dict(source="emoji" if args.model is None else args.model, family=args.family,
+                prediction=args.prediction, dtype=getattr(torch, args.dtype) if args.dtype else None,
+                vae=args.vae, text=args.text, ema=args.ema, clip_skip=args.clip_skip, zero_snr=args.zero_snr,
+                **memory(args))
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """How the model runs: arguments of `p2p.load` that change no picture beyond rounding (--tile: beyond its seams)."""
-    return dict(compile=args.compile, held=torch.float16 if args.half_weights else None, offload=args.offload, tile=args.tile)
+    """How the model runs: arguments of `p2p.load` that change no picture beyond rounding (--tile:
+    beyond its seams)."""
+    return dict(compile=args.compile, held=torch.float16 if args.half_weights else None, offload=args.offload,
+                tile=args.tile)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
-    """The model, and what `edit` and `generate` are told besides; a seed is drawn, and said, where none is given."""
+    """The model, and what `edit` and `generate` are told besides; a seed is drawn, and said,
+    where none is given."""
     seed = args.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
-    return load(args), dict(steps=STEPS if args.steps is None else args.steps, guidance_scale=args.cfg, seed=seed,
-                            eta=args.eta, height=args.height, width=args.width)
+    return load(args), dict(steps=STEPS if args.steps is None else args.steps, guidance_scale=args.cfg,
+                            seed=seed, eta=args.eta, height=args.height, width=args.width)
 
 
 def say(notes: Sequence[str]) -> None:

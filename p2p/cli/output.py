@@ -1,4 +1,5 @@
-"""What a command leaves on disk: a new numbered folder for every run, filled aside and moved into place whole."""
+"""What a command leaves on disk: a new numbered folder for every run, filled aside and moved
+into place whole."""
 from __future__ import annotations
 
 import json
@@ -31,7 +32,7 @@ class Output:
             sweep(parent)
             with aside(parent):
                 pass
-            for folder in made:   # a run that fails leaves nothing; one beside it may have put something there
+            for folder in made:  # a run that fails leaves nothing; one beside it may have put something there
                 with suppress(OSError):
                     folder.rmdir()
         except OSError as error:

@@ -20,7 +20,8 @@ USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 class Command(NamedTuple):
     help: str                                                   # of `p2p --help`
     arguments: Callable[[argparse.ArgumentParser], None]
-    check: Callable[[argparse.Namespace], None] | None = None   # what can be refused before anything is imported
+    # what can be refused before anything is imported
+    check: Callable[[argparse.Namespace], None] | None = None
     description: str | None = None                              # of `p2p COMMAND --help`
 
 
@@ -29,32 +30,40 @@ COMMANDS: dict[str, Command] = {
         'Example: p2p edit "a cat on grass" "a dog on grass"'),
     "invert": Command("prepare a real picture for edits", arguments.invert, checks.invert,
         'Example: p2p invert photo.png "a cat on grass"'),
-    "generate": Command("generate pictures", arguments.generate, None, 'Example: p2p generate "a red car at night"'),
+    "generate": Command("generate pictures", arguments.generate, None,
+                        'Example: p2p generate "a red car at night"'),
     "maps": Command("show which pixels attend to which words", arguments.maps, checks.maps,
         'Example: p2p maps "a cat next to a house on grass"'),
     "sweep": Command("one edit under many settings, as a labelled table", arguments.sweep, checks.sweep,
         'Example: p2p sweep "a cat on grass" "a dog on grass" --over cross=0,0.4,0.8'),
-    "batch": Command("run a list of edits; stopped and started again, it goes on where it was", arguments.batch, checks.batch,
+    "batch": Command("run a list of edits; stopped and started again, it goes on where it was",
+                     arguments.batch, checks.batch,
         'Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
         '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
         '"tags" are your own. Settings given here are those of lines that have none of their '
         "own. Example: p2p batch jobs.jsonl --out DIR --steps 20"),
-    "eval": Command("run a benchmark of edits of real pictures, and print its tables", arguments.evaluate, checks.evaluate,
+    "eval": Command("run a benchmark of edits of real pictures, and print its tables", arguments.evaluate,
+                    checks.evaluate,
         "Rows of --methods are published ones, named and set as in PnPInversion's tables "
         "(ddim+p2p, null-text-inversion+p2p, negative-prompt-inversion+p2p, directinversion+p2p, "
         "null-text-inversion+proximal-guidance, negative-prompt-inversion+proximal-guidance, "
-        "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, directinversion+pnp, "
-        "directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p), or corrected ones, named by our "
-        "inversions (direct, ddim, ...; see --editors), in which modes are chosen from the prompts and blended words "
-        "that are missing are failures. The names published and corrected stand for the main rows of either. "
-        "Another run into the same folder adds rows. Exit code 1: an item of these rows failed. "
-        "Example: p2p eval pie --data PIE-Bench --out DIR --methods directinversion+p2p,direct --lpips FILE"),
-    "dataset": Command("make training pairs for an editor that follows instructions", arguments.dataset, checks.dataset,
+        "edit-friendly-inversion+p2p, ddim+masactrl, directinversion+masactrl, ddim+pnp, "
+                    "directinversion+pnp, directinversion+p2p_guidance_A_B, "
+                    "ablation_directinversion_step_N+p2p), or corrected ones, named by our inversions "
+                    "(direct, ddim, ...; see --editors), in which modes are chosen from the prompts and "
+                    "blended words that are missing are failures. The names published and corrected stand "
+                    "for the main rows of either. Another run into the same folder adds rows. Exit code 1: "
+                    "an item of these rows failed. Example: p2p eval pie --data PIE-Bench --out DIR "
+                    "--methods directinversion+p2p,direct --lpips FILE"),
+    "dataset": Command("make training pairs for an editor that follows instructions", arguments.dataset,
+                       checks.dataset,
         'Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
         "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE"),
-    "tokens": Command("show the tokens of prompts, and which of two prompts belong together", arguments.tokens, None,
+    "tokens": Command("show the tokens of prompts, and which of two prompts belong together",
+                      arguments.tokens, None,
         'Example: p2p tokens "a cat on grass" "a hippopotamus on grass"'),
-    "encode": Command("encode prompts with DeepFloyd IF's text tower, for runs without it", arguments.encode, None,
+    "encode": Command("encode prompts with DeepFloyd IF's text tower, for runs without it", arguments.encode,
+                      None,
         'Example: p2p encode "a cat on grass" "a dog on grass" --model IF-I-M'),
     "inspect": Command("say what a model file is, without loading it", arguments.inspect),
     "convert": Command("write a model in another format", arguments.convert),
@@ -63,7 +72,8 @@ COMMANDS: dict[str, Command] = {
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole program's parser, and one for each command."""
-    ap = argparse.ArgumentParser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
+    ap = argparse.ArgumentParser(prog="p2p",
+                                 description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.description))
@@ -73,7 +83,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages go to stderr, what was written to stdout."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")   # a prompt may hold more than the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may hold more than the terminal can show
     with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)), stoppable():
         try:
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -107,11 +117,13 @@ def _run(argv: list[str]) -> int:
 
 
 def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
-    """What runs it. Not imported above: torch takes seconds, and nobody needs it to be told how to use the program."""
+    """What runs it. Not imported above: torch takes seconds, and nobody needs it to be told how
+    to use the program."""
     with at_once():
         from p2p.cli import commands as run
-        found = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps, "sweep": run.sweep,
-                 "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect, "convert": run.convert}
+        found = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
+                 "sweep": run.sweep, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
+                 "convert": run.convert}
         if command in found:
             return found[command]
         from p2p.cli import bulk

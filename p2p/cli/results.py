@@ -22,10 +22,12 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
         return None
     name = UPSCALERS.get(family) if args.upscaler is None else args.upscaler
     if name is None:
-        raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with --upscaler")
+        raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with "
+                             "--upscaler")
     model = p2p.load(name, device=options.device(args), text=args.text)
     if args.upscale_edited and not model.text_encoders:
-        raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject into")
+        raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject "
+                             "into")
     given = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
                  edited=args.upscale_edited or None)
     return model, {k: v for k, v in given.items() if v is not None}
@@ -52,8 +54,8 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
         found = [leakage(result, k) for k in range(1, n)]
         out.json("leakage.json", [f._asdict() for f in found])
         for k, f in enumerate(found, 1):
-            options.say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere {f.outside:.1%} of '
-                  "the pixels changed visibly"])
+            options.say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere '
+                         f"{f.outside:.1%} of the pixels changed visibly"])
         if args.report:
             page = report(result, found)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))

@@ -1,5 +1,5 @@
-"""Values of the command line's options, read from what was typed. Nothing here imports torch, which takes seconds: a mistake is
-said at once."""
+"""Values of the command line's options, read from what was typed. Nothing here imports torch, which takes
+seconds: a mistake is said at once."""
 from __future__ import annotations
 
 import argparse
@@ -22,7 +22,8 @@ def options_of(*adders: Callable[[argparse.ArgumentParser], None]) -> tuple[str,
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     """Those of these options that were given; 0 is."""
-    return [f"--{n.strip('_').replace('_', '-')}" for n in names if (value := getattr(args, n)) is not None and value is not False]
+    return [f"--{n.strip('_').replace('_', '-')}" for n in names if (value := getattr(args, n)) is not None
+            and value is not False]
 
 
 def refuse(args: argparse.Namespace, what: str, names: Iterable[str]) -> None:
@@ -67,7 +68,8 @@ def windows_of_all(args: argparse.Namespace) -> dict[str, Window]:
     """--cross and --self of `eval`, those that are given."""
     found = {}
     if args.cross is not None:
-        found["cross"] = cross_of_all(args.cross, "--cross", "the prompts of a benchmark have other words each")
+        found["cross"] = cross_of_all(args.cross, "--cross",
+                                      "the prompts of a benchmark have other words each")
     if args.self_ is not None:
         found["self_"] = window(args.self_, "--self")
     return found
@@ -77,7 +79,8 @@ def once(items: list[tuple[str, Any]], option: str) -> dict[str, Any]:
     """Of two values for one name neither is dropped in silence."""
     for name, _ in items:
         if [n for n, _ in items].count(name) > 1:
-            raise UsageError(f"{option}: given more than once for {'all words' if name == ALL else repr(name)}")
+            raise UsageError(f"{option}: given more than once for "
+                             f"{'all words' if name == ALL else repr(name)}")
     return dict(items)
 
 
@@ -89,10 +92,12 @@ def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
 
 
 def sides(items: list[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them alone  ->  words of the source, words of the target"""
+    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them
+    alone  ->  words of the source, words of the target"""
     split = [item.partition(":") if ":" in item else (item, ":", item) for item in items]
     if bad := [item for item, (old, _, new) in zip(items, split) if not (old or new) or ":" in new]:
-        raise UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or :NEW")
+        raise UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or "
+                         ":NEW")
     return tuple(old for old, _, _ in split if old), tuple(new for _, _, new in split if new)
 
 
@@ -120,7 +125,8 @@ def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
 
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options name; a local blend is a dict of its own fields, its mask a file."""
+    """The fields of `Edit` that the options name; a local blend is a dict of its own
+    fields, its mask a file."""
     said: dict[str, Any] = dict(mode=args.mode, renormalise=args.renormalise)
     if args.cross:
         windows = once([cross(item) for item in args.cross], "--cross")
@@ -143,7 +149,8 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _blend(args: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for field, items, option in (("words", args.blend, "--blend"), ("substruct", args.blend_without, "--blend-without")):
+    for field, items, option in (("words", args.blend, "--blend"),
+                                 ("substruct", args.blend_without, "--blend-without")):
         if items:
             out[field] = sides(items, option)
     for field in ("mask", "start", "level", "keep", "middle"):

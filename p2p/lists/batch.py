@@ -1,7 +1,7 @@
 """Runs a list of jobs: in this process, in several, as ranks of torchrun, or on a Ray cluster.
 
-Every engine does the same: whoever gets a group of jobs computes it and puts its results into the store. What is done is
-read off the store when a run starts, so any of them goes on where any other was stopped.
+Every engine does the same: whoever gets a group of jobs computes it and puts its results into the store. What
+is done is read off the store when a run starts, so any of them goes on where any other was stopped.
 """
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ ENGINES = ("local", "torchrun", "ray")
 
 
 def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict[str, int]:
-    """All jobs of the list that are not done; -> how many are done, failed and open (under torchrun: of this rank's share).
+    """All jobs of the list that are not done; -> how many are done, failed and open (under torchrun:
+    of this rank's share).
 
     Raises UsageError, CheckpointError.
     """
@@ -117,4 +118,5 @@ def _follow(finished: Iterable[tuple[Job, str | None]], todo: Sequence[Job], tot
             now = time.monotonic()
             if bar.disable and not quiet and (now - said > 30 or count == len(todo)):
                 said, rate = now, count / (now - began)
-                print(f"{count} of {len(todo)}, {rate:.2f} jobs/s, {(len(todo) - count) / rate:.0f} s left", file=sys.stderr)
+                print(f"{count} of {len(todo)}, {rate:.2f} jobs/s, {(len(todo) - count) / rate:.0f} s left",
+                      file=sys.stderr)

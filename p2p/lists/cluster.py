@@ -76,8 +76,8 @@ def _dismiss(crew: Sequence[Any]) -> None:
 
 
 def all_ended() -> None:
-    """Waits until every rank of torchrun has called it as often: torchrun ends the others as soon as one exits
-    with a failure, which a failed job of its share is. Of a rank that dies it tells by SIGTERM."""
+    """Waits until every rank of torchrun has called it as often: torchrun ends the others as soon as one
+    exits with a failure, which a failed job of its share is. Of a rank that dies it tells by SIGTERM."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:   # started by something else, which may say no address
         return
     store, _, world = next(iter(torch.distributed.rendezvous("env://")))
@@ -117,7 +117,8 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
             self.model, self.store = loaded(batch, None), Store(batch.out)
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-            found = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store, batch.retry_failed))
+            found = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store,
+                              batch.retry_failed))
             return {"id": [job.id for job, _ in found], "error": [error or "" for _, error in found]}
 
     jobs = {job.id: job for group in todo for job in group}

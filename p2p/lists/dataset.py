@@ -1,10 +1,11 @@
-"""A folder of training pairs as InstructPix2Pix's `generate_img_dataset.py` leaves it, sampled by `p2p.lists.ip2p`:
+"""A folder of training pairs as InstructPix2Pix's `generate_img_dataset.py` leaves it, sampled
+by `p2p.lists.ip2p`:
 
     OUT/0000012/{prompt.json, SEED_0.jpg, SEED_1.jpg, ..., metadata.jsonl}
 
-prompt.json is the list's entry, with all that it holds. metadata.jsonl has a line for each pair, the best first, under
-the authors' names, and is absent where none was kept. counts.json (by which a finished folder is known) and
-OUT/recipe.json are ours.
+prompt.json is the list's entry, with all that it holds. metadata.jsonl has a line for each pair, the best
+first, under the authors' names, and is absent where none was kept. counts.json (by which a finished folder is
+known) and OUT/recipe.json are ours.
 """
 from __future__ import annotations
 
@@ -44,12 +45,13 @@ class Pair(NamedTuple):
 
 
 def read(file: Path) -> list[Pair]:
-    """Entries {"caption" (or "input"), "edit", "output"} and whatever else they hold ("url"), as InstructPix2Pix's
-    lists have them. Raises UsageError that names those that are none."""
+    """Entries {"caption" (or "input"), "edit", "output"} and whatever else they hold ("url"), as
+    InstructPix2Pix's lists have them. Raises UsageError that names those that are none."""
     def parts(said: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         said = lines.present(said)
-        if not isinstance(said, dict) or ("input" in said and said.get("caption", said["input"]) != said["input"]):
+        if not isinstance(said, dict) or ("input" in said
+                                          and said.get("caption", said["input"]) != said["input"]):
             raise UsageError(f'expected {form}, or "input" instead of "caption"; not {brief(said)}')
         texts = {"caption": said.get("input")} | said
         if absent := [k for k in ("caption", "edit", "output") if texts.get(k) is None]:
@@ -78,7 +80,8 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     if not done:
         return
     before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
-    other = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if k != "model" and before.get(k) != v]
+    other = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if k != "model"
+             and before.get(k) != v]
     for pair in done:
         folder = _folder(pair, out)
         if (said := _json(folder / "prompt.json")) != pair.said:
@@ -89,9 +92,10 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
-    """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder appears at once,
-    unless none could be drawn.
+def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder,
+         recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
+    """Every pair that has no folder yet: samples until `keep` passed or `samples` were drawn; then its folder
+    appears at once, unless none could be drawn.
 
     -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the
     disk is full, and where what is there was made with other settings, another model or another judge.
@@ -110,7 +114,8 @@ def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, rec
                 _put(_folder(pair, out), pair, kept, counts)
             yield pair, counts
     except OSError as error:
-        raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start again to go on") from None
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start "
+                         "again to go on") from None
 
 
 def _put(folder: Path, pair: Pair, kept: Sequence[Kept], counts: Counter[str]) -> None:
@@ -131,7 +136,8 @@ def _json(file: Path) -> Any:
 
 
 def finish(out: Path) -> Counter[str]:
-    """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder; the counts of all prompts."""
+    """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder; the
+    counts of all prompts."""
     total, seeds = Counter(), []
     for folder in sorted(p for p in out.iterdir() if finished(p / WHOLE)):
         total.update(_json(folder / WHOLE))
@@ -146,9 +152,11 @@ def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], bytes, bytes]]:
     for name, seeds in _json(out / "seeds.json"):
         folder = out / name
         prompt = _json(folder / "prompt.json")
-        known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d, "no pair in it")}
+        known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d,
+                                                       "no pair in it")}
         for seed in seeds:
-            yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes() for k in (0, 1))
+            yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes()
+                                                            for k in (0, 1))
 
 
 def webdataset(out: Path, size: int = 1000) -> list[Path]:
@@ -198,5 +206,5 @@ def _exported(out: Path) -> Iterator[Path]:
             for file in sorted(made.iterdir()):
                 os.replace(file, out / file.name)
     except OSError as error:
-        raise UsageError(f"--out {out}: the export cannot be written ({error.strerror}); the pairs are there, "
-                         "and an earlier export is as it was") from None
+        raise UsageError(f"--out {out}: the export cannot be written ({error.strerror}); the pairs are "
+                         "there, and an earlier export is as it was") from None

@@ -132,7 +132,8 @@ def _editor(value: Any) -> Any:
     editor = find_editor(value)
     for f in fields(editor):
         if isinstance(f.default, Real):
-            kind = (_flag, "true or false") if isinstance(f.default, bool) else (_number(), "one finite number")
+            kind = (_flag, "true or false") if isinstance(f.default, bool) else (_number(),
+                                                                                 "one finite number")
             checked(f.name, getattr(editor, f.name), {f.name: kind})
     return value
 
@@ -184,7 +185,8 @@ FIELDS: dict[str, Check] = {
     # the fields of `Edit`
     "prompt": (_text, "a prompt"),
     "mode": _one_of("replace", "refine", "reweight"),
-    "cross_replace_steps": (_either(_mapping(_WINDOW), Mapping, _WINDOW), f"{_SHARE}, for all words or for each"),
+    "cross_replace_steps": (_either(_mapping(_WINDOW), Mapping, _WINDOW),
+                            f"{_SHARE}, for all words or for each"),
     "self_replace_steps": (_WINDOW, _SHARE),
     "windows_over": _one_of("run", "schedule"),
     "self_max_tokens": (_whole(0), "one number of pixels"),

@@ -1,14 +1,16 @@
-"""InstructPix2Pix's samples (Brooks et al. 2023, section 3.1): two captions become many pairs of pictures, the best of
-which are kept.
+"""InstructPix2Pix's samples (Brooks et al. 2023, section 3.1): two captions become many pairs of pictures,
+the best of which are kept.
 
 Two ways to sample a pair, each pair with a seed, a share of injected steps and a guidance of its own:
 
     ip2p   as the authors' `generate_img_dataset.py`: Euler ancestral with the same noise for both pictures, the second
-           with the first one's self-attention (queries and keys) in both halves, at every size, while
-           i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the best by direction kept
+           with the first one's self-attention (queries and keys) in both halves, at every size,
+           while i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the
+           best by direction kept
     p2p    Prompt-to-Prompt itself: DDIM, cross- and self-attention injected; no more samples once enough have passed
 
-Random numbers come from the prompt, not from the order of the list: they are distributed as the authors', not equal.
+Random numbers come from the prompt, not from the order of the list: they are distributed as the
+authors', not equal.
 """
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import stepper
 
-Kept = tuple[dict[str, Any], Sequence[Image.Image]]                      # what is known of a sample, and its two pictures
-Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]   # both (B, 3, H, W) in 0..1, and with 8 bits
+Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
+# both (B, 3, H, W) in 0..1, and with 8 bits
+Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]
 
 
 class Prompts(NamedTuple):
@@ -85,7 +88,8 @@ def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, f
 
 
 def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Embedded pictures (B, D) and captions (2, D)  ->  the four cosines of the authors' `ClipSimilarity`, (B,) each
+    """Embedded pictures (B, D) and captions (2,
+    D)  ->  the four cosines of the authors' `ClipSimilarity`, (B,) each
 
     All embeddings have length 1 before differences are taken: a direction is that of unit vectors.
     """
@@ -135,8 +139,8 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
 def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs as InstructPix2Pix draws them, in one batch: all first pictures, then all second ones.
 
-    k-diffusion's Euler ancestral is DDIM with eta 1 in other coordinates (x_t = x / sqrt(1 + sigma^2)), so `denoise` does it.
-    Raises NumericsError.
+    k-diffusion's Euler ancestral is DDIM with eta 1 in other coordinates (x_t = x / sqrt(1 + sigma^2)), so
+    `denoise` does it. Raises NumericsError.
     """
     n, device = len(some), model.device
     schedule = sigma_schedule(model.alphas_cumprod, steps)
@@ -146,28 +150,32 @@ def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], st
     plan = first_pictures_attention(shares, steps, device)
     x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
     told = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
-    for step in denoise(model, x, *told, schedule, stepper(schedule, model.prediction, model.clip, 1.0, noise),
-                        Batch(n, n), guidance_scale=scale, plan=plan):
+    for step in denoise(model, x, *told, schedule,
+                        stepper(schedule, model.prediction, model.clip, 1.0, noise), Batch(n, n),
+                        guidance_scale=scale, plan=plan):
         x = step.x
     pictures = (model.decode(x).cpu() / 2 + 0.5).clamp(0, 1)
     if not pictures.isfinite().all():
         raise NumericsError(f"a decoded picture holds values that are not finite: {too_large(model)}")
-    images = [Image.fromarray(p) for p in (255 * pictures).byte().permute(0, 2, 3, 1).numpy()]   # truncated, as there
+    # truncated, as there
+    images = [Image.fromarray(p) for p in (255 * pictures).byte().permute(0, 2, 3, 1).numpy()]
     return pictures[:n], pictures[n:], list(zip(images, images[n:]))
 
 
-def first_pictures_attention(thresholds: Sequence[float], steps: int, device: torch.device) -> list[AttentionEdit]:
+def first_pictures_attention(thresholds: Sequence[float], steps: int,
+                             device: torch.device) -> list[AttentionEdit]:
     """Whose queries and keys the rows of self-attention use, step by step.
 
-    The batch: n first and n second pictures without prompts, then the same with prompts. A second picture uses the first
-    one's of its half while i / (steps - 1) < threshold.
+    The batch: n first and n second pictures without prompts, then the same with prompts. A second picture
+    uses the first one's of its half while i / (steps - 1) < threshold.
     """
     n = len(thresholds)
     own = torch.arange(4 * n, device=device)
     first = own - n * (own // n % 2)
     out = []
     for i in range(steps):
-        injected = torch.tensor([share > i / max(1, steps - 1) for share in thresholds], device=device).repeat(4)
+        injected = torch.tensor([share > i / max(1, steps - 1) for share in thresholds],
+                                device=device).repeat(4)
         rows = torch.where(injected, first, own)
         out.append(AttentionEdit(own, pixels=torch.stack([rows, rows, own])))
     return out
@@ -176,8 +184,9 @@ def first_pictures_attention(thresholds: Sequence[float], steps: int, device: to
 def prompt_to_prompt(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
     results = edit_together(model, [dict(
-        source=prompts.caption, targets=prompts.output, seed=d["seed"], guidance_scale=d["cfg_scale"], steps=steps,
-        cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"]) for d in some])
+        source=prompts.caption, targets=prompts.output, seed=d["seed"], guidance_scale=d["cfg_scale"],
+        steps=steps, cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"])
+                                    for d in some])
     before, after = (torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2))
     return before, after, [(r.images[0], r.images[1]) for r in results]
 

@@ -1,4 +1,5 @@
-"""A list of edits and what has become of each: a job is known by what it asks for, and is finished when its folder is there.
+"""A list of edits and what has become of each: a job is known by what it asks for, and is finished when
+its folder is there.
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
@@ -33,10 +34,13 @@ from p2p.show.pictures import names, save_png
 from p2p.weights.aside import appearing, finished, sweep
 from p2p.weights.untrusted import brief, parse_object, read_text
 
-WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))   # of Prompt-to-Prompt alone
-READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in ("negative-prompt", "null-text"))}
+# of Prompt-to-Prompt alone
+WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
+READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS
+                                              if m not in ("negative-prompt", "null-text"))}
 RESULT = ("id", "notes", "rows", "seconds")   # what job.json holds besides the settings
-SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",   # the command line's
+# the command line's
+SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
 
@@ -64,7 +68,8 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
     left = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
     if idle := [k for k in defaults if all(k in each for each in left)]:
-        raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: {left[0][idle[0]]})")
+        raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: "
+                         f"{left[0][idle[0]]})")
     return jobs
 
 
@@ -99,8 +104,8 @@ def _plain(settings: Mapping[str, Any]) -> str:
 
 
 def unread(method: str | None, editor: Any) -> dict[str, str]:
-    """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor: None for
-    Prompt-to-Prompt."""
+    """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor:
+    None for Prompt-to-Prompt."""
     if method is None:
         idle = dict.fromkeys(INVERTING, "of a picture; give image")
     else:
@@ -111,7 +116,8 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
 
 
 def meant(job: Job) -> Job:
-    """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not read of its targets."""
+    """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not
+    read of its targets."""
     if "editor" in job.others:
         without_editor(job.targets)
     return job
@@ -129,9 +135,11 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
     method = checked("method", all_said.get("method", DEFAULT)) if pictured else None
     idle = unread(method, all_said.get("editor"))
     for why in dict.fromkeys(idle.values()):
-        if names := [name for name, each in idle.items() if each == why and name in said and name not in WINDOWS]:
+        if names := [name for name, each in idle.items() if each == why and name in said
+                     and name not in WINDOWS]:
             raise UsageError(f"{', '.join(names)}: {why}")
-    said = {k: v for k, v in all_said.items() if k not in idle or k in said}   # an editor's targets: see `read`
+    # an editor's targets: see `read`
+    said = {k: v for k, v in all_said.items() if k not in idle or k in said}
     targets = said.pop("targets", None)
     listed = targets if isinstance(targets, list) else [targets]
     if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
@@ -139,7 +147,8 @@ def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[st
                          "prompt, an object with the fields of Edit, or a list of them)")
     said = {k: checked(k, v) for k, v in said.items()}
     if said.get("fit") == "own" and {"height", "width"} & said.keys():
-        raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
+        raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose '
+                         '"crop" or "pad"')
     edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
     usual = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
@@ -214,7 +223,8 @@ class Store:
         return _read(self.failures / f"{job.id}.json").get("error")
 
     def finish(self, job: Job, result: Result, seconds: float) -> None:
-        """Writes all files aside, then moves them into place at once. Raises UsageError where the disk does not take them."""
+        """Writes all files aside, then moves them into place at once. Raises UsageError where the disk
+        does not take them."""
         said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
                                  "seconds": round(seconds, 3)}
         try:
@@ -225,8 +235,8 @@ class Store:
             (self.failures / f"{job.id}.json").unlink(missing_ok=True)
         except OSError as error:
             if not self.done(job):
-                raise UsageError(f"--out {self.root}: cannot be written ({error.strerror}); what is done is kept, start again "
-                                 "to go on") from None
+                raise UsageError(f"--out {self.root}: cannot be written ({error.strerror}); what is done is "
+                                 "kept, start again to go on") from None
 
     def fail(self, job: Job, error: str, trace: str | None = None) -> None:
         """trace: where an error that nobody foresaw was raised."""
@@ -262,8 +272,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
-    """Jobs that may share a batch, at most so many in one. It depends on the whole list alone, not on what is done: a run that
-    was stopped forms the same batches again, and so the same pixels."""
+    """Jobs that may share a batch, at most so many in one. It depends on the whole list alone, not on what is
+    done: a run that was stopped forms the same batches again, and so the same pixels."""
     open_: dict[tuple, list[Job]] = {}
     out: list[list[Job]] = []
     for job in jobs:

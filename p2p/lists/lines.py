@@ -62,7 +62,8 @@ def _text(file: Path) -> str:
 
 
 def decoded(text: str) -> Any:
-    """JSON as people's programs write it: NaN (pandas' sign for what is missing) is null. Raises ValueError."""
+    """JSON as people's programs write it: NaN (pandas' sign for what is missing) is null.
+    Raises ValueError."""
     try:
         return parse_json(text, nan=True)
     except json.JSONDecodeError as error:
@@ -71,8 +72,8 @@ def decoded(text: str) -> Any:
 
 
 def present(value: Any) -> Any:
-    """Without what is null: tables with a column for each setting have that where a row does not give it. None is
-    left of an object that holds nothing else."""
+    """Without what is null: tables with a column for each setting have that where a row does not give it.
+    None is left of an object that holds nothing else."""
     if isinstance(value, list):
         return [present(v) for v in value]
     if not isinstance(value, dict) or not value:

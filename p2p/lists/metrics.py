@@ -1,10 +1,12 @@
-"""How an edit is judged on PIE-Bench: all that its authors' evaluator computes, as it does and over the pixels meant alone.
+"""How an edit is judged on PIE-Bench: all that its authors' evaluator computes, as it does and over
+the pixels meant alone.
 
-Official (Ju et al. 2023, `evaluation/matrics_calculator.py`): what a figure is not about is blackened in both pictures and the
-figure is that of the whole frame, so a large mask flatters what was kept; a part without pixels gives no number. Structure is
-that of pictures in 0..255 under ImageNet's normalisation, which is made for 0..1. Corrected: the mean over the part's pixels;
-structure of pictures in 0..1, the made one with the source's pixels outside the part. Figures are plain: the published table
-multiplies structure and LPIPS by 10^3, MSE by 10^4 and SSIM by 10^2.
+Official (Ju et al. 2023, `evaluation/matrics_calculator.py`): what a figure is not about is blackened in both
+pictures and the figure is that of the whole frame, so a large mask flatters what was kept; a part without
+pixels gives no number. Structure is that of pictures in 0..255 under ImageNet's normalisation, which is made
+for 0..1. Corrected: the mean over the part's pixels; structure of pictures in 0..1, the made one with the
+source's pixels outside the part. Figures are plain: the published table multiplies structure and LPIPS by
+10^3, MSE by 10^4 and SSIM by 10^2.
 """
 from __future__ import annotations
 
@@ -24,22 +26,24 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.files import open_file
 
 CONVENTIONS = ("official", "corrected")
-COLUMNS = ("structure", "PSNR", "LPIPS", "MSE", "SSIM", "CLIP whole", "CLIP edited")   # of the published table
+COLUMNS = ("structure", "PSNR", "LPIPS", "MSE", "SSIM", "CLIP whole", "CLIP edited")  # of the published table
 
 
 def label(metric: str, part: str) -> str:
-    """A figure's name here; the published table shows the structure of the whole and all else of what was kept."""
+    """A figure's name here; the published table shows the structure of the whole and all else
+    of what was kept."""
     return metric if part == ("whole" if metric == "structure" else "kept") else f"{metric} {part}"
 
 
 # All figures, and the names that the authors' evaluator gives them
 NAMES = {label(metric, part): name + suffix
          for part, suffix in (("whole", ""), ("kept", "_unedit_part"), ("edited", "_edit_part"))
-         for metric, name in (("structure", "structure_distance"), ("PSNR", "psnr"), ("LPIPS", "lpips"), ("MSE", "mse"),
-                              ("SSIM", "ssim"))} | {
+         for metric, name in (("structure", "structure_distance"), ("PSNR", "psnr"), ("LPIPS", "lpips"),
+                              ("MSE", "mse"), ("SSIM", "ssim"))} | {
     "CLIP source": "clip_similarity_source_image", "CLIP whole": "clip_similarity_target_image",
     "CLIP edited": "clip_similarity_target_image_edit_part"}
-# Two pictures (1, 3, H, W) in 0..1 -> one number, as the metric averages itself; or, if asked, where it lies, (H, W)
+# Two pictures (1, 3, H, W) in 0..1 -> one number, as the metric averages itself; or, if asked,
+# where it lies, (H, W)
 Metric = Callable[[Tensor, Tensor, bool], Tensor]
 
 
@@ -66,7 +70,8 @@ class Judges:
     lpips: Metric | None = None
     clip: Embedder | None = None
     structure: Callable[[Tensor, Tensor], float] | None = None
-    files: tuple[Path, ...] | None = None   # that all of these were read from; None: unknown, so no figure of theirs is kept
+    # that all of these were read from; None: unknown, so no figure of theirs is kept
+    files: tuple[Path, ...] | None = None
 
     def identity(self) -> str | None:
         """Of the networks: a hash of their files."""
@@ -77,12 +82,12 @@ class Judges:
 
 def measure(picture: Tensor, made: Tensor, masks: Mapping[str, Tensor], text: str, judges: Judges,
             source: str = "") -> dict[str, dict[str, float | None]]:
-    """One item: pictures (1, 3, H, W) in 0..1, the source and its edit; what was edited (H, W) bool, by convention; the prompts
-    of both, the edited one first.  -> NAMES by convention
+    """One item: pictures (1, 3, H, W) in 0..1, the source and its edit; what was edited (H, W) bool, by
+    convention; the prompts of both, the edited one first.  -> NAMES by convention
 
     Figures of missing weights are None, those that do not exist (no pixel was kept, none was edited) NaN.
     """
-    clip: list[float] = []                                 # of the source, of the edit, and of what each mask leaves of it
+    clip: list[float] = []   # of the source, of the edit, and of what each mask leaves of it
     if judges.clip is not None:
         seen = judges.clip.pictures(torch.cat([picture, made, *(made * edited for edited in masks.values())]))
         said = judges.clip.texts([source, text])
@@ -95,13 +100,15 @@ def measure(picture: Tensor, made: Tensor, masks: Mapping[str, Tensor], text: st
             for name, f in (("MSE", _mse), ("SSIM", _ssim), ("LPIPS", judges.lpips)):
                 if f is not None:
                     out[label(name, part)] = _of_part(f, picture, made, pixels.float(), official)
-            out[label("PSNR", part)] = -10 * torch.tensor(out[label("MSE", part)]).log10().item()   # of equal pictures: infinite
+            # of equal pictures: infinite
+            out[label("PSNR", part)] = -10 * torch.tensor(out[label("MSE", part)]).log10().item()
             if judges.structure is not None:
                 out[label("structure", part)] = _structure(judges.structure, picture, made, pixels, official)
         if clip:
             figures = (clip[0], clip[1], clip[i] if edited.any() else float("nan"))
             for name, value in zip(("CLIP source", "CLIP whole", "CLIP edited"), figures):
-                out[name] = max(value, 0.0) if official and value == value else value   # torchmetrics shows no negative score
+                # torchmetrics shows no negative score
+                out[name] = max(value, 0.0) if official and value == value else value
         found[convention] = out
     return found
 
@@ -114,7 +121,8 @@ def _of_part(f: Metric, picture: Tensor, made: Tensor, part: Tensor, official: b
     return ((f(picture, torch.where(part > 0, made, picture), True) * part).sum() / part.sum()).item()
 
 
-def _structure(f: Callable[[Tensor, Tensor], float], picture: Tensor, made: Tensor, part: Tensor, official: bool) -> float:
+def _structure(f: Callable[[Tensor, Tensor], float], picture: Tensor, made: Tensor, part: Tensor,
+               official: bool) -> float:
     if not part.any():
         return float("nan")
     if official:
@@ -128,12 +136,15 @@ def _mse(a: Tensor, b: Tensor, where: bool) -> Tensor:
 
 
 def _ssim(a: Tensor, b: Tensor, where: bool) -> Tensor:
-    whole, full = torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
-    return full.mean(1)[0] if where else whole   # the whole leaves the frame out, where windows reach beyond the picture
+    whole, full = torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0,
+                                                                     return_full_image=True)
+    # the whole leaves the frame out, where windows reach beyond the picture
+    return full.mean(1)[0] if where else whole
 
 
 def interval(values: Sequence[float | None]) -> tuple[float, float, int] | None:
-    """Mean, half-width of its 95 % confidence interval, and of how many: what is not finite is left out. None: nothing is left."""
+    """Mean, half-width of its 95 % confidence interval, and of how many: what is not finite is left out.
+    None: nothing is left."""
     finite = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
     finite = finite[finite.isfinite()]
     if not len(finite):
@@ -142,7 +153,7 @@ def interval(values: Sequence[float | None]) -> tuple[float, float, int] | None:
     return finite.mean().item(), half, len(finite)
 
 
-# ------------------------------------------------------------------------------------------------ judges from weights
+# ---------------------------------------------------------------------------------------- judges from weights
 
 def _weights(file: Path, what: str) -> dict[str, Tensor]:
     """A state dict, of a .safetensors file or a pickle."""
@@ -162,12 +173,14 @@ def _filled(module: nn.Module, state: dict[str, Tensor], what: str, file: Path) 
 
 
 def lpips(squeezenet: Path) -> Metric:
-    """LPIPS on SqueezeNet, as PIE-Bench uses it; the file: torchvision's squeezenet1_1. The rest comes with torchmetrics."""
+    """LPIPS on SqueezeNet, as PIE-Bench uses it; the file: torchvision's squeezenet1_1. The rest comes
+    with torchmetrics."""
     torchmetrics()
     from torchmetrics.functional.image.lpips import _LPIPS
     net = _LPIPS(net="squeeze", pnet_rand=True, spatial=True)
     state = _weights(squeezenet, "--lpips")
-    names = {name: "features." + name.split(".", 2)[2] for name in net.net.state_dict()}      # slices.1.3.squeeze.weight
+    # slices.1.3.squeeze.weight
+    names = {name: "features." + name.split(".", 2)[2] for name in net.net.state_dict()}
     missing = [n for n in names.values() if n not in state]
     if missing:
         raise UsageError(f"--lpips {squeezenet}: not torchvision's squeezenet1_1 ({missing[0]} is missing)")
@@ -181,10 +194,12 @@ def lpips(squeezenet: Path) -> Metric:
 
 
 def shortest(x: Tensor, side: int) -> Tensor:
-    """Pictures in 0..1 as CLIP's own processor hands them over: the shorter side scaled (bicubic, 8 bits), the middle cropped."""
+    """Pictures in 0..1 as CLIP's own processor hands them over: the shorter side scaled (bicubic, 8 bits),
+    the middle cropped."""
     h, w = x.shape[2:]
     size = [int(side * n / min(h, w)) for n in (h, w)]
-    x = (255 * F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)).round().clamp(0, 255) / 255
+    x = (255 * F.interpolate(x, size=size, mode="bicubic", antialias=True,
+                             align_corners=False)).round().clamp(0, 255) / 255
     top, left = ((n - side) // 2 for n in size)
     return x[..., top:top + side, left:left + side]
 
@@ -194,41 +209,50 @@ def squeezed(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x.float(), size=(side, side), mode="bicubic", align_corners=False)
 
 
-def clip(file: Path, model: str = "ViT-L-14-quickgelu", prepare: Callable[[Tensor, int], Tensor] = shortest) -> Embedder:
-    """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14). prepare: (B, 3, H, W) in 0..1, and the side
-    that the network takes -> its input, before it is normalised."""
+def clip(file: Path, model: str = "ViT-L-14-quickgelu",
+         prepare: Callable[[Tensor, int], Tensor] = shortest) -> Embedder:
+    """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14). prepare: (B, 3, H, W) in 0..1,
+    and the side that the network takes -> its input, before it is normalised."""
     import open_clip
     state = {k.removeprefix("module."): v for k, v in _weights(file, "--clip").items()}
     net, tokenizer = open_clip.create_model(model), open_clip.get_tokenizer(model)
     net = _filled(net, state, "--clip", file)
     side = net.visual.image_size[0] if isinstance(net.visual.image_size, tuple) else net.visual.image_size
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1)
+                 for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     return Embedder(lambda x: net.encode_image((prepare(x, side) - mean) / std),
                     lambda texts: net.encode_text(tokenizer(list(texts))), digest.sha256(file))
 
 
 def structure(file: Path, model: str = "vit_base_patch8_224.dino") -> Callable[[Tensor, Tensor], float]:
-    """Distance of the self-similarities of DINO's keys (Tumanyan et al. 2022, as PIE-Bench uses it); the file: timm's weights.
+    """Distance of the self-similarities of DINO's keys (Tumanyan et al. 2022, as PIE-Bench uses it); the
+    file: timm's weights.
 
-    Pictures that are not square are squeezed, where the evaluator keeps their shape (those of PIE-Bench are square). They are
-    resized with antialiasing, as torchvision does from 0.17 on; the one of 2023 left that out for tensors.
+    Pictures that are not square are squeezed, where the evaluator keeps their shape (those of PIE-Bench
+    are square). They are resized with antialiasing, as torchvision does from 0.17 on; the one of 2023 left
+    that out for tensors.
     """
     import timm  # open_clip needs it too
 
     net = timm.create_model(model, pretrained=False, num_classes=0)
     net = _filled(net, _weights(file, "--dino"), "--dino", file)
     side = net.patch_embed.img_size[0]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1,
+                                                         1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1,
+                                                                                                      1)
     seen: list[Tensor] = []
     qkv = getattr(net.blocks[-1].attn, "qkv", None)
     if not isinstance(qkv, nn.Linear) or qkv.out_features != 3 * net.embed_dim:
-        raise UsageError(f"--dino {file}: the last block of {model} has no layer that gives queries, keys and values of "
-                         f"{net.embed_dim} channels each, in this version of timm ({timm.__version__})")
-    qkv.register_forward_hook(lambda module, given, out: seen.append(out))       # (1, tokens, 3 width), all heads in each
+        raise UsageError(f"--dino {file}: the last block of {model} has no layer that gives queries, keys "
+                         f"and values of {net.embed_dim} channels each, in this version of timm "
+                         f"({timm.__version__})")
+    # (1, tokens, 3 width), all heads in each
+    qkv.register_forward_hook(lambda module, given, out: seen.append(out))
 
     def similarities(picture: Tensor) -> Tensor:
         seen.clear()
-        net((F.interpolate(picture, size=(side, side), mode="bilinear", antialias=True, align_corners=False) - mean) / std)
+        net((F.interpolate(picture, size=(side, side), mode="bilinear", antialias=True,
+                           align_corners=False) - mean) / std)
         keys = F.normalize(seen[0].chunk(3, dim=-1)[1][0], dim=-1)              # (tokens, width)
         return keys @ keys.T
 

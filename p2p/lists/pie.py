@@ -43,16 +43,17 @@ PICTURES = "pictures.json"
 
 
 def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = None) -> list[Item]:
-    """The items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/; kinds: of these editing types
-    alone. Raises UsageError."""
+    """The items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/; kinds: of these
+    editing types alone. Raises UsageError."""
     file = data / "mapping_file.json"
     try:
         mapping = parse_object(read_text(file))
         items = []
         for key, said in mapping.items():
-            items.append(Item(key, data / "annotation_images" / said["image_path"], _plain(said["original_prompt"]),
-                              _plain(said["editing_prompt"]), said.get("blended_word") or "",
-                              [int(v) for v in said["mask"]], str(said.get("editing_type_id", "")), said["image_path"]))
+            items.append(Item(key, data / "annotation_images" / said["image_path"],
+                              _plain(said["original_prompt"]), _plain(said["editing_prompt"]),
+                              said.get("blended_word") or "", [int(v) for v in said["mask"]],
+                              str(said.get("editing_type_id", "")), said["image_path"]))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; PIE-Bench's folder holds it beside annotation_images/") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -71,7 +72,8 @@ def _plain(prompt: str) -> str:
 
 
 def mask(runs: Sequence[int], height: int, width: int, border: bool = True) -> Tensor:
-    """Edited pixels (height, width) bool; border: the outermost ones count as edited, as the authors read their masks."""
+    """Edited pixels (height, width) bool; border: the outermost ones count as edited, as the authors
+    read their masks."""
     flat = torch.zeros(height * width, dtype=torch.bool)
     for start, length in zip(runs[::2], runs[1::2]):
         flat[start:start + length] = True
@@ -88,15 +90,16 @@ def runs(edited: Tensor) -> list[int]:
     return torch.stack([starts, ends - starts], dim=1).flatten().tolist()
 
 
-# --------------------------------------------------------------------------------------------------- rows of a table
+# -------------------------------------------------------------------------------------------- rows of a table
 
 class Way(NamedTuple):
     """How a row's pictures come about: by jobs, or they are there."""
 
-    said: dict[str, Any]                                              # recorded, and the same whenever the row goes on
-    job: Callable[[Item, Model], Mapping[str, Any]] | None = None     # an item's job, as a line of a list says it
-    pictures: Path | None = None                                      # KEY.png, or by the names of the benchmark's pictures
-    strips: bool = False                                              # of several panels, the last of which is judged
+    said: dict[str, Any]   # recorded, and the same whenever the row goes on
+    # an item's job, as a line of a list says it
+    job: Callable[[Item, Model], Mapping[str, Any]] | None = None
+    pictures: Path | None = None   # KEY.png, or by the names of the benchmark's pictures
+    strips: bool = False   # of several panels, the last of which is judged
     jpeg: bool = False                                                # see `protocol.Method`
 
 
@@ -107,8 +110,8 @@ def method(name: str, **changed: Any) -> Way:
 
 
 def own(settings: Mapping[str, Any]) -> Way:
-    """A row of one's own: settings of every item's job. With "like": NAME they change those of that row of the protocol; without,
-    nothing is blended. Raises UsageError."""
+    """A row of one's own: settings of every item's job. With "like": NAME they change those of that row of
+    the protocol; without, nothing is blended. Raises UsageError."""
     base = protocol.find(settings["like"]) if "like" in settings else None
     own_ = {SHORT.get(k, k): v for k, v in settings.items() if k != "like"}
     if len(own_) < len(settings) - ("like" in settings):
@@ -116,7 +119,8 @@ def own(settings: Mapping[str, Any]) -> Way:
 
     def job(item: Item, model: Model) -> dict[str, Any]:
         if base is None:
-            return {"source": item.source, "targets": [item.target], "image": str(item.picture.absolute())} | own_
+            return {"source": item.source, "targets": [item.target],
+                    "image": str(item.picture.absolute())} | own_
         inherited = protocol.job(base, item, model)
         method, editor = (own_.get(name, inherited.get(name)) for name in ("method", "editor"))
         idle = unread(method or DEFAULT, editor)
@@ -126,23 +130,27 @@ def own(settings: Mapping[str, Any]) -> Way:
 
 
 def pictures(folder: Path, strips: bool = False) -> Way:
-    """A row of pictures that another program made; strips: of PnPInversion's scripts, of whose four panels the last is judged."""
+    """A row of pictures that another program made; strips: of PnPInversion's scripts, of whose four panels
+    the last is judged."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of pictures")
     return Way({"pictures": str(folder), "strips": strips}, pictures=folder, strips=strips)
 
 
-Run = Callable[[Sequence[Job], Path], None]   # runs jobs into a store; on return each of its jobs is done or has failed
+# runs jobs into a store; on return each of its jobs is done or has failed
+Run = Callable[[Sequence[Job], Path], None]
 
 
 @torch.no_grad()
-def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mapping[str, Any]], out: Path, judges: Judges, *,
-             run: Run | None = None, data: str = "", figures: bool = True, progress: bool = False) -> dict[str, Any]:
-    """Runs every row (its name: how, or the settings of its jobs, see `own`) over the items, stopped and started as often as need
-    be, measures what came of it, and builds the tables of all rows that lie in `out`.  -> as pie.json has it
+def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mapping[str, Any]], out: Path,
+             judges: Judges, *, run: Run | None = None, data: str = "", figures: bool = True,
+             progress: bool = False) -> dict[str, Any]:
+    """Runs every row (its name: how, or the settings of its jobs, see `own`) over the items, stopped and
+    started as often as need be, measures what came of it, and builds the tables of all rows that lie in
+    `out`.  -> as pie.json has it
 
-    run: what runs the jobs; None: this process. data: identity of the benchmark. figures: False to run the jobs alone. Raises
-    UsageError where a row was made with other settings.
+    run: what runs the jobs; None: this process. data: identity of the benchmark. figures: False to run the
+    jobs alone. Raises UsageError where a row was made with other settings.
     """
     ways = {name: way if isinstance(way, Way) else own(way) for name, way in ways.items()}
     all_asked, all_pictures, pictures = {}, {}, _contents(items)
@@ -218,14 +226,16 @@ def _contents(items: Sequence[Item]) -> dict[str, str]:
 
 
 def _all_pictures(folder: Path, now: Mapping[str, str]) -> dict[str, str]:
-    """Those of a row's earlier runs and of this one. Raises UsageError where one has become another, or is gone."""
+    """Those of a row's earlier runs and of this one. Raises UsageError where one has become
+    another, or is gone."""
     file = folder / PICTURES
     before = pie_report.read_json(file) if file.exists() else {}
     if not isinstance(before, dict):
         raise UsageError(f"{file}: not hashes of pictures; remove it, or give another --out")
     if other := sorted(key for key in before.keys() & now.keys() if before[key] != now[key]):
-        raise UsageError(f"{folder}: this row is of other pictures of the benchmark than those that are there now "
-                         f"({', '.join(other[:5])}). Put these back to go on, or give another --out")
+        raise UsageError(f"{folder}: this row is of other pictures of the benchmark than those that are "
+                         f"there now ({', '.join(other[:5])}). Put these back to go on, or give another "
+                         "--out")
     return before | now
 
 
@@ -235,17 +245,19 @@ def _same(folder: Path, way: Way, model: Model, data: str) -> None:
     if not file.exists():
         return
     before, now = (pie_report.flat(said) for said in (pie_report.read_json(file), _said(way, model, data)))
-    differ = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    differ = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now}
+              if before.get(k) != now.get(k)]
     if differ:
-        raise UsageError(f"{folder}: this row was made with {'; '.join(differ)}. Give the same settings to go on, or another "
-                         "--out, or a row of its own name (--ways)")
+        raise UsageError(f"{folder}: this row was made with {'; '.join(differ)}. Give the same settings to "
+                         "go on, or another --out, or a row of its own name (--ways)")
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
-def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], judges: Judges, by: str | None,
-           progress: bool) -> None:
-    """Writes the row's figures; what these judges (`by`) have measured already stays, and so do items that are not asked for."""
+def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | Path | str]], judges: Judges,
+           by: str | None, progress: bool) -> None:
+    """Writes the row's figures; what these judges (`by`) have measured already stays, and so do items that
+    are not asked for."""
     store = Store(folder) if way.job is not None else None
     rows = {(row["key"], row["convention"]): row for row in pie_report.read_figures(folder)}
     try:
@@ -259,8 +271,8 @@ def _judge(folder: Path, name: str, way: Way, asked: Sequence[tuple[Item, Job | 
                 result = hashlib.sha256(job.read_bytes()).hexdigest()[:16]
             else:
                 error = job
-            told = {"method": name, "key": item.key, "editing_type": item.kind, "seed": seed, "error": error or "",
-                    "result": result, "judges": by or ""}
+            told = {"method": name, "key": item.key, "editing_type": item.kind, "seed": seed,
+                    "error": error or "", "result": result, "judges": by or ""}
             known = [rows.get((item.key, c), {}) for c in CONVENTIONS]
             if not error and by is not None and all({**row, **told} == row for row in known):
                 continue
@@ -284,7 +296,8 @@ def _measured(item: Item, made: Path, way: Way, judges: Judges) -> dict[str, dic
         if convention == "official" and way.jpeg and item.picture.suffix.lower() in (".jpg", ".jpeg"):
             seen = _stored(result)
         size = seen.size[::-1]
-        pair = [torch.from_numpy(np.array(fit(p, size))).permute(2, 0, 1)[None] / 255 for p in (picture, seen)]
+        pair = [torch.from_numpy(np.array(fit(p, size))).permute(2, 0, 1)[None] / 255
+                for p in (picture, seen)]
         edited = mask(item.runs, picture.height, picture.width, border=convention == "official")
         if picture.size != seen.size:   # pictures of another size are fitted, and the masks with them
             bright = fit(Image.fromarray(edited.numpy()).convert("RGB"), size)
@@ -294,7 +307,8 @@ def _measured(item: Item, made: Path, way: Way, judges: Judges) -> dict[str, dic
 
 
 def _stored(image: Image.Image) -> Image.Image:
-    """As a .jpg gives it back (a panel of a strip 512 high, cut where blocks of JPEG end, no otherwise than alone)."""
+    """As a .jpg gives it back (a panel of a strip 512 high, cut where blocks of JPEG end, no
+    otherwise than alone)."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG")
     return Image.open(buffer)

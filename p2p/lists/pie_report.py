@@ -1,4 +1,5 @@
-"""What a folder of PIE-Bench rows shows: pie.csv (every figure of every picture), pie.json (those of a column), pie.md (means).
+"""What a folder of PIE-Bench rows shows: pie.csv (every figure of every picture), pie.json (those of a
+column), pie.md (means).
 
 The tables are built from all rows that lie in the folder, whichever run made them.
 """
@@ -18,7 +19,8 @@ from p2p.lists.metrics import COLUMNS, CONVENTIONS, NAMES, interval
 from p2p.lists.published import FIGURES, SOURCES
 from p2p.weights.untrusted import parse_json, read_text
 
-SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP": 1.0}   # as the tables are published
+# as the tables are published
+SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP": 1.0}
 TOLD = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges")
 FIGURES_FILE = "figures.csv"
 
@@ -27,7 +29,7 @@ def scale(column: str) -> float:
     return SCALES[column.split()[0]]
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 def read_json(file: Path, instead: str = "remove it, or give another --out") -> Any:
     """instead: what to do where it is none. Raises UsageError."""
@@ -68,13 +70,14 @@ def read_figures(folder: Path) -> list[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8", newline="") as f:
             return [{name: line[name] for name in TOLD}
-                    | {"figures": {label: float(line[name]) if line[name] else None for label, name in NAMES.items()}}
+                    | {"figures": {label: float(line[name]) if line[name] else None
+                                   for label, name in NAMES.items()}}
                     for line in csv.DictReader(f)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UsageError(f"{file}: not figures of this program ({type(error).__name__}: {error}); remove it, and they are "
-                         "measured again") from None
+        raise UsageError(f"{file}: not figures of this program ({type(error).__name__}: {error}); remove it, "
+                         "and they are measured again") from None
 
 
 def build(out: Path) -> dict[str, Any]:
@@ -82,7 +85,8 @@ def build(out: Path) -> dict[str, Any]:
 
     -> {method: {"failed": {key: why}, "official" and "corrected": {column: figures by item}}}
     """
-    rows = [row for folder in sorted(p for p in out.iterdir() if (p / FIGURES_FILE).is_file()) for row in read_figures(folder)]
+    rows = [row for folder in sorted(p for p in out.iterdir() if (p / FIGURES_FILE).is_file())
+            for row in read_figures(folder)]
     report = gathered(rows)
     write(out / "pie.csv", _lines(rows))
     write(out / "pie.json", json.dumps(_numbers(report), indent=1))
@@ -94,7 +98,8 @@ def gathered(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ("method",))
     """Rows of figures by method (or more): which items failed, and the figures of each column."""
     report: dict[str, Any] = {}
     for row in rows:
-        of = report.setdefault(", type ".join(row[name] for name in by), {"failed": {}, **{c: {} for c in CONVENTIONS}})
+        of = report.setdefault(", type ".join(row[name] for name in by),
+                               {"failed": {}, **{c: {} for c in CONVENTIONS}})
         if row["error"]:
             of["failed"][row["key"]] = row["error"]
         for label, value in row["figures"].items():
@@ -112,7 +117,7 @@ def _numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     report, parts = gathered(rows), []
@@ -121,7 +126,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         parts += [f"## {convention}", table(report, convention)]
         parts += [f"### {convention}: edited part, whole picture, source", table(report, convention, others)]
     if len({row["editing_type"] for row in rows}) > 1:
-        kinds = gathered(sorted(rows, key=lambda row: (row["method"], row["editing_type"])), ("method", "editing_type"))
+        kinds = gathered(sorted(rows, key=lambda row: (row["method"], row["editing_type"])),
+                         ("method", "editing_type"))
         for convention in CONVENTIONS:
             parts += [f"### {convention}, by editing type", table(kinds, convention)]
     if len({row["judges"] for row in rows if not row["error"]}) > 1:
@@ -129,11 +135,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = COLUMNS, published: bool = False) -> str:
-    """Markdown, in the published units; corrected figures with their 95 % interval. A column without weights is absent.
-    published: below a row of an official table, the published figures of that method."""
+def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = COLUMNS,
+          published: bool = False) -> str:
+    """Markdown, in the published units; corrected figures with their 95 % interval. A column without weights
+    is absent. published: below a row of an official table, the published figures of that method."""
     wanted = list(columns)
-    columns = [c for c in wanted if any(v is not None for rows in report.values() for v in rows[convention].get(c, []))]
+    columns = [c for c in wanted if any(v is not None for rows in report.values()
+                                        for v in rows[convention].get(c, []))]
     absent = [c for c in wanted if c not in columns]
     head = [c + ("" if scale(c) == 1 else f" x {scale(c):g}") for c in columns]
     lines = [_line(["method", *head, "pictures", "failed"]), "|---" * (len(columns) + 3) + "|"]
@@ -145,7 +153,8 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
                 cells.append("none")
                 continue
             mean, half = found[0] * scale(c), found[1] * scale(c)
-            cells.append(f"{mean:.2f}" if convention == "official" else f"{mean:.2f} ± {half:.2f} ({found[2]})")
+            cells.append(f"{mean:.2f}" if convention == "official" else f"{mean:.2f} ± {half:.2f} "
+                         f"({found[2]})")
         count = len(rows[convention].get("MSE", []))
         lines.append(_line([*cells, count, len(rows["failed"])]))
         if published and convention == "official":
@@ -165,7 +174,8 @@ def _published(name: str, columns: Sequence[str]) -> list[str]:
 def published_table(leave_out: Collection[str] = ()) -> str:
     """All published figures of methods that have no row of their own, and where figures come from."""
     lines = ["| published | model | " + " | ".join(COLUMNS) + " | from |", "|---" * (len(COLUMNS) + 3) + "|"]
-    lines += [f"| {f.name} | {f.model} | " + " | ".join(_figure(f.figures.get(c)) for c in COLUMNS) + f" | [{f.source}] |"
+    lines += [f"| {f.name} | {f.model} | " + " | ".join(_figure(f.figures.get(c)) for c in COLUMNS) + " | "
+              f"[{f.source}] |"
               for f in FIGURES if f.name not in leave_out]
     return "\n".join(lines) + "\n\n" + "\n".join(f"[{name}] {said}" for name, said in SOURCES.items())
 

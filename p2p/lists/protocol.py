@@ -1,13 +1,16 @@
-"""The methods of PIE-Bench's tables as data: what the published scripts do with each picture, and what they should have done.
+"""The methods of PIE-Bench's tables as data: what the published scripts do with each picture, and what
+they should have done.
 
-Published rows are named, and every field is set, as in PnPInversion (Ju et al. 2023): `run_editing_p2p.py`,
-`run_editing_edit_friendly_p2p.py`, `run_editing_masactrl.py`, `run_editing_pnp.py` and the code under `models/` that
-they call, faults included. Corrected rows are named by our inversion and editor ("direct", "ddim, masactrl").
+Published rows are named, and every field is set, as in PnPInversion (Ju et al. 2023):
+`run_editing_p2p.py`, `run_editing_edit_friendly_p2p.py`, `run_editing_masactrl.py`, `run_editing_pnp.py`
+and the code under `models/` that they call, faults included. Corrected rows are named by our inversion and
+editor ("direct", "ddim, masactrl").
 
-What is not as there: pictures are rounded to 8 bits (there truncated), all is computed in the model's own precision (there
-autoencoders in half precision for edit-friendly, networks too for Plug-and-Play), and noise is drawn on the CPU. Pictures are
-fitted as `load_512` fits them in all rows; those of PIE-Bench are 512 pixels a side, which no script's own fit changes.
-Timesteps start at 1: the scripts' schedulers say 0, but StableDiffusionPipeline of their diffusers (0.10, 0.15) sets 1.
+What is not as there: pictures are rounded to 8 bits (there truncated), all is computed in the model's own
+precision (there autoencoders in half precision for edit-friendly, networks too for Plug-and-Play), and noise
+is drawn on the CPU. Pictures are fitted as `load_512` fits them in all rows; those of PIE-Bench are 512
+pixels a side, which no script's own fit changes. Timesteps start at 1: the scripts' schedulers say 0, but
+StableDiffusionPipeline of their diffusers (0.10, 0.15) sets 1.
 """
 from __future__ import annotations
 
@@ -59,21 +62,24 @@ class Method:
     negative_prompt: str | None = None
     told: Literal["prompt", "nothing"] = "prompt"      # what the source is inverted and sampled with
     path: Literal["inverted", "resampled"] = "inverted"   # whose latents the source follows, see `resampled`
-    mode: Literal["refine", "by word count"] | None = "refine"   # by word count: replace where both prompts have as many
+    # by word count: replace where both prompts have as many
+    mode: Literal["refine", "by word count"] | None = "refine"
     cross: Window = 0.4
     self_: Window = 0.6
     self_max_tokens: int = 32 * 32
     windows_over: Literal["run", "schedule"] = "run"
     aligner: Literal["exact", "official"] = "official"
-    blend: Literal["first two", "phrases"] | None = "first two"   # how blended_word is read, see `published_blend`, `blend`
+    # how blended_word is read, see `published_blend`, `blend`
+    blend: Literal["first two", "phrases"] | None = "first two"
     keep: Literal["stored", "sampled"] = "sampled"     # what stands outside of a blend's mask
-    fit: Literal["crop", "square"] = "square"         # how the picture comes to the model's size, see `square`
-    jpeg: bool = True      # results lie under their pictures' names: of a .jpg, JPEG of Pillow's quality (75) is judged
+    fit: Literal["crop", "square"] = "square"   # how the picture comes to the model's size, see `square`
+    # results lie under their pictures' names: of a .jpg, JPEG of Pillow's quality (75) is judged
+    jpeg: bool = True
 
 
 _MASACTRL = Method("ddim", "masactrl", told="nothing")
-_PNP = Method("ddim", {"name": "plug-and-play", "source_prompt": ""}, negative_prompt="ugly, blurry, black, low res, unrealistic",
-              path="resampled")
+_PNP = Method("ddim", {"name": "plug-and-play", "source_prompt": ""},
+              negative_prompt="ugly, blurry, black, low res, unrealistic", path="resampled")
 _SCALES = {"0": 0.0, "1": 1.0, "25": 2.5, "5": 5.0, "75": 7.5}
 
 PUBLISHED: dict[str, Method] = {
@@ -84,13 +90,14 @@ PUBLISHED: dict[str, Method] = {
     # use_inversion_guidance is set, but reaches no function: the published rows have no such guidance
     "null-text-inversion+proximal-guidance": Method("null-text", proximal=("published", 0.75)),
     "negative-prompt-inversion+proximal-guidance": Method("negative-prompt", proximal=("published", 0.75)),
-    "edit-friendly-inversion+p2p": Method("edit-friendly", skip=0.24, mode="by word count", blend=None, self_max_tokens=16 * 16,
-                                          windows_over="schedule"),
+    "edit-friendly-inversion+p2p": Method("edit-friendly", skip=0.24, mode="by word count", blend=None,
+                                          self_max_tokens=16 * 16, windows_over="schedule"),
     "ddim+masactrl": _MASACTRL,
     "directinversion+masactrl": replace(_MASACTRL, inversion="direct"),
     "ddim+pnp": _PNP,
     "directinversion+pnp": replace(_PNP, inversion="direct", path="inverted"),
-    **{f"directinversion+p2p_guidance_{a}_{b}": Method("direct", inversion_guidance=_SCALES[a], guidance_scale=_SCALES[b])
+    **{f"directinversion+p2p_guidance_{a}_{b}": Method("direct", inversion_guidance=_SCALES[a],
+                                                       guidance_scale=_SCALES[b])
        for a in _SCALES for b in _SCALES if b != "0"},
     **{f"ablation_directinversion_step_{n}+p2p": Method("direct", steps=n) for n in (20, 100, 500)},
 }
@@ -99,10 +106,13 @@ CORRECTED: dict[str, Method] = {
         name, editor, seed=0, guidance_scale=None, mode=None, aligner="exact", blend="phrases", keep="stored",
         fit="crop", jpeg=False)
     for name in METHODS for editor in (None, *EDITORS)}
-GROUPS = {   # names that stand for several: the tables' main rows, and the corrected rows of the same inversions and editors
+# names that stand for several: the tables' main rows, and the corrected rows of the same
+# inversions and editors
+GROUPS = {
     "published": [name for name in PUBLISHED if "_" not in name],
     "corrected": list(dict.fromkeys(
-        m.inversion if m.editor is None else f"{m.inversion}, {m.editor if isinstance(m.editor, str) else m.editor['name']}"
+        m.inversion if m.editor is None else f"{m.inversion}, "
+        f"{m.editor if isinstance(m.editor, str) else m.editor['name']}"
         for name, m in PUBLISHED.items() if "_" not in name))}
 LACKING = {   # other rows of the published tables, by a part of their names
     "stylediffusion": "StyleDiffusion's network, which is trained for each picture",
@@ -113,7 +123,8 @@ LACKING = {   # other rows of the published tables, by a part of their names
     "blended-latent-diffusion": "an inpainting method that is given the mask",
     "ablation_null-latent-inversion": "null-text's optimisation ending in offsets of the latents",
     "ablation_null-text-inversion_single_branch": "null-text embeddings for the source's row alone",
-    "ablation_directinversion_04": "a share of the offsets", "ablation_directinversion_08": "a share of the offsets",
+    "ablation_directinversion_04": "a share of the offsets",
+    "ablation_directinversion_08": "a share of the offsets",
     "ablation_directinversion_interval": "offsets at some of the steps",
     "ablation_directinversion_add": "offsets added to the target",
 }
@@ -126,32 +137,36 @@ def find(name: str) -> Method:
     if name in CORRECTED:
         return CORRECTED[name]
     if why := next((why for start, why in LACKING.items() if start in name), None):
-        raise UsageError(f"{name}: not offered, for want of {why}; compare its pictures (--pictures {name}=FOLDER) or its "
-                         "figures (--compare published)")
+        raise UsageError(f"{name}: not offered, for want of {why}; compare its pictures (--pictures "
+                         f"{name}=FOLDER) or its figures (--compare published)")
     row, _, gpu = name.rpartition("_")
     if gpu in ("a800", "3090") and row in PUBLISHED:
-        raise UsageError(f"{name}: {row} as it ran on one kind of GPU; ask for {row}, whose published figures are the means of "
-                         "both runs")
+        raise UsageError(f"{name}: {row} as it ran on one kind of GPU; ask for {row}, whose published "
+                         "figures are the means of both runs")
     if other := re.fullmatch(r"ablation_directinversion_step_(\d+)\+p2p", name):
-        raise UsageError(f"{name}: published with 20, 100 and 500 steps; for others ask for directinversion+p2p with --steps "
-                         f"{other[1]}")
+        raise UsageError(f"{name}: published with 20, 100 and 500 steps; for others ask for "
+                         f"directinversion+p2p with --steps {other[1]}")
     raise UsageError(f"{name}: no method; published: {', '.join(n for n in PUBLISHED if '_' not in n)}, "
-                     f"directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p; corrected: {', '.join(METHODS)}")
+                     "directinversion+p2p_guidance_A_B, ablation_directinversion_step_N+p2p; corrected: "
+                     f"{', '.join(METHODS)}")
 
 
 def job(method: Method, item: Item, model: Model) -> dict[str, Any]:
     """What a list's line says of an item. Raises UsageError for items that the method cannot be run on."""
     said: dict[str, Any] = {
         "source": item.source if method.told == "prompt" else "", "targets": [item.target],
-        "image": str(item.picture.absolute()), "method": method.inversion, "steps": method.steps, "seed": method.seed,
-        "guidance_scale": method.guidance_scale, "inversion_guidance": method.inversion_guidance,
+        "image": str(item.picture.absolute()), "method": method.inversion, "steps": method.steps,
+        "seed": method.seed, "guidance_scale": method.guidance_scale,
+        "inversion_guidance": method.inversion_guidance,
         "skip": None if method.skip is None else int(method.skip * method.steps), "fit": method.fit,
-        "proximal": method.proximal and list(method.proximal), "negative_prompt": method.negative_prompt, "editor": method.editor}
+        "proximal": method.proximal and list(method.proximal), "negative_prompt": method.negative_prompt,
+        "editor": method.editor}
     if method.path != "inverted":
         said["path"] = method.path
     if method.editor is None:
         said |= {"mode": method.mode, "cross_replace_steps": method.cross, "self_replace_steps": method.self_,
-                 "self_max_tokens": method.self_max_tokens, "windows_over": method.windows_over, "aligner": method.aligner}
+                 "self_max_tokens": method.self_max_tokens, "windows_over": method.windows_over,
+                 "aligner": method.aligner}
         if method.mode == "by word count":
             alike = len(item.source.split(" ")) == len(item.target.split(" "))
             said["mode"] = "replace" if alike else "refine"
@@ -163,9 +178,10 @@ def job(method: Method, item: Item, model: Model) -> dict[str, Any]:
 
 
 def published_blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
-    """The first two of the blended words, whatever the others are, looked up by equality with what stands between spaces: "cat"
-    is not found in "a cat, asleep". A word of one prompt alone makes the mask alone; words of neither leave it empty, so that
-    the target becomes the source. The second one weighs twice, where it is found."""
+    """The first two of the blended words, whatever the others are, looked up by equality with what stands
+    between spaces: "cat" is not found in "a cat, asleep". A word of one prompt alone makes the mask alone;
+    words of neither leave it empty, so that the target becomes the source. The second one weighs twice,
+    where it is found."""
     if not item.blended:
         return {}
     two = item.blended.split(" ")[:2]
@@ -173,7 +189,8 @@ def published_blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
         raise UsageError(f'blended_word "{item.blended}": one word, at which the published scripts stop')
     source, target = (_equal(model, prompt, word) for prompt, word in zip((item.source, item.target), two))
     words = {"words": [source, target]} if source or target else {"mask": to_base64(Image.new("L", (1, 1)))}
-    return {"local_blend": {**words, "keep": keep}} | ({"equalizer": dict.fromkeys(target, 2.0)} if target else {})
+    return {"local_blend": {**words, "keep": keep}} | ({"equalizer": dict.fromkeys(target, 2.0)} if target
+                                                       else {})
 
 
 def _equal(model: Model, prompt: str, word: str) -> list[str]:
@@ -183,8 +200,8 @@ def _equal(model: Model, prompt: str, word: str) -> list[str]:
 
 
 def blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
-    """Where what is blended attends, the new one with twice its weight. Raises UsageError unless the blended words are a phrase
-    of the source prompt and one of the target prompt."""
+    """Where what is blended attends, the new one with twice its weight. Raises UsageError unless the blended
+    words are a phrase of the source prompt and one of the target prompt."""
     words = item.blended.split()
     if not words:
         return {}
@@ -192,7 +209,8 @@ def blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
         ours, theirs = " ".join(words[:n]), " ".join(words[n:])
         if _holds(model, item.source, ours) and _holds(model, item.target, theirs):
             return {"local_blend": {"words": [ours, theirs], "keep": keep}, "equalizer": {theirs: 2.0}}
-    raise UsageError(f'blended_word "{item.blended}": not words of "{item.source}" and then words of "{item.target}"')
+    raise UsageError(f'blended_word "{item.blended}": not words of "{item.source}" and then words of '
+                     f'"{item.target}"')
 
 
 def _holds(model: Model, prompt: str, phrase: str) -> bool:
@@ -203,7 +221,8 @@ def _holds(model: Model, prompt: str, phrase: str) -> bool:
 
 
 def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """PnPInversion's `load_512`, for any (height, width): the middle, as large as that shape allows, resized (bicubic)."""
+    """PnPInversion's `load_512`, for any (height, width): the middle, as large as that shape allows,
+    resized (bicubic)."""
     image = image.convert("RGB")
     scale = min(image.width / size[1], image.height / size[0])
     w, h = round(scale * size[1]), round(scale * size[0])
@@ -212,7 +231,9 @@ def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resampled(model: Model, inversion: Inversion) -> Inversion:
-    """The source's path as the published ddim+pnp has it: sampled again from the inverted noise, without guidance; and, as
-    its list of latents lacks the first, each step (and the target's start) is given what belongs to the next one."""
-    again = trace(model, inversion.prompt, x_T=inversion.latents[-1:], steps=inversion.steps, guidance_scale=1.0, latents_only=True)
+    """The source's path as the published ddim+pnp has it: sampled again from the inverted noise, without
+    guidance; and, as its list of latents lacks the first, each step (and the target's start) is given what
+    belongs to the next one."""
+    again = trace(model, inversion.prompt, x_T=inversion.latents[-1:], steps=inversion.steps,
+                  guidance_scale=1.0, latents_only=True)
     return replace(again, latents=torch.cat([again.latents[:1], again.latents[:-1]]))

@@ -1,4 +1,5 @@
-"""Figures that others published for PIE-Bench's 700 pictures, in the units of the published tables, and where they stand.
+"""Figures that others published for PIE-Bench's 700 pictures, in the units of the published tables,
+and where they stand.
 
 Tables disagree between papers for the same method: settings and masks differ. Compare within one source.
 """
@@ -9,8 +10,8 @@ from typing import NamedTuple
 from p2p.lists.metrics import COLUMNS
 
 SOURCES = {
-    "PnPInversion": "the table of inversions and editors in the README of cure-lab/PnPInversion (Ju et al. 2023); null-text "
-                    "is the mean of its rows for A800 and 3090",
+    "PnPInversion": "the table of inversions and editors in the README of cure-lab/PnPInversion (Ju et al. "
+    "2023); null-text is the mean of its rows for A800 and 3090",
     "InfEdit": "arXiv 2312.04965, as listed by paperswithcode",
     "ViMAEdit": "the README of ViMAEdit",
     "FireFlow": "the table of the FireFlow paper",

@@ -18,14 +18,15 @@ def stoppable() -> Iterator[None]:
     """SIGTERM and SIGHUP end what runs inside as Ctrl-C does, by a KeyboardInterrupt (that holds the signal's
     number), so that what was half done is cleared away. Signals that are ignored (nohup) or handled stay
     so."""
-    with _handled([s for s in _known("SIGTERM", "SIGHUP") if signal.getsignal(s) is signal.SIG_DFL], _interrupt):
+    with _handled([s for s in _known("SIGTERM", "SIGHUP") if signal.getsignal(s) is signal.SIG_DFL],
+                  _interrupt):
         yield
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Ctrl-C, and the signals of `stoppable`, end the process itself: for imports, in which there is nothing to clear away, and
-    extension modules lose a KeyboardInterrupt or make other errors of it."""
+    """Ctrl-C, and the signals of `stoppable`, end the process itself: for imports, in which there is nothing
+    to clear away, and extension modules lose a KeyboardInterrupt or make other errors of it."""
     def end(number: int, _: Any) -> None:
         with suppress(OSError):
             os.write(2, b"p2p: interrupted\n")
@@ -88,7 +89,7 @@ class Lasting:
     def _lasting(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:   # what is buffered, and what follows, goes nowhere: or it would fail at exit
+        except OSError as error:  # what is buffered, and what follows, goes nowhere: or it would fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if not isinstance(error, BrokenPipeError):
                 raise

@@ -1,4 +1,5 @@
-"""Edits of several sources in one batch: the rows of all sources, then those of all targets, each pointing at its own source."""
+"""Edits of several sources in one batch: the rows of all sources, then those of all targets, each pointing
+at its own source."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from p2p.sampler import stepper
 
 
 def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Result]:
-    """One result for each job, a mapping of the arguments of `edit`: source and targets, seed, guidance_scale, eta, steps,
-    height, width and the fields of `Edit` (for real pictures, editors and proximal guidance use `edit`). Steps, sizes, eta
-    and the sites of blends must be the same in all. The pictures are those of `edit`, up to rounding. Raises UsageError.
+    """One result for each job, a mapping of the arguments of `edit`: source and targets, seed,
+    guidance_scale, eta, steps, height, width and the fields of `Edit` (for real pictures, editors and
+    proximal guidance use `edit`). Steps, sizes, eta and the sites of blends must be the same in all. The
+    pictures are those of `edit`, up to rounding. Raises UsageError.
     """
     if any("record" in job for job in jobs):
         raise UsageError("edits run together record no maps: use edit")
@@ -30,15 +32,18 @@ def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: 
 
 def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False) -> list[Result]:
     """One result for each run that is laid out, as `edit_together`. Raises UsageError."""
-    if any(r.settings["inversion"] or r.settings["editor"] or r.settings["proximal"] or r.start.low is not None for r in ready):
-        raise UsageError("edits run together start from prompts, without editor or proximal guidance: use edit")
+    if any(r.settings["inversion"] or r.settings["editor"] or r.settings["proximal"]
+           or r.start.low is not None for r in ready):
+        raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
+                         "edit")
     what = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
              "guidance_scale 1, or not": r.start.guidance_scale == 1,
              "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None} for r in ready]
     for name in what[0] if what else ():
         found = {w[name] for w in what} - {None}
         if len(found) > 1:
-            raise UsageError(f"edits run together need the same {name}, not {' and '.join(map(str, sorted(found)))}")
+            raise UsageError(f"edits run together need the same {name}, not "
+                             f"{' and '.join(map(str, sorted(found)))}")
     return ready and _parted(ready, run(model, _joined(model, ready), progress=progress))
 
 
@@ -68,15 +73,17 @@ def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | N
     if given is None:
         return None
     device, fixed = given.of.device, given.fixed[:1]
-    parts = [b or Blend(given.side, given.columns.new_zeros(n, *given.columns.shape[1:]), given.threshold.new_zeros(n, 2),
-                        given.start.new_zeros(n), torch.ones(n, dtype=torch.bool, device=device),
-                        torch.ones_like(fixed).expand(n, -1, -1, -1), torch.zeros(n, dtype=torch.bool, device=device),
-                        given.of.new_zeros(n), given.sites) for b, n in zip(blends, targets)]
+    parts = [b or Blend(given.side, given.columns.new_zeros(n, *given.columns.shape[1:]),
+                        given.threshold.new_zeros(n, 2), given.start.new_zeros(n),
+                        torch.ones(n, dtype=torch.bool, device=device),
+                        torch.ones_like(fixed).expand(n, -1, -1, -1),
+                        torch.zeros(n, dtype=torch.bool, device=device), given.of.new_zeros(n), given.sites)
+             for b, n in zip(blends, targets)]
     columns = pad_sequence([row for b in parts for row in b.columns], batch_first=True)
     of = torch.cat([torch.full((n,), j, device=device) for j, n in enumerate(targets)])
     return Blend(given.side, columns, *(torch.cat([getattr(b, name) for b in parts])
-                                        for name in ("threshold", "start", "everywhere", "fixed", "sampled")), of,
-                 given.sites)
+                                        for name in ("threshold", "start", "everywhere", "fixed", "sampled")),
+                 of, given.sites)
 
 
 def _parted(ready: Sequence[Ready], whole: Result) -> list[Result]:
@@ -86,7 +93,8 @@ def _parted(ready: Sequence[Ready], whole: Result) -> list[Result]:
     for j, (r, n, first) in enumerate(zip(ready, targets, firsts)):
         rows = [j, *range(first, first + n)]
         masks = whole.masks[first - len(ready):][:n] if r.blend is not None else None
-        out.append(Result([whole.images[i] for i in rows], whole.latents[rows], r.prompts, r.settings, list(dict.fromkeys(r.notes)),
-                          masks=masks, rows=r.batch.rows * r.start.schedule.steps, timings=whole.timings,
+        out.append(Result([whole.images[i] for i in rows], whole.latents[rows], r.prompts, r.settings,
+                          list(dict.fromkeys(r.notes)), masks=masks,
+                          rows=r.batch.rows * r.start.schedule.steps, timings=whole.timings,
                           edits=list(r.edits)))
     return out

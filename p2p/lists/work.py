@@ -1,4 +1,5 @@
-"""What one process does with the jobs that it is given: each is computed, and its results are put into the store."""
+"""What one process does with the jobs that it is given: each is computed, and its results are
+put into the store."""
 from __future__ import annotations
 
 import time
@@ -107,7 +108,8 @@ def _ready(model: Model, job: Job) -> Ready:
     return prepared(model, source=source, **job.editing())
 
 
-def work(model: Model, todo: Iterable[Group], store: Store, retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:
+def work(model: Model, todo: Iterable[Group], store: Store,
+         retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:
     """Runs groups and stores what comes of them; each job as it is finished, with its error if it failed."""
     for group in todo:
         if retry_failed:   # each alone: the group that it once shared may be done

@@ -52,7 +52,8 @@ def place(name: str, value: object) -> Path:
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None
                                                                                        and value > most):
-        raise UsageError(f"{name} must be a whole number from {least}{'' if most is None else f' to {most}'}, not {brief(value)}")
+        raise UsageError(f"{name} must be a whole number from "
+                         f"{least}{'' if most is None else f' to {most}'}, not {brief(value)}")
     return int(value)
 
 

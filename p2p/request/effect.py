@@ -1,4 +1,5 @@
-"""Which options of an edit change nothing: its tables with and without each are compared, so that no list of cases is needed."""
+"""Which options of an edit change nothing: its tables with and without each are compared, so that no list
+of cases is needed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f i
 
 def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
             whole: int | None = None) -> list[str]:
-    """For each option that does nothing in an edit's tables, which one and why, in words; the rest is what `tables` made
-    these of."""
+    """For each option that does nothing in an edit's tables, which one and why, in words; the rest is what
+    `tables` made these of."""
     alpha = cross_alpha(edit.cross_replace_steps, target, windowed(edit, steps, whole), length)[:steps]
 
     def same(**changed: Any) -> bool:
@@ -48,8 +49,8 @@ def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str,
         for word, bounds in by_word.items():
             other = window(by_word.get("default_", (0.0, 1.0)), word)
             if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=_less(by_word, word)):
-                said.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has no attention for it, or '
-                            "it covers the same steps as that of the other words")
+                said.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
+                            "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
         said.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
     if edit.renormalise and _whole(made):
@@ -69,7 +70,8 @@ def _less(mapping: Mapping[str, Any] | None, word: str) -> dict[str, Any]:
 
 
 def _windows(edit: Edit, steps: int, of: int) -> list[str]:
-    """Of the windows, shares of so many steps: those that cover no step, and what limits self-attention that is not injected."""
+    """Of the windows, shares of so many steps: those that cover no step, and what limits self-attention
+    that is not injected."""
     said, cross = [], edit.cross_replace_steps
     named = {"cross_replace_steps": (cross if isinstance(cross, Mapping) else {"default_": cross}, of + 1),
              "self_replace_steps": ({"default_": edit.self_replace_steps}, of)}
@@ -79,7 +81,8 @@ def _windows(edit: Edit, steps: int, of: int) -> list[str]:
             lo, hi = window(bounds, name)
             covers[name] = int(lo * n) < min(int(hi * n), steps)
             if lo < hi and not covers[name]:
-                said.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none of the {steps} steps")
+                said.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
+                            f"of the {steps} steps")
     if edit.self_max_tokens != DEFAULT["self_max_tokens"] and edit.self_max_tokens and not covers["self_replace_steps"]:
         said.append("self_max_tokens changes nothing: self_replace_steps covers no step")
     if edit.self_replace_steps != DEFAULT["self_replace_steps"] and not edit.self_max_tokens and covers["self_replace_steps"]:
@@ -90,7 +93,8 @@ def _windows(edit: Edit, steps: int, of: int) -> list[str]:
 def _whole(made: Tables) -> bool:
     """Do the rows of P_src mix + P diag(keep) sum to 1, whatever the maps?"""
     borrowed, kept = made.mix.sum(-1), made.keep                                           # (T, L) each
-    return bool((borrowed - borrowed[:, :1]).abs().max() < 1e-9 and (kept - kept[:, :1]).abs().max() < 1e-9 and
+    return bool((borrowed - borrowed[:, :1]).abs().max() < 1e-9 and (kept - kept[:, :1]).abs().max() < 1e-9
+                and
                 (borrowed[:, 0] + kept[:, 0] - 1).abs().max() < 1e-9)
 
 
@@ -107,7 +111,8 @@ def _blend(edit: Edit) -> list[str]:
     pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     words, substruct = pair[0], pair[-1]
     if b.substruct is None and words != substruct:
-        said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not given")
+        said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
+                    "given")
     if b.words is not None and b.rivals is None and words == 0:
         said.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
     if b.substruct is not None and substruct == 0:
@@ -129,20 +134,23 @@ def blend_idle(blends: Sequence[LocalBlend | None], made: Blend, steps: int) -> 
     return said
 
 
-def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Sequence[int], alike: bool) -> list[str]:
-    """Of local blends the options that do nothing in this model, or with this source. blend: of all these edits; shape: of
-    the latents (C, H, W); alike: the source's row is what is stored of the source, or nothing is."""
+def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Sequence[int],
+                   alike: bool) -> list[str]:
+    """Of local blends the options that do nothing in this model, or with this source. blend: of all
+    these edits; shape: of the latents (C, H, W); alike: the source's row is what is stored of the
+    source, or nothing is."""
     sites = sites_of_side(model.unet, (shape[1], shape[2]), blend.side)
     there = sum(site.startswith("mid_block") for site in sites)
     said = []
     for e in edits:
         b = e.local_blend or LocalBlend()
         if b.keep != DEFAULT["keep"] and alike:
-            said.append(f'"{e.prompt}": local_blend: keep changes nothing: the source is generated, or follows what is stored')
+            said.append(f'"{e.prompt}": local_blend: keep changes nothing: the source is generated, or '
+                        "follows what is stored")
         if b.middle and sites and not 0 < there < len(sites):
             why = "it alone has maps" if there else "it has no maps"
-            said.append(f'"{e.prompt}": local_blend: middle changes nothing: the middle block counts where others count too, '
-                        f"and {why} of {blend.side[0]} x {blend.side[1]} here")
+            said.append(f'"{e.prompt}": local_blend: middle changes nothing: the middle block counts where '
+                        f"others count too, and {why} of {blend.side[0]} x {blend.side[1]} here")
     return said
 
 
@@ -175,10 +183,11 @@ def editor_idle(editor: Any, planned: Sequence[Any], steps: int) -> list[str]:
 
 
 def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> list[str]:
-    """A note of the words whose change the scope of an edit leaves out. Raises UsageError where that is all that changes.
+    """A note of the words whose change the scope of an edit leaves out. Raises UsageError where that
+    is all that changes.
 
-    A word that is added belongs to the scope where it stands before one of the scope's words ("a big cat"); of others ("a cat at
-    night", "a cat with a hat") nobody can tell: they act inside of it.
+    A word that is added belongs to the scope where it stands before one of the scope's words ("a big cat");
+    of others ("a cat at night", "a cat with a hat") nobody can tell: they act inside of it.
     """
     aligned = alignment(source, target, edit, mode, length)
     old, new = subject(source, target, replace(edit, scope=None), mode, length, aligned)
@@ -191,7 +200,8 @@ def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int)
             loose.insert(0, name)
     scope = ", ".join([edit.scope] if isinstance(edit.scope, str) else edit.scope)
     if (old or new) and not {*ours, *theirs} & {*old, *new}:
-        raise UsageError(f'"{target.text}": nothing of what changes ({", ".join(dict.fromkeys([*old, *new]))}) is in the scope '
-                         f"({scope}), and outside of it the picture stays as it is: name the words that change, or leave it out")
+        raise UsageError(f'"{target.text}": nothing of what changes '
+                         f'({", ".join(dict.fromkeys([*old, *new]))}) is in the scope ({scope}), and outside '
+                         "of it the picture stays as it is: name the words that change, or leave it out")
     outside = [*(w for w in new if w not in theirs), *loose]
     return [f"what {', '.join(outside)} would change outside of the scope ({scope}) is left out"] if outside else []

@@ -1,7 +1,7 @@
 """What a run takes, reckoned before anything is allocated, and refused beyond what the machine has.
 
-A lower bound: noise, stored latents, tables, recorded maps and the network's skip connections, not the weights, which are loaded
-by then. What is refused would have failed; what is not may fail still.
+A lower bound: noise, stored latents, tables, recorded maps and the network's skip connections, not the
+weights, which are loaded by then. What is refused would have failed; what is not may fail still.
 """
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def machine(device: torch.device = CPU) -> int | None:
 
 @cache
 def _limits() -> list[Path]:
-    """Where Linux says how much a control group may take (cgroups, version 2 or 1), and those that it lies in."""
+    """Where Linux says how much a control group may take (cgroups, version 2 or 1), and
+    those that it lies in."""
     root = Path("/sys/fs/cgroup")
     found = [root / "memory" / "memory.limit_in_bytes"]
     with suppress(OSError):
@@ -53,15 +54,18 @@ def afford(bill: Mapping[str, int], device: torch.device = CPU) -> None:
     """Raises UsageError for more than the device has."""
     wanted, has = sum(bill.values()), machine(device)
     if has is not None and wanted > has:
-        parts = ", ".join(f"{what} {amount / 1e9:.1f}" for what, amount in bill.items() if amount > 0.01 * wanted)
-        raise UsageError(f"this takes at least {wanted / 1e9:.1f} GB of memory ({parts}), and the {device.type} has "
-                         f"{has / 1e9:.1f}: ask for fewer pictures at a time, fewer steps, or smaller pictures")
+        parts = ", ".join(f"{what} {amount / 1e9:.1f}" for what, amount in bill.items()
+                          if amount > 0.01 * wanted)
+        raise UsageError(f"this takes at least {wanted / 1e9:.1f} GB of memory ({parts}), and the "
+                         f"{device.type} has {has / 1e9:.1f}: ask for fewer pictures at a time, fewer steps, "
+                         "or smaller pictures")
 
 
-def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guided: bool = True, noises: int = 1, kept: int = 0,
-              targets: int = 0, encodes: bool = False, record: Record = Record()) -> None:
-    """Raises UsageError unless n rows of latents of that shape (C, H, W) can be sampled. noises: tensors that are drawn; kept:
-    latents that are stored; targets: of an edit; encodes: a picture is encoded first."""
+def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guided: bool = True,
+              noises: int = 1, kept: int = 0, targets: int = 0, encodes: bool = False,
+              record: Record = Record()) -> None:
+    """Raises UsageError unless n rows of latents of that shape (C, H, W) can be sampled. noises: tensors that
+    are drawn; kept: latents that are stored; targets: of an edit; encodes: a picture is encoded first."""
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0
@@ -83,7 +87,8 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
 
 
 def _network(model: Model, shape: tuple[int, ...]) -> int:
-    """Numbers that one row holds at once, at least: the skip connections, and at the widest place what comes in and goes out."""
+    """Numbers that one row holds at once, at least: the skip connections, and at the widest place what
+    comes in and goes out."""
     c = model.unet.config
     h, w = (-(-side // c.patch) for side in shape[1:])
     skips = widest = 0
@@ -107,7 +112,8 @@ def map_numbers(model: Model, record: Record, height: int, width: int) -> int:
     """Numbers that one row's maps of one step hold, of latents of that size."""
     pixels, length = model.unet.site_pixels(height, width), model.length if model.text_encoders else 0
     layers = {m.site: m for m in model.unet.layers(Attention)}
-    return sum(layers[site].heads * pixels[site] * (pixels[site] if isinstance(layers[site], SelfAttention) else length)
+    return sum(layers[site].heads * pixels[site] * (pixels[site] if isinstance(layers[site], SelfAttention)
+                                                    else length)
                for site in record.sites(model.unet, height, width))
 
 

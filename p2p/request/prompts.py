@@ -1,10 +1,11 @@
-"""Prompts in the syntax of other programs, which a text tower would read as text: refused, with what to write instead.
+"""Prompts in the syntax of other programs, which a text tower would read as text: refused, with
+what to write instead.
 
-What can only be syntax is refused: weights "(dog:1.4)", schedules "[dog:cat:0.4]", alternatives "[dog|cat]" and "{dog|cat}",
-nested emphasis "((dog))" and "[[dog]]", add-ons "<lora:name:1>" and "embedding:name", and the words BREAK and AND in capitals
-among words that are not (nothing is lost: CLIP reads small letters alone). What may also be meant as it
-stands, as in "a cat (photo)" or "a cat:1.4", is text, and a note says so; "16:9" and "(at 10:30)" are
-ordinary text.
+What can only be syntax is refused: weights "(dog:1.4)", schedules "[dog:cat:0.4]", alternatives "[dog|cat]"
+and "{dog|cat}", nested emphasis "((dog))" and "[[dog]]", add-ons "<lora:name:1>" and "embedding:name", and
+the words BREAK and AND in capitals among words that are not (nothing is lost: CLIP reads small letters
+alone). What may also be meant as it stands, as in "a cat (photo)" or "a cat:1.4", is text, and a note says
+so; "16:9" and "(at 10:30)" are ordinary text.
 Syntax of AUTOMATIC1111's web UI, ComfyUI, NovelAI, Compel and Midjourney ("cat::2").
 """
 from __future__ import annotations
@@ -32,19 +33,21 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
     (r"\[[^\[\]|]*\|[^\[\]]*\]|\{[^{}|]*\|[^{}]*\}", "a choice between words", _SCHEDULE),
     (r"\(\s*\(([^()]+)\)\s*\)|\[\s*\[[^\[\]]+\]\s*\]|\{\s*\{[^{}]+\}\s*\}", "emphasis", _EMPHASIS),
     (r"<\s*(?:lora|lyco|locon|loha|hypernet|ti|embedding)\s*:[^<>]*>|\bembedding:\S+", "an add-on", _ADDED),
-    (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction", "write one prompt, and the other as an edit of it"),
+    (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction",
+     "write one prompt, and the other as an edit of it"),
 ))
 _BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
 _TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
 
 
 def check(prompt: object) -> list[str]:
-    """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other programs' syntax."""
+    """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other
+    programs' syntax."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is text, not {brief(prompt)}")
     if len(prompt) > LONGEST:
-        raise UsageError(f"a prompt of {len(prompt):,} characters, {brief(prompt)}: text towers read a few hundred; shorten it to "
-                         f"{LONGEST:,}")
+        raise UsageError(f"a prompt of {len(prompt):,} characters, {brief(prompt)}: text towers read a few "
+                         f"hundred; shorten it to {LONGEST:,}")
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -52,16 +55,17 @@ def check(prompt: object) -> list[str]:
     for pattern, what, instead in _SYNTAX:
         for found in pattern.finditer(prompt):
             groups = [g.strip() for g in found.groups() if g is not None] or ["WORD"]
-            if len(groups) == 2 and re.search(r"(?:^|\D)\d+$", groups[0]) and groups[1].isdigit() and ":" in found.group():
+            if len(groups) == 2 and re.search(r"(?:^|\D)\d+$",
+                                              groups[0]) and groups[1].isdigit() and ":" in found.group():
                 continue   # a ratio, or a time of day
-            raise UsageError(f'"{_short(prompt)}": {_short(found.group())} is {what} in the syntax of other programs, and would be '
-                             f"read as text: {instead.format(*groups)}")
+            raise UsageError(f'"{_short(prompt)}": {_short(found.group())} is {what} in the syntax of other '
+                             f"programs, and would be read as text: {instead.format(*groups)}")
     words = prompt.split()
     for i, word in enumerate(words):
         beside = [w for w in words[max(0, i - 1):i] + words[i + 1:i + 2] if any(c.isalpha() for c in w)]
         if word in ("BREAK", "AND") and any(w != w.upper() for w in beside):
-            raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read as the word: leave it '
-                             f'out, or write "{word.lower()}" for the word')
+            raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read '
+                             f'as the word: leave it out, or write "{word.lower()}" for the word')
     notes = []
     if found := _BARE.search(prompt):
         word, weight = filter(None, found.groups())

@@ -69,7 +69,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
     elif known is not None and known.follow and not _looked_at(a, blend):   # a source is run where it is read
         reads = _reads(made) if editor is None else [bool(step) for step in planned]
-        planned, known = [step if read else None for step, read in zip(planned, reads)], known._replace(run=reads)
+        planned, known = [step if read else None
+                          for step, read in zip(planned, reads)], known._replace(run=reads)
     said = run_settings(model, "edit", start, a.sampling) | {
         "source": a.source, **to_settings(a.recorded, size, fit), "proximal": a.sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
@@ -83,16 +84,18 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
 
 
 def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, float] | None]:
-    """The steps that the inversion covers, its latents as the loop wants them, noisiest first, and of O-BELM x one level
-    above the first step."""
+    """The steps that the inversion covers, its latents as the loop wants them, noisiest first, and of O-BELM
+    x one level above the first step."""
     schedule = start.schedule.ending(inversion.final_alpha)
     schedule = Schedule(schedule.timesteps[inversion.skip:], schedule.alphas[inversion.skip:])
     path = inversion.latents.flip(0).to(start.x.device)
     known, before = Known(path, inversion.method in FOLLOW), None
     if inversion.offsets is not None:
         known = known._replace(offsets=inversion.offsets.to(start.x.device))
-    start = start._replace(schedule=schedule, noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
-    if inversion.method == "belm" and schedule.steps > 1:   # two levels are needed to go on: the first step is the source's
+    start = start._replace(schedule=schedule,
+                           noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
+    # two levels are needed to go on: the first step is the source's
+    if inversion.method == "belm" and schedule.steps > 1:
         start = start._replace(schedule=Schedule(schedule.timesteps[1:], schedule.alphas[1:]),
                                x=path[1].expand(len(start.x), -1, -1, -1))
         before = path[0].expand(len(start.x), -1, -1, -1), float(schedule.alphas[0])
@@ -125,7 +128,8 @@ def _looked_at(a: Asked, blend: Blend | None) -> bool:
     return bool(maps) or _whole_batch(a.sampling)
 
 
-def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int], negative_prompt: str | None
+def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],
+                  negative_prompt: str | None
                   ) -> Conditioning | list[Conditioning] | None:
     """What n guided rows are told in place of a prompt."""
     if not n:
@@ -153,11 +157,13 @@ def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -
     """What every run records of itself."""
     from p2p import __version__  # not above: it imports this
 
-    seeds = [sampling.seed] if not isinstance(sampling.seed, (list, tuple)) else [int(s) for s in sampling.seed]
+    seeds = [sampling.seed] if not isinstance(sampling.seed,
+                                              (list, tuple)) else [int(s) for s in sampling.seed]
     seed = None if sampling.x_T is not None else int(seeds[0]) if len(seeds) == 1 else seeds
     return {
-        "command": command, "model": model.name, "places": dict(model.places), **model.identity(), "steps": start.schedule.steps,
-        "guidance_scale": start.guidance_scale, "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta,
-        "height": start.size[0], "width": start.size[1], "device": model.device.type, "torch": torch.__version__,
+        "command": command, "model": model.name, "places": dict(model.places), **model.identity(),
+        "steps": start.schedule.steps, "guidance_scale": start.guidance_scale,
+        "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta, "height": start.size[0],
+        "width": start.size[1], "device": model.device.type, "torch": torch.__version__,
         "version": __version__,
     }

@@ -24,7 +24,8 @@ class Record(NamedTuple):
         whole("record.text", self.text, least=0, most=2**62)
         whole("record.pixels", self.pixels, least=0, most=2**62)
         if flag("record.before", self.before) and not (self.text or self.pixels):
-            raise UsageError("record.before: of maps that are recorded; say with text or pixels up to which size")
+            raise UsageError("record.before: of maps that are recorded; say with text or pixels up to which "
+                             "size")
 
     def sites(self, unet: UNet, height: int, width: int) -> list[str]:
         """The layers whose maps are kept, of latents of that size. Raises UsageError where there is none."""
@@ -32,6 +33,6 @@ class Record(NamedTuple):
         between = {m.site for m in unet.layers(SelfAttention)}
         found = [site for site, n in pixels.items() if n <= (self.pixels if site in between else self.text)]
         if (self.text or self.pixels) and not found:
-            raise UsageError(f"no attention map has at most {max(self.text, self.pixels)} positions here; record larger ones, "
-                             "or choose a smaller picture")
+            raise UsageError(f"no attention map has at most {max(self.text, self.pixels)} positions here; "
+                             "record larger ones, or choose a smaller picture")
         return found

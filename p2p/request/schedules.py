@@ -29,8 +29,8 @@ class Schedule(NamedTuple):
     def ending(self, final_alpha: float | None) -> Schedule:
         """These steps, the last one to that alphas_cumprod; None: as they are. Raises UsageError."""
         if final_alpha is not None and final_alpha < self.alphas[-2]:
-            raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the last "
-                             f"timestep's level, {self.alphas[-2]:g}; give at least that")
+            raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the "
+                             f"last timestep's level, {self.alphas[-2]:g}; give at least that")
         return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
 
 

@@ -1,4 +1,5 @@
-"""A source that is known before the edit: a real picture that was inverted, or a generated one that was traced."""
+"""A source that is known before the edit: a real picture that was inverted, or a generated
+one that was traced."""
 from __future__ import annotations
 
 import errno
@@ -35,11 +36,12 @@ KEYS = 2**12           # most tensors: a trace has two for each layer
 
 @dataclass(frozen=True)
 class Inversion:
-    """A picture ready to be edited, any number of times. T: the steps that are run, those left out not counted."""
+    """A picture ready to be edited, any number of times. T: the steps that are run, those
+    left out not counted."""
 
     prompt: str
     method: str
-    latents: Tensor                        # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
+    latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
     steps: int                             # of the whole schedule
     skip: int                              # so many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for
@@ -91,18 +93,21 @@ class Inversion:
         """Raises UsageError unless it was made with this model."""
         kind("model", model, Model)
         if (self.family, self.prediction) != (model.family, model.prediction) or self.sha256 != model.sha256:
-            raise UsageError(f"the inversion was made with another model: {self.family}, predicting {self.prediction}, sha256 "
-                             f"{str(self.sha256)[:12]}; this is {model.family}, {model.prediction}, {str(model.sha256)[:12]} "
-                             f"({model.file}). Invert the picture again")
+            raise UsageError(f"the inversion was made with another model: {self.family}, predicting "
+                             f"{self.prediction}, sha256 {str(self.sha256)[:12]}; this is {model.family}, "
+                             f"{model.prediction}, {str(model.sha256)[:12]} ({model.file}). Invert the "
+                             "picture again")
         check_latents("latents", self.latents, (len(self.latents),), model)
         _check_for(model, self)
         if self.overrides != model.overrides:
             raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "
-                             f"{model.overrides or 'the model as it is'}: load it as it was, or invert the picture again")
+                             f"{model.overrides or 'the model as it is'}: load it as it was, or invert the "
+                             "picture again")
 
 
 class Queries(Sequence):
-    """Stored queries and keys as the loop wants them: for step i a (1, N, h d) pair by site, on the model's device."""
+    """Stored queries and keys as the loop wants them: for step i a (1, N, h d) pair by site, on
+    the model's device."""
 
     def __init__(self, stored: dict[str, Tensor], model: Model):
         self.stored, self.device = stored, model.device
@@ -112,10 +117,11 @@ class Queries(Sequence):
         return len(next(iter(self.stored.values())))
 
     def __getitem__(self, i: int) -> dict[str, QK]:
-        return {site: tuple(self.stored[f"{site}.{part}"][i][None].to(self.device) for part in "qk") for site in self.sites}
+        return {site: tuple(self.stored[f"{site}.{part}"][i][None].to(self.device) for part in "qk")
+                for site in self.sites}
 
 
-# ----------------------------------------------------------- from files: whoever made them, every field is checked
+# ------------------------------------------------------ from files: whoever made them, every field is checked
 
 def _read(file: str | Path) -> dict[str, Any]:
     """The fields of an inversion's file, not checked yet. Raises UsageError."""
@@ -151,10 +157,12 @@ FIELDS = {
     "skip": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
     "inner_steps": (lambda v: v is None or (type(v) is int and 1 <= v), "null or a whole number from 1"),
     "eta": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
-    "seed": (lambda v: v is None or (type(v) is int and -2**63 <= v < 2**64), "null or a whole number from -2^63 to 2^64 - 1"),
+    "seed": (lambda v: v is None or (type(v) is int and -2**63 <= v < 2**64),
+             "null or a whole number from -2^63 to 2^64 - 1"),
     "fit": (lambda v: v in ("crop", "pad", "own"), "crop, pad or own"),
     "overrides": (lambda v: isinstance(v, dict) and len(v) < 32, "an object"),
-    "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1), "null or a number above 0, at most 1"),
+    "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1),
+                    "null or a number above 0, at most 1"),
 }
 
 
@@ -168,15 +176,15 @@ def _check(file: str | Path, found: Inversion) -> None:
         wrong = [f"skip is {found.skip} of {found.steps} steps, which leaves none"]
     wrong = wrong or _wrong_tensors(found, found.steps - found.skip, found.method in FOLLOW)
     if wrong:
-        raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the picture "
-                         "again")
+        raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the "
+                         "picture again")
 
 
 def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
     latents = found.latents
     if latents.ndim != 4 or len(latents) != steps + 1 or latents.dtype not in (torch.float32, torch.float64):
-        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to {steps} "
-                "steps"]
+        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to "
+                f"{steps} steps"]
     wrong = []
     if (found.eta > 0) != (found.method == "edit-friendly"):
         wrong.append(f"eta is {found.eta}, of the method {found.method}")
@@ -218,7 +226,8 @@ def _check_for(model: Model, found: Inversion) -> None:
     if found.queries is not None:
         given = {k: v.shape[1:] for k, v in found.queries.items()}
         wanted = qk_shapes(model, *found.latents.shape[2:])
-        if given != {f"{site}.{part}": torch.Size(x) for site, qk in wanted.items() for part, x in zip("qk", qk)}:
+        if given != {f"{site}.{part}": torch.Size(x) for site, qk in wanted.items()
+                     for part, x in zip("qk", qk)}:
             raise UsageError("its queries are not those of this model at its size: trace it again")
 
 
@@ -232,8 +241,10 @@ def _picture(file: str | Path, text: Any, latents: Tensor) -> Image.Image | None
         shrink = image.height // height
         fits = 1 <= shrink <= SHRINK and image.size == (shrink * width, shrink * height)
         if image.format != "PNG" or not fits:
-            raise ValueError(f"a {image.format} of {image.width} x {image.height} beside latents of {width} x {height}")
+            raise ValueError(f"a {image.format} of {image.width} x {image.height} beside latents of {width} "
+                             f"x {height}")
         image.load()
-    except (ArithmeticError, OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+    except (ArithmeticError, OSError, SyntaxError, TypeError, ValueError,
+            Image.DecompressionBombError) as error:
         raise UsageError(f"{file}: its picture is damaged ({error}). Invert the picture again") from None
     return image

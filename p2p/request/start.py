@@ -39,8 +39,8 @@ def check_seed(seed: object) -> int:
 
 
 def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]:
-    """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so that
-    neither device nor batch changes a picture."""
+    """Standard normal noise (len(seeds), *shape) `count` times: float32 on the CPU, one generator a seed, so
+    that neither device nor batch changes a picture."""
     seeds = [check_seed(seed) for seed in seeds]
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]) for _ in range(count)]
@@ -50,11 +50,12 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
 class Sampling:
     """How a run samples. What is None is the model's own, or that of an inversion.
 
-    steps: 50, unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the prompts are run.
-    seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the
-    step noise is shared too. height, width: of the pictures in pixels. proximal: guidance along the large differences
-    alone, see `sampler.proximal_guide`: (norm, quantile). negative_prompt: what guidance leads away from, in place of the
-    empty prompt. low: what a super-resolution stage enlarges, see `upscale`.
+    steps: 50, unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the
+    prompts are run. seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given.
+    eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the pictures in pixels.
+    proximal: guidance along the large differences alone, see `sampler.proximal_guide`: (norm, quantile).
+    negative_prompt: what guidance leads away from, in place of the empty prompt. low: what a super-resolution
+    stage enlarges, see `upscale`.
     """
 
     steps: int | None = None
@@ -82,18 +83,21 @@ class Start(NamedTuple):
     level: Tensor | None = None # (B,)
 
 
-def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None, width: int | None = None
+def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None,
+            width: int | None = None
             ) -> tuple[Image.Image, tuple[int, int], list[str]]:
-    """A picture upright, the size (height, width) to which `image.fit` brings it, and a note of what that cuts off.
+    """A picture upright, the size (height, width) to which `image.fit` brings it, and a note
+    of what that cuts off.
 
-    how: "crop" or "pad" to height x width (None: the model's own), see `image.fit`; "own": to about as many pixels as the model's
-    own size has, in the picture's own shape. Raises UsageError.
+    how: "crop" or "pad" to height x width (None: the model's own), see `image.fit`; "own": to about as many
+    pixels as the model's own size has, in the picture's own shape. Raises UsageError.
     """
     choice("fit", how, FITS)
     picture = as_picture(picture)
     if how == "own":
         if height is not None or width is not None:
-            raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose "crop" or "pad"')
+            raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or '
+                             'choose "crop" or "pad"')
         height, width = own_size(picture, model.size, model.unit, LARGEST)
     _, *size = model.latent_shape(height, width)
     height, width = (side * model.shrink for side in size)
@@ -102,21 +106,21 @@ def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: i
     if how != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
         seen = [round(side * min(shares)) for side in (width, height)]
         instead = '--pad (fit="pad") keeps all of it' + ("" if how == "own" else ", --fit own its shape")
-        notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x {seen[1]} around its centre, "
-                     f"for the model's {width} x {height}: {instead}")
+        notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x "
+                     f"{seen[1]} around its centre, for the model's {width} x {height}: {instead}")
     return picture, (height, width), notes
 
 
 def late(model: Model, schedule: Schedule) -> list[str]:
-    """A note where the first of evenly spaced steps lies far below the schedule's end: it takes pure noise for a picture of that
-    level, and an inversion ends there."""
+    """A note where the first of evenly spaced steps lies far below the schedule's end: it takes pure noise
+    for a picture of that level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
     better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
-    return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not reach the noisiest "
-            f"{(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
+    return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not "
+            f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
 
 def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
@@ -128,12 +132,14 @@ def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> 
     if x.is_complex() or x.is_sparse:
         raise UsageError(f"{name}: {x.dtype} in {x.layout} given; real and dense numbers are {expected}")
     if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
-        raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; {expected}")
+        raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; "
+                         f"{expected}")
     model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
 
 
 def guidance(model: Model, asked: float | None) -> float:
-    """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it would be no prompt."""
+    """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it
+    would be no prompt."""
     return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
 
 
@@ -155,7 +161,8 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     guidance_scale = guidance(model, sampling.guidance_scale)
     eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
     if bool(model.unet.config.low_channels) != (low is not None):
-        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone" if low is not None else
+        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone"
+                                                if low is not None else
                          "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
     steps = whole("steps", STEPS if sampling.steps is None else sampling.steps)
     schedule = model.schedule(steps)
@@ -177,13 +184,15 @@ def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
     count = 1 + (schedule.steps if eta else 0)
     noise = [z.to(model.device) for z in draw(shape, seeds, count + (low is not None))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
-    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,   # the same noise in all rows
+    # the same noise in all rows
+    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))
     return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
 
 
 def _sides(model: Model, sampling: Sampling, n: int) -> tuple[int | None, int | None]:
-    """Height and width in pixels: as asked for, or as what the run starts from has them. Raises UsageError."""
+    """Height and width in pixels: as asked for, or as what the run starts from has them.
+    Raises UsageError."""
     made: tuple[int, ...] = ()   # the size that x_T or the small pictures have
     if sampling.low is not None:
         _check_low(sampling.low, n, model)
@@ -194,7 +203,8 @@ def _sides(model: Model, sampling: Sampling, n: int) -> tuple[int | None, int | 
     asked = sampling.height, sampling.width
     for name, given, side in zip(("height", "width"), asked, made):
         if given is not None and whole(name, given) != side:
-            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; leave it out")
+            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; "
+                             "leave it out")
     return made or asked   # type: ignore[return-value]
 
 
@@ -203,14 +213,16 @@ def _check_low(low: Low, n: int, model: Model) -> None:
     if not isinstance(low, Low):
         raise UsageError(f"low: a Low is needed, see `upscale`, not {brief(low)}")
     whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
-    if not isinstance(low.pictures, Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
+    if not isinstance(low.pictures,
+                      Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
             low.pictures.ndim != 4:
         raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
                          f"{brief(getattr(low.pictures, 'shape', low.pictures))}")
 
 
 def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:
-    """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither x_T's nor a step's."""
+    """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither
+    x_T's nor a step's."""
     pictures = low.pictures.to(model.device, torch.float32)
     size = [UPSCALING * side for side in pictures.shape[2:]]
     large = F.interpolate(pictures, size, mode="bilinear", align_corners=model.align_corners)

@@ -1,6 +1,8 @@
-"""Real pictures: from a picture and its prompt to the latents (and what else it takes) from which it is edited.
+"""Real pictures: from a picture and its prompt to the latents (and what else it takes)
+from which it is edited.
 
-Every method ends in an `Inversion`: the latents of the picture at each noise level, and what keeps sampling near them.
+Every method ends in an `Inversion`: the latents of the picture at each noise level, and what
+keeps sampling near them.
 
     noise            forward diffusion (DDPM Eq. 4), to a chosen step; sampling finds its own way back (paper, figure 12)
     ddim             DDIM run backwards without guidance (paper, figures 10 and 11)
@@ -63,22 +65,25 @@ class _Run(NamedTuple):
         return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
 
 
-def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *, method: str = DEFAULT,
-           steps: int = STEPS, skip: int | None = None, guidance_scale: float | None = None,
-           inversion_guidance: float | None = None, inner_steps: int | None = None, eta: float | None = None,
-           seed: int | None = None, final_alpha: float | None = None,
-           height: int | None = None, width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
+def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *,
+           method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
+           guidance_scale: float | None = None, inversion_guidance: float | None = None,
+           inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
+           final_alpha: float | None = None, height: int | None = None, width: int | None = None,
+           fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
-    picture: or its file; or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where None) or "pad", see
-    `image.fit`, or "own": to the size of its own shape that the model takes. method: see above. skip: steps left
-    out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the edits to come (null-text is
-    made for it); None for the model's own, 0 for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts
-    nothing); 0 is without the prompt here, as in PnPInversion's ablation.
-    inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the
-    noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
-    for the model's own (Stable Diffusion: that of its first timestep, in which it was trained to end), 1 for none of the noise, as
-    in O-BELM's code. A setting that a method does not read is refused. Raises UsageError, NumericsError.
+    picture: or its file; or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where None) or
+    "pad", see `image.fit`, or "own": to the size of its own shape that the model takes. method: see above.
+    skip: steps left out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the
+    edits to come (null-text is made for it); None for the model's own, 0 for 1. inversion_guidance: while
+    inverting, 1 where None (not noise, which predicts nothing); 0 is without the prompt here, as in
+    PnPInversion's ablation.
+    inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for
+    DDPM. seed: of the noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at
+    which the picture is taken to be; None for the model's own (Stable Diffusion: that of its first timestep,
+    in which it was trained to end), 1 for none of the noise, as in O-BELM's code. A setting that a method
+    does not read is refused. Raises UsageError, NumericsError.
     """
     model = find_model(model)
     flag("progress", progress)
@@ -140,8 +145,9 @@ def _inverted(run: _Run, asked: Inversion) -> Inversion:
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:
-    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam divides by its own
-    size. Where the maps are small they are formed, which repeats the official code's numbers more closely."""
+    """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam
+    divides by its own size. Where the maps are small they are formed, which repeats the official code's
+    numbers more closely."""
     small = run.x_0.shape[2] * run.x_0.shape[3] <= 32 * 32
     return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
 
@@ -149,8 +155,9 @@ def _explicit_where_small(run: _Run) -> AbstractContextManager:
 def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
     """DDIM Eq. 12 towards noise.  -> (T + 1, C, H, W)
 
-    The noise of a step is predicted for the level it leads to, from the latents it comes from (as in the official
-    code); with more iterations, from the latents it led to the last time: the fixed point undoes the step exactly.
+    The noise of a step is predicted for the level it leads to, from the latents it comes from (as in the
+    official code); with more iterations, from the latents it led to the last time: the fixed point
+    undoes the step exactly.
     """
     x, latents = run.x_0, [run.x_0]
     for t, a_to, a_from in run.upwards():
@@ -165,8 +172,8 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
 
 
 def _belm(run: _Run, guidance_scale: float) -> Tensor:
-    """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a picture at the level of the
-    first timestep); each further one is the exact inverse of `belm_step`."""
+    """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a
+    picture at the level of the first timestep); each further one is the exact inverse of `belm_step`."""
     a = run.schedule.alphas[::-1]                                                # a[0] of the picture
     latents = [run.x_0]
     for i, (t, a_to, a_from) in enumerate(run.upwards()):
@@ -184,7 +191,8 @@ def _belm(run: _Run, guidance_scale: float) -> Tensor:
 
 
 def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
-    """x_0 with noise of every level (DDPM Eq. 4), the same noise or a new one at each.  -> (T + 1, C, H, W)"""
+    """x_0 with noise of every level (DDPM Eq. 4), the same noise or a new one at
+    each.  -> (T + 1, C, H, W)"""
     noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
     latents = [run.x_0]
     for i, (_, a_t, _) in enumerate(list(run.schedule)[::-1], 1):
@@ -193,9 +201,11 @@ def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
 
 
 def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> Tensor:
-    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its scale.  -> (T, C, H, W)
+    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its
+    scale.  -> (T, C, H, W)
 
-    The last one is 0, as in the official code: there it would be no noise, but the picture's detail, a ghost in every edit.
+    The last one is 0, as in the official code: there it would be no noise, but the picture's detail, a
+    ghost in every edit.
     """
     out = []
     for i, (t, a_t, a_prev) in enumerate(list(run.schedule)[:-1]):
@@ -206,10 +216,11 @@ def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> T
 
 
 def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:
-    """Mokady et al. 2022, algorithm 1: per step the empty prompt's embedding that leads to the stored latents.
+    """Mokady et al. 2022, algorithm 1: per step the empty prompt's embedding that leads
+    to the stored latents.
 
-    Constants of the official code: Adam, rate 0.01 (1 - i / 100), at most `inner_steps` updates, stop at a squared error
-    of 1e-5 + 2e-5 i.  -> (T, L, C), rows of the UNet that it took
+    Constants of the official code: Adam, rate 0.01 (1 - i / 100), at most `inner_steps` updates, stop at a
+    squared error of 1e-5 + 2e-5 i.  -> (T, L, C), rows of the UNet that it took
     """
     model, null = run.model, run.null
     context, found, rows = null.context.float(), [], 0
@@ -222,7 +233,8 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
     def unconditional(x: Tensor, t: int, context: Tensor) -> Tensor:
         return model.predict(x, t, null._replace(context=context.to(model.dtype)))[0]
 
-    bar = tqdm(list(run.schedule), disable=not (run.progress and sys.stderr.isatty()), leave=False, unit="step")
+    bar = tqdm(list(run.schedule), disable=not (run.progress and sys.stderr.isatty()), leave=False,
+               unit="step")
     for i, (t, a_t, a_prev) in enumerate(bar):
         wanted = latents[-2 - i][None]
         with torch.no_grad():

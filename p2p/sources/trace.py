@@ -1,4 +1,5 @@
-"""A source computed once for many edits: its latents, and the queries and keys that edits borrow, step by step."""
+"""A source computed once for many edits: its latents, and the queries and keys that edits
+borrow, step by step."""
 from __future__ import annotations
 
 import sys
@@ -24,10 +25,12 @@ from p2p.sampler import stepper
 from p2p.weights.untrusted import brief
 
 
-def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None, width: int | None = None) -> int:
+def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int | None = None,
+         width: int | None = None) -> int:
     """Bytes that `trace` of a picture will hold; dtype None: the model's."""
     shape = model.latent_shape(height, width)
-    one = sum(n * d for qk in qk_shapes(model, *shape[1:]).values() for n, d in qk) * (dtype or model.dtype).itemsize
+    one = sum(n * d for qk in qk_shapes(model, *shape[1:]).values()
+              for n, d in qk) * (dtype or model.dtype).itemsize
     return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
 
 
@@ -40,39 +43,45 @@ def _afford(model: Model, steps: int, dtype: torch.dtype, sides: Sequence[int]) 
 @torch.no_grad()
 def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: torch.dtype | None = None,
           latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
-    """What edits of this source need of it, so that none computes it again: pass the result to `edit` in its place.
+    """What edits of this source need of it, so that none computes it again: pass the result to
+    `edit` in its place.
 
-    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or an inversion whose
-    source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a step for each target, one without
-    guidance; latents_only: one more, the source's, and no queries are kept. dtype: of the queries and keys (None: the
-    model's; torch.float16 halves them). `size` says beforehand how many bytes. Raises UsageError.
+    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or
+    an inversion whose source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a
+    step for each target, one without guidance; latents_only: one more, the source's, and no queries are kept.
+    dtype: of the queries and keys (None: the model's; torch.float16 halves them). `size` says beforehand how
+    many bytes. Raises UsageError.
     """
     model = find_model(model)
     if isinstance(source, Path):
         source = Inversion.load(source)
     if flag("latents_only", latents_only) and dtype is not None:
-        raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of them out")
+        raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of "
+                         "them out")
     dtype = model.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
     if not isinstance(source, Inversion):
         check_prompt(source)
-    known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height", "width")
+    known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height",
+                                                      "width")
     if unknown := [name for name in sampling if name not in known]:
-        raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known) if known else
+        raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known)
+                                                                    if known else
                          "an inverted source's trace: it was inverted with its own"))
     flag("progress", progress)
     if isinstance(source, Inversion):
         if source.method not in FOLLOW:
-            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in every edit; "
-                             f"use {' or '.join(FOLLOW)}")
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in "
+                             f"every edit; use {' or '.join(FOLLOW)}")
         source.check(model)
         if not latents_only:
             _afford(model, len(source.latents) - 1, dtype, source.latents.shape[2:])
         stored = {} if latents_only else _queries(model, source, dtype, progress)
         found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
-        found, stored = _sampled(model, source, not latents_only, dtype, progress, Sampling(eta=0.0, **sampling))
+        found, stored = _sampled(model, source, not latents_only, dtype, progress,
+                                 Sampling(eta=0.0, **sampling))
     return replace(found, queries=stored or None)
 
 
@@ -85,15 +94,17 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         _afford(model, steps, dtype, start.x.shape[2:])
     empty = model.null(1, *start.size) if batch.guided else None
     loop = denoise(model, start.x, model.condition([prompt], *start.size), empty, start.schedule,
-                   stepper(start.schedule, model.prediction, model.clip), batch, guidance_scale=start.guidance_scale,
-                   watch=_sites(model) if queries else ())
+                   stepper(start.schedule, model.prediction, model.clip), batch,
+                   guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
-    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step"):
+    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False,
+                     unit="step"):
         path.append(step.x)
         rows += batch.rows
         _keep(stored, step.index, steps, step.seen, dtype)
-    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0, None, 0.0,
-                      int(sampling.seed), model.family, model.prediction, model.sha256, rows, overrides=model.overrides)
+    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
+                      None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
+                      overrides=model.overrides)
     return found, stored
 
 
@@ -102,7 +113,8 @@ def _sites(model: Model) -> list[str]:
 
 
 def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: dict[str, QK], dtype: torch.dtype) -> None:
-    """Puts the source's queries and keys of step i, its prompt's row, where they belong; the first step makes the room."""
+    """Puts the source's queries and keys of step i, its prompt's row, where they belong; the first
+    step makes the room."""
     for site, qk in seen.items():
         for part, x in zip("qk", qk):
             name = f"{site}.{part}"
@@ -112,11 +124,13 @@ def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: dict[str, QK], dt
 
 
 def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
-    """One row a step on the stored latents: all queries and keys, by site.  -> (T, N, h d) each, noisiest first, CPU"""
+    """One row a step on the stored latents: all queries and keys, by
+    site.  -> (T, N, h d) each, noisiest first, CPU"""
     pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
     text, stored, path = model.read(model.condition([found.prompt], *pixels)), {}, found.latents.flip(0)
     timesteps = model.schedule(found.steps).timesteps[found.skip:]
-    for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")):
+    for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False,
+                               unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]
         _keep(stored, i, len(timesteps), seen, dtype)
     return stored
