@@ -29,7 +29,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """With pytest-xdist, all tests (no single files) run on all cores, a file to a worker; `-n 0`: in one process."""
-    if not hasattr(config.option, "numprocesses"):
+    if not hasattr(config.option, "numprocesses") or hasattr(config, "workerinput"):   # a worker starts no others
         return
     if config.option.numprocesses is None and not config.option.usepdb and CORES > 1 and all(map(os.path.isdir, config.args)):
         config.option.numprocesses = min(4, CORES)   # a worker takes up to 2 GB
