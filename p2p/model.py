@@ -296,7 +296,8 @@ class Model:
         if self.vae is None:
             return x.float()
         x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
-        decode = self.vae.decode if self.tile is None else partial(tiled, self.vae.decode, tile=self.tile,
-                                                                   scale=self.shrink)
+        decode = self.vae.decode
+        if self.tile is not None:
+            decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
         with self._at_work(self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])

@@ -71,8 +71,8 @@ def evaluate(args: argparse.Namespace) -> int:
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
         store = Store(folder)
-        while args.engine == "torchrun" and rank == 0 and any(not store.done(j) and not store.failed(j)
-                                                              for j in jobs):
+        waits = args.engine == "torchrun" and rank == 0
+        while waits and not all(store.done(j) or store.failed(j) for j in jobs):
             time.sleep(1)   # for the other ranks
 
     data = hashlib.sha256((args.data / "mapping_file.json").read_bytes()).hexdigest()[:16]
@@ -156,9 +156,11 @@ def make_dataset(args: argparse.Namespace) -> int:
         embedder = metrics.clip(args.clip, prepare=metrics.squeezed)
     elif model.family == "emoji":
         eye = recogniser.load()
-        embedder = metrics.Embedder(lambda x: recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1,
-                                                                                                    64, mode="area")),
-                                    recogniser.embed_captions, sha256(recogniser.FILE))
+
+        def embed(x: torch.Tensor) -> torch.Tensor:
+            return recogniser.embed(eye, torch.nn.functional.interpolate(2 * x - 1, 64, mode="area"))
+
+        embedder = metrics.Embedder(embed, recogniser.embed_captions, sha256(recogniser.FILE))
     else:
         raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of "
                              "OpenAI's ViT-L/14")

@@ -159,7 +159,8 @@ def show_tokens(args: argparse.Namespace) -> None:
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
-            print(f"  {i:3}  {token:5}  {tokenizer().decode([token]).strip():20} {t.text[start:end]}".rstrip())
+            word = tokenizer().decode([token]).strip()
+            print(f"  {i:3}  {token:5}  {word:20} {t.text[start:end]}".rstrip())
     for target in split[1:]:
         length = max(77, len(split[0].ids), len(target.ids))
         mapper, a = align.refinement(split[0], target, length)

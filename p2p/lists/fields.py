@@ -132,8 +132,8 @@ def _editor(value: Any) -> Any:
     editor = find_editor(value)
     for f in fields(editor):
         if isinstance(f.default, Real):
-            kind = (_flag, "true or false") if isinstance(f.default, bool) else (_number(),
-                                                                                 "one finite number")
+            number = (_number(), "one finite number")
+            kind = (_flag, "true or false") if isinstance(f.default, bool) else number
             checked(f.name, getattr(editor, f.name), {f.name: kind})
     return value
 

@@ -3,11 +3,12 @@ the best of which are kept.
 
 Two ways to sample a pair, each pair with a seed, a share of injected steps and a guidance of its own:
 
-    ip2p   as the authors' `generate_img_dataset.py`: Euler ancestral with the same noise for both pictures, the second
-           with the first one's self-attention (queries and keys) in both halves, at every size,
-           while i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the
-           best by direction kept
-    p2p    Prompt-to-Prompt itself: DDIM, cross- and self-attention injected; no more samples once enough have passed
+    ip2p   as the authors' `generate_img_dataset.py`: Euler ancestral with the same noise for both pictures,
+           the second with the first one's self-attention (queries and keys) in both halves, at every size,
+           while i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the best by
+           direction kept
+    p2p    Prompt-to-Prompt itself: DDIM, cross- and self-attention injected; no more samples once enough
+           have passed
 
 Random numbers come from the prompt, not from the order of the list: they are distributed as the
 authors', not equal.

@@ -168,7 +168,8 @@ def _filled(module: nn.Module, state: dict[str, Tensor], what: str, file: Path) 
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(f"{what} {file}: {str(error).splitlines()[0]} {str(error).splitlines()[-1].strip()}") from None
+        said = str(error).splitlines()
+        raise UsageError(f"{what} {file}: {said[0]} {said[-1].strip()}") from None
     return module.eval().requires_grad_(False)
 
 
@@ -237,9 +238,8 @@ def structure(file: Path, model: str = "vit_base_patch8_224.dino") -> Callable[[
     net = timm.create_model(model, pretrained=False, num_classes=0)
     net = _filled(net, _weights(file, "--dino"), "--dino", file)
     side = net.patch_embed.img_size[0]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1,
-                                                         1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1,
-                                                                                                      1)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     seen: list[Tensor] = []
     qkv = getattr(net.blocks[-1].attn, "qkv", None)
     if not isinstance(qkv, nn.Linear) or qkv.out_features != 3 * net.embed_dim:

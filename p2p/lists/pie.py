@@ -55,7 +55,8 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
                               said.get("blended_word") or "", [int(v) for v in said["mask"]],
                               str(said.get("editing_type_id", "")), said["image_path"]))
     except FileNotFoundError:
-        raise UsageError(f"{file}: no such file; PIE-Bench's folder holds it beside annotation_images/") from None
+        raise UsageError(f"{file}: no such file; in PIE-Bench's folder it lies beside annotation_images/"
+                         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: not PIE-Bench's mapping ({type(error).__name__}: {error})") from None
     if kinds is not None and (unknown := sorted(set(kinds) - {item.kind for item in items})):

@@ -34,7 +34,8 @@ def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str,
     said = _windows(edit, steps, windowed(edit, steps, whole))
     if edit.windows_over != DEFAULT["windows_over"] and whole in (None, steps):
         said.append("windows_over changes nothing: no step of the schedule is left out")
-    empty = "the source's attention is injected in none of the steps there, and it acts in those alone: see cross_replace_steps"
+    empty = ("the source's attention is injected in none of the steps there, and it acts in those alone: see "
+             "cross_replace_steps")
     for word, c in (edit.equalizer or {}).items():
         if same(equalizer=_less(edit.equalizer, word)):
             why = "it is 1" if c == 1 else empty
@@ -48,7 +49,8 @@ def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str,
     if isinstance(by_word, Mapping):
         for word, bounds in by_word.items():
             other = window(by_word.get("default_", (0.0, 1.0)), word)
-            if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=_less(by_word, word)):
+            without = _less(by_word, word)
+            if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=without):
                 said.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
                             "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
@@ -83,9 +85,11 @@ def _windows(edit: Edit, steps: int, of: int) -> list[str]:
             if lo < hi and not covers[name]:
                 said.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                             f"of the {steps} steps")
-    if edit.self_max_tokens != DEFAULT["self_max_tokens"] and edit.self_max_tokens and not covers["self_replace_steps"]:
+    limit = edit.self_max_tokens != DEFAULT["self_max_tokens"]
+    share = edit.self_replace_steps != DEFAULT["self_replace_steps"]
+    if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
         said.append("self_max_tokens changes nothing: self_replace_steps covers no step")
-    if edit.self_replace_steps != DEFAULT["self_replace_steps"] and not edit.self_max_tokens and covers["self_replace_steps"]:
+    if share and not edit.self_max_tokens and covers["self_replace_steps"]:
         said.append("self_replace_steps changes nothing: self_max_tokens is 0")
     return said
 
@@ -204,4 +208,5 @@ def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int)
                          f'({", ".join(dict.fromkeys([*old, *new]))}) is in the scope ({scope}), and outside '
                          "of it the picture stays as it is: name the words that change, or leave it out")
     outside = [*(w for w in new if w not in theirs), *loose]
-    return [f"what {', '.join(outside)} would change outside of the scope ({scope}) is left out"] if outside else []
+    left = f"what {', '.join(outside)} would change outside of the scope ({scope}) is left out"
+    return [left] if outside else []

@@ -105,7 +105,8 @@ def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
         return 0
     sides = [side if model.tile is None or encodes else min(side, model.tile) for side in shape[1:]]
     channels = model.vae.config.channels[:2]
-    return 2 * max(channels) * sides[0] * sides[1] * model.shrink**2 * model.vae.quant_conv.weight.dtype.itemsize
+    itemsize = model.vae.quant_conv.weight.dtype.itemsize
+    return 2 * max(channels) * sides[0] * sides[1] * model.shrink**2 * itemsize
 
 
 def map_numbers(model: Model, record: Record, height: int, width: int) -> int:

@@ -17,8 +17,8 @@ from p2p.weights.untrusted import brief
 
 _EMPHASIS = "write the words alone, and weigh them in an edit: --weight {0}=1.2 (equalizer={{\"{0}\": 1.2}})"
 _WEIGHT = "write the words alone, and weigh them in an edit: --weight {0}={1} (equalizer={{\"{0}\": {1}}})"
-_SCHEDULE = "write one of the words, and the other in an edit of that prompt; --cross WORD=0.4 (cross_replace_steps) says from " \
-    "when on the new word acts"
+_SCHEDULE = ("write one of the words, and the other in an edit of that prompt; --cross WORD=0.4 "
+             "(cross_replace_steps) says from when on the new word acts")
 _ADDED = "add-ons are not read from prompts"
 LONGEST = 20_000   # characters of a prompt
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
@@ -37,7 +37,8 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
      "write one prompt, and the other as an edit of it"),
 ))
 _BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
-_TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
+_TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)"
+                   r"|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
 
 
 def check(prompt: object) -> list[str]:

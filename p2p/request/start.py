@@ -161,9 +161,9 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     guidance_scale = guidance(model, sampling.guidance_scale)
     eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
     if bool(model.unet.config.low_channels) != (low is not None):
-        raise UsageError(f"{model.name} is " + ("no super-resolution stage: it takes prompts alone"
-                                                if low is not None else
-                         "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"))
+        kind = "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"
+        kind = kind if low is None else "no super-resolution stage: it takes prompts alone"
+        raise UsageError(f"{model.name} is {kind}")
     steps = whole("steps", STEPS if sampling.steps is None else sampling.steps)
     schedule = model.schedule(steps)
     shape = model.latent_shape(*_sides(model, sampling, n))

@@ -1,18 +1,18 @@
-"""Real pictures: from a picture and its prompt to the latents (and what else it takes)
-from which it is edited.
+"""Real pictures: from a picture and its prompt to latents (and what else it takes) from which it is edited.
 
-Every method ends in an `Inversion`: the latents of the picture at each noise level, and what
-keeps sampling near them.
+Every method ends in an `Inversion`: the latents of the picture at each noise level, and what keeps sampling
+near them.
 
-    noise            forward diffusion (DDPM Eq. 4), to a chosen step; sampling finds its own way back (paper, figure 12)
+    noise            forward diffusion (DDPM Eq. 4), to a chosen step; sampling finds its own way back (paper,
+                     figure 12)
     ddim             DDIM run backwards without guidance (paper, figures 10 and 11)
     fixed-point      the same, each step solved for instead of guessed (as in ReNoise and AIDI)
     belm             a two-step sampler that runs backwards exactly (Wang et al. 2024, O-BELM)
     negative-prompt  ddim; the source prompt in place of the empty one (Miyake et al. 2023)
     null-text        ddim; the empty prompt's embedding optimised step by step (Mokady et al. 2022)
-    direct           ddim; the source is put back on its latents after every step (Ju et al. 2023, PnP Inversion)
-    edit-friendly    independent noise at every level; what the network misses is added to all rows, and the source is put
-                     back on its latents as in direct (Huberman et al. 2023)
+    direct           ddim; the source is put back on its latents after every step (Ju et al. 2023)
+    edit-friendly    independent noise at every level; what the network misses is added to all rows, and the
+                     source is put back on its latents as in direct (Huberman et al. 2023)
 """
 from __future__ import annotations
 

@@ -63,12 +63,12 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
     if not isinstance(source, Inversion):
         check_prompt(source)
-    known = () if isinstance(source, Inversion) else ("steps", "guidance_scale", "seed", "x_T", "height",
-                                                      "width")
+    known = ("steps", "guidance_scale", "seed", "x_T", "height", "width")
+    known = () if isinstance(source, Inversion) else known
     if unknown := [name for name in sampling if name not in known]:
-        raise UsageError(f"{', '.join(unknown)}: no setting of " + ("a trace; known: " + ", ".join(known)
-                                                                    if known else
-                         "an inverted source's trace: it was inverted with its own"))
+        inverted = "the trace of an inverted source: it was inverted with its own"
+        why = f"a trace; known: {', '.join(known)}" if known else inverted
+        raise UsageError(f"{', '.join(unknown)}: no setting of {why}")
     flag("progress", progress)
     if isinstance(source, Inversion):
         if source.method not in FOLLOW:
