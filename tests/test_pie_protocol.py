@@ -266,7 +266,7 @@ def test_what_cannot_be_meant_is_refused(data, tmp_path, capsys, more, said):
 
 @pytest.mark.parametrize("more, said", [
     (("--cross", "7"), "cross_replace_steps: one share"), (("--steps", "0"), "steps: one number, whole and from 1"),
-    (("--steps", "2000"), "more than the model's 1000"), (("--cfg", "nan"), "guidance_scale: one finite number"),
+    (("--steps", "2000"), "steps must be from 1 to 1000, not 2000"), (("--cfg", "nan"), "guidance_scale: one finite number"),
     (("--seed", str(2**70)), "seed: one number"), (("--self", "-1"), "self_replace_steps: one share")])
 def test_settings_that_no_picture_can_have_are_refused_before_anything_is_written(data, tmp_path, capsys, more, said):
     asked = command(data, tmp_path / "out", "--methods", "ddim,noise,directinversion+masactrl", "--limit", "1")
