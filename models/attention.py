@@ -178,10 +178,9 @@ class CrossAttention(Attention):
 
 
 class HybridAttention(CrossAttention):
-    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only text columns are edited.
+    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only text columns are edited."""
 
-    Without to_k and to_v (None) there are no columns of pixels: cross-attention by another name.
-    """
+    text_only = False   # no to_k and to_v, no columns of pixels: cross-attention by another name
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False,
                  bias: bool = False):
@@ -192,7 +191,7 @@ class HybridAttention(CrossAttention):
         return TextKV(self.add_k_proj(context), self.add_v_proj(context))
 
     def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
-        if self.to_k is None or self.to_v is None:
+        if self.text_only:
             return self.to_q(x), text.k, text.v
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
         if edit is not None and edit.max_pixels is None:

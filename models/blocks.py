@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class TimestepMLP(nn.Module):
@@ -103,6 +104,7 @@ class ResnetBlock(nn.Module):
     def time(self, temb: Tensor) -> Tensor:
         """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and
         shift (..., 2 out)"""
+        assert self.time_emb_proj is not None   # of no autoencoder
         return self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))
 
     def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None,
@@ -170,10 +172,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, mult: int = 4):
         super().__init__()
+        self.hidden = 2 * dim * mult
         self.net = nn.Sequential(self._GEGLU(dim, dim * mult), nn.Identity(), Linear(dim * mult, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = max(1, self.LARGE // (x.shape[1] * self.net[0].proj.out_features))
+        rows = max(1, self.LARGE // (x.shape[1] * self.hidden))
         return self.net(x) if rows >= len(x) else torch.cat([self.net(part) for part in x.split(rows)])
 
 
@@ -187,6 +190,7 @@ class TransformerBlock(nn.Module):
         head_dim = dim // heads
         self.norm1, self.norm3, self.ff = nn.LayerNorm(dim), nn.LayerNorm(dim), FeedForward(dim, ff_mult)
         self.hybrid = kind == "hybrid"
+        self.attn1: HybridAttention | SelfAttention
         if self.hybrid:
             self.attn1 = HybridAttention(dim, context_dim, heads, head_dim, upcast)
         else:
@@ -240,7 +244,8 @@ class AddedAttention(HybridAttention):
     def __init__(self, dim: int, context_dim: int, heads: int, text_only: bool, norm_text: bool):
         super().__init__(dim, context_dim, heads, dim // heads, bias=True)
         if text_only:
-            self.to_k = self.to_v = None
+            del self.to_k, self.to_v
+            self.text_only = True
         self.group_norm = nn.GroupNorm(32, dim)
         self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
 

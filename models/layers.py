@@ -7,10 +7,28 @@ channels: 1.3e-6 against 2.6e-7, relative).
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2p.models import cpu
+
+if TYPE_CHECKING:
+    M = TypeVar("M", bound=nn.Module)
+
+    class ModuleList(nn.ModuleList, Generic[M]):
+        """nn.ModuleList of modules of one kind."""
+
+        @overload
+        def __getitem__(self, idx: slice) -> ModuleList[M]: ...
+        @overload
+        def __getitem__(self, idx: int) -> M: ...
+        def __getitem__(self, idx: Any) -> Any: ...
+        def __iter__(self) -> Iterator[M]: ...
+else:
+    ModuleList = nn.ModuleList
 
 
 class Linear(nn.Linear):

@@ -30,21 +30,20 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
         return _pixel_maps(layer, qk, here, rows)
     q, k = layer.rows(here, *qk) if here is not None else qk
     q, k = layer.split(q.index_select(0, rows), k.index_select(0, rows))         # (R, h, N, d), (R, h, K, d)
-    edited = here is not None and here.mix is not None
-    renormalise = here.renormalise if edited else None
-    pixels = q.shape[2] if isinstance(layer, HybridAttention) and layer.to_k is not None else 0
+    mix, keep, renormalise = (None, None, None) if here is None else (here.mix, here.keep, here.renormalise)
+    pixels = q.shape[2] if isinstance(layer, HybridAttention) and not layer.text_only else 0
     p = _text_probs(q, k, pixels)                                                # (R, h, N, L)
     if mean and renormalise is None:   # edits are linear
         p = p.mean(1, keepdim=True, dtype=torch.promote_types(p.dtype, torch.float32))
-    if not edited:
+    if here is None or mix is None or keep is None:
         return p, p
     e = len(here.source)
     source = (rows[:, None] == here.source).float().argmax(0)   # (E,): where it stands among `rows`
     own, lent = p[-e:], p.index_select(0, source)                                # (E, h, N, L)
-    after = edited_probs(own, lent, here.mix, here.keep)
+    after = edited_probs(own, lent, mix, keep)
     if renormalise is not None:
         rest = 1 - own.sum(-1)   # what the row gives to pixels
-        sums = edited_probs(own, lent, here.mix.abs(), here.keep.abs()).sum(-1) + rest
+        sums = edited_probs(own, lent, mix.abs(), keep.abs()).sum(-1) + rest
         after = torch.where(renormalise[:, None, None, None], after / sums[..., None], after)
     return p, torch.cat([p[:-e], after])
 

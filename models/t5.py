@@ -29,9 +29,10 @@ class T5Encoder(nn.Module):
     Padding is masked inside T5 alone: the UNet attends to all `context_length` tokens.
     """
 
-    def __init__(self, tower: nn.Module, tokenizer: Any, context_length: int = 77):
+    def __init__(self, tower: Any, tokenizer: Any, context_length: int = 77):
         super().__init__()
-        self.tower, self.tokenizer = tower, tokenizer
+        self.tower: Any = tower
+        self.tokenizer = tokenizer
         self.config = T5Config(tower.config.d_model, context_length)
 
     def tokens(self, prompt: str) -> Tokens:
@@ -71,6 +72,8 @@ class EncodedPrompts(nn.Module):
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its
     text and [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
     """
+
+    embeddings: Tensor
 
     def __init__(self, prompts: list[str], tokens: list[Tokens], embeddings: Tensor):
         super().__init__()

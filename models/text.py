@@ -137,6 +137,8 @@ class TextEncoder(nn.Module):
     """Token ids -> context (and, for towers that have one, the pooled text). Tensors are
     named as in open_clip."""
 
+    vocab: Tensor
+
     def __init__(self, config: TextConfig = CLIP_L):
         super().__init__()
         self.config = c = config
@@ -145,7 +147,7 @@ class TextEncoder(nn.Module):
         act = QuickGELU if c.quick_gelu else nn.GELU
         blocks = (Block(c.width, c.heads, c.mlp_width or 4 * c.width, act) for _ in range(c.layers))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
-        self.ln_final = nn.LayerNorm(c.width) if c.final_norm or c.pooled_dim else None
+        self.ln_final = nn.LayerNorm(c.width) if c.final_norm or c.pooled_dim else nn.Identity()
         if c.pooled_dim:
             self.text_projection = nn.Parameter(_drawn(c.width**-0.5, c.width, c.pooled_dim))
         if c.compact:
@@ -176,7 +178,7 @@ class TextEncoder(nn.Module):
         x = self._embed(ids) + self.positional_embedding[: ids.shape[1]]         # (B, L, C)
         mask = torch.full((ids.shape[1],) * 2, float("-inf"), dtype=x.dtype, device=x.device).triu_(1)
         context = x
-        for i, block in enumerate(self.transformer["resblocks"]):
+        for i, block in enumerate(self.transformer["resblocks"].children()):
             x = block(x, mask)
             if i == c.layers - 1 - c.skip:
                 context = x

@@ -17,11 +17,11 @@ def tiled(f: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: int) -> Te
         i = torch.arange(n, device=x.device) + 0.5
         return torch.minimum(i, n - i)
 
-    total = weights_ = None
+    total = weights_ = torch.zeros(())   # made with the first square
     for top in dict.fromkeys(starts(x.shape[2])):
         for left in dict.fromkeys(starts(x.shape[3])):
             part = f(x[:, :, top:top + tile, left:left + tile]).float()
-            if total is None:
+            if not total.ndim:
                 total = part.new_zeros(*part.shape[:2], scale * x.shape[2], scale * x.shape[3])
                 weights_ = torch.zeros_like(total[:1, :1])
             h, w = part.shape[2:]

@@ -1,7 +1,7 @@
 """One UNet for latent models (self- and cross-attention) and pixel models (cross going down, hybrid up)."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,7 +31,7 @@ from p2p.models.blocks import (
     Upsample,
     timestep_embedding,
 )
-from p2p.models.layers import Conv2d, Linear
+from p2p.models.layers import Conv2d, Linear, ModuleList
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -121,10 +121,12 @@ Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 
 class _Level(nn.Module):
     """Residual and attention layers of one level; the two lists are what public checkpoints name."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
+    def __init__(self, resnets: Sequence[ResnetBlock], attentions: Sequence[nn.Module]):
         super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()   # one, or none
+        self.resnets: ModuleList[ResnetBlock] = ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers: ModuleList[ResnetBlock | Downsample] = ModuleList()   # one, or none
+        self.upsamplers: ModuleList[ResnetBlock | Upsample] = ModuleList()
 
 
 class UNet(nn.Module):
@@ -139,6 +141,7 @@ class UNet(nn.Module):
         ch, temb = c.channels, c.temb_dim or 4 * c.channels[0]
         self.conv_in = Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
         self.time_embedding = TimestepMLP(ch[0], temb, c.act)
+        self.add_embedding: TimestepMLP | TextPooling
         if c.vector_dim:
             self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
         if c.pool_heads:
@@ -159,20 +162,23 @@ class UNet(nn.Module):
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
 
-        def attentions(kind: str | None, level: int, n: int) -> list[nn.Module]:
+        def attentions(kind: str | None, level: int, n: int) -> Sequence[nn.Module]:
             width, heads = ch[level], c.heads[level]
-            if kind and kind.startswith("added"):
+            if kind is None:
+                return []
+            if kind.startswith("added"):
                 return [AddedAttention(width, c.context_dim, heads, kind == "added text", c.norm_text)
                         for _ in range(n)]
             return [SpatialTransformer(width, c.context_dim, heads, c.depth[level], kind, c.linear_projection,
-                                       c.ff_mult, c.upcast_attention) for _ in range(n if kind else 0)]
+                                       c.ff_mult, c.upcast_attention) for _ in range(n)]
 
         def resampler(dim: int, way: str) -> nn.Module:
             if c.resample == "residual":
                 return ResnetBlock(dim, dim, temb, style=style, resample=way)
             return {"down": Downsample, "up": Upsample}[way](dim)
 
-        self.down_blocks, skips, dim = nn.ModuleList(), [ch[0]], ch[0]
+        self.down_blocks: ModuleList[_Level] = ModuleList()
+        skips, dim = [ch[0]], ch[0]
         for i, out in enumerate(ch):
             resnets = []
             for _ in range(c.layers[i]):
@@ -189,7 +195,7 @@ class UNet(nn.Module):
         self.mid_block = _Level([ResnetBlock(dim, dim, temb, style=middle) for _ in range(2)],
                                 attentions(c.mid_attention, len(ch) - 1, 1))
 
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: ModuleList[_Level] = ModuleList()
         for i in reversed(range(len(ch))):
             resnets = []
             for _ in range(c.layers[i] + 1):
@@ -214,9 +220,11 @@ class UNet(nn.Module):
 
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
         """How many pixels each attention layer has, of x of that height and width."""
-        c, sides, found = self.config, [(height // self.config.patch, width // self.config.patch)], {}
+        c, found = self.config, dict[str, int]()
+        sides = [(height // c.patch, width // c.patch)]
         for _ in c.channels[1:]:   # a convolution rounds up, a mean of 2 x 2 down
-            sides.append(tuple(n // 2 if c.resample == "residual" else -(-n // 2) for n in sides[-1]))
+            h, w = sides[-1]
+            sides.append((h // 2, w // 2) if c.resample == "residual" else (-(-h // 2), -(-w // 2)))
         for m in self.layers(Attention):
             block, number, *_ = m.site.split(".")
             at = {"down_blocks": int(number), "up_blocks": -1 - int(number)} if number.isdecimal() else {}
@@ -239,7 +247,7 @@ class UNet(nn.Module):
             temb = temb + self.add_embedding(vector)
         if pooled is not None:
             temb = temb + pooled
-        if self.config.low_channels:
+        if level is not None:
             temb = temb + self.class_embedding(timestep_embedding(level, self.config.channels[0]).to(dtype))
         if self.config.time_act:
             temb = ACTIVATIONS[self.config.time_act](temb)
@@ -267,7 +275,7 @@ class UNet(nn.Module):
         text = self.read(context) if isinstance(context, Tensor) else context
         time = t if isinstance(t, dict) else self._time(
             torch.as_tensor(t, device=x.device).reshape(-1), x.dtype, text.pooled, vector, level)
-        features = edit if isinstance(edit, Mapping) else {}
+        features: Mapping[str, Any] = edit if isinstance(edit, Mapping) else {}
         seen: Seen = dict.fromkeys(watch)
 
         def layer(block: _Level, j: int, x: Tensor) -> Tensor:
@@ -275,7 +283,7 @@ class UNet(nn.Module):
             x = residual(x, time[residual.site], rows=features.get(residual.site))
             return block.attentions[j](x, text.texts, edit, seen) if j < len(block.attentions) else x
 
-        if c.low_channels:
+        if low is not None:
             x = torch.cat([x, low], dim=1)
         x = self.conv_in(F.pixel_unshuffle(x, c.patch))                          # (B, C_0, H/p, W/p)
         skips = [x]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from p2p.models.attention import attend
 from p2p.models.blocks import Downsample, ResnetBlock, Upsample
-from p2p.models.layers import Conv2d, Linear
+from p2p.models.layers import Conv2d, Linear, ModuleList
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class PixelAttention(nn.Module):
 
 
 class _Blocks(nn.Module):
+    downsamplers: ModuleList[Downsample]   # one, or the attribute is not there
+    upsamplers: ModuleList[Upsample]
+
     def __init__(self, dims: list[int]):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(a, b, None, eps=1e-6) for a, b in zip(dims, dims[1:]))
@@ -66,11 +69,11 @@ class Encoder(nn.Module):
         super().__init__()
         ch = c.channels
         self.conv_in = Conv2d(c.in_channels, ch[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks: ModuleList[_Blocks] = ModuleList()
         for i, out in enumerate(ch):
             block = _Blocks([ch[max(i - 1, 0)]] + [out] * c.layers_per_block)
             if i < len(ch) - 1:
-                block.downsamplers = nn.ModuleList([Downsample(out, padding=0)])
+                block.downsamplers = ModuleList([Downsample(out, padding=0)])
             self.down_blocks.append(block)
         self.mid_block = _Mid(ch[-1])
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
@@ -91,11 +94,11 @@ class Decoder(nn.Module):
         ch = c.channels[::-1]
         self.conv_in = Conv2d(c.latent_channels, ch[0], 3, padding=1)
         self.mid_block = _Mid(ch[0])
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: ModuleList[_Blocks] = ModuleList()
         for i, out in enumerate(ch):
             block = _Blocks([ch[max(i - 1, 0)]] + [out] * (c.layers_per_block + 1))
             if i < len(ch) - 1:
-                block.upsamplers = nn.ModuleList([Upsample(out)])
+                block.upsamplers = ModuleList([Upsample(out)])
             self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
         self.conv_out = Conv2d(ch[-1], c.in_channels, 3, padding=1)

@@ -74,7 +74,7 @@ def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list
 
 def _without_punctuation(text: str) -> tuple[str, list[int]]:
     """Each run of punctuation and spaces as one space, none at the ends; and which character each one was."""
-    out = []
+    out: list[tuple[str, int]] = []
     for i, c in enumerate(text):
         c = " " if c.isspace() or unicodedata.category(c).startswith("P") else c
         if c != " " or (out and out[-1][0] != " "):

@@ -105,7 +105,7 @@ def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int],
     _check_mask(mask)
     if not isinstance(mask, Tensor):
         mask = brightness(as_picture(mask))
-        return torch.from_numpy(np.array(fit(mask, size, how, Image.BOX).convert("L")))[None] > 127
+        return torch.from_numpy(np.array(fit(mask, size, how, Image.Resampling.BOX).convert("L")))[None] > 127
     return F.interpolate(mask.float().cpu()[None, None], size=size, mode="area")[0] >= 0.5
 
 
@@ -143,8 +143,8 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         check(b)
     side, sites = placed(blends, unet, size)
     columns, threshold, start, everywhere, masks = [], [], [], [], []
-    for b, target in zip(blends, targets):
-        b = b or LocalBlend(mask=torch.ones(1, 1))
+    for blend, target in zip(blends, targets):
+        b = blend or LocalBlend(mask=torch.ones(1, 1))
         th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
         rivals = zip_longest(*(listed(words) for words in b.rivals or ()), fillvalue=())
         columns.append(torch.stack([
@@ -228,9 +228,9 @@ def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, ble
     """
     if not blend.sites:
         return torch.zeros(*blend.columns.shape[:3], 0, device=blend.columns.device)
-    total, heads = 0, 0
+    total, heads = torch.zeros((), device=blend.columns.device), 0
     for site in blend.sites:
-        layer = unet.get_submodule(site)
+        layer: Any = unet.get_submodule(site)
         p = site_maps(layer, seen[site], edit, rows, mean=True)[1]   # (S + N, 1 or h, pixels, L)
         total, heads = total + layer.heads * p.mean(1, dtype=torch.float32), heads + layer.heads
     p = total / heads                                                                    # (S + N, pixels, L)
@@ -273,7 +273,7 @@ def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int,
     source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
-    inside, n = masks(seen, blend, x.shape[2:]) | ~started, len(blend.of)
+    inside, n = masks(seen, blend, (x.shape[2], x.shape[3])) | ~started, len(blend.of)
     outside = x[blend.of]
     if source is not None:
         outside = torch.where(blend.sampled[:, None, None, None], outside, source)

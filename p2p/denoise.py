@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class Batch(NamedTuple):
         return torch.cat([lone, guide(uncond, cond)])
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What one step gave."""
 
     index: int               # 0 .. T - 1
@@ -100,7 +102,8 @@ class Inputs:
     def __init__(self, model: Model, prompts: Conditioning,
                  empty: Conditioning | Sequence[Conditioning] | None, timesteps: Sequence[float],
                  device: torch.device):
-        self.model, self.prompts, self.empty, self.last = model, prompts, empty, None
+        self.model, self.prompts, self.empty = model, prompts, empty
+        self.last: tuple[Batch, int] | None = None
         self.constant = empty is None or isinstance(empty, Conditioning)   # over the steps
         self.timesteps = torch.tensor(timesteps, device=device)            # no number of a step is read back
 
@@ -109,7 +112,10 @@ class Inputs:
         if self.last != (now := (batch, 0 if self.constant else i)):
             conditioning = self.prompts.rows(batch.sources) if batch.absent else self.prompts
             if batch.unconditional:
-                empty = self.empty if self.constant else self.empty[i]
+                empty = self.empty
+                if empty is not None and not isinstance(empty, Conditioning):
+                    empty = empty[i]
+                assert empty is not None
                 empty = empty.rows(len(empty.context) - batch.unconditional)
                 conditioning = Conditioning.cat([empty, conditioning])
             self.read, self.last = self.model.read(conditioning), now
@@ -132,12 +138,14 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
     NumericsError where a step is not finite.
     """
     inputs, check = Inputs(model, prompts, empty, schedule.timesteps, x.device), Finite(schedule, model)
-    total, mask, sites = 0.0, None, {*watch, *(blend.sites if blend is not None else ())}
+    total: float | Tensor = 0.0
+    mask, sites = None, {*watch, *(blend.sites if blend is not None else ())}
     for i, t in enumerate(schedule.timesteps):
         edit = plan[i] if plan else None
         if known is not None and known.absent(i):
             batch, x = batch._replace(absent=True), x[-batch.targets:]
-            edit = edit and edit._replace(cached=known.queries[i])
+            if isinstance(edit, AttentionEdit) and known.queries is not None:
+                edit = edit._replace(cached=known.queries[i])
         else:
             batch = batch._replace(absent=False)
         t_in, text = inputs(i, batch)
@@ -157,7 +165,8 @@ class Finite:
     looked at in the end."""
 
     def __init__(self, schedule: Schedule, model: Model):
-        self.schedule, self.model, self.found = schedule, model, []
+        self.schedule, self.model = schedule, model
+        self.found: list[Tensor] = []
 
     def __call__(self, i: int, x: Tensor) -> None:
         """Raises NumericsError."""

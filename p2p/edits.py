@@ -142,7 +142,7 @@ def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int
     by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
     alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
 
-    def fill(columns, bounds: Window, what: str) -> None:
+    def fill(columns: list[int], bounds: Window, what: str) -> None:
         lo, hi = window(bounds, what)
         alpha[:, columns] = 0
         alpha[int(lo * (steps + 1)):int(hi * (steps + 1)), columns] = 1

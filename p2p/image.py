@@ -5,7 +5,7 @@ import base64
 import io
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -153,12 +153,13 @@ def _keyed(image: Image.Image) -> Image.Image:
 
 def _reopened(image: Image.Image, stored: str) -> Image.Image:
     """The first frame of an undecoded picture's file, its values read as Pillow's raw mode says."""
-    place = image.fp.tell()
-    image.fp.seek(0)
-    found = Image.open(image.fp, formats=[image.format])
+    undecoded: Any = image   # an ImageFile, which has its file
+    place = undecoded.fp.tell()
+    undecoded.fp.seek(0)
+    found = Image.open(undecoded.fp, formats=[undecoded.format])
     found.tile = [tile._replace(args=stored) for tile in found.tile]
     found.load()
-    image.fp.seek(place)
+    undecoded.fp.seek(place)
     return found
 
 
@@ -180,7 +181,7 @@ def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: str = "crop",
-        by: Image.Resampling = Image.LANCZOS) -> Image.Image:
+        by: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it,
     cropped around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a
     white margin is a thing that a model would draw again; more of the same is not)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class AttentionMaps:
     """
 
     prompts: list[Tokens]
-    timesteps: list[int]
+    timesteps: list[float]
     size: tuple[int, int]            # height, width of the latents
     length: int                      # text columns
     sites: dict[str, Tensor]
@@ -94,13 +95,13 @@ class AttentionMaps:
             picked.append((m if heads is None else m[:, heads]).float().mean((0, 1)))
         return torch.stack(picked).mean(0).unflatten(0, side)
 
-    def word(self, word: str, row: int = 0, **which) -> Tensor:
+    def word(self, word: str, row: int = 0, **which: Any) -> Tensor:
         """The share of attention that a word or phrase gets, its pieces
         added.  -> (h, w); `which`: see `mean`"""
         kind("word", word, str)
         return self.mean(row, **which)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
 
-    def each_word(self, row: int = 0, ends: bool = False, **which) -> list[tuple[str, Tensor]]:
+    def each_word(self, row: int = 0, ends: bool = False, **which: Any) -> list[tuple[str, Tensor]]:
         """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the
         start and the end token."""
         flag("ends", ends)
@@ -110,7 +111,7 @@ class AttentionMaps:
             found = [("<start>", [0]), *found, ("<end>", [min(len(prompt.ids), self.length) - 1])]
         return [(w, mean[..., columns].sum(-1)) for w, columns in found if columns]
 
-    def components(self, row: int = 0, count: int = 3, **which) -> Tensor:
+    def components(self, row: int = 0, count: int = 3, **which: Any) -> Tensor:
         """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""
         whole("count", count)
         p = self.mean(row, columns="pixels", **which)                            # (h, w, pixels)
@@ -124,8 +125,8 @@ class AttentionMaps:
     def save(self, path: str | Path) -> None:
         """All maps as a numpy archive: one array a site, and the tokens of each prompt. Raises UsageError,
         OSError."""
-        arrays = {name: m.numpy() for name, m in self.sites.items()}
-        tokens = {f"tokens_{i}": np.array(p.ids) for i, p in enumerate(self.prompts)}
+        arrays: dict[str, Any] = {name: m.numpy() for name, m in self.sites.items()}
+        tokens: dict[str, Any] = {f"tokens_{i}": np.array(p.ids) for i, p in enumerate(self.prompts)}
         with place("path", path).open("wb") as f:
             np.savez_compressed(f, timesteps=np.array(self.timesteps), **tokens, **arrays)
 
@@ -151,7 +152,8 @@ class Collector:
     def add(self, step: Step) -> None:
         found, rows = {}, step.batch.shown(step.x.device)
         for site, qk in step.seen.items():
-            before, after = site_maps(self.unet.get_submodule(site), qk, step.edit, rows)
+            layer: Any = self.unet.get_submodule(site)
+            before, after = site_maps(layer, qk, step.edit, rows)
             maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
             found[site] = maps.to("cpu", torch.float16)
         self.timesteps.append(step.t)

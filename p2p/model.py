@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -46,11 +46,11 @@ class Conditioning(NamedTuple):
 
     def rows(self, first: int) -> Conditioning:
         """From that row on."""
-        return Conditioning(*(None if field is None else field[first:] for field in self))
+        return Conditioning._make(None if field is None else field[first:] for field in self)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning(*(None if field[0] is None else torch.cat(field) for field in zip(*parts)))
+        return Conditioning._make(None if field[0] is None else torch.cat(field) for field in zip(*parts))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Model:
 
     def read(self, told: Conditioning) -> Conditioning:
         """Conditioning with its text read once, for all the steps that are told it."""
-        return kind("told", told, Conditioning)._replace(context=self.unet.read(told.context))
+        return kind("told", told, Conditioning)._replace(context=self.unet.read(cast(Tensor, told.context)))
 
     def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
         """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes
@@ -199,7 +199,7 @@ class Model:
         kind("the context of told, which was read,", kind("told", told, Conditioning).context, Text)
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
-        return self.unet.times(timesteps, told.context, self.dtype, told.vector, told.level)
+        return self.unet.times(timesteps, cast(Text, told.context), self.dtype, told.vector, told.level)
 
     def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None,
                 watch: Collection[str] = ()
@@ -224,7 +224,7 @@ class Model:
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts (or one) -> context (B, L, C), in the model's precision."""
-        return self.condition(prompts).context
+        return cast(Tensor, self.condition(prompts).context)
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], height: int | None = None,
@@ -240,14 +240,16 @@ class Model:
         with self._at_work(*self.text_encoders):
             encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
-        if self.unet.config.vector_dim is None:
+        pooled = encoded[-1][1]
+        if pooled is None or self.unet.config.vector_dim is None:
             return Conditioning(context)
-        return Conditioning(context, self._vector(encoded[-1][1], height, width))
+        return Conditioning(context, self._vector(pooled, height, width))
 
     def _vector(self, pooled: Tensor, height: int | None, width: int | None) -> Tensor:
         """SDXL's vector: pooled text, then original size, crop corner and target size as sinusoids."""
         size = (height or self.size[0], width or self.size[1])
         numbers = torch.tensor([*size, 0, 0, *size], device=pooled.device)
+        assert self.unet.config.vector_dim is not None
         dim = (self.unet.config.vector_dim - pooled.shape[1]) // len(numbers)
         sizes = timestep_embedding(numbers, dim).flatten().to(pooled.dtype)      # (6 dim,)
         return torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=-1)        # (B, V)
@@ -260,7 +262,7 @@ class Model:
         if self.zero_negative:
             vector = c.vector if c.vector is None else self._vector(
                 torch.zeros_like(c.vector[:, : self.text_encoders[-1].config.pooled_dim]), height, width)
-            c = Conditioning(torch.zeros_like(c.context), vector)
+            c = Conditioning(torch.zeros_like(cast(Tensor, c.context)), vector)
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:

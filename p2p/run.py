@@ -19,7 +19,7 @@ from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
-from p2p.model import Model
+from p2p.model import Conditioning, Model
 from p2p.request.asked import SAMPLING, Editor, check_negative
 from p2p.request.checks import flag, whole
 from p2p.request.loading import find_model
@@ -80,7 +80,7 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     if record.before:
         raise UsageError("record.before: maps before the edit are an edit's; leave it out")
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = list(sampling.seed) if isinstance(sampling.seed, (list, tuple)) else [sampling.seed]
+    seeds: list[Any] = list(sampling.seed) if isinstance(sampling.seed, (list, tuple)) else [sampling.seed]
     if not isinstance(prompts, (list, tuple)):
         raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
     if not prompts or len(seeds) not in (1, len(prompts)):
@@ -107,8 +107,9 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
     began = time.perf_counter()
     told = model.condition(ready.prompts, *start.size)
     if start.low is not None:
-        enlarged = dict(low=start.low.to(model.dtype), level=start.level)
-        told, empty = told._replace(**enlarged), empty and empty._replace(**enlarged)
+        enlarged: dict[str, Any] = dict(low=start.low.to(model.dtype), level=start.level)
+        told = told._replace(**enlarged)
+        empty = empty._replace(**enlarged) if isinstance(empty, Conditioning) else empty
     read = time.perf_counter()
     watch = record.sites(model.unet, *start.x.shape[2:])
     loop = denoise(model, start.x, told, empty, start.schedule, ready.step, ready.batch,
@@ -123,10 +124,10 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
-    maps = collector.result([model.tokens(p) for p in ready.prompts], tuple(x.shape[2:]),
+    maps = collector.result([model.tokens(p) for p in ready.prompts], (x.shape[2], x.shape[3]),
                             model.length) if watch else None
     return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
-                  None if mask is None else mask.cpu(), rows, timings, ready.edits)
+                  None if mask is None else mask.cpu(), rows, timings, list(ready.edits))
 
 
 def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None,

@@ -63,7 +63,10 @@ def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_prev: float, eta: float = 
     towards noise; eta 1: DDPM; eta > 0 needs `noise`."""
     sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5 if eta else 0.0   # Eq. 16
     x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
-    return x + sigma * noise if sigma > 0 else x
+    if not sigma > 0:
+        return x
+    assert noise is not None
+    return x + sigma * noise
 
 
 def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor,
@@ -196,7 +199,7 @@ def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
             above = (x_next, a_t)
             return belm_step(above_x[-len(x):], x, eps, a_next, a_t, a_prev)
         x_0, eps = x0_and_eps(x, out, a_t, prediction, clip)
-        if variance is not None and eta == 1:
+        if variance is not None and eta == 1 and noise:
             return ddpm_step(x, x_0, a_t, a_prev, noise[i], variance)
         return ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise else None)
 

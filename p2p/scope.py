@@ -32,9 +32,9 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
     if edit.scope is not None:
         inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
                   for i in align.word_tokens(source, word, length)}
-        old = [(name, i) for name, i in ours if inside & set(i)]
-        new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in old)]
-        return [name for name, _ in old], new
+        chosen = [(name, i) for name, i in ours if inside & set(i)]
+        new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in chosen)]
+        return [name for name, _ in chosen], new
     weighted = {j for word, c in (edit.equalizer or {}).items() if c != 1
                 for j in align.word_tokens(target, word, length)}
 
@@ -52,8 +52,8 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     blend = edit.local_blend or LocalBlend()
     if blend.words is None:
         own = subject(source, target, edit, mode, length)
-        rivals = tuple([name for name, columns in align.named_words(prompt) if name not in words
+        left, right = ([name for name, columns in align.named_words(prompt) if name not in words
                         and max(columns) < length - 1]
                        for prompt, words in zip((source, target), own))
-        blend = replace(blend, words=own, rivals=rivals)
+        blend = replace(blend, words=own, rivals=(left, right))
     return replace(edit, scope=None, local_blend=blend)

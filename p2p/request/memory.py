@@ -122,7 +122,7 @@ def qk_shapes(model: Model, height: int, width: int) -> dict[str, tuple[tuple[in
     """By site, the shapes (N, h d) and (K, h d) of one row's queries and keys, of latents of that size."""
     pixels, found = model.unet.site_pixels(height, width), {}
     for m in model.unet.layers(Attention):
-        between = isinstance(m, (SelfAttention, HybridAttention)) and m.to_k is not None
+        between = isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)
         columns = pixels[m.site] * between + (0 if isinstance(m, SelfAttention) else model.length)
         found[m.site] = (pixels[m.site], m.to_q.out_features), (columns, m.to_q.out_features)
     return found
