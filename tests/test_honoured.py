@@ -33,6 +33,7 @@ def edited(model, picture, method, **settings):
     return p2p.edit(model, inversion, TARGET).latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_acts_or_is_refused(sd1, picture, method):
     plain = edited(sd1, picture, method)
