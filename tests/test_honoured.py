@@ -28,11 +28,12 @@ def picture():
 
 
 def edited(model, picture, method, **settings):
-    usual = {"steps": 3, "height": 16, "width": 32} | ({} if unread(method, "inner_steps") else {"inner_steps": 3})
+    usual = {"steps": 3, "height": 16, "width": 32} | ({} if unread(method, "inner_steps") else {"inner_steps": 1})
     inversion = p2p.invert(model, picture, SOURCE, method=method, **usual | settings)
     return p2p.edit(model, inversion, TARGET).latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_acts_or_is_refused(sd1, picture, method):
     plain = edited(sd1, picture, method)
