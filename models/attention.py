@@ -178,7 +178,7 @@ class CrossAttention(Attention):
 
 
 class HybridAttention(CrossAttention):
-    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); only text columns are edited."""
+    """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); text columns are edited."""
 
     text_only = False   # no to_k and to_v, no columns of pixels: cross-attention by another name
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import resource
+import signal
 import zlib
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,6 +136,16 @@ def single(made, tmp_path_factory):
 def plain(single):
     """The model of the single file, for tests that only look at it."""
     return p2p.load(single, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def attended():
+    """Signals act as at a terminal, on this process and on those that it starts: `nohup` and a shell's & have some ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ LISTS = ("results.jsonl", "seeds.json")   # of what is done so far
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
+pytestmark = pytest.mark.usefixtures("attended")
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch, emoji, sd1_file):
     """A folder with what the commands read, and the model loaded once.  -> runs a command"""

@@ -76,7 +76,7 @@ def test_submodules_are_found_and_what_is_absent_is_not(monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("at", ["numpy", "torch._utils", "p2p.model"])
-def test_a_start_that_is_interrupted_says_so_and_no_more(tmp_path, at, number, code):
+def test_a_start_that_is_interrupted_says_so_and_no_more(tmp_path, attended, at, number, code):
     """at: a module whose import is over when the signal comes; others are being imported."""
     command = [sys.executable, "-X", "importtime", "-m", "p2p", "edit", "a cat on grass", "a dog on grass", "-o", str(tmp_path / "out")]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
