@@ -27,9 +27,10 @@ def started(folder, n, others=None, **extra):
 
 def test_a_job_that_fails_ends_no_other_ranks_work(tmp_path):
     """Its rank has nothing else to do, and ends long before the other."""
-    run = started(tmp_path, 2, weight={"bird": 2}, others={"steps": 60})
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not")
+    run = started(tmp_path, 2, image="broken.png", seed=None, method="ddim", others={"steps": 60})
     _, said = run.communicate(timeout=300)
-    assert run.returncode == 1 and 'no word "bird"' in said
+    assert run.returncode == 1 and "broken.png: not a picture" in said
     assert rows(tmp_path / "out") == ["failed", "done"] and not list((tmp_path / "out").rglob(".p2p-*"))
 
 

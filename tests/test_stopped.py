@@ -223,7 +223,8 @@ def test_a_reader_that_leaves_does_not_end_the_work(tmp_path, unread):
     file = listed(tmp_path / "jobs.jsonl", 3, steps=1)
     assert main(["batch", str(file), "--out", str(tmp_path / "out")]) == 0
     assert [json.loads(line)["state"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()] == ["done"] * 3
-    file.write_text(json.dumps({"source": "a cat", "targets": "a dog", "weight": {"bird": 2}}) + "\n")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not")
+    file.write_text(json.dumps({"source": "a cat", "targets": "a dog", "image": "broken.png"}) + "\n")
     assert main(["batch", str(file), "--out", str(tmp_path / "other")]) == 1
     assert main(["edit", "a cat", "a dog", "--steps", "1", "--out", str(tmp_path / "edit")]) == 0
     assert len(list((tmp_path / "edit").glob("*/edit.png"))) == 1 and main(["tokens"]) == 2 and main(["tokens", "a cat"]) == 0
