@@ -1,4 +1,5 @@
 """Real pictures: what each inversion promises, and that any of them starts any edit."""
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import p2p
 from p2p.errors import UsageError
@@ -195,7 +198,17 @@ def test_saved_and_loaded_it_is_the_same(narrow, small, tmp_path):
         again = p2p.Inversion.load(tmp_path / "inv.safetensors")
         assert again.settings() == inv.settings() and again.picture.tobytes() == image.tobytes()
         a, b = (p2p.edit(narrow, i, TARGET).latents for i in (inv, again))
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) and again.version == p2p.__version__
+
+
+def test_a_file_from_before_versions_were_recorded_is_read(narrow, tmp_path):
+    file = tmp_path / "inv.safetensors"
+    p2p.invert(narrow, torch.zeros(1, 3, 16, 16), SOURCE, steps=2).save(file)
+    with safe_open(file, "pt") as f:
+        tensors, settings = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["inversion"])
+    del settings["version"]
+    save_file(tensors, file, {"inversion": json.dumps(settings)})
+    assert p2p.Inversion.load(file).version is None
 
 
 def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(narrow):

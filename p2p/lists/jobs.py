@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from p2p import __version__
 from p2p.blend import LocalBlend
 from p2p.edits import Edit
 from p2p.edits import check as check_edit
@@ -226,7 +227,7 @@ class Store:
         """Writes all files aside, then moves them into place at once. Raises UsageError where the disk
         does not take them."""
         said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
-                                 "seconds": round(seconds, 3)}
+                                 "seconds": round(seconds, 3), "version": __version__}
         try:
             with appearing(self.root / job.id, "job.json") as made:
                 for name, image in zip(names(len(result.images)), result.images):

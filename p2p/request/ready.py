@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from p2p import __version__
 from p2p.blend import Blend, prepare
 from p2p.denoise import Batch, Known
 from p2p.edits import Edit, Tables, plan, tables
@@ -155,8 +156,6 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
 
 def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -> dict[str, Any]:
     """What every run records of itself."""
-    from p2p import __version__  # not above: it imports this
-
     seeds = [sampling.seed] if not isinstance(sampling.seed,
                                               (list, tuple)) else [int(s) for s in sampling.seed]
     seed = None if sampling.x_T is not None else int(seeds[0]) if len(seeds) == 1 else seeds

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from p2p import __version__
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 from p2p.model import Model
@@ -60,6 +61,7 @@ class Inversion:
     fit: str = "crop"                      # how the picture was fitted
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
+    version: str | None = __version__      # of the package that made it; None: of an older file
     notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
     def settings(self) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def _read(file: str | Path) -> dict[str, Any]:
     queries = {k.removeprefix(QUERIES): tensors.pop(k) for k in list(tensors) if k.startswith(QUERIES)}
     if unknown := sorted([*(said.keys() - FIELDS.keys() - {"picture"}), *(tensors.keys() - set(TENSORS))]):
         raise UsageError(f"{file}: not an inversion saved by p2p ({', '.join(unknown[:5])} belongs to none)")
-    return said | tensors | {"queries": queries or None}
+    return {"version": None} | said | tensors | {"queries": queries or None}
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
@@ -151,7 +153,7 @@ _NUMBER = _is(int, float), "a finite number"
 FIELDS = {
     "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT,
     "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
-    "sha256": (_is(str, type(None)), "a text or null"),
+    "sha256": (_is(str, type(None)), "a text or null"), "version": (_is(str, type(None)), "a text or null"),
     "steps": (lambda v: type(v) is int and 1 <= v, "a whole number from 1"),
     "rows": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
     "skip": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
