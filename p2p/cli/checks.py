@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from p2p.cli import arguments, values
+from p2p.cli import arguments, groups, values
 from p2p.cli.values import given, options_of, refuse
 from p2p.errors import UsageError
 from p2p.request.checks import whole
 
 EDIT = options_of(arguments.edit)
-INJECTION = options_of(arguments.injection)
-INVERSION = options_of(arguments.inversion)
+INJECTION = options_of(groups.injection)
+INVERSION = options_of(groups.inversion)
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # With --from: where the model's files lie, where and how it runs, what is made of the result. All else is as
 # the picture records.
