@@ -187,6 +187,14 @@ def test_bad_usage_is_one_clear_message(capsys, tmp_path, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options, message", [(["--weight", "bird=2"], 'no word "bird"'), (["--blend", "cat:bird"], 'no word "bird"')])
+def test_words_are_checked_before_a_picture_is_inverted(capsys, tmp_path, monkeypatch, options, message):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "a.png")
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    code, _, err = run(capsys, "edit", "--image", tmp_path / "a.png", "a cat", "a dog", *options, "-o", tmp_path / "out")
+    assert code == 2 and message in err
+
+
 def test_model_file_errors_have_their_own_code(capsys, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"<html>")

@@ -48,6 +48,13 @@ def tree(out):
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != "recipe.json"}
 
 
+def test_words_that_the_model_does_not_know_are_named(tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"caption": "a cat on grass", "edit": "make it a zebra", "output": "a zebra on grass"}) + "\n")
+    main(command(file, tmp_path / "out", "--samples", "1", "--steps", "1"))
+    assert 'prompt 0: note: "a zebra on grass": this model has never seen zebra' in capsys.readouterr().err
+
+
 def test_pairs_are_kept_as_the_original_lays_them_out(prompts, finished):
     out, said = finished
     seeds = json.loads((out / "seeds.json").read_text())

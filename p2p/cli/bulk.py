@@ -31,6 +31,7 @@ from p2p.request.source import METHODS
 from p2p.show.sweep import shown
 from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
+from p2p.weights.untrusted import printable
 
 
 def batch(args: argparse.Namespace) -> int:
@@ -171,6 +172,8 @@ def make_dataset(args: argparse.Namespace) -> int:
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
                disable=args.quiet)
     for pair, counts in bar:
+        for note in dict.fromkeys(note for prompt in pair.prompts for note in model.remarks(prompt)):
+            tqdm.write(f"prompt {pair.index}: note: {printable(note)}", file=sys.stderr)
         if why := next((name for name in counts if name.startswith("failed")), None):
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)
     total = dataset.finish(args.out)

@@ -18,6 +18,8 @@ from p2p.editors import find_editor
 from p2p.image import open_picture
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import tokenizer, tokens
+from p2p.request.asked import asked
+from p2p.request.inverting import expected
 from p2p.request.prompts import check as check_prompt
 from p2p.run import Result
 from p2p.show.pictures import grid, heat, names, overlay, table
@@ -35,20 +37,23 @@ def edit(args: argparse.Namespace) -> None:
         return replay.run(args)
     prompts = values.prompts(args)
     out = Output(args.out, prompts[0])
-    settings = options.edit_settings(args)
+    settings = dict(**options.edit_settings(args), proximal=values.proximal(args),
+                    editor=find_editor(args.editor), negative_prompt=args.negative,
+                    record=options.record(args))
     if args.inversion is not None:
         source, targets = p2p.Inversion.load(args.inversion), prompts
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
-        source, targets, sampling = _invert(args, model, picture), prompts[1:], dict(guidance_scale=args.cfg)
+        targets, sampling = prompts[1:], dict(guidance_scale=args.cfg)
+        planned = expected(model, args.source, **_inversion_settings(args))
+        asked(model, planned, targets, **settings, **sampling)   # a mistake, before minutes of inverting
+        source = _invert(args, model, picture)
     else:
         source, *targets = prompts
         model, sampling = options.load_for_sampling(args)
     upscaler = stage(args, model.family)
-    result = p2p.edit(model, source, targets, **settings, **sampling, proximal=values.proximal(args),
-                      editor=find_editor(args.editor), negative_prompt=args.negative,
-                      record=options.record(args), progress=not args.quiet)
+    result = p2p.edit(model, source, targets, **settings, **sampling, progress=not args.quiet)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
 
@@ -64,12 +69,16 @@ def invert(args: argparse.Namespace) -> None:
 
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
+    return p2p.invert(model, picture, args.source, **_inversion_settings(args), progress=not args.quiet)
+
+
+def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `p2p.invert` that were given."""
     given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps,
                  inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
-                 final_alpha=args.final_alpha, fit=args.fit)
-    return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height,
-                      width=args.width, progress=not args.quiet,
-                      **{k: v for k, v in given.items() if v is not None})
+                 final_alpha=args.final_alpha, fit=args.fit, guidance_scale=args.cfg, height=args.height,
+                 width=args.width)
+    return {k: v for k, v in given.items() if v is not None}
 
 
 def generate(args: argparse.Namespace) -> None:
