@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.paired import KINDS, may_change, pairs
 from p2p.image import to_pil
-from p2p.lists.pie import runs
+from p2p.lists.pie_data import runs
 from p2p.show.pictures import save_png
 from p2p.weights.emoji.world import OBJECTS, caption, render
 

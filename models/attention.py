@@ -111,7 +111,8 @@ class Attention(nn.Module):
     def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
 
-    def here(self, edit: Edits) -> AttentionEdit | None:
+    def site_edit(self, edit: Edits) -> AttentionEdit | None:
+        """The edit of this layer."""
         return edit.get(self.site) if isinstance(edit, Mapping) else edit
 
     def rows(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
@@ -143,7 +144,7 @@ class SelfAttention(Attention):
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
         if seen is not None and self.site in seen:
             seen[self.site] = q, k
-        return self.join(attend(*self.split(*self.borrow(self.here(edit), q, k, v))), x.dtype)
+        return self.join(attend(*self.split(*self.borrow(self.site_edit(edit), q, k, v))), x.dtype)
 
 
 class CrossAttention(Attention):
@@ -161,7 +162,7 @@ class CrossAttention(Attention):
         return self.to_q(x), text.k, text.v
 
     def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
-        edit = self.here(edit)
+        edit = self.site_edit(edit)
         q, k, v = self.columns(x, texts[self.site], edit)
         if seen is not None and self.site in seen:
             seen[self.site] = q, k

@@ -1,8 +1,8 @@
-"""The parts a UNet is made of: residual blocks, resampling, transformer blocks, the timestep embedding."""
+"""The parts of a UNet: residual blocks, resampling, transformer blocks, levels, the timestep embedding."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from p2p.models.attention import (
     Texts,
     attend,
 )
-from p2p.models.layers import Conv2d, Linear
+from p2p.models.layers import Conv2d, Linear, ModuleList
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -45,8 +45,8 @@ class TimestepMLP(nn.Module):
 
 
 class TextPooling(nn.Module):
-    """The whole text as one vector: the mean token attends to it and to all others (DeepFloyd
-    IF).  (B, L, C) -> (B, out)"""
+    """Pools the text into one vector: its mean attends to itself and to all tokens (DeepFloyd IF).
+    (B, L, C) -> (B, out)"""
 
     class _Pool(nn.Module):   # the nesting keeps the tensor names of public checkpoints
         def __init__(self, dim: int, heads: int):
@@ -82,8 +82,7 @@ class ResidualStyle(NamedTuple):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, activation, conv, twice, what `time` makes of the timestep between; `temb_dim`
-    None in the autoencoder.
+    """Norm, activation, conv, twice, with the projected timestep between; temb_dim: None in the autoencoder.
 
     resample: "down" (2 x 2 means) or "up" (nearest) between the first activation and the first conv.
     """
@@ -102,15 +101,15 @@ class ResnetBlock(nn.Module):
                          "up": nn.Upsample(scale_factor=2)}[resample]
 
     def time(self, temb: Tensor) -> Tensor:
-        """The timestep's embedding as this block adds it.  (..., temb_dim) -> (..., out), or its scale and
-        shift (..., 2 out)"""
-        assert self.time_emb_proj is not None   # of no autoencoder
+        """Projects the timestep's embedding.  (..., temb_dim) -> (..., out) to add, or scale and shift
+        (..., 2 out)"""
+        assert self.time_emb_proj is not None   # only the autoencoder's blocks have none
         return self.time_emb_proj(temb if self.style.skip_time_act else self.act(temb))
 
     def forward(self, x: Tensor, time: Tensor | None = None, size: torch.Size | None = None,
                 rows: Tensor | None = None) -> Tensor:
-        """time: as `time` gives it, one row or B; `size` is what resampling up comes to, as in `Upsample`;
-        rows (B,) long: whose residual each row adds to its own skip connection (Plug-and-Play's features)."""
+        """x (B, C, H, W) -> (B, out, H, W). time: from `time`, one row or B; size: as in `Upsample`; rows
+        (B,) long: whose residual each row adds to its own skip connection (Plug-and-Play's features)."""
         h = self.conv1(self.resample(self.act(self.norm1(x))))                   # (B, out, H, W)
         if time is None:
             h = self.norm2(h)
@@ -127,7 +126,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    site = ""   # see `ResnetBlock`, which may stand in its place
+    site = ""   # as in `ResnetBlock`, which may take its place
 
     def __init__(self, dim: int, padding: int = 1):
         super().__init__()
@@ -152,10 +151,29 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
 
 
+def resampler(kind: str, direction: str, dim: int, temb_dim: int, style: ResidualStyle) -> nn.Module:
+    """The layer between two levels. kind: "conv", or "residual" (inside a residual block); direction: "down"
+    or "up"."""
+    if kind == "residual":
+        return ResnetBlock(dim, dim, temb_dim, style=style, resample=direction)
+    return {"down": Downsample, "up": Upsample}[direction](dim)
+
+
+class Level(nn.Module):
+    """Residual and attention layers of one level; the two lists are named as in public checkpoints."""
+
+    def __init__(self, resnets: Sequence[ResnetBlock], attentions: Sequence[nn.Module]):
+        super().__init__()
+        self.resnets: ModuleList[ResnetBlock] = ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers: ModuleList[ResnetBlock | Downsample] = ModuleList()   # one, or none
+        self.upsamplers: ModuleList[ResnetBlock | Upsample] = ModuleList()       # one, or none
+
+
 class FeedForward(nn.Module):
     """GEGLU. The odd nesting keeps the tensor names of public checkpoints (ff.net.0.proj, ff.net.2).
 
-    Few rows at a time where the hidden layer is large: it would be most of a step's memory.
+    Where the hidden layer is large it runs on few rows at a time: it would take most of a step's memory.
     """
 
     LARGE = 2**24   # elements
@@ -234,8 +252,7 @@ class SpatialTransformer(nn.Module):
 
 
 class AddedAttention(HybridAttention):
-    """Hybrid attention as a layer of its own, as a residual: DeepFloyd IF's ("added key and
-    value projections").
+    """Hybrid attention as a separate residual layer: DeepFloyd IF's ("added key and value projections").
 
     text_only: no columns of pixels, as in IF's super-resolution stages. norm_text: GroupNorm over
     the text's channels.

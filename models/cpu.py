@@ -1,4 +1,4 @@
-"""What only makes a CPU faster. Nothing here changes what is computed: readers of the method may skip it.
+"""Optimisations for CPUs. Nothing here changes what is computed: readers of the method may skip it.
 
 Measured: a UNet call without it, over one with it, in turn in one process; two Intel cores
 (AVX512), torch 2.14, float32, four rows. mid is Stable Diffusion 1's own width on latents of 32 x
@@ -32,8 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def one_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution is a large 3 x 3 kernel on few positions: oneDNN's convolution rearranges the
-    whole kernel at every call, which there takes longer than the sums."""
+    """Whether a convolution has a large 3 x 3 kernel and few positions: oneDNN's convolution rearranges the
+    kernel at every call, which then takes longer than the sums."""
     like = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     few = x.ndim == 4 and 2 * len(x) * x.shape[2] * x.shape[3] <= conv.out_channels
     return like == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and few and conv.weight.numel() >= LARGE

@@ -1,5 +1,5 @@
-"""The linear and convolution layers of every network here. Their weights may be stored in less precision than
-they compute in: they are widened to that of the input, a layer at a time.
+"""The linear and convolution layers of every network here. Their weights may be stored in a lower precision
+than they compute in: each layer widens them to that of its input.
 
 Kernels and activations lie contiguous, with their channels first. With channels last both oneDNN's
 convolution and ATen's group norm on CPUs round 4 to 10 times as coarsely (a 3 x 3 convolution of 1280
@@ -46,13 +46,13 @@ class Conv2d(nn.Conv2d):
 
 
 def widened_names(module: nn.Module) -> set[str]:
-    """Names of the tensors that these layers hold, and widen."""
+    """Names of the tensors that these layers widen."""
     layers = ((name, m) for name, m in module.named_modules() if isinstance(m, (Linear, Conv2d)))
     return {f"{name}.{p}" for name, _ in layers for p in ("weight", "bias")}
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The layer's weight and bias in the precision of its input, if that is the wider one."""
+    """The layer's weight and bias, in the precision of its input if that is wider."""
     weight, bias = layer.weight, layer.bias
     if weight.dtype.itemsize >= x.dtype.itemsize:
         return weight, bias

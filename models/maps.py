@@ -1,5 +1,4 @@
-"""Attention maps, formed outside of the network: of the queries and keys of a layer that was
-watched, and the edit."""
+"""Attention maps, computed outside of the network from a watched layer's queries and keys, and the edit."""
 from __future__ import annotations
 
 import torch
@@ -19,31 +18,33 @@ from p2p.models.attention import (
 
 def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
               mean: bool = False) -> tuple[Tensor, Tensor]:
-    """The maps of some rows of the batch, as they would be without the edit and as they are with it.
+    """The maps of some rows of the batch, without and with the edit.
 
     qk: as the layer put it into `seen`. rows (R,) long: sources and edited rows, these last, in the batch's
-    order; cached ones are numbered after its last. mean: over heads, in single precision at least. -> (R, h
-    or 1, N, K) twice: the columns of the text, or those of the pixels in self-attention
+    order; cached ones are numbered after its last. mean: over heads, in single precision at least.
+    -> (R, h or 1, N, K) twice: the columns of the text, or in self-attention those of the pixels
     """
-    here = layer.here(edit)
+    layer_edit = layer.site_edit(edit)
     if isinstance(layer, SelfAttention):
-        return _pixel_maps(layer, qk, here, rows)
-    q, k = layer.rows(here, *qk) if here is not None else qk
+        return _pixel_maps(layer, qk, layer_edit, rows)
+    q, k = layer.rows(layer_edit, *qk) if layer_edit is not None else qk
     q, k = layer.split(q.index_select(0, rows), k.index_select(0, rows))         # (R, h, N, d), (R, h, K, d)
-    mix, keep, renormalise = (None, None, None) if here is None else (here.mix, here.keep, here.renormalise)
+    mix = keep = renormalise = None
+    if layer_edit is not None:
+        mix, keep, renormalise = layer_edit.mix, layer_edit.keep, layer_edit.renormalise
     pixels = q.shape[2] if isinstance(layer, HybridAttention) and not layer.text_only else 0
     p = _text_probs(q, k, pixels)                                                # (R, h, N, L)
     if mean and renormalise is None:   # edits are linear
         p = p.mean(1, keepdim=True, dtype=torch.promote_types(p.dtype, torch.float32))
-    if here is None or mix is None or keep is None:
+    if layer_edit is None or mix is None or keep is None:
         return p, p
-    e = len(here.source)
-    source = (rows[:, None] == here.source).float().argmax(0)   # (E,): where it stands among `rows`
-    own, lent = p[-e:], p.index_select(0, source)                                # (E, h, N, L)
-    after = edited_probs(own, lent, mix, keep)
+    e = len(layer_edit.source)
+    source = (rows[:, None] == layer_edit.source).float().argmax(0)   # (E,): its index in `rows`
+    own_probs, borrowed = p[-e:], p.index_select(0, source)                                # (E, h, N, L)
+    after = edited_probs(own_probs, borrowed, mix, keep)
     if renormalise is not None:
-        rest = 1 - own.sum(-1)   # what the row gives to pixels
-        sums = edited_probs(own, lent, mix.abs(), keep.abs()).sum(-1) + rest
+        to_pixels = 1 - own_probs.sum(-1)   # the share of attention that pixels get
+        sums = edited_probs(own_probs, borrowed, mix.abs(), keep.abs()).sum(-1) + to_pixels
         after = torch.where(renormalise[:, None, None, None], after / sums[..., None], after)
     return p, torch.cat([p[:-e], after])
 
@@ -55,13 +56,13 @@ def _pixel_maps(layer: Attention, qk: QK, edit: AttentionEdit | None, rows: Tens
     if edit is None:
         return (probs(*qk),) * 2
     used = layer.borrow(edit, *qk, qk[0])[:2]
-    beside = [x[len(qk[0]):] for x in layer.rows(edit, *qk)]   # the cached rows, which are no one's else
+    beside = [x[len(qk[0]):] for x in layer.rows(edit, *qk)]   # the cached rows, which no edit changes
     return probs(*layer.rows(edit, *qk)), probs(*(torch.cat(pair) for pair in zip(used, beside)))
 
 
 def _text_probs(q: Tensor, k: Tensor, pixels: int) -> Tensor:
-    """The map's columns of text; where pixels stand before them, in pieces: the whole of it may
-    not fit into memory."""
+    """The map's columns of text; where pixels stand before them, computed in pieces: the full map may not fit
+    into memory."""
     if not pixels:
         return attend_probs(q, k)
     return torch.cat([attend_probs(piece, k)[..., pixels:] for piece in q.split(1024, dim=2)], dim=2)

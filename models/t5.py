@@ -36,25 +36,27 @@ class T5Encoder(nn.Module):
         self.config = T5Config(tower.config.d_model, context_length)
 
     def tokens(self, prompt: str) -> Tokens:
-        """Where each token stands in the prompt; a piece that is a space alone belongs to
-        the word after it."""
+        """Tokens and their positions in the prompt; a token that is only a space belongs to the next word."""
         prompt = " ".join(prompt.split())
-        found = self.tokenizer(prompt, return_offsets_mapping=True)
-        ids, spans = list(found["input_ids"]), [tuple(s) for s in found["offset_mapping"]]
+        encoded = self.tokenizer(prompt, return_offsets_mapping=True)
+        ids, spans = list(encoded["input_ids"]), [tuple(s) for s in encoded["offset_mapping"]]
         after = (0, 0)
         for i in reversed(range(len(spans))):
             start, stop = spans[i]
             while start < stop and prompt[start] == " ":
                 start += 1
-            after = spans[i] = (start, stop) if start < stop else after if i < len(spans) - 1 else (0, 0)
+            if start < stop:
+                after = (start, stop)
+            spans[i] = after
         lower = prompt.lower()
         return Tokens(lower if len(lower) == len(prompt) else prompt, ids, spans)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """-> ids (B, L), cut after L tokens (the last one the end's) and padded."""
-        found = self.tokenizer([" ".join(p.split()) for p in prompts], max_length=self.config.context_length,
-                               truncation=True, padding="max_length", return_tensors="pt")
-        return found["input_ids"]
+        """-> ids (B, L), cut after L tokens (the last one the end token) and padded."""
+        encoded = self.tokenizer([" ".join(p.split()) for p in prompts], truncation=True,
+                                 padding="max_length", max_length=self.config.context_length,
+                                 return_tensors="pt")
+        return encoded["input_ids"]
 
     def unknown(self, ids: Tensor) -> Tensor:
         return ids == self.tokenizer.unk_token_id
@@ -66,7 +68,7 @@ class T5Encoder(nn.Module):
 
 
 class EncodedPrompts(nn.Module):
-    """Prompts with their embeddings and tokens, in place of the tower that made them (read by
+    """Prompts with their embeddings and tokens, in place of the tower that encoded them (read from a file by
     `p2p.weights.deepfloyd`).
 
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its
@@ -83,7 +85,7 @@ class EncodedPrompts(nn.Module):
 
     @staticmethod
     def encoded_by(tower: T5Encoder, prompts: list[str]) -> EncodedPrompts:
-        """The empty prompt and these, one at a time."""
+        """Encodes the empty prompt and these, one at a time."""
         device = next(tower.parameters()).device
         prompts = list(dict.fromkeys(["", *prompts]))
         with torch.no_grad():
@@ -93,9 +95,9 @@ class EncodedPrompts(nn.Module):
     def save(self, file: str | Path) -> None:
         """Raises OSError."""
         tokens = [self.split[p] for p in self.prompts]
-        said = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
+        metadata = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
         try:
-            save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, said)
+            save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, metadata)
         except SafetensorError as error:   # of a full disk, say
             raise OSError(errno.EIO, str(error)) from None
 

@@ -1,4 +1,4 @@
-"""CLIP's text towers, with the padding made explicit, and open_clip's tokenizer."""
+"""CLIP's text towers, with explicit padding, and open_clip's tokenizer."""
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -17,14 +17,15 @@ START, END = 49406, 49407   # <start_of_text>, <end_of_text>
 
 
 def _define_torchvision_operators() -> None:
-    """Beside a CPU build of torch, a torchvision that was built for CUDA (the registry's) lacks its compiled
-    operators, and its import fails. Nothing here calls them: that two of their schemas exist lets open_clip,
-    timm and transformers be imported.
+    """Defines two operators of torchvision, so that open_clip, timm and transformers can be imported.
+
+    With a CPU build of torch, a torchvision that was built for CUDA (the registry's) lacks its compiled
+    operators, and its import fails. Nothing here calls them.
     """
-    found = find_spec("torchvision")
-    if torch.version.cuda is not None or found is None or found.origin is None:
+    spec = find_spec("torchvision")
+    if torch.version.cuda is not None or spec is None or spec.origin is None:
         return
-    version = Path(found.origin).with_name("version.py")
+    version = Path(spec.origin).with_name("version.py")
     for_cuda = version.is_file() and "+cu" in version.read_text(encoding="utf-8")
     if for_cuda and not hasattr(torch.ops.torchvision, "nms"):
         for op in ("nms", "qnms"):
@@ -39,8 +40,8 @@ _define_torchvision_operators()
 def tokenizer() -> Any:
     """open_clip's byte-pair encoder (lower case, ftfy, html unescaped).
 
-    Its file is run by itself: the package around it imports torchvision, timm and transformers,
-    which takes seconds.
+    Its file is executed without its package, which imports torchvision, timm and transformers and takes
+    seconds.
     """
     package = find_spec("open_clip")
     if package is not None and package.origin is not None:
@@ -90,11 +91,11 @@ class TextConfig:
     vocab_size: int = 49408
     quick_gelu: bool = True
     pad_id: int = END             # CLIP-L is padded with <end_of_text>, OpenCLIP towers with 0
-    skip: int = 0                 # the context leaves out so many layers at the end
+    skip: int = 0                 # the number of last layers that the context leaves out
     final_norm: bool = True       # the context goes through the final LayerNorm
     pooled_dim: int | None = None  # width of the pooled text: last layer, LayerNorm, END token, projection
     compact: bool = False         # only the rows of the tokens listed in `vocab` are stored
-    mask_padding: bool = False   # padding gives a zero context: no text, but a place where attention may rest
+    mask_padding: bool = False   # padding has a zero context: no text, but columns that take attention
 
 
 CLIP_L = TextConfig()
@@ -108,7 +109,8 @@ EMOJI = TextConfig(width=128, heads=4, layers=3, context_length=32, vocab_size=0
 
 
 def _drawn(std: float, *shape: int) -> Tensor:
-    """Uniform: to draw normally on the meta device, torch imports its compiler, which takes seconds."""
+    """Draws uniform weights: for normal ones on the meta device torch imports its compiler, which takes
+    seconds."""
     return torch.empty(shape).uniform_(-(3**0.5) * std, 3**0.5 * std)
 
 
@@ -162,13 +164,13 @@ class TextEncoder(nn.Module):
         length = self.config.context_length
         ids = torch.full((len(prompts), length), self.config.pad_id)
         for row, prompt in zip(ids, prompts):
-            found = tokens(prompt).ids
-            found = found if len(found) <= length else [*found[: length - 1], END]
-            row[: len(found)] = torch.tensor(found)
+            encoded = tokens(prompt).ids
+            encoded = encoded if len(encoded) <= length else [*encoded[: length - 1], END]
+            row[: len(encoded)] = torch.tensor(encoded)
         return ids
 
     def unknown(self, ids: Tensor) -> Tensor:
-        """Which tokens a compact vocabulary does not hold.  (..., L) -> (..., L) bool"""
+        """Whether each token is missing in a compact vocabulary.  (..., L) -> (..., L) bool"""
         return ~torch.isin(ids, self.vocab) if self.config.compact else torch.zeros_like(ids).bool()
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:

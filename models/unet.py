@@ -3,34 +3,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import (
-    QK,
-    Attention,
-    CrossAttention,
-    Edits,
-    HybridAttention,
-    Seen,
-    SelfAttention,
-    TextKV,
-)
+from p2p.models.attention import QK, Attention, CrossAttention, Edits, HybridAttention, Seen, SelfAttention
 from p2p.models.blocks import (
     ACTIVATIONS,
     AddedAttention,
-    Downsample,
+    Level,
     ResidualStyle,
     ResnetBlock,
     SpatialTransformer,
     TextPooling,
     TimestepMLP,
-    Upsample,
+    resampler,
     timestep_embedding,
 )
+from p2p.models.conditioning import Text, Time
 from p2p.models.layers import Conv2d, Linear, ModuleList
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,7 +36,7 @@ class UNetConfig:
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
-    # "cross", "hybrid": in transformer blocks; "added", or text alone "added text": a layer of its own; None
+    # "cross", "hybrid": in transformer blocks; "added", or "added text" for text only: a separate layer; None
     down_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)
     mid_attention: str | None = "cross"
     up_attention: tuple[str | None, ...] = ("cross", "cross", "cross", None)  # level order, as down_attention
@@ -57,9 +49,9 @@ class UNetConfig:
     ff_mult: int = 4                               # width of the feed-forward, times that of the level
     patch: int = 1   # pixels per side that one position of the first level holds
     act: str = "silu"   # of the residual blocks and of the embeddings: "silu" or "gelu"
-    scale_shift: bool = False                      # this and the next two: see ResidualStyle
-    skip_time_act: bool = False
-    out_scale: float = 1.0
+    scale_shift: bool = False                      # see ResidualStyle
+    skip_time_act: bool = False                    # see ResidualStyle
+    out_scale: float = 1.0                         # see ResidualStyle
     mid_scale: float = 1.0                         # out_scale of the middle block
     resample: str = "conv"   # between levels: "conv", or "residual" (inside a residual block)
     temb_dim: int | None = None   # width of the timestep's embedding; None: 4 times the first level's
@@ -67,7 +59,7 @@ class UNetConfig:
     text_dim: int | None = None                    # width of the text as given, projected to context_dim
     pool_heads: int | None = None   # of the pooling of the text, added to the timestep's embedding
     norm_text: bool = True                         # GroupNorm over the text in "added" attention
-    low_channels: int = 0   # of a low-resolution picture beside x_t, whose noise level is embedded
+    low_channels: int = 0   # of a low-resolution picture concatenated to x_t; its noise level is embedded
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,7 +89,7 @@ EMOJI_UPSCALER = UNetConfig(
 
 
 def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
-    """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL); out come eps and its variance."""
+    """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL), which predicts eps and its variance."""
     channels = tuple(width * m for m in multiples)
     added = (None, *("added",) * (len(channels) - 1))
     return UNetConfig(
@@ -106,27 +98,6 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
         heads=tuple(c // 64 for c in channels), context_dim=channels[-1], act="gelu", scale_shift=True,
         resample="residual", text_dim=4096, pool_heads=64,
     )
-
-
-class Text(NamedTuple):
-    """What a UNet makes of the text alone, the same at every step; see `UNet.read`."""
-
-    texts: dict[str, TextKV]           # keys and values by attention layer
-    pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
-
-
-Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
-
-
-class _Level(nn.Module):
-    """Residual and attention layers of one level; the two lists are what public checkpoints name."""
-
-    def __init__(self, resnets: Sequence[ResnetBlock], attentions: Sequence[nn.Module]):
-        super().__init__()
-        self.resnets: ModuleList[ResnetBlock] = ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.downsamplers: ModuleList[ResnetBlock | Downsample] = ModuleList()   # one, or none
-        self.upsamplers: ModuleList[ResnetBlock | Upsample] = ModuleList()
 
 
 class UNet(nn.Module):
@@ -157,7 +128,7 @@ class UNet(nn.Module):
             if isinstance(module, (Attention, ResnetBlock)):
                 module.site = name
         parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        self.in_order = [m for part in parts for m in part.modules()]   # to walk there takes milliseconds
+        self.in_order = [m for part in parts for m in part.modules()]   # once: it takes milliseconds
 
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
@@ -172,12 +143,7 @@ class UNet(nn.Module):
             return [SpatialTransformer(width, c.context_dim, heads, c.depth[level], kind, c.linear_projection,
                                        c.ff_mult, c.upcast_attention) for _ in range(n)]
 
-        def resampler(dim: int, way: str) -> nn.Module:
-            if c.resample == "residual":
-                return ResnetBlock(dim, dim, temb, style=style, resample=way)
-            return {"down": Downsample, "up": Upsample}[way](dim)
-
-        self.down_blocks: ModuleList[_Level] = ModuleList()
+        self.down_blocks: ModuleList[Level] = ModuleList()
         skips, dim = [ch[0]], ch[0]
         for i, out in enumerate(ch):
             resnets = []
@@ -185,25 +151,25 @@ class UNet(nn.Module):
                 resnets.append(ResnetBlock(dim, out, temb, style=style))
                 dim = out
                 skips.append(dim)
-            block = _Level(resnets, attentions(c.down_attention[i], i, c.layers[i]))
+            block = Level(resnets, attentions(c.down_attention[i], i, c.layers[i]))
             if i < len(ch) - 1:
-                block.downsamplers.append(resampler(dim, "down"))
+                block.downsamplers.append(resampler(c.resample, "down", dim, temb, style))
                 skips.append(dim)
             self.down_blocks.append(block)
 
         middle = style._replace(out_scale=c.mid_scale)
-        self.mid_block = _Level([ResnetBlock(dim, dim, temb, style=middle) for _ in range(2)],
+        self.mid_block = Level([ResnetBlock(dim, dim, temb, style=middle) for _ in range(2)],
                                 attentions(c.mid_attention, len(ch) - 1, 1))
 
-        self.up_blocks: ModuleList[_Level] = ModuleList()
+        self.up_blocks: ModuleList[Level] = ModuleList()
         for i in reversed(range(len(ch))):
             resnets = []
             for _ in range(c.layers[i] + 1):
                 resnets.append(ResnetBlock(dim + skips.pop(), ch[i], temb, style=style))
                 dim = ch[i]
-            block = _Level(resnets, attentions(c.up_attention[i], i, c.layers[i] + 1))
+            block = Level(resnets, attentions(c.up_attention[i], i, c.layers[i] + 1))
             if i > 0:
-                block.upsamplers.append(resampler(dim, "up"))
+                block.upsamplers.append(resampler(c.resample, "up", dim, temb, style))
             self.up_blocks.append(block)
 
     def layers(self, kind: type[M]) -> list[M]:
@@ -219,21 +185,23 @@ class UNet(nn.Module):
         return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, HybridAttention))]
 
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
-        """How many pixels each attention layer has, of x of that height and width."""
-        c, found = self.config, dict[str, int]()
+        """The number of pixels of each attention layer, for x of that height and width."""
+        c, counts = self.config, dict[str, int]()
         sides = [(height // c.patch, width // c.patch)]
         for _ in c.channels[1:]:   # a convolution rounds up, a mean of 2 x 2 down
             h, w = sides[-1]
             sides.append((h // 2, w // 2) if c.resample == "residual" else (-(-h // 2), -(-w // 2)))
         for m in self.layers(Attention):
             block, number, *_ = m.site.split(".")
-            at = {"down_blocks": int(number), "up_blocks": -1 - int(number)} if number.isdecimal() else {}
-            h, w = sides[at.get(block, -1)]
-            found[m.site] = h * w
-        return found
+            level = -1   # the middle block's
+            if block in ("down_blocks", "up_blocks"):
+                level = int(number) if block == "down_blocks" else -1 - int(number)
+            h, w = sides[level]
+            counts[m.site] = h * w
+        return counts
 
     def read(self, context: Tensor) -> Text:
-        """All that depends on the text alone; `forward` takes it in place of the context (B, L, D)."""
+        """Computes what depends on the text alone; `forward` takes it in place of the context (B, L, D)."""
         pooled = self.add_embedding(context) if self.config.pool_heads else None
         if self.config.text_dim:
             context = self.encoder_hid_proj(context)                             # (B, L, context_dim)
@@ -241,7 +209,7 @@ class UNet(nn.Module):
 
     def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None,
               level: Tensor | None) -> Time:
-        """(..., 1 or B) -> (..., 1 or B, out) each"""
+        """What each residual block adds for timesteps t.  (..., 1 or B) -> (..., 1 or B, out) each"""
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
         if self.config.vector_dim:
             temb = temb + self.add_embedding(vector)
@@ -255,9 +223,15 @@ class UNet(nn.Module):
 
     def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None,
               level: Tensor | None = None) -> list[Time]:
-        """What depends on the timesteps (T,), not on x: one entry a step, which `forward` takes for t."""
-        together = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
-        return [{name: of[i] for name, of in together.items()} for i in range(len(t))]
+        """Computes what depends on the timesteps (T,), not on x: an entry a step, for `forward`."""
+        by_site = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
+        return [{name: added[i] for name, added in by_site.items()} for i in range(len(t))]
+
+    def _first_features(self, x: Tensor, low: Tensor | None) -> Tensor:
+        """x, with the low-resolution picture if there is one, at the first level.  -> (B, C_0, H/p, W/p)"""
+        if low is not None:
+            x = torch.cat([x, low], dim=1)
+        return self.conv_in(F.pixel_unshuffle(x, self.config.patch))
 
     def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text,
                 edit: Edits | Mapping[str, Any] = None, watch: Collection[str] = (),
@@ -278,14 +252,12 @@ class UNet(nn.Module):
         features: Mapping[str, Any] = edit if isinstance(edit, Mapping) else {}
         seen: Seen = dict.fromkeys(watch)
 
-        def layer(block: _Level, j: int, x: Tensor) -> Tensor:
+        def layer(block: Level, j: int, x: Tensor) -> Tensor:
             residual = block.resnets[j]
             x = residual(x, time[residual.site], rows=features.get(residual.site))
             return block.attentions[j](x, text.texts, edit, seen) if j < len(block.attentions) else x
 
-        if low is not None:
-            x = torch.cat([x, low], dim=1)
-        x = self.conv_in(F.pixel_unshuffle(x, c.patch))                          # (B, C_0, H/p, W/p)
+        x = self._first_features(x, low)                                         # (B, C_0, H/p, W/p)
         skips = [x]
         for block in self.down_blocks:
             for j in range(len(block.resnets)):

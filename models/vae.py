@@ -1,5 +1,5 @@
-"""The KL autoencoder of latent diffusion models: pictures <-> latents, 8 times smaller a side in
-Stable Diffusion."""
+"""The KL autoencoder of latent diffusion models: pictures <-> latents, 8 times smaller per side in Stable
+Diffusion."""
 from __future__ import annotations
 
 from dataclasses import dataclass

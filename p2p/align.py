@@ -22,8 +22,8 @@ READ = 77   # words of a prompt that are compared; no text tower reads more toke
 
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
-    """Token positions of every occurrence of a word or phrase, or with "cat#2" of the second one alone; upper
-    and lower case and punctuation do not matter.
+    """Token positions of every occurrence of a word or phrase; with "cat#2", of the second one only. Case and
+    punctuation do not matter.
 
     `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises
     UsageError where none is left.
@@ -33,22 +33,23 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     places = _occurrences(prompt, phrase)
     word, _, number = phrase.strip().rpartition("#")
     if not places and word and number.isdecimal():
-        every = _occurrences(prompt, word)
-        if every and not 1 <= int(number) <= len(every):
-            raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{word}" {len(every)} times')
-        places = every[int(number) - 1:int(number)]
+        occurrences = _occurrences(prompt, word)
+        if occurrences and not 1 <= int(number) <= len(occurrences):
+            raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{word}" {len(occurrences)} '
+                             "times")
+        places = occurrences[int(number) - 1:int(number)]
     if not places:
         raise UsageError(f'no word "{phrase}" in the prompt "{prompt.text}"; its words: '
                          f'{", ".join(prompt.text.split())}')
-    found = [i for place in places if max(place) < length - 1 for i in place]
-    if not found:
+    positions = [i for place in places if max(place) < length - 1 for i in place]
+    if not positions:
         raise UsageError(f'"{phrase}" stands beyond token {length - 2} of "{prompt.text}", where the text '
                          "tower stops reading; shorten the prompt")
-    return sorted(set(found))
+    return sorted(set(positions))
 
 
 def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
-    """Token positions of each occurrence, left to right; it starts and ends where the words of tokens do."""
+    """Token positions of each occurrence, left to right, that starts and ends at a token's boundary."""
     wanted = " ".join(phrase.lower().split())
     if wanted not in prompt.text:   # CLIP's tokenizer rewrites typography and entities in the prompt
         wanted = tokenizer().clean_fn(phrase)
@@ -60,20 +61,21 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
 
 
 def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list[list[int]]:
-    """Where `wanted` stands in `text`, whose character i is character origin[i] of the prompt."""
+    """Token positions of each `wanted` in `text`, whose character i is character origin[i] of the prompt."""
     starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
     out = []
-    at = text.find(wanted) if wanted else -1
-    while at >= 0:
-        start, stop = origin[at], origin[at + len(wanted) - 1] + 1
+    index = text.find(wanted) if wanted else -1
+    while index >= 0:
+        start, stop = origin[index], origin[index + len(wanted) - 1] + 1
         if start in starts and stop in ends:
             out.append([i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= stop and e])
-        at = text.find(wanted, at + 1)
+        index = text.find(wanted, index + 1)
     return out
 
 
 def _without_punctuation(text: str) -> tuple[str, list[int]]:
-    """Each run of punctuation and spaces as one space, none at the ends; and which character each one was."""
+    """The text with each run of punctuation and spaces as one space, none at the ends, and for each character
+    left its position in the text."""
     out: list[tuple[str, int]] = []
     for i, c in enumerate(text):
         c = " " if c.isspace() or unicodedata.category(c).startswith("P") else c
@@ -90,16 +92,16 @@ def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     piece = next(pieces, None)
     out = []
     for word in re.finditer(r"\S+", prompt.text):
-        found = []
+        positions = []
         while piece is not None and piece[2] <= word.end():
-            found.append(piece[0])
+            positions.append(piece[0])
             piece = next(pieces, None)
-        out.append((word.group(), found))
+        out.append((word.group(), positions))
     return out
 
 
 def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
-    """As `words`, every name one of a kind for `word_tokens`: words that occur again are "cat#1", "cat#2"."""
+    """`words` under names that `word_tokens` tells apart: a repeated word becomes "cat#1", "cat#2"."""
     out = []
     for word, columns in words(prompt):
         places = _occurrences(prompt, word)
@@ -109,11 +111,11 @@ def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
 
 
 def is_swap(source: Tokens, target: Tokens) -> bool:
-    """Whether the words that differ stand in the same places: as many in both prompts, and no word that
-    both hold has moved.
+    """Whether the words that differ stand in the same places: both prompts have the same number of words, and
+    no word that they share has moved.
 
-    "a huge dog on grass" -> "a dog on foggy grass" is none: every word from "huge" to "foggy" would take
-    its neighbour's map.
+    "a huge dog on grass" -> "a dog on foggy grass" is not a swap: every word from "huge" to "foggy" would
+    take its neighbour's map.
     """
     a, b = ([word for word, _ in words(prompt)] for prompt in (source, target))
     in_place = sum(u == v for u, v in zip(a[:READ], b[:READ]))
@@ -129,6 +131,7 @@ Word = tuple[str, list[int]]   # and its token positions
 
 
 def paired_words(source: Tokens, target: Tokens) -> list[tuple[Word, Word]]:
+    """Pairs the words of two prompts in order. Raises UsageError where their numbers differ."""
     a, b = words(source), words(target)
     if len(a) != len(b):
         raise UsageError(f'a word swap needs as many words on both sides: "{source.text}" has {len(a)}, '

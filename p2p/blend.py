@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from p2p.align import word_tokens
 from p2p.errors import UsageError
-from p2p.image import PIXELS, as_picture, brightness, fit, to_base64
+from p2p.image import PIXELS, as_picture, brightness, to_base64
+from p2p.image import fit as fit_picture
 from p2p.models.attention import QK, Edits
 from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
@@ -39,17 +40,17 @@ class LocalBlend:
     """Where a target may differ from its source.
 
     words: (of the source prompt, of the target prompt), each a word, a phrase or a list of them: the mask.
-    substruct: the same, for regions to be taken out of the mask again.
-    rivals: the same, one thing each: a position counts only where the words attract more than any of these.
-        Each map is taken as a share of its maximum, and words that mark no thing of their own (wide maps, or
-        peaks where the words have one) do not compete.
+    substruct: a pair like `words`, for regions to be taken out of the mask again.
+    rivals: a pair like `words`, one thing each: a position counts only where the words attract more attention
+        than any of these. Each map is taken as a share of its maximum, and words that mark no thing of their
+        own (wide maps, or peaks where the words have one) do not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
     start: share of the steps after which blending begins. level: the maps' side is that of the latents
     over this, rounded up.
     keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so
         that it is the picture itself in every method; or "sampled", the source's row as it came out of the
-        step, as in PnPInversion's runs. (Where the source follows its stored latents, and where it was
-        generated, that is the same.)
+        step, as in PnPInversion's runs. (The two are equal where the source follows its stored latents, and
+        where it was generated.)
     middle: the middle block's maps count too, as in RoyiRa's code for SDXL (where it has the side of the
         maps); the official code leaves it out.
     mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was;
@@ -81,8 +82,8 @@ class Blend(NamedTuple):
     start: Tensor        # (N,) steps
     everywhere: Tensor   # (N,) bool: no words given
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
-    sampled: Tensor      # (N,) bool: outside stands the source's row as sampled, whatever is stored of it
-    of: Tensor           # (N,) long: the row of each target's source; the S sources come before the N targets
+    sampled: Tensor      # (N,) bool: outside of the mask stands the source's row as sampled, not as stored
+    source_row: Tensor   # (N,) long: of each target; the S sources come before the N targets
     sites: tuple[str, ...] = ()   # the layers whose maps count
 
 
@@ -97,15 +98,16 @@ def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     return out
 
 
-def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], how: str = "crop") -> Tensor:
+def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], fit: str = "crop") -> Tensor:
     """(1, H, W) bool at the latents' size; a position counts if half of it is bright.
-    how: see `image.fit`."""
+    fit: "crop" or "pad", see `image.fit`."""
     if mask is None:
         return torch.ones(1, *size, dtype=torch.bool)
     _check_mask(mask)
     if not isinstance(mask, Tensor):
         mask = brightness(as_picture(mask))
-        return torch.from_numpy(np.array(fit(mask, size, how, Image.Resampling.BOX).convert("L")))[None] > 127
+        grey = fit_picture(mask, size, fit, Image.Resampling.BOX).convert("L")
+        return torch.from_numpy(np.array(grey))[None] > 127
     return F.interpolate(mask.float().cpu()[None, None], size=size, mode="area")[0] >= 0.5
 
 
@@ -134,9 +136,9 @@ def _check_mask(mask: Any) -> None:
 
 def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: UNet,
             steps: int, length: int, size: tuple[int, int], device: torch.device,
-            how: str = "crop") -> Blend | None:
-    """Words to columns, for latents of that size (H, W), to which the pictures came by `how`. None if no
-    target blends. Raises UsageError."""
+            fit: str = "crop") -> Blend | None:
+    """The LocalBlends as tensors, for latents of that size (H, W); None if no target blends. fit: how the
+    pictures came to that size. Raises UsageError."""
     if not any(blends):
         return None
     for b in filter(None, blends):
@@ -153,7 +155,7 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         threshold.append(torch.tensor([float(v) for v in th]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
-        masks.append(fixed(b.mask, size, how))
+        masks.append(fixed(b.mask, size, fit))
     sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device),
@@ -163,12 +165,13 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
 
 def placed(blends: Sequence[LocalBlend | None], unet: UNet,
            size: tuple[int, int]) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """The side of the maps that the blends of one batch read, of latents of that size, and the layers that
+    """The side of the maps that the blends of one batch read, for latents of that size, and the layers that
     have them. Raises UsageError."""
     read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
     for name in ("level", "middle"):
-        if len(found := {getattr(b, name) for b in read}) > 1:
-            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(found)}")
+        values = {getattr(b, name) for b in read}
+        if len(values) > 1:
+            raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(values)}")
     if not read:
         return (0, 0), ()
     side = (-(-size[0] // read[0].level), -(-size[1] // read[0].level))
@@ -176,25 +179,25 @@ def placed(blends: Sequence[LocalBlend | None], unet: UNet,
 
 
 def sites_of_side(unet: UNet, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
-    """The layers with maps of text of that side, of latents of that size."""
+    """The layers whose maps of text have that side, for latents of that size."""
     pixels = unet.site_pixels(*size)
     return [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
 
 
 def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
-    """Those that count: the middle block where it is asked for, or alone has maps of that side.
-    Raises UsageError."""
-    found = sites_of_side(unet, size, side)
-    if not found:
+    """The layers whose maps count: the middle block's where `middle` asks for it, or where no other has maps
+    of that side. Raises UsageError."""
+    sites = sites_of_side(unet, size, side)
+    if not sites:
         pixels = unet.site_pixels(*size)
         smaller = sorted({pixels[site] for site in unet.text_sites() if pixels[site] < side[0] * side[1]})
         raise UsageError(f"local_blend: the model has no attention to text at {side[0]} x {side[1]} positions"
                          f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
-    return tuple(site for site in found if middle or not site.startswith("mid_block")) or tuple(found)
+    return tuple(site for site in sites if middle or not site.startswith("mid_block")) or tuple(sites)
 
 
 def check(b: LocalBlend, scoped: bool = False) -> None:
-    """scoped: the words are still to be found. Raises UsageError."""
+    """Raises UsageError. scoped: the words follow from the edit's scope."""
     if not isinstance(b, LocalBlend):
         raise UsageError(f"local_blend: a LocalBlend is needed, not {brief(b)}")
     if b.words is None and b.mask is None and not scoped:
@@ -202,10 +205,7 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
     if b.words is None and b.rivals is not None:
         raise UsageError("local_blend: rivals compete with words; give words")
     for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):
-        if pair is not None and (not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(
-                isinstance(side, (str, tuple, list)) and all(isinstance(w, (str, tuple, list)) for w in side)
-                for side in pair)
-                or not any(pair)):
+        if pair is not None and not _is_pair_of_words(pair):
             raise UsageError(f"local_blend: {name} {brief(pair)}: words, substruct and rivals are pairs (of "
                              "the source prompt, of the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
@@ -220,8 +220,17 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
         _check_mask(b.mask)
 
 
+def _is_pair_of_words(pair: Any) -> bool:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    kinds = (str, tuple, list)
+    if not all(isinstance(side, kinds) and all(isinstance(w, kinds) for w in side) for side in pair):
+        return False
+    return any(pair)
+
+
 def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, blend: Blend) -> Tensor:
-    """Share of the words in one step's maps of text after the edit, mean of heads and sites.
+    """Share of attention that the words get in one step's maps after the edit, averaged over heads and sites.
 
     seen: queries and keys by site; rows: of the sources and the targets in the network's batch
     -> (N, 2 + R, 2, pixels), as `Blend.columns`
@@ -234,7 +243,7 @@ def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, ble
         p = site_maps(layer, seen[site], edit, rows, mean=True)[1]   # (S + N, 1 or h, pixels, L)
         total, heads = total + layer.heads * p.mean(1, dtype=torch.float32), heads + layer.heads
     p = total / heads                                                                    # (S + N, pixels, L)
-    both = torch.stack([p[blend.of], p[-len(blend.of):]], dim=1)                         # (N, 2, pixels, L)
+    both = torch.stack([p[blend.source_row], p[-len(blend.source_row):]], dim=1)   # (N, 2, pixels, L)
     return torch.einsum("nspl,nksl->nksp", both, blend.columns)
 
 
@@ -250,13 +259,15 @@ def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     on = m[:, :2] > blend.threshold[:, :, None, None, None]
     wins = m[:, 0] > _strongest(m[:, 0], m[:, 2:])
     on = torch.stack([on[:, 0] & wins, on[:, 1]], dim=1).any(dim=2)   # in the source's map or the target's
-    inside = (on[:, :1] | blend.everywhere[:, None, None, None]) & ~on[:, 1:]
-    return inside & blend.fixed
+    mask = (on[:, :1] | blend.everywhere[:, None, None, None]) & ~on[:, 1:]
+    return mask & blend.fixed
 
 
 def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
-    """words (N, 2, H, W), rivals (N, R, 2, H, W): shares of their
-    maxima  ->  the strongest rival that marks a thing of its own"""
+    """The strongest rival that marks a thing of its own, at every position.
+
+    words (N, 2, H, W), rivals (N, R, 2, H, W), as shares of their maxima  ->  (N, 2, H, W)
+    """
     if not rivals.shape[1]:
         return torch.zeros_like(words)
     compact = (rivals > 0.5).float().mean((-2, -1)) < 0.3
@@ -266,15 +277,15 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
 
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int,
                 source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x (S + N, C, H, W) after a step, sources first: targets keep theirs outside of their
-    masks, once they started.
+    """Puts the source's latents into the targets outside of their masks, once blending has begun.
 
-    source (1, C, H, W): what is stored of the
-    source.  -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    x (S + N, C, H, W) after a step, sources first; source (1, C, H, W): the source's stored latents.
+    -> x, and where the targets may differ at this step, (N, 1, H, W) bool
     """
     started = (step >= blend.start)[:, None, None, None]
-    inside, n = masks(seen, blend, (x.shape[2], x.shape[3])) | ~started, len(blend.of)
-    outside = x[blend.of]
+    n = len(blend.source_row)
+    mask = masks(seen, blend, (x.shape[2], x.shape[3])) | ~started
+    outside = x[blend.source_row]
     if source is not None:
         outside = torch.where(blend.sampled[:, None, None, None], outside, source)
-    return torch.cat([x[:-n], torch.where(inside, x[-n:], outside)]), inside
+    return torch.cat([x[:-n], torch.where(mask, x[-n:], outside)]), mask

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError
-from p2p.model import Conditioning, Model
+from p2p.model import Model
 from p2p.models.attention import QK, AttentionEdit
+from p2p.models.conditioning import Conditioning
 from p2p.request.schedules import Schedule
 from p2p.sampler import Stepper, guide
 

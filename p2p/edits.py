@@ -1,4 +1,4 @@
-"""What the user asks (`Edit`) -> one `AttentionEdit` per sampling step: the table of the identity, as code.
+"""The user's `Edit` -> one `AttentionEdit` per sampling step: the table of the identity, as code.
 
     edit                      mix             keep
     replace                   M diag(alpha)   1 - alpha
@@ -41,11 +41,12 @@ class Edit:
     mode: "replace" (word swap), "refine" (added phrases) or "reweight" (only the weights); None:
     chosen from the prompts.
     cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of
-        the target prompt {"default_": ..., "word": ...}; what is not named is injected throughout.
-    self_replace_steps: the same for self-attention, at sites of at most `self_max_tokens` pixels.
-    windows_over: whose steps the shares are of: the "run"'s, or all of the "schedule", though an inversion
-        leaves some out; they are counted from the first that is run, as in the edit-friendly code. (With 12
-        of 50 skipped, 0.6 then ends after 30 of the 38.) "run" is what a share says: 0.6 means the same
+        the target prompt {"default_": ..., "word": ...}; words that are not named are injected throughout.
+    self_replace_steps: share of the steps with self-attention injected, at sites of at most `self_max_tokens`
+        pixels: an end, or (start, end).
+    windows_over: the steps that these shares refer to: those of the "run", or all of the "schedule", though
+        an inversion leaves some out; they are counted from the first that is run, as in the edit-friendly
+        code. (With 12 of 50 skipped, 0.6 then ends after 30 of the 38.) With "run", 0.6 means the same
         whatever is skipped.
     equalizer: {"word": c}: the attention of that word times c.
     renormalise: divide the edited maps by their row sums (the paper and the official code do not).
@@ -53,7 +54,8 @@ class Edit:
     old one's attention.
     local_blend: where the target may differ from the source; None: everywhere.
     scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where
-        these words and what replaces or joins them attend, and no other thing of the prompts attracts more.
+        pixels attend to these words, or to those that replace or join them, more than to any other thing of
+        the prompts.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -75,7 +77,9 @@ def check(edit: Edit) -> None:
     """Raises UsageError for fields of the wrong kind; words and windows are checked where the
     prompts are known."""
     def words(value: Any) -> bool:
-        return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(w, str) for w in value)
+        if not isinstance(value, (list, tuple)) or not value:
+            return False
+        return all(isinstance(word, str) for word in value)
 
     def mapping(value: Any) -> bool:
         return value is None or (isinstance(value, Mapping) and words(tuple(value) or ("",)))
@@ -106,8 +110,8 @@ def check(edit: Edit) -> None:
 
 
 def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
-    """The mode of an edit whose `mode` is None: equal prompts are reweighted, words changed in place
-    swapped, others refined."""
+    """The mode of an edit, chosen where None: equal prompts are reweighted, words changed in place are
+    swapped, all others refined. Raises UsageError."""
     if edit.mode is not None:
         choice("mode", edit.mode, MODES)
         if edit.mode == "reweight" and source.ids != target.ids:
@@ -119,22 +123,22 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
     return "replace" if align.is_swap(source, target) else "refine"
 
 
-def window(value: Window, what: str) -> tuple[float, float]:
-    """A number or a pair as (start, end), checked to lie in 0..1."""
+def window(value: Window, name: str) -> tuple[float, float]:
+    """A number or a pair as (start, end). Raises UsageError unless both lie within 0 and 1."""
     pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
     try:
         if not isinstance(pair, (list, tuple)) or not all(isinstance(v, Real) for v in pair):
             raise TypeError
         lo, hi = map(float, pair)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{what}: {brief(value)} is neither a number nor a pair (start, end)") from None
+        raise UsageError(f"{name}: {brief(value)} is neither a number nor a pair (start, end)") from None
     if not 0 <= lo <= hi <= 1:
-        raise UsageError(f"{what}: {brief(value)} must lie within 0 and 1, the start not after the end")
+        raise UsageError(f"{name}: {brief(value)} must lie within 0 and 1, the start not after the end")
     return lo, hi
 
 
 def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
-    """alpha of every step and token of the target.  -> (steps, length) float64, 0 or 1
+    """Computes alpha for every step and token of the target.  -> (steps, length) float64, 0 or 1
 
     With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the
     rounding of the official code.
@@ -142,8 +146,8 @@ def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int
     by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
     alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
 
-    def fill(columns: list[int], bounds: Window, what: str) -> None:
-        lo, hi = window(bounds, what)
+    def fill(columns: list[int], bounds: Window, name: str) -> None:
+        lo, hi = window(bounds, name)
         alpha[:, columns] = 0
         alpha[int(lo * (steps + 1)):int(hi * (steps + 1)), columns] = 1
 
@@ -154,7 +158,7 @@ def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int
 
 
 def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) -> Tensor:
-    """c of every token of the target.  -> (length,) float64"""
+    """Computes c for every token of the target.  -> (length,) float64"""
     c = torch.ones(length, dtype=torch.float64)
     for word, value in (equalizer or {}).items():
         c[align.word_tokens(target, word, length)] = finite(f'equalizer: the weight of "{word}"', value)
@@ -162,16 +166,20 @@ def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) 
 
 
 def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """One row of the table above. alpha (T, L), c (L,), m (L, L): M, G or the identity, a
-    (L,)  ->  (T, L, L), (T, L)"""
+    """Computes mix and keep of one row of the table above.
+
+    alpha (T, L), c (L,), m (L, L): M, G or the identity, a (L,)  ->  (T, L, L), (T, L)
+    """
     if mode == "refine":
         return m * (a * c * alpha)[:, None, :], (1 - a) * c * alpha + 1 - alpha
     return m * (c * alpha)[:, None, :], 1 - alpha
 
 
 def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
-    """Which source tokens a target token reads (M, G or the identity), and
-    a.  -> (length, length), (length,) float64"""
+    """Which source tokens a target token reads (M, G or the identity), and a.
+
+    -> (length, length), (length,) float64
+    """
     official = choice("aligner", edit.aligner, ("exact", "official")) == "official"
     m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
     if mode == "replace":
@@ -191,7 +199,7 @@ def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int
 
 
 class Tables(NamedTuple):
-    """One target's edit over T steps: rows of the table above, and what else a layer is told of it."""
+    """One target's edit over T steps: rows of the table above, and what else its layers need."""
 
     mix: Tensor           # (T, L, L) float64
     keep: Tensor          # (T, L) float64
@@ -200,50 +208,54 @@ class Tables(NamedTuple):
     renormalise: bool
 
     def reads_text(self) -> Tensor:
-        """(T,) bool: the steps at which its text columns are not all its own."""
+        """(T,) bool: the steps at which any of its text columns is the source's."""
         return self.mix.flatten(1).any(1) | (self.keep != 1).any(1)
 
 
 def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
-           whole: int | None = None
-           ) -> Tables:
-    """The tables of one target; whole: steps of the schedule, if some are left out."""
+           schedule_steps: int | None = None) -> Tables:
+    """Computes the tables of one target. schedule_steps: of the schedule, where some are left out."""
     m, a = alignment(source, target, edit, mode, length)
-    counted = windowed(edit, steps, whole)
-    alpha = cross_alpha(edit.cross_replace_steps, target, counted, length)[:steps]
-    first, end = (int(share * counted) for share in window(edit.self_replace_steps, "self_replace_steps"))
+    window_steps = windowed(edit, steps, schedule_steps)
+    alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
+    lo, hi = window(edit.self_replace_steps, "self_replace_steps")
+    first, end = int(lo * window_steps), int(hi * window_steps)
     i = torch.arange(steps)
     return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a),
                   (i >= first) & (i < end), edit.self_max_tokens, edit.renormalise)
 
 
-def windowed(edit: Edit, steps: int, whole: int | None) -> int:
-    """The steps that windows are shares of."""
-    return whole if whole is not None and edit.windows_over == "schedule" else steps
+def windowed(edit: Edit, steps: int, schedule_steps: int | None) -> int:
+    """The number of steps that the edit's windows are shares of."""
+    if schedule_steps is not None and edit.windows_over == "schedule":
+        return schedule_steps
+    return steps
 
 
 def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: torch.dtype, *,
-         of: Sequence[int] | None = None, dense: bool = False) -> list[AttentionEdit | None]:
-    """One AttentionEdit a step, None where nothing is edited. of: the number of each target's source, 0 where
-    None. dense: every step has the same fields (a compiled network has a graph for each set of them)."""
-    of = [0] * batch.targets if of is None else of
-    source = torch.tensor([batch.source(j) for j in of], device=device)
-    own = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
+         sources: Sequence[int] | None = None, dense: bool = False) -> list[AttentionEdit | None]:
+    """One AttentionEdit a step, None where nothing is edited. sources: the number of each target's source, 0
+    where None. dense: every step has the same fields (a compiled network has a graph for each set of
+    them)."""
+    sources = [0] * batch.targets if sources is None else sources
+    source = torch.tensor([batch.source(j) for j in sources], device=device)
+    own_rows = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
     limit = torch.tensor([t.max_pixels for t in tables], device=device)
-    some = torch.tensor([t.renormalise for t in tables],
-                        device=device) if any(t.renormalise for t in tables) else None
+    renormalise = None
+    if any(t.renormalise for t in tables):
+        renormalise = torch.tensor([t.renormalise for t in tables], device=device)
     mix = torch.stack([t.mix for t in tables], dim=1).to(device, dtype)               # (T, N, L, L)
     keep = torch.stack([t.keep for t in tables], dim=1).to(device, dtype)             # (T, N, L)
     inject = torch.stack([t.inject for t in tables], dim=1)                           # (T, N)
-    rows = torch.where(inject.to(device), source, own)
-    text = torch.stack([t.reads_text() for t in tables]).any(0)                       # (T,)
+    rows = torch.where(inject.to(device), source, own_rows)
+    reads_text = torch.stack([t.reads_text() for t in tables]).any(0)                       # (T,)
     steps: list[AttentionEdit | None] = []
-    for i, (reads, injects) in enumerate(zip(text.tolist(), inject.any(1).tolist())):
+    for i, (reads, injects) in enumerate(zip(reads_text.tolist(), inject.any(1).tolist())):
         edit = AttentionEdit(source)
         if reads or dense:
-            edit = edit._replace(mix=mix[i], keep=keep[i], renormalise=some)
+            edit = edit._replace(mix=mix[i], keep=keep[i], renormalise=renormalise)
         if injects or dense:
-            edit = edit._replace(pixels=torch.stack([rows[i], rows[i], own]), max_pixels=limit)
-        # absent: something is cached in it
+            edit = edit._replace(pixels=torch.stack([rows[i], rows[i], own_rows]), max_pixels=limit)
+        # where the source is absent, an edit also carries what is cached of it
         steps.append(edit if reads or injects or dense or batch.absent else None)
     return steps

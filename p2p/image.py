@@ -109,9 +109,9 @@ def _decoded(file: str | Path | BinaryIO) -> Image.Image:
         warnings.simplefilter("ignore")   # Pillow's, of a limit above PIXELS and of tags that we do not read
         with Image.open(file, formats=FORMATS) as image:
             check_pixels(image.width, image.height)   # before it is decoded
-            found = upright(image)
-            found.format = image.format   # which a copy does not keep
-            return found
+            picture = upright(image)
+            picture.format = image.format   # which a copy does not keep
+            return picture
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -136,19 +136,19 @@ def _keyed(image: Image.Image) -> Image.Image:
     key, tiles = image.info.get("transparency"), getattr(image, "tile", None)
     stored = tiles[0].args if image.format == "PNG" and tiles and not image.tell() else None
     if stored in GREYS and isinstance(key, int):
-        found, most = _reopened(image, stored), GREYS[stored]
-        found.info["transparency"] = (key & most) * 255 // most
+        picture, most = _reopened(image, stored), GREYS[stored]
+        picture.info["transparency"] = (key & most) * 255 // most
     elif stored == "RGB" and isinstance(key, tuple):
-        found = _reopened(image, stored)
-        found.info["transparency"] = tuple(value & 255 for value in key)
+        picture = _reopened(image, stored)
+        picture.info["transparency"] = tuple(value & 255 for value in key)
     elif stored == "RGB;16B" and isinstance(key, tuple):
-        found, lower = _reopened(image, stored), _reopened(image, "RGB;16L")
-        values = np.asarray(found, np.uint16) * 256 + np.asarray(lower)
-        del found.info["transparency"]
-        found.putalpha(Image.fromarray((values != key).any(axis=-1).astype(np.uint8) * 255))
+        picture, lower = _reopened(image, stored), _reopened(image, "RGB;16L")
+        values = np.asarray(picture, np.uint16) * 256 + np.asarray(lower)
+        del picture.info["transparency"]
+        picture.putalpha(Image.fromarray((values != key).any(axis=-1).astype(np.uint8) * 255))
     else:
-        found = image
-    return found
+        picture = image
+    return picture
 
 
 def _reopened(image: Image.Image, stored: str) -> Image.Image:
@@ -156,40 +156,40 @@ def _reopened(image: Image.Image, stored: str) -> Image.Image:
     undecoded: Any = image   # an ImageFile, which has its file
     place = undecoded.fp.tell()
     undecoded.fp.seek(0)
-    found = Image.open(undecoded.fp, formats=[undecoded.format])
-    found.tile = [tile._replace(args=stored) for tile in found.tile]
-    found.load()
+    picture = Image.open(undecoded.fp, formats=[undecoded.format])
+    picture.tile = [tile._replace(args=stored) for tile in picture.tile]
+    picture.load()
     undecoded.fp.seek(place)
-    return found
+    return picture
 
 
 def _why(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def as_picture(given: Image.Image | str | Path, what: str = "picture") -> Image.Image:
+def as_picture(image: Image.Image | str | Path, name: str = "picture") -> Image.Image:
     """A picture, or the one in the file that is named, decoded and upright. Raises UsageError."""
-    if isinstance(given, (str, Path)):
-        return open_picture(given)
-    if not isinstance(given, Image.Image) or not all(given.size):
-        raise UsageError(f"{what}: a PIL image of at least a pixel, or the path of one, is needed, not "
-                         f"{brief(given)}")
+    if isinstance(image, (str, Path)):
+        return open_picture(image)
+    if not isinstance(image, Image.Image) or not all(image.size):
+        raise UsageError(f"{name}: a PIL image of at least a pixel, or the path of one, is needed, not "
+                         f"{brief(image)}")
     try:
-        return upright(given)
+        return upright(image)
     except Exception as error:   # of bytes that are damaged, or of a file that was closed
-        raise UsageError(f"{what}: cannot be read ({_why(error)})") from None
+        raise UsageError(f"{name}: cannot be read ({_why(error)})") from None
 
 
-def fit(image: Image.Image, size: tuple[int, int], how: str = "crop",
-        by: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+def fit(image: Image.Image, size: tuple[int, int], mode: str = "crop",
+        resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """A picture of any size and mode, as `shown`, in (height, width), scaled by a filter: "crop" to cover it,
     cropped around the centre; "pad" to lie inside it whole, its outermost pixels repeated to the edges (a
     white margin is a thing that a model would draw again; more of the same is not)."""
     image, (height, width) = shown(image), size
-    if how != "pad":
-        return ImageOps.fit(image, (width, height), by)
+    if mode != "pad":
+        return ImageOps.fit(image, (width, height), resampling)
     scale = min(width / image.width, height / image.height)
-    inner = image.resize([max(1, round(side * scale)) for side in image.size], by)
+    inner = image.resize([max(1, round(side * scale)) for side in image.size], resampling)
     top, left = (height - inner.height) // 2, (width - inner.width) // 2
     margins = (top, height - inner.height - top), (left, width - inner.width - left), (0, 0)
     return Image.fromarray(np.pad(np.asarray(inner), margins, mode="edge"))

@@ -25,7 +25,7 @@ from p2p.weights.untrusted import brief
 
 @dataclass
 class AttentionMaps:
-    """What `record` asked for, half precision, on the CPU.
+    """The maps that `record` selects, in half precision, on the CPU.
 
     sites: module name -> (steps, rows, heads, pixels, columns). Rows: the prompts, source first, as used
     (after the edit), then, with `Record.before`, the targets again as they were before the edit. Columns:
@@ -50,7 +50,7 @@ class AttentionMaps:
         return n + row - 1
 
     def _side(self, pixels: int) -> tuple[int, int]:
-        """The factors of so many pixels that come nearest to the latents' shape."""
+        """(h, w) with h w = pixels that comes nearest to the latents' shape."""
         ideal = (pixels * self.size[0] / self.size[1]) ** 0.5
         h = min((h for h in range(1, pixels + 1) if pixels % h == 0), key=lambda h: abs(h - ideal))
         return h, pixels // h
@@ -62,18 +62,18 @@ class AttentionMaps:
     def sides(self, columns: str = "text") -> list[tuple[int, int]]:
         """(height, width) of the recorded maps, largest first; columns "text" or "pixels"."""
         choice("columns", columns, ("text", "pixels"))
-        found = {m.shape[3] for m in self._of(columns).values()}
-        return [self._side(p) for p in sorted(found, reverse=True)]
+        pixels = {m.shape[3] for m in self._of(columns).values()}
+        return [self._side(p) for p in sorted(pixels, reverse=True)]
 
     def mean(self, row: int = 0, *, before: bool = False, steps: Iterable[int] | None = None,
              heads: Iterable[int] | None = None, sites: str | None = None,
              side: tuple[int, int] | None = None, columns: str = "text") -> Tensor:
         """Mean map of a row over steps, sites and heads.  -> (h, w, columns) float32
 
-        steps: their indices, None for all; heads likewise; sites: a part of the module names that
-        count ("down", "up", "mid"); side: of the maps, None for a quarter of the latents' (16 x 16
-        in Stable Diffusion at 512 x 512, as in the official code's figures), the largest recorded
-        where that is not there. Raises UsageError.
+        steps, heads: their indices, None for all; sites: a part of the module names that count
+        ("down", "up", "mid"); side: of the maps, None for a quarter of the latents' (16 x 16 in
+        Stable Diffusion at 512 x 512, as in the official code's figures) or, where that was not
+        recorded, for the largest. Raises UsageError.
         """
         sides = self.sides(columns)
         if not sides:
@@ -95,50 +95,52 @@ class AttentionMaps:
             picked.append((m if heads is None else m[:, heads]).float().mean((0, 1)))
         return torch.stack(picked).mean(0).unflatten(0, side)
 
-    def word(self, word: str, row: int = 0, **which: Any) -> Tensor:
-        """The share of attention that a word or phrase gets, its pieces
-        added.  -> (h, w); `which`: see `mean`"""
+    def word(self, word: str, row: int = 0, **selection: Any) -> Tensor:
+        """The share of attention that a word or phrase gets, summed over its tokens.  -> (h, w)
+
+        selection: the arguments of `mean`.
+        """
         kind("word", word, str)
-        return self.mean(row, **which)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
+        return self.mean(row, **selection)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
 
-    def each_word(self, row: int = 0, ends: bool = False, **which: Any) -> list[tuple[str, Tensor]]:
-        """(word, its map) for every word of a prompt in order, repeated ones as "cat#2"; `ends`: also the
-        start and the end token."""
+    def each_word(self, row: int = 0, ends: bool = False, **selection: Any) -> list[tuple[str, Tensor]]:
+        """(word, its map) for every word of a prompt in order, repeated ones as "cat#2". ends: also the start
+        and the end token."""
         flag("ends", ends)
-        mean, prompt = self.mean(row, **which), self.prompts[row]
-        found = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
+        mean, prompt = self.mean(row, **selection), self.prompts[row]
+        words = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
         if ends:
-            found = [("<start>", [0]), *found, ("<end>", [min(len(prompt.ids), self.length) - 1])]
-        return [(w, mean[..., columns].sum(-1)) for w, columns in found if columns]
+            words = [("<start>", [0]), *words, ("<end>", [min(len(prompt.ids), self.length) - 1])]
+        return [(w, mean[..., columns].sum(-1)) for w, columns in words if columns]
 
-    def components(self, row: int = 0, count: int = 3, **which: Any) -> Tensor:
+    def components(self, row: int = 0, count: int = 3, **selection: Any) -> Tensor:
         """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""
         whole("count", count)
-        p = self.mean(row, columns="pixels", **which)                            # (h, w, pixels)
+        p = self.mean(row, columns="pixels", **selection)                            # (h, w, pixels)
         flat = p.flatten(0, 1).double()
         u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-        # a sign of its own, the same every time
+        # the sign of a component is arbitrary: one that is the same every time
         u = u[:, :count] * s[:count] * torch.sign(u[:, :count].sum(0) + 1e-12)
         low, high = u.amin(0), u.amax(0)
         return ((u - low) / (high - low).clamp(min=1e-12)).float().unflatten(0, p.shape[:2])
 
     def save(self, path: str | Path) -> None:
-        """All maps as a numpy archive: one array a site, and the tokens of each prompt. Raises UsageError,
-        OSError."""
+        """Writes all maps as a numpy archive: one array a site, and the tokens of each prompt. Raises
+        UsageError, OSError."""
         arrays: dict[str, Any] = {name: m.numpy() for name, m in self.sites.items()}
         tokens: dict[str, Any] = {f"tokens_{i}": np.array(p.ids) for i, p in enumerate(self.prompts)}
         with place("path", path).open("wb") as f:
             np.savez_compressed(f, timesteps=np.array(self.timesteps), **tokens, **arrays)
 
 
-def _indices(name: str, asked: Iterable[int] | None, n: int) -> list[int] | None:
-    if asked is None:
+def _indices(name: str, indices: Iterable[int] | None, n: int) -> list[int] | None:
+    if indices is None:
         return None
     try:
-        found = list(asked)
+        values = list(indices)
     except TypeError:
-        raise UsageError(f"{name} are several whole numbers, not {brief(asked)}") from None
-    return [whole(f"each of {name}", i, 0, n - 1) for i in found]
+        raise UsageError(f"{name} are several whole numbers, not {brief(indices)}") from None
+    return [whole(f"each of {name}", i, 0, n - 1) for i in values]
 
 
 class Collector:
@@ -150,16 +152,16 @@ class Collector:
         self.steps: list[dict[str, Tensor]] = []
 
     def add(self, step: Step) -> None:
-        found, rows = {}, step.batch.shown(step.x.device)
+        maps_by_site, rows = {}, step.batch.shown(step.x.device)
         for site, qk in step.seen.items():
             layer: Any = self.unet.get_submodule(site)
             before, after = site_maps(layer, qk, step.edit, rows)
             maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
-            found[site] = maps.to("cpu", torch.float16)
+            maps_by_site[site] = maps.to("cpu", torch.float16)
         self.timesteps.append(step.t)
-        self.steps.append(found)
+        self.steps.append(maps_by_site)
 
     def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int) -> AttentionMaps:
         sites = {site: torch.stack([s[site] for s in self.steps]) for site in self.steps[0]}
-        between = frozenset(m.site for m in self.unet.layers(SelfAttention)) & sites.keys()
-        return AttentionMaps(list(prompts), self.timesteps, size, length, sites, between)
+        pixel_sites = frozenset(m.site for m in self.unet.layers(SelfAttention)) & sites.keys()
+        return AttentionMaps(list(prompts), self.timesteps, size, length, sites, pixel_sites)

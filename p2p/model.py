@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,10 +18,11 @@ from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
 from p2p.models.attention import QK
 from p2p.models.blocks import timestep_embedding
+from p2p.models.conditioning import Conditioning, Text, Time
 from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import TextEncoder, Tokens
 from p2p.models.tiles import tiled
-from p2p.models.unet import Text, Time, UNet
+from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import kind, tensor, whole
 from p2p.request.schedules import Schedule, ddim_schedule
@@ -30,64 +31,48 @@ from p2p.weights.digest import together
 from p2p.weights.untrusted import brief
 
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
-LARGEST = 8192   # pixels a side: beyond that no noise is drawn, lest a slip of the finger fill the memory
-STEPS = 50       # of a run that says nothing else
-
-
-class Conditioning(NamedTuple):
-    """What the UNet is told besides x_t and t, for B rows."""
-
-    # (B, L, C): the text, token by token; or what the UNet made of it, see `Model.read`
-    context: Tensor | Text
-    vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
-    # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
-    low: Tensor | None = None
-    level: Tensor | None = None      # (B,): the timestep of its noise
-
-    def rows(self, first: int) -> Conditioning:
-        """From that row on."""
-        return Conditioning._make(None if field is None else field[first:] for field in self)
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning._make(None if field[0] is None else torch.cat(field) for field in zip(*parts))
+LARGEST = 8192   # pixels a side: larger sizes are taken for typing errors, which would fill the memory
+STEPS = 50       # of a run that does not set them
 
 
 @dataclass(frozen=True)
 class Model:
-    """Made by `p2p.load`. `unet(x, t, context)` gives the prediction and maps; everything
-    else is listed below."""
+    """A network with its text towers, autoencoder and noise schedule, as `p2p.load` gives it.
+
+    `unet(x, t, context)` returns the prediction, and the queries and keys of the sites watched.
+    """
 
     name: str                            # as the user gave it
     file: Path
     family: str
     unet: UNet
-    # none: it reads no text
+    # empty for a model without text
     text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts] = field(repr=False)
     vae: AutoencoderKL | None            # None: the model works on pixels
     alphas_cumprod: Tensor = field(repr=False)
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
-    guidance_scale: float = 7.5          # used where none is asked for
-    eta: float = 0.0                     # likewise: 0 for DDIM, 1 for DDPM
-    steps: int = STEPS                   # likewise, in super-resolution
-    noise_level: int = 250   # likewise: timestep of the noise on what a super-resolution stage enlarges
+    guidance_scale: float = 7.5          # the default of runs, as are:
+    eta: float = 0.0                     # ... 0 for DDIM, 1 for DDPM
+    steps: int = STEPS                   # ... in super-resolution
+    noise_level: int = 250   # ... timestep of the noise on what a super-resolution stage enlarges
     align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
-    offset: int = 1                      # this and the next two: see `ddim_schedule`
-    final_alpha: float | None = None
-    timestep_spacing: str = "leading"
-    learned_variance: bool = True        # where the network gives one: a step of DDPM takes it
+    offset: int = 1                      # see `ddim_schedule`
+    final_alpha: float | None = None     # see `ddim_schedule`
+    timestep_spacing: str = "leading"    # see `ddim_schedule`
+    learned_variance: bool = True        # DDPM steps use the variance that the network predicts, if any
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False   # the empty prompt is all zeros (SDXL as released), not the encoded ""
     compiled: bool = False               # the UNet, by torch.compile
-    offload: bool = False  # text towers and autoencoder wait on the CPU and come to the device for their work
-    tile: int | None = None   # the autoencoder decodes squares of so many latents a side, see `decode`
-    notes: tuple[str, ...] = ()          # what was found out while loading, and how
-    # that decide pixels, see `identity`
+    offload: bool = False  # text towers and autoencoder stay on the CPU but while they run
+    tile: int | None = None   # latents a side of the squares that the autoencoder decodes, see `decode`
+    notes: tuple[str, ...] = ()          # what was detected while loading, and how
+    # the files that decide pixels, see `identity`
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict, repr=False)
-    asked: Mapping[str, Any] = field(default_factory=dict, repr=False)   # how they were to be read
-    # of "vae" and "text", where they were given
+    # the arguments of `load` that decide pixels
+    load_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    # where "vae" and "text" were loaded from, if they were given
     places: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -96,7 +81,7 @@ class Model:
 
     @contextmanager
     def _at_work(self, *parts: nn.Module) -> Iterator[None]:
-        """Parts that wait on the CPU, on the device for as long as they are used."""
+        """Moves offloaded parts to the device for as long as they are used."""
         if not self.offload:
             yield
             return
@@ -111,27 +96,27 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the network computes in; its weights may be stored in half of it."""
+        """Compute dtype of the network; its weights may be stored in half that width."""
         return self.unet.conv_norm_out.weight.dtype
 
     @property
     def length(self) -> int:
-        """Tokens that the text tower reads."""
+        """Number of tokens that the text tower reads."""
         return self.text_encoders[0].config.context_length
 
     @property
     def shrink(self) -> int:
-        """Pixels per side that one latent stands for."""
+        """Pixels per latent, on each side."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
 
     @property
     def unit(self) -> int:
-        """Sides of pictures are multiples of it."""
+        """The number of pixels that the sides of pictures must be multiples of."""
         halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
         return self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of what the sampler works on, for a picture of that size. Raises UsageError."""
+        """(C, H, W) of the latents of a picture of that size. Raises UsageError."""
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
         for name, side in zip(("height", "width"), sides):
             if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
@@ -141,9 +126,9 @@ class Model:
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
-        """sha256 of the "model" (of its file; of a folder, over all that decides pixels in it) and of
-        the "vae" and "text" given beside it: read when first asked for, and cached on disk; None of
-        what is gone by then."""
+        """sha256 of the "model" (of its file, or of all that decides pixels in its folder) and of the "vae"
+        and "text" given beside it: computed on first use, and cached on disk; None for files that are gone
+        by then."""
         return {name: together(each) for name, each in self.files.items()}
 
     @property
@@ -152,16 +137,16 @@ class Model:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What was asked of the model that makes it another one than its files alone: digests and values."""
-        asked = {k: v for k, v in self.asked.items() if k != "held"}
-        return {k: v for k, v in ({k: v for k, v in self.digests.items() if k != "model"} | asked).items()
-                if v}
+        """Digests and arguments of `load` by which it differs from the model that its files alone give."""
+        given = {k: v for k, v in self.digests.items() if k != "model"}
+        options = {k: v for k, v in self.load_options.items() if k != "held"}
+        return {k: v for k, v in (given | options).items() if v}
 
     def identity(self) -> dict[str, Any]:
-        """All that decides pixels and is no setting of a run, as JSON can hold it: contents, not places."""
+        """All that decides pixels and is not a setting of a run, for JSON: digests of files, not paths."""
         return {"sha256": self.sha256, "family": self.family, "prediction": self.prediction,
                 "dtype": str(self.dtype).removeprefix("torch."), "vae": self.digests.get("vae"),
-                "text": self.digests.get("text"), **self.asked, "tile": self.tile}
+                "text": self.digests.get("text"), **self.load_options, "tile": self.tile}
 
     def tokens(self, prompt: str) -> Tokens:
         try:
@@ -172,53 +157,58 @@ class Model:
             raise UsageError(f"{self.name} reads no text")
         try:
             return self.text_encoders[0].tokens(prompt)
-        except ValueError as error:   # prompts encoded beforehand: another one was asked for
+        except ValueError as error:   # not one of the prompts that were encoded beforehand
             raise UsageError(str(error)) from None
 
     def remarks(self, prompt: str) -> list[str]:
-        """What the text tower will not see of a prompt, or does not know."""
-        t, found = self.tokens(prompt), []
+        """Notes on what the text tower cuts off a prompt, and on words that it does not know."""
+        t, notes = self.tokens(prompt), []
         if len(t.ids) > self.length:
             cut = t.text[t.spans[self.length - 1][0]:]
-            found.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut '
+            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut '
                          f'off "{cut}"')
         with self._at_work(self.text_encoders[0]):
             unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
         words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
         if words:
-            found.append(f'"{prompt}": this model has never seen {", ".join(words)}')
-        return found
+            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+        return notes
 
-    def read(self, told: Conditioning) -> Conditioning:
-        """Conditioning with its text read once, for all the steps that are told it."""
-        return kind("told", told, Conditioning)._replace(context=self.unet.read(cast(Tensor, told.context)))
+    def read(self, conditioning: Conditioning) -> Conditioning:
+        """Replaces the context by what the network computes from it at every step alike, see `UNet.read`."""
+        context = kind("conditioning", conditioning, Conditioning).context
+        return conditioning._replace(context=self.unet.read(cast(Tensor, context)))
 
-    def times(self, timesteps: Tensor, told: Conditioning) -> list[Time]:
-        """What the network makes of the timesteps (T,) alone, for rows that were read; `predict` takes
-        one in place of t."""
-        kind("the context of told, which was read,", kind("told", told, Conditioning).context, Text)
+    def times(self, timesteps: Tensor, conditioning: Conditioning) -> list[Time]:
+        """What the network computes from the timesteps (T,) alone, for conditioning from `read`; `predict`
+        takes one of these in place of t."""
+        context = kind("conditioning", conditioning, Conditioning).context
+        kind("the context of conditioning, from `read`,", context, Text)
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
-        return self.unet.times(timesteps, cast(Text, told.context), self.dtype, told.vector, told.level)
+        return self.unet.times(timesteps, cast(Text, context), self.dtype, conditioning.vector,
+                               conditioning.level)
 
-    def predict(self, x: Tensor, t: int | Tensor | Time, told: Conditioning, edit: Any = None,
-                watch: Collection[str] = ()
-                ) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
-        """The network on all rows of x (B, C, H, W), in its precision.
+    def predict(self, x: Tensor, t: int | Tensor | Time, conditioning: Conditioning, edit: Any = None,
+                watch: Collection[str] = ()) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
+        """Runs the network on all rows of x (B, C, H, W), in its precision.
 
         -> prediction (B, C, H, W); learned variance in -1 .. 1 of that shape, or None; queries and keys
         of the sites watched
         """
-        tensor("x", x, "B", self.unet.config.in_channels, "H", "W"), kind("told", told, Conditioning)
-        # a compiled graph is made for one number, and for one layout of x
+        tensor("x", x, "B", self.unet.config.in_channels, "H", "W")
+        kind("conditioning", conditioning, Conditioning)
+        # a tensor t and a contiguous x: a compiled graph would be made again for each number and layout
         if isinstance(kind("t", t, int, Tensor, dict), int):
             t = torch.as_tensor(whole("t", t, 0, len(self.alphas_cumprod) - 1), device=x.device)
         if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x),)):
             raise UsageError(f"t must be one number, or one for each of the {len(x)} rows of x, not "
                              f"{tuple(t.shape)}")
-        out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch, **told._asdict())
-        out, variance = (out.to(x.dtype),
-                         None) if out.shape[1] == x.shape[1] else out.to(x.dtype).chunk(2, dim=1)
+        out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch,
+                              **conditioning._asdict())
+        out, variance = out.to(x.dtype), None
+        if out.shape[1] != x.shape[1]:
+            out, variance = out.chunk(2, dim=1)
         return out, variance if self.learned_variance else None, seen
 
     @torch.no_grad()
@@ -229,7 +219,7 @@ class Model:
     @torch.no_grad()
     def condition(self, prompts: Sequence[str], height: int | None = None,
                   width: int | None = None) -> Conditioning:
-        """Prompts -> all that the UNet is told; height and width in pixels, for models that want to know.
+        """Prompts -> conditioning; height and width in pixels, for models that are conditioned on the size.
         Raises UsageError."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
@@ -246,7 +236,8 @@ class Model:
         return Conditioning(context, self._vector(pooled, height, width))
 
     def _vector(self, pooled: Tensor, height: int | None, width: int | None) -> Tensor:
-        """SDXL's vector: pooled text, then original size, crop corner and target size as sinusoids."""
+        """SDXL's vector: pooled text, then original size, crop corner and target size as sinusoids.
+        -> (B, V)"""
         size = (height or self.size[0], width or self.size[1])
         numbers = torch.tensor([*size, 0, 0, *size], device=pooled.device)
         assert self.unet.config.vector_dim is not None
@@ -256,23 +247,26 @@ class Model:
 
     @torch.no_grad()
     def null(self, n: int, height: int | None = None, width: int | None = None) -> Conditioning:
-        """The empty prompt, n times, for guidance."""
+        """Conditioning on the empty prompt, n rows, for guidance."""
         whole("n", n, most=2**20)
         c = self.condition([""], height, width)
         if self.zero_negative:
-            vector = c.vector if c.vector is None else self._vector(
-                torch.zeros_like(c.vector[:, : self.text_encoders[-1].config.pooled_dim]), height, width)
+            vector = c.vector
+            if vector is not None:
+                pooled = torch.zeros_like(vector[:, : self.text_encoders[-1].config.pooled_dim])
+                vector = self._vector(pooled, height, width)
             c = Conditioning(torch.zeros_like(cast(Tensor, c.context)), vector)
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int) -> Schedule:
-        found = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha,
-                              self.timestep_spacing)
-        if self.prediction == "eps" and not found.alphas[0] > 0:
-            raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR): a "
-                             "model that predicts the noise cannot begin there; leave out zero_snr, or give "
-                             "prediction, v or x0, if it was guessed wrongly")
-        return found
+        """The timesteps that a run of that many steps visits. Raises UsageError."""
+        schedule = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha,
+                                 self.timestep_spacing)
+        if self.prediction == "eps" and not schedule.alphas[0] > 0:
+            raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
+                             "SNR): a model that predicts the noise cannot begin there; leave out "
+                             "zero_snr, or give prediction, v or x0, if it was guessed wrongly")
+        return schedule
 
     @torch.no_grad()
     def encode(self, image: Image.Image | Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""`generate`, `edit` and `upscale`: from prompts to pictures, with everything recorded that is
-needed to do it again."""
+"""`generate`, `edit` and `upscale`: from prompts to pictures, with a record of all that is needed to run
+them again."""
 from __future__ import annotations
 
 import sys
@@ -19,9 +19,10 @@ from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
-from p2p.model import Conditioning, Model
-from p2p.request.asked import SAMPLING, Editor, check_negative
+from p2p.model import Model
+from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag, whole
+from p2p.request.editing import SAMPLING, Editor, check_negative
 from p2p.request.loading import find_model
 from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
 from p2p.request.record import Record
@@ -34,7 +35,7 @@ from p2p.weights.untrusted import brief
 
 @dataclass
 class Result:
-    """What a run gives; of an edit the source comes first."""
+    """The output of a run; in an edit the source comes first."""
 
     images: list[Image.Image]
     latents: Tensor                  # (B, C, H, W), float32, CPU
@@ -42,10 +43,10 @@ class Result:
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
-    masks: Tensor | None = None   # (N, 1, H, W) bool, where local edits could act in the end, CPU
-    rows: int = 0                                    # of the UNet that it took
+    masks: Tensor | None = None   # (N, 1, H, W) bool, where local edits could act at the last step, CPU
+    rows: int = 0                                    # that the UNet computed
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
-    edits: list[Edit] = field(default_factory=list)  # of an edit, one a target, as they were understood
+    edits: list[Edit] = field(default_factory=list)  # one a target, with the modes that were chosen
 
 
 def edit(model: Model | str | Path, source: str | Inversion | Path,
@@ -70,8 +71,8 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
 
 def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record: Record = Record(),
              progress: bool = False, **settings: Any) -> Result:
-    """One picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for all
-    prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
+    """Generates one picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for
+    all prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
     model = find_model(model)
     if unknown := [name for name in settings if name not in SAMPLING or name == "proximal"]:
         raise UsageError(f"{', '.join(unknown)}: no setting of generate; known: {', '.join(SAMPLING)}")
@@ -92,27 +93,27 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
              *sampling_idle(sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))
     batch = Batch(len(prompts), 0, start.guidance_scale != 1)
-    said = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
+    recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     step = stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise)
-    return run(model, Ready(list(prompts), start, batch, step, empty, said, notes,
-                            guidance_scale=start.guidance_scale), record,
-               progress)
+    ready = Ready(list(prompts), start, batch, step, empty, recorded, notes,
+                  guidance_scale=start.guidance_scale)
+    return run(model, ready, record, progress)
 
 
 def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = False) -> Result:
-    """Samples, and collects what was asked for. Raises UsageError, NumericsError."""
+    """Samples, and collects the maps that `record` selects. Raises UsageError, NumericsError."""
     start, empty = ready.start, ready.empty
     flag("progress", progress)
-    began = time.perf_counter()
-    told = model.condition(ready.prompts, *start.size)
+    started = time.perf_counter()
+    conditioning = model.condition(ready.prompts, *start.size)
     if start.low is not None:
         enlarged: dict[str, Any] = dict(low=start.low.to(model.dtype), level=start.level)
-        told = told._replace(**enlarged)
+        conditioning = conditioning._replace(**enlarged)
         empty = empty._replace(**enlarged) if isinstance(empty, Conditioning) else empty
-    read = time.perf_counter()
+    encoded = time.perf_counter()
     watch = record.sites(model.unet, *start.x.shape[2:])
-    loop = denoise(model, start.x, told, empty, start.schedule, ready.step, ready.batch,
+    loop = denoise(model, start.x, conditioning, empty, start.schedule, ready.step, ready.batch,
                    guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan, watch=watch,
                    blend=ready.blend, known=ready.known)
     x, mask, rows, collector = start.x, None, 0, Collector(model.unet, record)
@@ -123,9 +124,12 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
         collector.add(step)
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
-    timings = {"text": read - began, "steps": sampled - read, "pictures": time.perf_counter() - sampled}
-    maps = collector.result([model.tokens(p) for p in ready.prompts], (x.shape[2], x.shape[3]),
-                            model.length) if watch else None
+    timings = {"text": encoded - started, "steps": sampled - encoded,
+               "pictures": time.perf_counter() - sampled}
+    maps = None
+    if watch:
+        tokens = [model.tokens(p) for p in ready.prompts]
+        maps = collector.result(tokens, (x.shape[2], x.shape[3]), model.length)
     return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, list(ready.edits))
 
@@ -133,10 +137,10 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
 def upscale(model: Model | str | Path, small: Result, *, steps: int | None = None,
             guidance_scale: float | None = None, eta: float | None = None, noise_level: int | None = None,
             edited: bool = False, progress: bool = False) -> Result:
-    """Four times larger pictures of a run, by a super-resolution stage that is told the same prompts.
+    """Enlarges the pictures of a run four times, by a super-resolution stage conditioned on the same prompts.
 
     All rows share the noise of the run's seed, so what source and targets have in common stays common. The
-    stage's attention is left alone, as in the paper; edited: it is injected as the run's was. noise_level:
+    stage's attention is not edited, as in the paper; edited: it is injected as the run's was. noise_level:
     timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). The
     settings are the run's, with those of this stage under "upscale".
     """
@@ -160,9 +164,9 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     else:
         large = edit(model, small.prompts[0], small.edits,
                      seed=0 if seed is None else seed, **common)
-    said = {k: large.settings[k] for k in ("model", "places", *model.identity(), "steps", "guidance_scale",
-                                           "eta")}
-    large.settings = small.settings | {"upscale": said | {"noise_level": noise_level, "edited": edited}}
+    names = ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")
+    stage = {name: large.settings[name] for name in names}
+    large.settings = small.settings | {"upscale": stage | {"noise_level": noise_level, "edited": edited}}
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}
     return large

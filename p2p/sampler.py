@@ -15,7 +15,7 @@ from p2p.request.schedules import Schedule
 
 
 def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2021, Eq. 6); linear, so the same for eps, v and x_0."""
+    """Classifier-free guidance (Ho and Salimans 2021, Eq. 6); linear, so it applies to eps, v and x_0."""
     return uncond + guidance_scale * (cond - uncond)
 
 
@@ -23,9 +23,9 @@ Clip = float | tuple[float, float] | None
 
 
 def bounded(x_0: Tensor, clip: Clip) -> Tensor:
-    """x_0 (B, ...) within a bound, or by dynamic thresholding (Saharia et al. 2022, section 2.3): with
-    (quantile, most), each picture within the quantile of its own size, at least 1 and at most `most`, and
-    scaled to [-1, 1]."""
+    """Clips x_0 (B, ...) to a bound, or thresholds it dynamically (Saharia et al. 2022, section 2.3): with
+    (quantile, most), each picture is clipped to the quantile of its absolute values, at least 1 and at most
+    `most`, and scaled to [-1, 1]."""
     if isinstance(clip, tuple):
         quantile, most = clip
         s = _quantile(x_0.flatten(1).abs(), quantile).clamp(1, most).view(-1, *[1] * (x_0.ndim - 1))
@@ -35,12 +35,11 @@ def bounded(x_0: Tensor, clip: Clip) -> Tensor:
 
 def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps",
                clip: Clip = None) -> tuple[Tensor, Tensor]:
-    """The network's prediction ("eps", "v" or "x0") as picture and noise of
+    """Converts the network's prediction ("eps", "v" or "x0") to picture and noise of
 
         x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps
 
-    `clip`: bound of x_0 in pixel models, see `bounded` (the noise is then the one that fits
-    the bounded picture).
+    clip: bound of x_0 in pixel models, see `bounded` (the noise is then recomputed from the bounded picture).
     """
     alpha, sigma = a_t**0.5, (1 - a_t) ** 0.5
     if prediction == "eps":
@@ -90,8 +89,8 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor
 
 def dpmpp_step(x_t: Tensor, x_0: Tensor, a_t: float, a_next: float,
                before: tuple[Tensor, float] | None = None) -> Tensor:
-    """DPM-Solver++ (Lu et al. 2022, algorithm 2, "2M"); before: x_0 of the step before and its a,
-    None for first order."""
+    """x_{t-1} by DPM-Solver++ (Lu et al. 2022, algorithm 2, "2M"). before: x_0 of the step before and its
+    alphas_cumprod, None for first order."""
     if a_next >= 1:
         return x_0
     log_snr = lambda a: math.log(a / (1 - a)) / 2  # noqa: E731
@@ -102,8 +101,8 @@ def dpmpp_step(x_t: Tensor, x_0: Tensor, a_t: float, a_next: float,
 
 
 def lcm_step(x_t: Tensor, x_0: Tensor, t: float, a_next: float, noise: Tensor) -> Tensor:
-    """Latent consistency models (Luo et al. 2023): the picture, and fresh noise on it; a_next 1: the
-    picture alone. The boundary condition's coefficients are those of the authors' code (sigma_data 1/2,
+    """A step of latent consistency models (Luo et al. 2023): the picture with fresh noise, or without noise
+    where a_next is 1. The boundary condition's coefficients are those of the authors' code (sigma_data 1/2,
     timesteps scaled by 10)."""
     skip = 0.25 / ((10 * t) ** 2 + 0.25)
     picture = skip * x_t + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
@@ -111,8 +110,8 @@ def lcm_step(x_t: Tensor, x_0: Tensor, t: float, a_next: float, noise: Tensor) -
 
 
 def tcd_step(x_0: Tensor, eps: Tensor, a_s: float, a_next: float, noise: Tensor | None) -> Tensor:
-    """Trajectory consistency distillation (Zheng et al. 2024, algorithm 4): down to the level a_s, and noise
-    up to a_next; None: no noise, a_s is the end."""
+    """A step of trajectory consistency distillation (Zheng et al. 2024, algorithm 4): down to the level a_s,
+    then noise up to a_next. noise None: the last step, which ends at a_s."""
     x_s = a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * eps
     return x_s if noise is None else (a_next / a_s) ** 0.5 * x_s + max(1 - a_next / a_s, 0.0) ** 0.5 * noise
 
@@ -146,7 +145,7 @@ def belm_step_up(x_prev: Tensor, x_t: Tensor, eps: Tensor, a_prev: float, a_t: f
 
 
 def _quantile(sizes: Tensor, share: float) -> Tensor:
-    """Of each row (B, N), in single precision at least.  -> (B,)"""
+    """The quantile `share` of each row (B, N), in single precision at least.  -> (B,)"""
     return sizes.to(torch.promote_types(sizes.dtype, torch.float32)).quantile(share, dim=1).to(sizes.dtype)
 
 
@@ -155,8 +154,8 @@ PROXIMAL = ("l0", "l1", "published", "published-l1")
 
 def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: str = "l0",
                    quantile: float = 0.7) -> Tensor:
-    """Guidance along the large differences alone (Han et al. 2024, ProxEdit): those from a
-    quantile of their size on.
+    """Guidance along the large differences only (Han et al. 2024, ProxEdit): those from a quantile of their
+    absolute values on.
 
     norm "l0": kept as they are, and "l1": less the threshold, which are the proximal operators of these
     norms, with a threshold a row. "published" and "published-l1": what ProxEdit's code
@@ -170,13 +169,13 @@ def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: st
     sizes = size.flatten(1) if norm in ("l0", "l1") else size.flatten()[None]
     limit = _quantile(sizes, quantile).view(-1, *[1] * (delta.ndim - 1))
     if norm == "l0":
-        kept = torch.where(size >= limit, delta, torch.zeros_like(delta))
+        limited = torch.where(size >= limit, delta, torch.zeros_like(delta))
     else:
-        kept = delta - delta.clamp(-limit, limit)
+        limited = delta - delta.clamp(-limit, limit)
     if norm == "published-l1":
-        kept = torch.where(kept > 0, kept - limit, kept)
-        kept = torch.where(kept < 0, kept + limit, kept)
-    return uncond + guidance_scale * kept
+        limited = torch.where(limited > 0, limited - limit, limited)
+        limited = torch.where(limited < 0, limited + limit, limited)
+    return uncond + guidance_scale * limited
 
 
 # (step, x, prediction, learned variance) -> x
@@ -185,19 +184,21 @@ Stepper = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
             noise: Sequence[Tensor] | None = None, before: tuple[Tensor, float] | None = None) -> Stepper:
-    """The step of a run: DDIM, or DDPM where eta is 1 and the network gives a variance; noise: one tensor
-    a step for eta > 0, shared by the rows. before: x one level above the first step, and its
-    alphas_cumprod: O-BELM's steps."""
-    above = before
+    """The step function of a run: DDIM, or DDPM where eta is 1 and the network predicts a variance.
+
+    noise: one tensor a step for eta > 0, shared by the rows. before: x one level noisier than the first
+    step, and its alphas_cumprod, for O-BELM's steps.
+    """
+    previous = before
 
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> Tensor:
-        nonlocal above
+        nonlocal previous
         a_t, a_prev = schedule.alphas[i:i + 2]
-        if above is not None:
+        if previous is not None:
             eps = x0_and_eps(x, out, a_t, prediction)[1]
-            x_next, (above_x, a_next) = x, above
-            above = (x_next, a_t)
-            return belm_step(above_x[-len(x):], x, eps, a_next, a_t, a_prev)
+            x_next, (previous_x, a_next) = x, previous
+            previous = (x_next, a_t)
+            return belm_step(previous_x[-len(x):], x, eps, a_next, a_t, a_prev)
         x_0, eps = x0_and_eps(x, out, a_t, prediction, clip)
         if variance is not None and eta == 1 and noise:
             return ddpm_step(x, x_0, a_t, a_prev, noise[i], variance)

@@ -13,47 +13,55 @@ from p2p.models.text import Tokens
 
 
 def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
-    """Is a word of the target, of those columns, new beside the source's?"""
+    """Whether a word of the target, at those columns, has no counterpart in the source."""
     return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
 
 
 def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
             aligned: tuple[Tensor, Tensor] | None = None) -> tuple[list[str], list[str]]:
-    """What an edit is about, as words of the source and of the target: its scope and what replaces or joins
-    that; without a scope the words that differ and those with weights other than 1. aligned: what `alignment`
-    gives, if it is known."""
+    """The words of the source and of the target that an edit is about: its scope and what replaces or joins
+    it; without a scope the words that differ and those with weights other than 1. aligned: the result of
+    `alignment`, if it is known."""
     m, a = aligned or alignment(source, target, edit, mode, length)
     ours, theirs = align.named_words(source), align.named_words(target)
     reads = (m * a).bool()   # (L, L): source token i, target token j
 
     def related(i: list[int], j: list[int]) -> bool:
+        """Whether any target token of j reads any source token of i."""
         return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
 
     if edit.scope is not None:
-        inside = {i for word in ([edit.scope] if isinstance(edit.scope, str) else edit.scope)
-                  for i in align.word_tokens(source, word, length)}
-        chosen = [(name, i) for name, i in ours if inside & set(i)]
+        phrases = [edit.scope] if isinstance(edit.scope, str) else edit.scope
+        scope_tokens = {i for phrase in phrases for i in align.word_tokens(source, phrase, length)}
+        chosen = [(name, i) for name, i in ours if scope_tokens & set(i)]
         new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in chosen)]
         return [name for name, _ in chosen], new
     weighted = {j for word, c in (edit.equalizer or {}).items() if c != 1
                 for j in align.word_tokens(target, word, length)}
 
-    def changed(i: list[int], j: list[int]) -> bool:
-        return [source.ids[x] for x in i] != [target.ids[y] for y in j] or bool(weighted & set(j))
+    def unchanged(i: list[int], j: list[int]) -> bool:
+        """Whether target tokens j are the source tokens i, and have no weight of their own."""
+        same = [source.ids[x] for x in i] == [target.ids[y] for y in j]
+        return related(i, j) and same and not weighted & set(j)
 
-    old = [name for name, i in ours if not any(related(i, j) and not changed(i, j) for _, j in theirs)]
-    return old, [name for name, j in theirs if not any(related(i, j) and not changed(i, j) for _, i in ours)]
+    old = [name for name, i in ours if not any(unchanged(i, j) for _, j in theirs)]
+    new = [name for name, j in theirs if not any(unchanged(i, j) for _, i in ours)]
+    return old, new
 
 
 def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
-    """An edit with its scope written out as a LocalBlend: its words, and all others as their rivals."""
+    """The edit with its scope expressed as a LocalBlend: its words, and all others as their rivals."""
     if edit.scope is None:
         return edit
     blend = edit.local_blend or LocalBlend()
     if blend.words is None:
-        own = subject(source, target, edit, mode, length)
-        left, right = ([name for name, columns in align.named_words(prompt) if name not in words
-                        and max(columns) < length - 1]
-                       for prompt, words in zip((source, target), own))
-        blend = replace(blend, words=own, rivals=(left, right))
+        old, new = subject(source, target, edit, mode, length)
+        blend = replace(blend, words=(old, new),
+                        rivals=(_others(source, old, length), _others(target, new, length)))
     return replace(edit, scope=None, local_blend=blend)
+
+
+def _others(prompt: Tokens, words: Sequence[str], length: int) -> list[str]:
+    """The words of a prompt beside these, as far as the text tower reads it."""
+    return [name for name, columns in align.named_words(prompt)
+            if name not in words and max(columns) < length - 1]

@@ -122,7 +122,7 @@ def test_what_nobody_foresaw_is_left_to_the_jobs_turn(emoji, folder, monkeypatch
     def broken(*_, **__):
         raise KeyError("a fault of ours")
 
-    monkeypatch.setattr("p2p.lists.job.asked", broken)
+    monkeypatch.setattr("p2p.lists.job.edit_request", broken)
     assert len(jobs.read(listed(folder, JOB, JOB | {"seed": 1}), emoji)) == 2
 
 

@@ -189,7 +189,7 @@ def test_what_can_be_meant_is_read(emoji, tmp_path):
             jobs.parse(BASE | {"image": "a.png", "method": "ddim", name: fine[name]}, 1, tmp_path, emoji)
     assert jobs.parse(BASE | {"image": "a.png", "method": "ddim"}, 1, tmp_path, emoji, {"seed": 3}).inverting["method"] == "ddim"
     assert job.targets[0].local_blend.level == 4 and job.targets[0].cross_replace_steps == {"default_": (0, 0.5), "dog": 1}
-    assert job.sampling["steps"] == 5 and job.inverting["skip"] == 1 and job.tags == [1, {"a": None}] and job.own == "mine"
+    assert job.sampling["steps"] == 5 and job.inverting["skip"] == 1 and job.tags == [1, {"a": None}] and job.user_id == "mine"
     assert job.targets[0].scope == ("cat",) and json.dumps(job.settings())
 
 

@@ -55,7 +55,7 @@ def test_what_the_machine_cannot_hold_is_refused_at_once(emoji, what, monkeypatc
 def test_ordinary_sizes_are_not_refused(sd1):
     model, large = like(sd1, SD1), like(sd1, SDXL, torch.float16)
     for steps, targets in ((50, 3), (1000, 1), (50, 8)):
-        memory.check_run(model, 1 + targets, (4, 64, 64), steps, noises=1 + steps, kept=3 * steps, targets=targets, encodes=True)
+        memory.check_run(model, 1 + targets, (4, 64, 64), steps, noises=1 + steps, stored=3 * steps, targets=targets, encodes=True)
     memory.check_run(model, 3, (4, 64, 64), 50, targets=2, record=p2p.Record(text=32 * 32, before=True))
     memory.check_run(model, 1, (4, 128, 128), 50)
     memory.check_run(large, 3, (4, 128, 128), 50, targets=2)

@@ -20,16 +20,16 @@ def things(emoji):
     """One of each, and arguments of its methods that are taken."""
     inverted = p2p.invert(emoji, Image.new("RGB", (64, 64)), SOURCE, method="noise", steps=2)
     maps = p2p.generate(emoji, SOURCE, steps=1, record=p2p.Record(text=64, pixels=64)).maps
-    told = emoji.condition([SOURCE])
+    conditioning = emoji.condition([SOURCE])
     x = torch.zeros(1, 3, 64, 64)
-    return {"Model": (emoji, {"prompt": SOURCE, "prompts": [SOURCE], "told": told, "timesteps": torch.tensor([500]), "x": x, "t": 500, "n": 1,
+    return {"Model": (emoji, {"prompt": SOURCE, "prompts": [SOURCE], "conditioning": conditioning, "timesteps": torch.tensor([500]), "x": x, "t": 500, "n": 1,
                               "steps": 2, "image": x, "latents": x, "height": 64, "width": 64, "edit": None, "watch": ()}),
             "Inversion": (inverted, {"model": emoji, "file": "x.safetensors"}),
             "AttentionMaps": (maps, {"row": 0, "word": "cat", "count": 2, "columns": "text", "path": "x.npz", "ends": True})}
 
 
 KINDS = {"Model": p2p.Model, "Inversion": p2p.Inversion, "AttentionMaps": AttentionMaps}
-INSIDE = ("edit", "watch", "which")   # of `predict`: what the loop makes
+INSIDE = ("edit", "watch", "selection")   # of `predict`: what the loop makes
 METHODS = [(kind, name, parameter) for kind, cls in KINDS.items() for name, method in inspect.getmembers(cls, inspect.isfunction)
            if not name.startswith("_") for parameter in inspect.signature(method).parameters if parameter not in ("self", *INSIDE)]
 
@@ -37,7 +37,7 @@ METHODS = [(kind, name, parameter) for kind, cls in KINDS.items() for name, meth
 def called(things, kind, name, given):
     thing, usual = things[kind]
     method = getattr(thing, name)
-    usual = usual | ({"told": thing.read(usual["told"])} if name == "times" else {})
+    usual = usual | ({"conditioning": thing.read(usual["conditioning"])} if name == "times" else {})
     known = inspect.signature(method).parameters
     return method(**{k: v for k, v in usual.items() if k in known} | given)
 
@@ -68,7 +68,7 @@ def test_whatever_is_given_is_taken_or_refused(things, kind, name, parameter, tm
 @pytest.mark.parametrize("call, said", [
     (lambda m, i: m.decode(None), "latents must be a tensor of floating-point numbers .B, 3, H, W., not None"),
     (lambda m, i: m.decode(torch.zeros(1, 4, 8, 8)), r"not torch.float32 of .1, 4, 8, 8."),
-    (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), 5, None), "told must be of the type Conditioning, not None"),
+    (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), 5, None), "conditioning must be of the type Conditioning, not None"),
     (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), None, Conditioning(torch.zeros(1, 2, 3))), "t must be of the type int or Tensor or dict"),
     (lambda m, i: m.tokens(None), "prompt must be of the type str, not None"), (lambda m, i: m.schedule(None), "steps must be a whole number"),
     (lambda m, i: m.null("x"), "n must be a whole number"), (lambda m, i: m.text([None]), "prompts are a text or a list of texts"),

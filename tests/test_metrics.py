@@ -15,7 +15,7 @@ from torchvision.models import squeezenet1_1
 from transformers import CLIPImageProcessor
 
 from p2p import UsageError
-from p2p.lists import metrics, pie
+from p2p.lists import metrics, pie_data
 
 VIT = "vit_tiny_patch16_224"
 
@@ -102,7 +102,7 @@ def asked(judges, a, b, masks, source="a cat", target="a dog on grass"):
 def test_official_figures_are_the_evaluators(files, judges, pictures, edited):
     a, b, runs = pictures
     runs = {"part": runs, "everything": [0, 96 * 96], "nothing": []}[edited]
-    mask = pie.mask(runs, 96, 96)
+    mask = pie_data.mask(runs, 96, 96)
     wanted = evaluator(files, judges, a, b, mask.numpy()[..., None].repeat(3, 2).astype(np.float64), "a cat", "a dog on grass")
     found = {metrics.NAMES[k]: v for k, v in asked(judges, a, b, {"official": mask})["official"].items()}
     assert set(found) == set(wanted) and len(found) == 18
@@ -112,7 +112,7 @@ def test_official_figures_are_the_evaluators(files, judges, pictures, edited):
 
 def test_the_official_structure_has_the_evaluators_slip_and_the_corrected_one_has_not(judges, pictures):
     a, b, runs = pictures
-    found = asked(judges, a, b, {"official": pie.mask(runs, 96, 96), "corrected": pie.mask(runs, 96, 96, border=False)})
+    found = asked(judges, a, b, {"official": pie_data.mask(runs, 96, 96), "corrected": pie_data.mask(runs, 96, 96, border=False)})
     x, y = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255 for p in (a, b))
     assert found["official"]["structure"] == pytest.approx(judges.structure(255 * x, 255 * y), rel=1e-5)
     assert found["corrected"]["structure"] == pytest.approx(judges.structure(x, y), rel=1e-5)
@@ -121,7 +121,7 @@ def test_the_official_structure_has_the_evaluators_slip_and_the_corrected_one_ha
 
 def test_corrected_parts_do_not_see_what_lies_outside_them(judges, pictures):
     a, b, runs = pictures
-    edited = pie.mask(runs, 96, 96, border=False)
+    edited = pie_data.mask(runs, 96, 96, border=False)
     other = np.where(edited.numpy()[..., None], 255 - b, b)
     one, two = (asked(judges, a, x, {"corrected": edited})["corrected"] for x in (b, other))
     for name in ("PSNR", "MSE", "SSIM", "LPIPS", "structure kept"):

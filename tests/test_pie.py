@@ -12,7 +12,7 @@ from torchvision.models import squeezenet1_1
 from benchmarks.pie_shaped import make
 from p2p import UsageError
 from p2p.cli.parser import main
-from p2p.lists import metrics, pie
+from p2p.lists import metrics, pie_data
 
 NONE = metrics.Judges()
 
@@ -31,12 +31,12 @@ def pictures():
 
 def test_masks_are_runs_of_pixels_and_their_border_counts():
     runs = [0, 3, 14, 2, 34, 100]                                                    # the last one is longer than the picture
-    plain = pie.mask(runs, 6, 6, border=False)
+    plain = pie_data.mask(runs, 6, 6, border=False)
     assert plain.flatten().nonzero()[:, 0].tolist() == [0, 1, 2, 14, 15, 34, 35]
-    assert pie.runs(plain) == [0, 3, 14, 2, 34, 2] and torch.equal(pie.mask(pie.runs(plain), 6, 6, border=False), plain)
-    official = pie.mask(runs, 6, 6)
+    assert pie_data.runs(plain) == [0, 3, 14, 2, 34, 2] and torch.equal(pie_data.mask(pie_data.runs(plain), 6, 6, border=False), plain)
+    official = pie_data.mask(runs, 6, 6)
     assert official.sum() == 20 + 2 and official[0].all() and official[:, -1].all() and not official[3, 1:-1].any()
-    assert pie.runs(torch.zeros(4, 4, dtype=torch.bool)) == [] and pie.runs(torch.ones(4, 4, dtype=torch.bool)) == [0, 16]
+    assert pie_data.runs(torch.zeros(4, 4, dtype=torch.bool)) == [] and pie_data.runs(torch.ones(4, 4, dtype=torch.bool)) == [0, 16]
 
 
 def test_official_figures_are_those_of_the_whole_blackened_frame(pictures):

@@ -344,3 +344,11 @@ def test_results_under_a_jpg_are_judged_as_jpeg_by_the_official_convention(tmp_p
         plain, jpeg = (pie._measured(of, tmp_path / "edit.png", pie.Way({}, jpeg=j), metrics.Judges()) for j in (False, True))
         assert (plain["official"]["MSE"] != jpeg["official"]["MSE"]) == (suffix == "jpg")
         assert plain["corrected"] == pytest.approx(jpeg["corrected"], nan_ok=True)
+
+
+def test_a_row_is_recorded_with_the_keys_of_its_first_version():
+    """So that a row that was begun with an earlier version goes on."""
+    published = {name: protocol.recorded(protocol.find(name)) for name in ("ddim+p2p", "ddim+masactrl")}
+    assert {name: row["told"] for name, row in published.items()} == {"ddim+p2p": "prompt", "ddim+masactrl": "nothing"}
+    assert all("source_conditioning" not in row for row in published.values())
+    assert published["ddim+masactrl"]["inversion"] == "ddim" and published["ddim+masactrl"]["fit"] == "square"

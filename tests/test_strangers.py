@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from p2p import CheckpointError, UsageError
 from p2p.cli.parser import main
-from p2p.lists import pie
+from p2p.lists import pie_data
 from p2p.request.source import Inversion
 from p2p.show.pictures import CHUNK, read_settings
 from p2p.weights.deepfloyd import load_prompts
@@ -106,7 +106,7 @@ def _png(tmp_path, text):
 
 def _pie(tmp_path, text):
     (tmp_path / "mapping_file.json").write_text(text)
-    return lambda: pie.read(tmp_path)
+    return lambda: pie_data.read(tmp_path)
 
 
 PLACES = {

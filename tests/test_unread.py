@@ -59,10 +59,10 @@ def test_defaults_that_nothing_reads_are_refused_before_anything_runs(folder, ca
 def test_what_another_editor_does_not_read_is_refused_and_not_inherited(emoji, folder):
     plain = read(folder, emoji, {"editor": "masactrl"})[0]
     assert read(folder, emoji, {"editor": "masactrl"}, {}, cross_replace_steps=0.5)[0].id == plain.id
-    with pytest.raises(UsageError, match="cross_replace_steps: no job of this list reads it .*in whose stead the editor"):
+    with pytest.raises(UsageError, match="cross_replace_steps: no job of this list reads it .*which the editor replaces"):
         read(folder, emoji, {"editor": "masactrl"}, cross_replace_steps=0.5)
     for own in ({"cross": 0.5}, {"targets": [{"prompt": "a dog", "weight": {"dog": 2}}]}):
-        with pytest.raises(UsageError, match="line 2: .*in whose stead the editor injects"):
+        with pytest.raises(UsageError, match="line 2: .*which the editor replaces"):
             read(folder, emoji, {}, {"editor": "masactrl"} | own)
     assert len(read(folder, emoji, {"editor": "masactrl", "scope": "cat"}, {"cross": 0.5})) == 2
 
@@ -77,7 +77,7 @@ def test_a_negative_prompt_is_not_for_inversions_with_their_own(emoji, folder):
 
 def told(settings, emoji, folder, blended=""):
     item = protocol.Item("k", folder / "photo.png", "a cat on grass", "a dog on grass", blended, [])
-    return pie._asked(pie.own(settings), item, emoji, 1)
+    return pie._job_or_picture(pie.custom(settings), item, emoji, 1)
 
 
 @pytest.mark.parametrize("like, changed, gone, kept", [
@@ -102,7 +102,7 @@ def test_what_a_changed_row_does_not_read_is_not_inherited(emoji, folder, like, 
     ({"method": "ddim", "steps": 3, "skip": 3}, "skip, which leaves steps to run, must be a whole number from 0 to 2, not 3")])
 def test_rows_that_cannot_be_meant_are_refused_before_anything_is_written(emoji, folder, settings, why):
     item = protocol.Item("k", folder / "photo.png", "a cat on grass", "a dog on grass", "cat dog", [])
-    ways = {"fine": pie.own({"method": "noise", "steps": 1}), "mine": pie.own(settings)}
+    ways = {"fine": pie.custom({"method": "noise", "steps": 1}), "mine": pie.custom(settings)}
     with pytest.raises(UsageError, match=f"mine: (the target: )?{why}"):
         pie.evaluate(emoji, [item], ways, folder / "out", pie.Judges())
     assert not (folder / "out").exists()

@@ -1,7 +1,8 @@
-"""Files and folders that appear in one step: made in a folder that names its owner, then moved into place.
+"""Atomic writes: files and folders are made in a temporary folder that names its process, then moved into
+place.
 
-    PARENT/.p2p-HOST-PID-BORN-RANDOM/     what a process is writing; gone when it ends, and if it was killed,
-                                          when the next run on that machine begins
+    PARENT/.p2p-HOST-PID-BORN-RANDOM/     the files of a running process; removed when it ends, or if it was
+                                          killed, by the next run on that machine
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ OWNED = re.compile(r"\.p2p-(.+)-(\d+)-(\d+)-[^-]+")
 
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
-    """A new folder of this process in `parent`; what is not moved out of it goes with it. Raises OSError."""
+    """A temporary folder of this process in `parent`; its content is removed at the end. Raises OSError."""
     pid = os.getpid()
     folder = Path(tempfile.mkdtemp(prefix=f".p2p-{_host()}-{pid}-{_born(pid) or 0}-", dir=parent))
     try:
@@ -31,65 +32,66 @@ def aside(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Where to write a file, which is then at its place in one step: readers see the old one or the new one.
+    """The path to write a file to, which then replaces `file` atomically: readers see the old one or the new
+    one.
 
     Raises OSError.
     """
-    with aside(file.parent) as own:
-        yield own / file.name
-        os.replace(own / file.name, file)
+    with aside(file.parent) as folder:
+        yield folder / file.name
+        os.replace(folder / file.name, file)
 
 
 @contextmanager
-def appearing(folder: Path, whole: str) -> Iterator[Path]:
-    """A folder to fill, which is then at its place in one step. whole: the file by which a finished one is
-    known.
+def appearing(folder: Path, marker: str) -> Iterator[Path]:
+    """The folder to fill, which then appears at `folder` atomically. marker: the file that marks a finished
+    one.
 
-    A folder that stands there without it (a copy that was stopped, say) is renamed to NAME.incomplete-...; a
+    An existing folder without it (of a copy that was stopped, say) is renamed to NAME.incomplete-...; a
     finished one, of another worker at the same job, is not touched. Raises OSError, there too.
     """
-    with aside(folder.parent) as own:
-        made = own / folder.name
-        made.mkdir()
-        yield made
-        if folder.exists() and not finished(folder / whole):
+    with aside(folder.parent) as temporary:
+        contents = temporary / folder.name
+        contents.mkdir()
+        yield contents
+        if folder.exists() and not finished(folder / marker):
             os.rename(folder, folder.with_name(f"{folder.name}.incomplete-{secrets.token_hex(4)}"))
-        os.rename(made, folder)
+        os.rename(contents, folder)
 
 
-def settle(made: Path, place: Path) -> None:
-    """Moves a file or a folder to a place where nothing is. Whoever is stopped midway leaves nothing there.
+def settle(source: Path, place: Path) -> None:
+    """Moves a file or a folder to a path that does not exist. An interruption leaves nothing there.
 
-    Raises OSError; FileExistsError where there is something by now.
+    Raises OSError; FileExistsError where the path exists.
     """
-    if made.is_dir():
+    if source.is_dir():
         place.mkdir()              # fails if something is there
     else:
         try:
-            os.link(made, place)   # likewise; os.replace would not
+            os.link(source, place)   # fails if something is there; os.replace would not
             return
         except FileExistsError:
             raise
         except OSError:            # a file system without links
             os.close(os.open(place, os.O_CREAT | os.O_EXCL))
     try:
-        os.replace(made, place)    # in one step, over what is empty
+        os.replace(source, place)    # atomically, over an empty one
     except BaseException:
-        if made.exists():
-            place.rmdir() if made.is_dir() else place.unlink()
+        if source.exists():
+            place.rmdir() if source.is_dir() else place.unlink()
         raise
 
 
 def finished(file: Path) -> bool:
-    """Whether the file that ends a folder is there; an empty one is what a power failure leaves."""
+    """Whether the file that marks a finished folder exists; an empty one is left by a power failure."""
     with suppress(OSError):
         return file.stat().st_size > 0
     return False
 
 
 def sweep(parent: Path) -> None:
-    """Removes what killed processes of this machine left in `parent`; nothing of living ones or other
-    machines."""
+    """Removes temporary folders of killed processes of this machine in `parent`; not those of running ones or
+    other machines."""
     with suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             owner = OWNED.fullmatch(entry.name)
@@ -98,7 +100,8 @@ def sweep(parent: Path) -> None:
 
 
 def _host() -> str:
-    """This machine; of containers that share its name, each (they do not see each other's processes)."""
+    """The name of this machine, or of this container (those of one name do not see each other's
+    processes)."""
     space = ""
     with suppress(OSError):
         space = f"-{os.stat('/proc/self/ns/pid').st_ino}"
@@ -106,7 +109,7 @@ def _host() -> str:
 
 
 def _alive(pid: int, born: str) -> bool:
-    """Whether the process that was started then runs; True where that cannot be told."""
+    """Whether the process that was started then is running; True where that is unknown."""
     if os.name != "posix":
         return True
     try:
@@ -119,11 +122,11 @@ def _alive(pid: int, born: str) -> bool:
 
 
 def _born(pid: int) -> str | None:
-    """When a process was started, in clock ticks since the machine was ("-": it has ended, but was not waited
+    """The start of a process in clock ticks after that of the machine ("-": it has ended, but was not waited
     for); None where the system has no /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    state, *rest = text.rpartition(")")[2].split()   # after the program's name, which may hold anything
-    return "-" if state in "ZX" else rest[18]
+    state, *fields = text.rpartition(")")[2].split()   # after the program's name, which may hold anything
+    return "-" if state in "ZX" else fields[18]

@@ -13,7 +13,7 @@ USED = "averaged weights (EMA) used"
 
 
 def held(names: Iterable[str]) -> list[str]:
-    """Those of averaged weights, whatever they average."""
+    """The names of averaged weights, of any part."""
     return sorted(k for k in names if k.startswith(keys.EMA) and k not in COUNTERS)
 
 
@@ -23,28 +23,30 @@ def taken_unasked(file: TensorFile) -> bool:
 
 
 def averaged(file: TensorFile, wanted: bool, notes: list[str]) -> TensorFile:
-    """The file as it is; wanted: with the averages in place of the UNet's plain weights. Which of them, where there are
-    both, is noted, and what is left of the averages. Unless asked for they are left alone, as elsewhere: a merge may
+    """The file; wanted: with the averages in place of the UNet's plain weights. Notes say which of the two
+    are used, and which averages are not. They are not used by default, as in other programs: a merge may
     still carry those of its base.
 
-    Their names are the plain ones, or these less "model." or the whole prefix; with every dot left out (as LDM saves
-    them, less "model."), or with the dots. Raises CheckpointError.
+    Their names are the plain ones, or these less "model." or the whole prefix; with every dot left out (as
+    LDM saves them, less "model."), or with the dots. Raises CheckpointError.
     """
-    plain, there = [k for k in file.shapes if k.startswith(keys.UNET)], held(file.shapes)
-    forms = [{k: keys.EMA + form(k.removeprefix(prefix)) for k in plain} for prefix in ("model.", "", keys.UNET)
+    plain, averaged_names = [k for k in file.shapes if k.startswith(keys.UNET)], held(file.shapes)
+    forms = [{k: keys.EMA + form(k.removeprefix(prefix)) for k in plain}
+             for prefix in ("model.", "", keys.UNET)
              for form in (lambda name: name.replace(".", ""), str)]
     twins = max(forms, key=lambda names: sum(t in file.shapes for t in names.values()))
-    found = sum(t in file.shapes for t in twins.values())
+    present = sum(t in file.shapes for t in twins.values())
     if not wanted:
-        notes += [NOT_USED] if there else []
+        notes += [NOT_USED] if averaged_names else []
         return file
-    if not there:
+    if not averaged_names:
         raise CheckpointError(f"{file.path}: no averaged weights (EMA) in it; leave out ema.")
-    if found < len(twins):
-        raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {found} of {len(twins)} UNet tensors "
-                              f"under the names that are known (in the file: {there[0]}, ...); leave out ema to use the "
-                              "plain ones.")
+    if present < len(twins):
+        raise CheckpointError(f"{file.path}: averaged weights (EMA) are there for {present} of {len(twins)} "
+                              "UNet tensors under the names that are known (in the file: "
+                              f"{averaged_names[0]}, ...); leave out ema to use the plain ones.")
     notes.append(USED)
-    if left := sorted({*there} - {*twins.values()}):
-        notes.append(f"{len(left)} averaged tensors (EMA) are of no part of the UNet and are not used: {left[0]}, ...")
+    if unused := sorted({*averaged_names} - {*twins.values()}):
+        notes.append(f"{len(unused)} averaged tensors (EMA) are of no part of the UNet and are not used: "
+                     f"{unused[0]}, ...")
     return Renamed(file, {k: k for k in file.shapes} | twins)

@@ -1,4 +1,4 @@
-"""A recognised model written anew: as a single file in LDM naming, or as a diffusers folder."""
+"""Converts a recognised model to a single file in LDM naming, or to a diffusers folder."""
 from __future__ import annotations
 
 import errno
@@ -30,27 +30,29 @@ State = dict[str, Tensor]
 
 
 def convert(package: Package, out: Path, half: bool = False) -> None:
-    """Writes `out`: a single .safetensors file if it is named so, else a diffusers folder; whole or not at all."""
+    """Writes `out` atomically: a single .safetensors file if it is named so, else a diffusers folder."""
     if package.family in ("emoji", "if"):
-        raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for Stable Diffusion.")
+        raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for "
+                              "Stable Diffusion.")
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep(out.parent)
-        with aside(out.parent) as own:
+        with aside(out.parent) as temporary:
             if out.suffix == ".safetensors":
                 metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
                 metadata |= scheduler.metadata(package.sampling)
                 if package.family == "sdxl" and not package.zero_negative:
                     metadata[ENCODED_EMPTY] = "true"
-                _save(single_file(package, half).items(), own / out.name, metadata)
+                _save(single_file(package, half).items(), temporary / out.name, metadata)
             else:
-                _folder(package, own / out.name, half)
+                _folder(package, temporary / out.name, half)
             try:
-                settle(own / out.name, out)
+                settle(temporary / out.name, out)
             except FileExistsError:
-                raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten") from None
+                raise CheckpointError(f"{out}: appeared while it was written; nothing is overwritten"
+                                      ) from None
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
                               ) from None
@@ -71,7 +73,7 @@ def _tensors(part: Part, build: Any, half: bool) -> Iterator[tuple[str, Tensor]]
 
 
 def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], prefix: str = "") -> State:
-    """Own names -> those of a naming: `p2p.weights.keys` read from right to left."""
+    """The modules' names -> those of a naming: the inverse of `p2p.weights.keys`."""
     out: State = {}
     for name, tensor in state:
         source = sources[name]
@@ -86,7 +88,8 @@ def single_file(package: Package, half: bool = False) -> State:
     u, v, family = package.unet, package.vae, package.family
     unet = dict(_tensors(u, UNet, half))
     out = _rename(iter(unet.items()), keys.ldm_sources(unet, keys.unet_prefixes(u.config)), keys.UNET)
-    vae = {n: t[..., None, None] if ".attentions." in n and t.ndim == 2 else t for n, t in _tensors(v, AutoencoderKL, half)}
+    vae = {n: t[..., None, None] if ".attentions." in n and t.ndim == 2 else t
+           for n, t in _tensors(v, AutoencoderKL, half)}
     out |= _rename(iter(vae.items()), keys.ldm_sources(vae, keys.vae_prefixes(v.config)), keys.VAE)
     for i, part in enumerate(package.text):
         text = dict(_tensors(_whole(part, family, i == 1), TextEncoder, half))
@@ -99,13 +102,13 @@ def single_file(package: Package, half: bool = False) -> State:
 
 
 def _idle_layer(text: State, config: TextConfig) -> State:
-    """Single files of SD 2 carry a last layer that nothing uses; diffusers folders do not. One that does nothing."""
+    """A last layer of zeros: single files of SD 2 have one that nothing uses, diffusers folders do not."""
     last = f"transformer.resblocks.{config.layers - 1}."
     return {f"transformer.resblocks.{config.layers}." + n.removeprefix(last): torch.zeros_like(t)
             for n, t in text.items() if n.startswith(last)}
 
 
-# ---------------------------------------------------------------------------------------------------- diffusers folder
+# ------------------------------------------------------------------------------------------- diffusers folder
 
 def _folder(package: Package, out: Path, half: bool) -> None:
     family, xl = package.family, package.family == "sdxl"
@@ -116,19 +119,22 @@ def _folder(package: Package, out: Path, half: bool) -> None:
              "tokenizer": ["transformers", "CLIPTokenizer"]}
     if xl:
         index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                  "tokenizer_2": ["transformers", "CLIPTokenizer"], "force_zeros_for_empty_prompt": package.zero_negative}
+                  "tokenizer_2": ["transformers", "CLIPTokenizer"],
+                  "force_zeros_for_empty_prompt": package.zero_negative}
     else:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None],
+                  "requires_safety_checker": False}
     _write(out / "model_index.json", index)
     _write(out / "scheduler" / "scheduler_config.json", version | scheduler.config(package.sampling))
     _write(out / "unet" / "config.json", version | _unet_config(package))
     _save(_tensors(package.unet, UNet, half), out / "unet" / "diffusion_pytorch_model.safetensors")
     c = package.vae.config
     _write(out / "vae" / "config.json", version | {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": c.channels, "in_channels": c.in_channels,
-        "out_channels": c.in_channels, "latent_channels": c.latent_channels, "layers_per_block": c.layers_per_block,
-        "down_block_types": ["DownEncoderBlock2D"] * len(c.channels), "up_block_types": ["UpDecoderBlock2D"] * len(c.channels),
-        "norm_num_groups": 32, "sample_size": package.size[0], "scaling_factor": package.latent_scale, "force_upcast": xl})
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": c.channels,
+        "in_channels": c.in_channels, "out_channels": c.in_channels, "latent_channels": c.latent_channels,
+        "layers_per_block": c.layers_per_block, "down_block_types": ["DownEncoderBlock2D"] * len(c.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(c.channels), "norm_num_groups": 32,
+        "sample_size": package.size[0], "scaling_factor": package.latent_scale, "force_upcast": xl})
     _save(_tensors(package.vae, AutoencoderKL, half), out / "vae" / "diffusion_pytorch_model.safetensors")
     for i, part in enumerate(package.text):
         name = "text_encoder_2" if i else "text_encoder"
@@ -136,7 +142,8 @@ def _folder(package: Package, out: Path, half: bool) -> None:
         _write(out / name / "config.json", _text_config(part.config))
         text = dict(_tensors(part, TextEncoder, half))
         renamed = _rename(iter(text.items()), keys.hf_sources(text))
-        _save(iter((k if k.startswith("text_projection") else "text_model." + k, t) for k, t in renamed.items()),
+        _save(iter((k if k.startswith("text_projection") else "text_model." + k, t)
+                   for k, t in renamed.items()),
               out / name / "model.safetensors")
         _tokenizer(out / name.replace("text_encoder", "tokenizer"), part.config)
 
@@ -159,12 +166,14 @@ def _unet_config(package: Package) -> dict[str, Any]:
     c = package.unet.config
     kinds = [bool(k) for k in c.down_attention]
     out = {
-        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": c.channels, "in_channels": c.in_channels,
-        "out_channels": c.out_channels, "layers_per_block": c.layers_per_block, "cross_attention_dim": c.context_dim,
-        "attention_head_dim": c.heads, "transformer_layers_per_block": c.depth, "use_linear_projection": c.linear_projection,
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": c.channels,
+        "in_channels": c.in_channels, "out_channels": c.out_channels, "layers_per_block": c.layers_per_block,
+        "cross_attention_dim": c.context_dim, "attention_head_dim": c.heads,
+        "transformer_layers_per_block": c.depth, "use_linear_projection": c.linear_projection,
         "down_block_types": ["CrossAttnDownBlock2D" if k else "DownBlock2D" for k in kinds],
         "up_block_types": ["CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(kinds)],
-        "upcast_attention": c.upcast_attention, "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0,
+        "upcast_attention": c.upcast_attention, "norm_num_groups": 32, "norm_eps": 1e-5,
+        "flip_sin_to_cos": True, "freq_shift": 0,
         "sample_size": package.size[0] // 2 ** (len(package.vae.config.channels) - 1),
     }
     if c.vector_dim:
@@ -176,11 +185,13 @@ def _unet_config(package: Package) -> dict[str, Any]:
 
 def _text_config(c: TextConfig) -> dict[str, Any]:
     return {
-        "architectures": ["CLIPTextModelWithProjection" if c.pooled_dim else "CLIPTextModel"], "model_type": "clip_text_model",
-        "hidden_size": c.width, "intermediate_size": c.mlp_width or 4 * c.width, "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads, "max_position_embeddings": c.context_length, "vocab_size": c.vocab_size,
-        "hidden_act": "quick_gelu" if c.quick_gelu else "gelu", "projection_dim": c.pooled_dim or c.width, "layer_norm_eps": 1e-5,
-        "bos_token_id": START, "eos_token_id": END, "pad_token_id": c.pad_id,
+        "architectures": ["CLIPTextModelWithProjection" if c.pooled_dim else "CLIPTextModel"],
+        "model_type": "clip_text_model", "hidden_size": c.width,
+        "intermediate_size": c.mlp_width or 4 * c.width, "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads, "max_position_embeddings": c.context_length,
+        "vocab_size": c.vocab_size, "hidden_act": "quick_gelu" if c.quick_gelu else "gelu",
+        "projection_dim": c.pooled_dim or c.width, "layer_norm_eps": 1e-5, "bos_token_id": START,
+        "eos_token_id": END, "pad_token_id": c.pad_id,
     }
 
 

@@ -1,4 +1,4 @@
-"""DeepFloyd IF: what is in its diffusers folders, and in files under its own names."""
+"""DeepFloyd IF: recognises its diffusers folders, and files in its own naming."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,42 +21,47 @@ from p2p.weights.sizes import check_given, check_sizes, per_level, read_json, re
 from p2p.weights.untrusted import parse_json
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
-OWN = "encoder_pooling.1.positional_embedding"   # a tensor that files under IF's own names hold, and no others
+# a tensor that files under IF's own names hold, and no others
+OWN = "encoder_pooling.1.positional_embedding"
 
 # T5's, in transformers 4 and 5
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def find_folder(path: Path) -> Package:
-    """A stage in a diffusers folder. Raises CheckpointError."""
+    """Recognises a stage in a diffusers folder. Raises CheckpointError."""
     where = path / "unet" / "config.json"
     notes: list[str] = []
     c, index = read_json(where), read_index(path, notes)
     unet = Part(weights_file(path / "unet", notes), "", "own", unet_from_config(where, c))
-    said, configs = _released(unet.config), [path / "model_index.json", where]
-    config, noising = (path / folder / "scheduler_config.json" for folder in ("scheduler", "image_noising_scheduler"))
+    sampling, configs = _released(unet.config), [path / "model_index.json", where]
+    config, noising = (path / folder / "scheduler_config.json"
+                       for folder in ("scheduler", "image_noising_scheduler"))
     if config.exists():
-        said = scheduler.read(config, read_json(config), "if", scheduler_class(index))
+        sampling = scheduler.read(config, read_json(config), "if", scheduler_class(index))
         configs.append(config)
     if noising.exists():   # of the low-resolution picture
-        if not torch.equal(scheduler.read(noising, read_json(noising), "if").alphas_cumprod, said.alphas_cumprod):
-            raise CheckpointError(f"{noising}: another noise schedule than the sampler's; one for both is supported.")
+        if not torch.equal(scheduler.read(noising, read_json(noising), "if").alphas_cumprod,
+                           sampling.alphas_cumprod):
+            raise CheckpointError(f"{noising}: another noise schedule than the sampler's; one for both is "
+                                  "supported.")
         configs.append(noising)
     side = c.get("sample_size") or 64
     size = (side, side) if isinstance(side, int) else tuple(side)
-    return Package("if", path, unet, [], None, said, size, notes=[*notes, *said.notes], configs=configs)
+    return Package("if", path, unet, [], None, sampling, size, notes=[*notes, *sampling.notes],
+                   configs=configs)
 
 
 def _released(unet: UNetConfig) -> Sampling:
-    """As the published stages are sampled: dynamic thresholding by a quantile, to a largest bound."""
+    """The sampling of the published stages: dynamic thresholding by a quantile, up to a bound."""
     return Sampling(squared_cosine(), why="as every model of IF", offset=0, final_alpha=1.0,
                     clip=(0.95, 1.0 if unet.low_channels else 1.5))
 
 
 def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
     fields.check(path, c, fields.DEEPFLOYD_UNET)
-    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                "attention_head_dim")
+    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+                "cross_attention_dim", "attention_head_dim")
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
 
@@ -69,7 +74,8 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
         names = per_level(path, name, c[name], n)
         if odd := sorted(set(names) - known.keys()):
             raise CheckpointError(f"{path}: block types {', '.join(odd)}; supported: {', '.join(known)}.")
-        return tuple(("added text" if only else "added") if known[name] else None for name, only in zip(names, text_only))
+        return tuple(("added text" if only else "added") if known[name] else None
+                     for name, only in zip(names, text_only))
 
     down = kinds("down_block_types", {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True},
                  text_only)
@@ -84,38 +90,41 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
         layers_per_block=each("layers_per_block", 2), down_attention=down, mid_attention=mid, up_attention=up,
         depth=(1,) * n, heads=tuple(ch // d for ch, d in zip(channels, each("attention_head_dim", 64))),
         context_dim=c.get("cross_attention_dim", 1280), act=c.get("act_fn", "silu"),
-        scale_shift=c.get("resnet_time_scale_shift") == "scale_shift", skip_time_act=bool(c.get("resnet_skip_time_act")),
-        out_scale=c.get("resnet_out_scale_factor") or 1.0, mid_scale=c.get("mid_block_scale_factor") or 1.0, resample="residual",
+        scale_shift=c.get("resnet_time_scale_shift") == "scale_shift",
+        skip_time_act=bool(c.get("resnet_skip_time_act")), out_scale=c.get("resnet_out_scale_factor") or 1.0,
+        mid_scale=c.get("mid_block_scale_factor") or 1.0, resample="residual",
         temb_dim=c.get("time_embedding_dim"), time_act=c.get("time_embedding_act_fn"), text_dim=text,
-        pool_heads=c.get("addition_embed_type_num_heads", 64), norm_text=c.get("cross_attention_norm") == "group_norm",
-        low_channels=low,
+        pool_heads=c.get("addition_embed_type_num_heads", 64),
+        norm_text=c.get("cross_attention_norm") == "group_norm", low_channels=low,
     )
 
 
 def find_in_file(file: TensorFile) -> Package:
-    """A stage under IF's own names: sizes from shapes; what shapes cannot say from config.yml beside it, or as released."""
+    """Recognises a stage in IF's own naming: sizes from shapes; what they do not tell from config.yml beside
+    it, or as released."""
     beside = file.path.with_name("config.yml")
-    said = read_settings(beside) if beside.exists() else {}
-    sizes = [int(said[k]) for k in ("num_head_channels", "att_pool_heads") if k in said]
+    settings = read_settings(beside) if beside.exists() else {}
+    sizes = [int(settings[k]) for k in ("num_head_channels", "att_pool_heads") if k in settings]
     check_sizes(beside, {"heads": sizes or None})
-    config = unet_from_shapes(file.shapes, said)
+    config = unet_from_shapes(file.shapes, settings)
     stray = () if config.text_dim else ("encoder_proj.",)
     side = 256 if config.low_channels else 64
-    return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, _released(config), (side, side),
-                   configs=[beside] if beside.exists() else [])
+    return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, _released(config),
+                   (side, side), configs=[beside] if beside.exists() else [])
 
 
 def find_own_folder(path: Path) -> Package:
-    """A folder as DeepFloyd released it: config.yml and pytorch_model.bin."""
+    """Recognises a folder as DeepFloyd released it: config.yml and pytorch_model.bin."""
     return find_in_file(open_file(path / "pytorch_model.bin"))
 
 
-def unet_from_shapes(s: Shapes, said: dict[str, str]) -> UNetConfig:
-    head_dim, upscaler = int(said.get("num_head_channels", 64)), "aug_proj.0.weight" in s
-    efficient = said.get("efficient_activation", str(upscaler)).lower() == "true"
-    scaled = 1 / 0.7071 if said.get("scale_skip_connection", str(upscaler)).lower() == "true" else 1.0
+def unet_from_shapes(s: Shapes, settings: dict[str, str]) -> UNetConfig:
+    head_dim, upscaler = int(settings.get("num_head_channels", 64)), "aug_proj.0.weight" in s
+    efficient = settings.get("efficient_activation", str(upscaler)).lower() == "true"
+    scaled = 1 / 0.7071 if settings.get("scale_skip_connection", str(upscaler)).lower() == "true" else 1.0
     total = count(s, "input_blocks.")
-    blocks = [(s[f"input_blocks.{n}.0.out_layers.3.weight"][0], s.get(f"input_blocks.{n}.1.qkv.weight")) for n in range(1, total)]
+    blocks = [(s[f"input_blocks.{n}.0.out_layers.3.weight"][0], s.get(f"input_blocks.{n}.1.qkv.weight"))
+              for n in range(1, total)]
     levels: list[list[tuple[int, tuple[int, ...] | None]]] = [[]]
     for i, (channels, qkv) in enumerate(blocks):
         follows = blocks[i + 1] if i + 1 < len(blocks) else None
@@ -135,18 +144,23 @@ def unet_from_shapes(s: Shapes, said: dict[str, str]) -> UNetConfig:
     text, context = s["encoder_pooling.0.weight"][0], s["middle_block.1.encoder_kv.weight"][1]
     low = s["input_blocks.0.0.weight"][1] - 3 if upscaler else 0
     return UNetConfig(
-        in_channels=s["input_blocks.0.0.weight"][1] - low, out_channels=s["out.2.weight"][0], channels=channels,
-        layers_per_block=tuple(len(level) for level in levels), down_attention=kinds,
-        mid_attention=kind(channels[-1], s["middle_block.1.qkv.weight"]), up_attention=kinds, depth=(1,) * len(levels),
-        heads=tuple(max(1, c // head_dim) for c in channels), context_dim=context, act=said.get("activation", "gelu"),
-        scale_shift=s["middle_block.0.emb_layers.1.weight"][0] == 2 * channels[-1], skip_time_act=efficient, out_scale=scaled,
-        mid_scale=scaled, resample="residual", temb_dim=temb, time_act=said.get("activation", "gelu") if efficient else None,
-        text_dim=text if "encoder_proj.weight" in s else None, pool_heads=int(said.get("att_pool_heads", 64)), low_channels=low,
+        in_channels=s["input_blocks.0.0.weight"][1] - low, out_channels=s["out.2.weight"][0],
+        channels=channels, layers_per_block=tuple(len(level) for level in levels), down_attention=kinds,
+        mid_attention=kind(channels[-1], s["middle_block.1.qkv.weight"]), up_attention=kinds,
+        depth=(1,) * len(levels), heads=tuple(max(1, c // head_dim) for c in channels), context_dim=context,
+        act=settings.get("activation", "gelu"),
+        scale_shift=s["middle_block.0.emb_layers.1.weight"][0] == 2 * channels[-1], skip_time_act=efficient,
+        out_scale=scaled, mid_scale=scaled, resample="residual", temb_dim=temb,
+        time_act=settings.get("activation", "gelu") if efficient else None,
+        text_dim=text if "encoder_proj.weight" in s else None,
+        pool_heads=int(settings.get("att_pool_heads", 64)), low_channels=low,
     )
 
 
-def load_text(package: Package, source: str | Path | None, device: torch.device, dtype: torch.dtype) -> T5Encoder | EncodedPrompts:
-    """T5 from a folder (None: the one that the model lies in), or a .safetensors of encoded prompts. Raises CheckpointError."""
+def load_text(package: Package, source: str | Path | None, device: torch.device,
+              dtype: torch.dtype) -> T5Encoder | EncodedPrompts:
+    """Loads T5 from a folder (None: the model's), or a .safetensors of encoded prompts. Raises
+    CheckpointError."""
     where = package.where if source is None else Path(source)
     wanted = package.unet.config.text_dim or package.unet.config.context_dim
     if where.is_file() and source is not None:
@@ -154,15 +168,15 @@ def load_text(package: Package, source: str | Path | None, device: torch.device,
     elif (where / "text_encoder" / "config.json").exists():
         text = load_t5(where, device, dtype)
     else:
-        raise CheckpointError(f"{where}: no T5 there (text_encoder/config.json and tokenizer/ expected). Give its folder, or a "
-                              "file of encoded prompts, as the model's text.")
+        raise CheckpointError(f"{where}: no T5 there (text_encoder/config.json and tokenizer/ expected). "
+                              "Give its folder, or a file of encoded prompts, as the model's text.")
     if text.config.width != wanted:
         raise CheckpointError(f"{where}: gives text of width {text.config.width}, the UNet takes {wanted}.")
     return text.eval().requires_grad_(False)
 
 
 def load_prompts(path: Path) -> EncodedPrompts:
-    """Reads what `EncodedPrompts.save` wrote. Raises CheckpointError."""
+    """The inverse of `EncodedPrompts.save`. Raises CheckpointError."""
     file = open_file(path)
     try:
         prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
@@ -189,13 +203,14 @@ def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor)
     if not all(isinstance(t.text, str) for t in tokens):
         raise TypeError("its tokens are of no text")
     for prompt, (text, ids, spans) in zip(prompts, tokens):
-        whole = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
-        if not whole or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
+        valid = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
+        if not valid or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
             raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
 
 
 def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
-    """T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer, our reader.
+    """Loads T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer,
+    our reader.
 
     Raises CheckpointError.
     """
@@ -212,8 +227,8 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
         raise CheckpointError(f"{folder}: no T5 has its config ({type(error).__name__}: {error}).") from None
     _fill_t5(tower, weights_file(folder / "text_encoder", []), device, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True, trust_remote_code=False,
-                                                  local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True,
+                                                  trust_remote_code=False, local_files_only=True)
         _check_tokenizer(tokenizer, tower.config.vocab_size)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -224,15 +239,15 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
 
 
 def _t5_config(folder: Path) -> dict[str, Any]:
-    """The config of the network in a folder, in which nothing asks for other code. Raises CheckpointError."""
+    """The config of the network in a folder. Raises CheckpointError, also where it asks for other code."""
     path = folder / "text_encoder" / "config.json"
     config = read_json(path)
     for where in (folder / "text_encoder", folder / "tokenizer"):
         for file in where.glob("*config.json"):
-            said = read_json(file)
-            if "auto_map" in said or said.get("tokenizer_class") not in (None, *TOKENIZERS):
-                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers are "
-                                      f"used: {', '.join(TOKENIZERS)}, and no auto_map.")
+            other = read_json(file)
+            if "auto_map" in other or other.get("tokenizer_class") not in (None, *TOKENIZERS):
+                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers "
+                                      f"are used: {', '.join(TOKENIZERS)}, and no auto_map.")
     fields.check(path, config, fields.T5)
     buckets = config.get("relative_attention_num_buckets", 32)
     farthest = config.get("relative_attention_max_distance", 128)
@@ -244,7 +259,8 @@ def _t5_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(tokenizer: Any, known: int) -> None:
-    """Raises ValueError unless it gives what `T5Encoder` reads, and the network knows all of its tokens."""
+    """Raises ValueError unless the tokenizer has what `T5Encoder` reads, and the network knows all of its
+    tokens."""
     if not tokenizer.is_fast:
         raise ValueError("it does not say where tokens stand in their text; a fast one is needed")
     if None in (tokenizer.pad_token_id, tokenizer.unk_token_id):
@@ -254,14 +270,16 @@ def _check_tokenizer(tokenizer: Any, known: int) -> None:
 
 
 def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does not fit."""
-    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"   # one tensor, by either name or both
+    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does
+    not fit."""
+    # one tensor, under either name or both
+    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"
     if shared in file.shapes:
         file = Renamed(file, {k: k for k in file.shapes} | {embedding: shared})
     state = {}
     for name, tensor in read_tensors(Part(file, "encoder.", "own", None), lambda _: tower.encoder, "T5"):
-        # transformers keeps these wide too: the values that they give overflow float16
-        wide = dtype == torch.float16 and name.endswith(".wo.weight")
-        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if wide else dtype)
+        # transformers keeps these in float32 too: their outputs overflow float16
+        keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
+        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if keep_float32 else dtype)
     tower.load_state_dict(state | {shared: state[embedding]}, strict=True, assign=True)
     tower.tie_weights()

@@ -1,6 +1,6 @@
-"""What is in a single file: its family, its parts with their sizes and names, what it predicts, and why we think so.
+"""Recognises a single file: its family, its parts with their sizes and names, what it predicts, and why.
 
-Only headers and configs are read here. What is recognised but not supported is refused by name.
+Only headers and configs are read here. Files that are recognised but not supported are refused by name.
 """
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from p2p.weights.averages import averaged
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import TensorFile
-from p2p.weights.scheduler import SAID, Sampling, scaled_linear, zero_terminal_snr
+from p2p.weights.scheduler import PREDICTION_NAMES, Sampling, scaled_linear, zero_terminal_snr
 from p2p.weights.sizes import check_sizes, read_settings
 from p2p.weights.untrusted import parse_object
 
 FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
 PREDICTIONS = ("eps", "v", "x0")
-ENCODED_EMPTY = "p2p.encoded_empty_prompt"   # in the metadata of an SDXL file: its empty prompt is encoded, not zeros
+# in the metadata of an SDXL file: its empty prompt is encoded, not zeros
+ENCODED_EMPTY = "p2p.encoded_empty_prompt"
 FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
 class Part:
-    """One network in a file: where its tensors start, how they are named, and which of them it does not need."""
+    """One network in a file: the prefix of its tensors, their naming, and which of them are ignored."""
 
     file: TensorFile
     prefix: str
     naming: str                          # "ldm", "hf", "open_clip", "own", "own, old", "deepfloyd"
     config: Any                          # UNetConfig, TextConfig or VAEConfig
-    ignored: tuple[str, ...] = ()        # prefixes, behind `prefix`
+    ignored: tuple[str, ...] = ()        # prefixes, after `prefix`
 
 
 @dataclass
 class Package:
-    """A recognised model, nothing of it loaded yet."""
+    """A recognised model, not loaded yet."""
 
     family: str
     where: Path
@@ -52,11 +53,12 @@ class Package:
     text: list[Part]
     vae: Part | None
     sampling: Sampling
-    size: tuple[int, int] | None         # height, width that it was made for, in pixels; None: see `usual_size`
+    size: tuple[int, int] | None   # height, width that it was made for, in pixels; None: see `usual_size`
     latent_scale: float = 1.0
     notes: list[str] = field(default_factory=list)
     zero_negative: bool = False          # the empty prompt is all zeros
-    configs: list[Path] = field(default_factory=list)   # read beside the parts' files, and of the same weight
+    # the configs that were read, which decide pixels as the parts' files do
+    configs: list[Path] = field(default_factory=list)
 
     @property
     def prediction(self) -> str:
@@ -73,20 +75,23 @@ class Package:
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered children a prefix has; one may be missing, and a number far beyond the rest is a stray."""
-    found = {k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)}
-    return 1 + max((int(n) for n in found if n.isdigit() and int(n) <= len(found)), default=-1)
+    """Number of numbered children of a prefix; one may be missing, and a number far above the others is
+    ignored."""
+    children = {k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)}
+    return 1 + max((int(n) for n in children if n.isdigit() and int(n) <= len(children)), default=-1)
 
 
-# -------------------------------------------------------------------------------------------------- single files
+# ----------------------------------------------------------------------------------------------- single files
 
-# What may stand beside the networks: the schedule's tables, averages, training leftovers.
-BESIDE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "model_ema.", "logvar", "denoiser.sigmas",
-          "v_pred", "ztsnr", "first_stage_model.loss.", "cond_stage_model.logit_scale", "conditioner.embedders.1.logit_scale")
+# Tensors that may be there beside the networks: the schedule's tables, averages, training leftovers.
+BESIDE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "model_ema.", "logvar",
+          "denoiser.sigmas", "v_pred", "ztsnr", "first_stage_model.loss.", "cond_stage_model.logit_scale",
+          "conditioner.embedders.1.logit_scale")
 
 
 def find_in_file(file: TensorFile, ema: bool = False) -> Package:
-    """A single file in LDM naming, or a trained emoji model. Its autoencoder may be missing. ema: see `averaged`."""
+    """Recognises a single file in LDM naming, or a trained emoji model. Its autoencoder may be missing. ema:
+    see `averaged`. Raises CheckpointError."""
     if file.metadata.get("format") == "p2p-emoji":
         return _emoji(file)
     refuse.by_name(file.path, file.shapes, file.is_fp8())
@@ -95,58 +100,65 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
                      if p + "embeddings.token_embedding.weight" in s), None)
     text_sd2 = next((p for p in (keys.TEXT_SD2, keys.TEXT_SGM2) if p + "token_embedding.weight" in s), None)
     sdxl = keys.TEXT_SDXL[1] + "token_embedding.weight" in s
-    found = "sdxl" if sdxl else "sd1" if text_sd1 else "sd2" if text_sd2 else None
+    family = None
+    if sdxl or text_sd1 or text_sd2:
+        family = "sdxl" if sdxl else "sd1" if text_sd1 else "sd2"
     vae = next((p for p in (keys.VAE, "vae.") if p + "encoder.conv_in.weight" in s), None)
-    absent = [n for n, there in (("UNet", keys.UNET + "input_blocks.0.0.weight" in s), ("autoencoder", vae), ("text tower", found))
-              if not there]
+    parts = {"UNet": keys.UNET + "input_blocks.0.0.weight" in s, "autoencoder": vae, "text tower": family}
+    absent = [name for name, present in parts.items() if not present]
     if absent and absent != ["autoencoder"]:
         sample = ", ".join(list(s)[:3]) or "no tensors at all"
-        raise CheckpointError(f"{file.path}: no {', no '.join(absent)} found under the names of a Stable Diffusion file; it holds "
-                              f"{len(s)} tensors ({sample} ...).")
+        raise CheckpointError(f"{file.path}: no {', no '.join(absent)} found under the names of a Stable "
+                              f"Diffusion file; it holds {len(s)} tensors ({sample} ...).")
     tower = "cond_stage_model." if not sdxl and text_sd2 != keys.TEXT_SGM2 else "conditioner."
     known = (keys.UNET, vae or keys.VAE, tower, *BESIDE)
     stray = sorted(k for k in s if not k.startswith(known))
     if stray:
-        raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? Use the plain one.")
+        raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? "
+                              "Use the plain one.")
     notes: list[str] = []
-    unet = Part(averaged(file, ema, notes), keys.UNET, "ldm", ldm_unet_config(s, found))
+    unet = Part(averaged(file, ema, notes), keys.UNET, "ldm", ldm_unet_config(s, family))
     if sdxl:
-        text = [_hf_text(file, keys.TEXT_SDXL[0], "sdxl"), _open_clip_text(file, keys.TEXT_SDXL[1], "sdxl", notes)]
+        text = [_hf_text(file, keys.TEXT_SDXL[0], "sdxl"),
+                _open_clip_text(file, keys.TEXT_SDXL[1], "sdxl", notes)]
     else:
-        text = [_hf_text(file, text_sd1, "sd1") if text_sd1 else _open_clip_text(file, text_sd2, "sd2", notes)]
+        text = [_hf_text(file, text_sd1, "sd1") if text_sd1
+                else _open_clip_text(file, text_sd2, "sd2", notes)]
     check_widths(file.path, unet.config.context_dim, text)
     part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
-    return Package(found, file.path, unet, text, part, _sampling(file, found, notes), None, 0.13025 if sdxl else 0.18215, notes,
+    return Package(family, file.path, unet, text, part, _sampling(file, family, notes), None,
+                   0.13025 if sdxl else 0.18215, notes,
                    zero_negative=sdxl and ENCODED_EMPTY not in file.metadata)
 
 
 def usual_size(package: Package) -> tuple[int, int]:
-    """Height and width in pixels that a single file was made for: nothing in it says, but families and predictions differ."""
+    """Height and width in pixels that a single file was made for, from its family and prediction: the file
+    does not say."""
     side = {"sd1": 512, "sdxl": 1024}.get(package.family, 768 if package.prediction == "v" else 512)
     return side, side
 
 
-def _parsed(file: TensorFile, said: str) -> dict[str, Any]:
+def _parsed(file: TensorFile, text: str) -> dict[str, Any]:
     try:
-        found = parse_object(said)
+        config = parse_object(text)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: its metadata hold no scheduler's config ({error}).") from None
-    check_sizes(file.path, found)
-    return found
+    check_sizes(file.path, config)
+    return config
 
 
 def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     prediction, why = _prediction(file, family)
-    if said := file.metadata.get(scheduler.METADATA):   # by `p2p.weights.convert`
-        found = scheduler.read(file.path, _parsed(file, said), family)
-        notes += found.notes
-        return replace(found, prediction=prediction, why=why)
+    if text := file.metadata.get(scheduler.METADATA):   # by `p2p.weights.convert`
+        sampling = scheduler.read(file.path, _parsed(file, text), family)
+        notes += sampling.notes
+        return replace(sampling, prediction=prediction, why=why)
     abar = scaled_linear()
     if "alphas_cumprod" in file.shapes:
-        own = _schedule(file)
-        if (own - abar).abs().max() > 1e-4:
+        stored = _schedule(file)
+        if (stored - abar).abs().max() > 1e-4:
             notes.append("the file's own noise schedule differs from Stable Diffusion's and is used")
-        abar = own
+        abar = stored
     if "ztsnr" in file.shapes:
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (marker ztsnr)")
@@ -156,42 +168,47 @@ def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
 def _schedule(file: TensorFile) -> Tensor:
     """A file's own noise schedule.  -> (1000,) float64"""
     abar = file["alphas_cumprod"].double()
-    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] < 1:   # NaN fails it too
-        raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise schedule: 1000 numbers that "
-                              "fall from below 1 to at least 0 were expected.")
+    # NaN fails it too
+    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] < 1:
+        raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise "
+                              "schedule: 1000 numbers that fall from below 1 to at least 0 were expected.")
     return abar
 
 
 def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
-    given = sum(p.config.width for p in text)
-    if wanted != given:
-        raise CheckpointError(f"{path}: the UNet takes text of width {wanted}, the text tower gives {given}; it mixes two models.")
+    width = sum(p.config.width for p in text)
+    if wanted != width:
+        raise CheckpointError(f"{path}: the UNet takes text of width {wanted}, the text tower gives {width}; "
+                              "it mixes two models.")
 
 
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
-    """What the UNet was trained to predict, and how we know: no tensor says it for certain."""
+    """What the UNet was trained to predict, and how that was found: no tensor says it for certain."""
     sidecar = file.path.with_suffix(".yaml")
-    if sidecar.is_file() and (said := read_settings(sidecar).get("parameterization")):
-        return SAID.get(said, said), f"{sidecar.name} beside it"
+    if sidecar.is_file() and (name := read_settings(sidecar).get("parameterization")):
+        return PREDICTION_NAMES.get(name, name), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"
-    said = file.metadata.get("modelspec.prediction_type", "").lower()
-    if said:
-        return SAID.get(said, said), "the file's metadata"
+    name = file.metadata.get("modelspec.prediction_type", "").lower()
+    if name:
+        return PREDICTION_NAMES.get(name, name), "the file's metadata"
     if family == "sd2":
         if file.metadata.get("global_step") == "875000":
             return "eps", "its step count, that of 2.0-base"
-        last = f"{keys.UNET}output_blocks.{count(file.shapes, keys.UNET + 'output_blocks.') - 1}.1.transformer_blocks.0.norm1.bias"
+        n = count(file.shapes, keys.UNET + "output_blocks.")
+        last = f"{keys.UNET}output_blocks.{n - 1}.1.transformer_blocks.0.norm1.bias"
         if last in file.shapes:
             spread = file[last].float().std(correction=0).item()
-            return ("v" if spread > 0.09 else "eps"), f"a guess from one bias (spread {spread:.3f}): give prediction if it is wrong"
+            why = f"a guess from one bias (spread {spread:.3f}): give prediction if it is wrong"
+            return "v" if spread > 0.09 else "eps", why
     return "eps", FAMILY_RULE
 
 
 def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
-    """Sizes from shapes; heads cannot be read off them: 8 in SD 1, as many as give 64 channels each in SD 2 and SDXL."""
+    """Sizes from shapes; the number of heads is not in them: 8 in SD 1, one for 64 channels in SD 2 and
+    SDXL."""
     p = keys.UNET + "input_blocks."
-    levels: list[list[tuple[int, int]]] = [[]]                                   # (channels, transformer depth)
+    levels: list[list[tuple[int, int]]] = [[]]   # (channels, transformer depth)
     context, linear = 0, False
     for n in range(1, count(shapes, p)):
         if f"{p}{n}.0.op.weight" in shapes:
@@ -206,18 +223,21 @@ def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
     channels = tuple(blocks[0][0] for blocks in levels)
     return UNetConfig(
         in_channels=shapes[p + "0.0.weight"][1], out_channels=shapes[keys.UNET + "out.2.weight"][0],
-        channels=channels, layers_per_block=len(levels[0]), down_attention=kinds, mid_attention="cross", up_attention=kinds,
-        depth=tuple(max(1, blocks[0][1]) for blocks in levels),
-        heads=tuple(8 if family == "sd1" else max(1, c // 64) for c in channels), context_dim=context, linear_projection=linear,
-        vector_dim=shapes.get(keys.UNET + "label_emb.0.0.weight", (0, None))[1], upcast_attention=family == "sd2",
+        channels=channels, layers_per_block=len(levels[0]), down_attention=kinds, mid_attention="cross",
+        up_attention=kinds, depth=tuple(max(1, blocks[0][1]) for blocks in levels),
+        heads=tuple(8 if family == "sd1" else max(1, c // 64) for c in channels), context_dim=context,
+        linear_projection=linear, vector_dim=shapes.get(keys.UNET + "label_emb.0.0.weight", (0, None))[1],
+        upcast_attention=family == "sd2",
     )
 
 
 def ldm_vae_config(shapes: Shapes, prefix: str) -> VAEConfig:
     p = prefix + "encoder."
     return VAEConfig(
-        in_channels=shapes[p + "conv_in.weight"][1], latent_channels=shapes[prefix + "post_quant_conv.weight"][0],
-        channels=tuple(shapes[f"{p}down.{i}.block.0.conv2.weight"][0] for i in range(count(shapes, p + "down."))),
+        in_channels=shapes[p + "conv_in.weight"][1],
+        latent_channels=shapes[prefix + "post_quant_conv.weight"][0],
+        channels=tuple(shapes[f"{p}down.{i}.block.0.conv2.weight"][0]
+                       for i in range(count(shapes, p + "down."))),
         layers_per_block=count(shapes, p + "down.0.block."),
     )
 
@@ -230,7 +250,8 @@ def _hf_text(file: TensorFile, prefix: str, family: str) -> Part:
     config = replace(CLIP_L, width=width, heads=max(1, width // 64), vocab_size=vocab,
                      mlp_width=s[prefix + "encoder.layers.0.mlp.fc1.weight"][0],
                      context_length=s[prefix + "embeddings.position_embedding.weight"][0])
-    return Part(file, prefix, "hf", for_family(config, n, family, None), ("embeddings.position_ids", *unused_hf(n, family)))
+    return Part(file, prefix, "hf", for_family(config, n, family, None),
+                ("embeddings.position_ids", *unused_hf(n, family)))
 
 
 def unused_hf(n: int, family: str) -> tuple[str, ...]:
@@ -240,34 +261,39 @@ def unused_hf(n: int, family: str) -> tuple[str, ...]:
 def _open_clip_text(file: TensorFile, prefix: str, family: str, notes: list[str]) -> Part:
     """OpenCLIP H or bigG in their own names.
 
-    Stable Diffusion 2 reads H after 23 of its 24 layers. Its own files hold the 24th, which is idle; those that were made from
-    a diffusers folder may not, or (those of `p2p.weights.convert`) hold one of zeros in its place. So the 24th layer is left out,
-    and a last one of zeros; every other is used, as in diffusers and ComfyUI, which count from the front too. Of a file of
-    fewer layers that is a guess, and noted: `clip_skip` leaves out what is idle nevertheless.
+    Stable Diffusion 2 reads H after 23 of its 24 layers. Its own files hold the 24th, which is idle; those
+    that were made from a diffusers folder may not, or (those of `p2p.weights.convert`) hold one of zeros in
+    its place. So the 24th layer is left out, and a last one of zeros; all others are used, as in diffusers
+    and ComfyUI, which count from the front too. For a file with fewer layers that is a guess, and noted:
+    `clip_skip` leaves out more.
     """
     s = file.shapes
     vocab, width = s[prefix + "token_embedding.weight"]
     layers = prefix + "transformer.resblocks."
     n = count(s, layers)
     config = TextConfig(width=width, heads=max(1, width // 64), vocab_size=vocab, quick_gelu=False, pad_id=0,
-                        mlp_width=s[layers + "0.mlp.c_fc.weight"][0], context_length=s[prefix + "positional_embedding"][0])
+                        mlp_width=s[layers + "0.mlp.c_fc.weight"][0],
+                        context_length=s[prefix + "positional_embedding"][0])
     ignored = ("logit_scale", "attn_mask")
     if family == "sdxl":
-        return Part(file, prefix, "open_clip", for_family(config, n, family, s[prefix + "text_projection"][1]), ignored)
+        return Part(file, prefix, "open_clip",
+                    for_family(config, n, family, s[prefix + "text_projection"][1]), ignored)
     used = min(n, OPENCLIP_H.layers)
     last = f"{layers}{n - 1}.ln_1.weight"
     if n == used > 1 and last in s and not file[last].any():
         used = n - 1
     elif n < OPENCLIP_H.layers:
-        notes.append(f"all {n} layers of its text tower are used (a guess: of Stable Diffusion 2's 24, the last is idle)")
+        notes.append(f"all {n} layers of its text tower are used (a guess: of Stable Diffusion 2's 24, the "
+                     "last is idle)")
     return Part(file, prefix, "open_clip", for_family(config, used, family, None),
                 (*ignored, "text_projection", f"transformer.resblocks.{used}."))
 
 
 def for_family(config: TextConfig, layers: int, family: str, pooled: int | None) -> TextConfig:
-    """Which hidden layer a family uses, and whether it is normalised; `layers` as the file has them."""
+    """The config with the hidden layer that a family uses, and its normalisation. layers: in the file."""
     if config.vocab_size != CLIP_L.vocab_size:
-        raise CheckpointError(f"the text tower knows {config.vocab_size} tokens, CLIP has {CLIP_L.vocab_size}.")
+        raise CheckpointError(f"the text tower knows {config.vocab_size} tokens, CLIP has "
+                              f"{CLIP_L.vocab_size}.")
     if family != "sdxl":
         return replace(config, layers=layers)
     if pooled is None:
@@ -276,20 +302,25 @@ def for_family(config: TextConfig, layers: int, family: str, pooled: int | None)
 
 
 def _emoji(file: TensorFile) -> Package:
-    """Our own file: the modules' own names; the UNet's sizes in the metadata."""
+    """Recognises our own file: the modules' own names; the UNet's sizes in the metadata."""
     try:
         sizes = parse_object(file.metadata["unet"])
         check_sizes(file.path, sizes)
         unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a UNet ({error!r}); it is damaged, or of "
-                              "another version of this project.") from None
+        raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a UNet ({error!r}); it is "
+                              "damaged, or of another version of this project.") from None
     large = bool(unet.low_channels)   # the super-resolution stage, which reads no text
-    text = [] if large else [Part(file, "text.", "own", replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
-    stray = sorted(k for k in file.shapes if not k.startswith(("unet.", "alphas_cumprod", *(p.prefix for p in text))))
+    text = [] if large else [Part(file, "text.", "own",
+                                  replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
+    stray = sorted(k for k in file.shapes
+                   if not k.startswith(("unet.", "alphas_cumprod", *(p.prefix for p in text))))
     if stray:
-        raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? Use the plain one.")
+        raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? "
+                              "Use the plain one.")
     if text:
         check_widths(file.path, unet.context_dim, text)
-    said = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata", final_alpha=1.0, clip=1.0)
-    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, said, (256, 256) if large else (64, 64))
+    sampling = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata",
+                        final_alpha=1.0, clip=1.0)
+    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, sampling,
+                   (256, 256) if large else (64, 64))

@@ -1,4 +1,4 @@
-"""What files hold, as sha256: read once, then remembered in the user's cache by place, size, times, inode."""
+"""sha256 of files: computed once, then stored in the user's cache by path, size, times and inode."""
 from __future__ import annotations
 
 import hashlib
@@ -10,11 +10,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-SETTLED = 0.1   # seconds that a file has lain unchanged to be remembered: more than a tick of any kernel's clock
+# seconds since the last change before a digest is cached: more than a tick of any kernel's clock
+SETTLED = 0.1
 
 
 def sha256(path: Path) -> str:
-    """Of one file. Raises OSError."""
+    """The digest of one file. Raises OSError."""
     before = _state(path)
     entry = _cache() / hashlib.sha256(before.encode()).hexdigest()
     if (known := _recalled(entry)) is not None:
@@ -23,15 +24,16 @@ def sha256(path: Path) -> str:
     with path.open("rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
-    found = digest.hexdigest()
+    result = digest.hexdigest()
     status = path.stat()
     if _state(path) == before and time.time() - max(status.st_mtime, status.st_ctime) > SETTLED:
-        _remember(entry, found)
-    return found
+        _remember(entry, result)
+    return result
 
 
 def together(files: Mapping[str, Path]) -> str | None:
-    """Of files by their names: of one its own sha256, of more one over names and contents. None if one is gone."""
+    """The digest of named files: of one its own, of several one over names and contents. None if one is
+    gone."""
     try:
         each = sorted((name, sha256(path)) for name, path in files.items())
     except OSError:
@@ -40,7 +42,7 @@ def together(files: Mapping[str, Path]) -> str | None:
 
 
 def _state(path: Path) -> str:
-    """What changes whenever the content does (ctime: even if mtime was set back)."""
+    """A key that changes whenever the content does (ctime: even if mtime was reset)."""
     s = path.stat()
     return json.dumps([str(path.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino])
 
@@ -50,16 +52,16 @@ def _cache() -> Path:
 
 
 def _recalled(entry: Path) -> str | None:
-    """A cache that cannot be read, or is damaged, only costs time."""
+    """The cached digest; None where the entry cannot be read, or is damaged."""
     try:
-        found = entry.read_text(encoding="ascii")
+        text = entry.read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
-    return found if re.fullmatch("[0-9a-f]{64}", found) else None
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
 def _remember(entry: Path, digest: str) -> None:
-    """Appears whole: others may write the same entry, or read it, at this moment."""
+    """Writes an entry atomically: other processes may write or read it at the same time."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=entry.parent, encoding="ascii") as f:

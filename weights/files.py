@@ -36,7 +36,7 @@ class TensorFile:
 
     @property
     def files(self) -> list[Path]:
-        """All that it reads."""
+        """All files that it reads."""
         return [self.path]
 
     def is_fp8(self) -> bool:
@@ -44,9 +44,10 @@ class TensorFile:
 
 
 class _MappedFile(TensorFile, ABC):
-    """Hands out copies. What was read of a mapping counts as the process's memory until it is closed, so it is now and then."""
+    """Returns copies. Pages read from a mapping count as the process's memory until it is closed: it is
+    reopened regularly."""
 
-    RESIDENT = 2**27   # bytes to read before that
+    RESIDENT = 2**27   # bytes to read before it is reopened
     _read = 0
 
     @abstractmethod
@@ -54,7 +55,7 @@ class _MappedFile(TensorFile, ABC):
         """Maps the file, perhaps again. Raises CheckpointError."""
 
     def _tensor(self, key: str) -> Tensor:
-        """As it lies in the mapping."""
+        """A view of the mapping."""
         raise KeyError(key)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -67,7 +68,8 @@ class _MappedFile(TensorFile, ABC):
 
 
 class SafetensorsFile(_MappedFile):
-    HEADER = 2**24     # most bytes of names, shapes and metadata: of Stable Diffusion XL, a quarter of a million
+    # most bytes of names, shapes and metadata: of Stable Diffusion XL, a quarter of a million
+    HEADER = 2**24
 
     def __init__(self, path: Path):
         self.path = path
@@ -85,8 +87,9 @@ class SafetensorsFile(_MappedFile):
                 raise CheckpointError(f"{self.path}: damaged: its header is said to have {size:,} bytes.")
             self._file = safe_open(self.path, framework="pt")
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: damaged or cut short ({error}); {self.path.stat().st_size:,} bytes were found. "
-                                  "Download or copy it again.") from None
+            raise CheckpointError(f"{self.path}: damaged or cut short ({error}); "
+                                  f"{self.path.stat().st_size:,} bytes were found. Download or copy it "
+                                  "again.") from None
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error}).") from None
 
@@ -97,22 +100,23 @@ class SafetensorsFile(_MappedFile):
 
 
 def weight_map(index: Path) -> dict[str, list[str]]:
-    """The shards that an index names, plain files beside it, and the tensors of each. Raises CheckpointError."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """The tensors of each shard that an index names: plain files beside it. Raises CheckpointError."""
+    shards: dict[str, list[str]] = defaultdict(list)
     try:
         for key, name in parse_object(read_text(index))["weight_map"].items():
-            found[name].append(key)
+            shards[name].append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error}).") from None
-    for name in found:
+    for name in shards:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or _is_index(name):
-            raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the index are "
-                                  "read.")
-    return found
+            raise CheckpointError(f"{index}: names the shard {name!r}; only plain file names beside the "
+                                  "index are read.")
+    return shards
 
 
 class ShardedFile(TensorFile):
-    """The shards that an index names; every tensor must be in the shard it is said to be in, and in no other."""
+    """The shards that an index names; every tensor must be in the shard that the index gives, and in no
+    other."""
 
     def __init__(self, index: Path):
         self.path = index
@@ -120,8 +124,8 @@ class ShardedFile(TensorFile):
         self._shards = {name: open_file(index.with_name(name)) for name in sorted(where)}
         for name, shard in self._shards.items():
             if odd := sorted(set(where[name]) ^ shard.shapes.keys()):
-                raise CheckpointError(f"{index}: {name} does not hold what the index says ({len(odd)} tensors differ, "
-                                      f"first {odd[0]}).")
+                raise CheckpointError(f"{index}: {name} does not hold what the index says ({len(odd)} "
+                                      f"tensors differ, first {odd[0]}).")
         self._where = {key: name for name, keys in where.items() for key in keys}
         self.shapes = {k: s for f in self._shards.values() for k, s in f.shapes.items()}
         self.dtypes = {k: s for f in self._shards.values() for k, s in f.dtypes.items()}
@@ -164,7 +168,7 @@ class PickledFile(_MappedFile):
 
 
 class Renamed(TensorFile):
-    """A file whose tensors go by other names: new to old, these tensors alone."""
+    """A file with its tensors renamed. names: new to old; other tensors are left out."""
 
     def __init__(self, file: TensorFile, names: dict[str, str]):
         self._file, self._names = file, names
@@ -187,12 +191,12 @@ def open_file(path: Path) -> TensorFile:
     kind = _sniff(path)
     if kind == "safetensors":
         if path.suffix in PICKLES:
-            raise CheckpointError(f"{path}: this is a safetensors file under the name of a pickle: rename it to "
-                                  f"{path.with_suffix('.safetensors').name}.")
+            raise CheckpointError(f"{path}: this is a safetensors file under the name of a pickle: rename it "
+                                  f"to {path.with_suffix('.safetensors').name}.")
         return SafetensorsFile(path)
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: not a safetensors file but a PyTorch pickle; if it comes from a source you trust, "
-                              f"rename it to {path.with_suffix('.ckpt').name}.")
+        raise CheckpointError(f"{path}: not a safetensors file but a PyTorch pickle; if it comes from a "
+                              f"source you trust, rename it to {path.with_suffix('.ckpt').name}.")
     return PickledFile(path)
 
 
@@ -215,10 +219,11 @@ def _sniff(path: Path) -> str:
         return "safetensors"
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return "pickle"
-    found = f"neither a safetensors file nor a PyTorch pickle ({path.stat().st_size:,} bytes, starting {head[:8]!r})"
+    kind = (f"neither a safetensors file nor a PyTorch pickle ({path.stat().st_size:,} bytes, starting "
+            f"{head[:8]!r})")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        found = "a web page: the download failed, fetch the file itself"
+        kind = "a web page: the download failed, fetch the file itself"
     elif head.startswith(b"version https://git-lfs"):
-        found = "a git-lfs pointer: run `git lfs pull` where it lies"
-    found = refuse.by_format(path, head) or found
-    raise CheckpointError(f"{path}: {found}.")
+        kind = "a git-lfs pointer: run `git lfs pull` where it lies"
+    kind = refuse.by_format(path, head) or kind
+    raise CheckpointError(f"{path}: {kind}.")

@@ -1,4 +1,4 @@
-"""Tensors from files into modules: every name and shape is checked before the first is put in its place."""
+"""Loads tensors from files into modules: every name and shape is checked before the first is loaded."""
 from __future__ import annotations
 
 import math
@@ -18,14 +18,16 @@ from p2p.weights.fields import listed
 from p2p.weights.keys import Source
 from p2p.weights.sizes import check_bill
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}   # safetensors' words for torch's
+# safetensors' words for torch's
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def stored(part: Part) -> torch.dtype:
-    """The type that most numbers of a part are stored in: it computes in one, even where single layers are kept in another."""
+    """The dtype that most numbers of a part are stored in; it computes in this one, even if some layers are
+    stored in another."""
     counts: Counter[torch.dtype] = Counter()
     for name, shape in part.file.shapes.items():
-        kind = getattr(torch, DTYPES.get(said := part.file.dtypes[name], said), None)
+        kind = getattr(torch, DTYPES.get(dtype_name := part.file.dtypes[name], dtype_name), None)
         if name.startswith(part.prefix) and isinstance(kind, torch.dtype) and kind.is_floating_point:
             counts[kind] += math.prod(shape)
     return counts.most_common(1)[0][0] if counts else torch.float32
@@ -42,11 +44,13 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
     }[part.naming]()
 
 
-def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype | None,
-         held: torch.dtype | None = None) -> nn.Module:
-    """Builds a module without memory, checks it against the file's header, then puts the tensors in one by one.
+def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.device,
+         dtype: torch.dtype | None, held: torch.dtype | None = None) -> nn.Module:
+    """Builds a module without memory, checks it against the file's header, then puts the tensors in one by
+    one.
 
-    dtype: None as in the file. held: another, for what linear layers and convolutions hold; they widen it as they compute.
+    dtype: None as in the file. held: another, for what linear layers and convolutions hold; they widen it as
+    they compute.
     """
     with torch.device("meta"):
         module = _built(part, build)
@@ -63,23 +67,30 @@ def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
         check_bill(part.file.path, part.config, sum(k.startswith(part.prefix) for k in part.file.shapes))
     try:
         return build(part.config)
-    except (ArithmeticError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{part.file.path}: no network has the sizes that it names ({error}). Is it damaged?") from None
+    except (ArithmeticError, AssertionError, IndexError, KeyError, RuntimeError, TypeError,
+            ValueError) as error:
+        raise CheckpointError(f"{part.file.path}: no network has the sizes that it names ({error}). Is it "
+                              "damaged?") from None
 
 
-def read_tensors(part: Part, build: Callable[..., nn.Module], what: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """Own name and tensor, one at a time, after names and shapes of all were checked. Raises CheckpointError."""
+def read_tensors(part: Part, build: Callable[..., nn.Module],
+                 what: str = "model") -> Iterator[tuple[str, Tensor]]:
+    """Own name and tensor, one at a time, after names and shapes of all were checked. Raises
+    CheckpointError."""
     path, shapes = part.file.path, part.file.shapes
     with torch.device("meta"):
         want = _built(part, build).state_dict()
-    plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys)) for name, s in sources(part, list(want)).items()}
+    plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys))
+            for name, s in sources(part, list(want)).items()}
     read = {k for s in plan.values() for k in s.keys}
     ignored = tuple(part.prefix + k for k in part.ignored)
     missing = sorted(read - shapes.keys())
-    extra = sorted(k for k in shapes if k.startswith(part.prefix) and k not in read and not (ignored and k.startswith(ignored)))
+    extra = sorted(k for k in shapes if k.startswith(part.prefix) and k not in read
+                   and not (ignored and k.startswith(ignored)))
     if missing or extra:
         raise CheckpointError(f"{path}: its {what} does not fit. "
-                              + "; ".join(listed(n, k) for n, k in (("missing", missing), ("unexpected", extra)) if k)
+                              + "; ".join(listed(n, k)
+                                          for n, k in (("missing", missing), ("unexpected", extra)) if k)
                               + ". Is it complete, and of the family that it seems to be?")
     wrong = []
     for name, s in plan.items():

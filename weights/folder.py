@@ -1,4 +1,5 @@
-"""What is in a diffusers folder. Its configs say the sizes; a field that changes the math and is not known is refused."""
+"""Recognises diffusers folders. Sizes come from the configs; unknown fields that may change pixels are
+refused."""
 from __future__ import annotations
 
 import re
@@ -21,73 +22,84 @@ from p2p.weights.tokenizer import read_tokenizer
 
 PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
 AVERAGED = "unet_ema"
-EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+              "use_ema_warmup")
 
 
 def candidates() -> list[str]:
-    """Names that a component's weights may have, the best first: safetensors before bin, full before half precision."""
+    """Names that a component's weights may have, the best first: safetensors before bin, full before half
+    precision."""
     out = []
     for variant in ("", ".fp16"):
         for stem, suffix in (("diffusion_pytorch_model", "safetensors"), ("model", "safetensors"),
                              ("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")):
-            out += [f"{stem}{variant}.{suffix}", f"{stem}{variant}.{suffix}{INDEX}", f"{stem}.{suffix}.index{variant}.json"]
+            out += [f"{stem}{variant}.{suffix}", f"{stem}{variant}.{suffix}{INDEX}",
+                    f"{stem}.{suffix}.index{variant}.json"]
     return out
 
 
 def weights_file(folder: Path, notes: list[str]) -> TensorFile:
-    """A component's weights; shards by their index."""
+    """Opens a component's weights; shards by their index. Raises CheckpointError."""
     for name in candidates():
         if (folder / name).exists():
             if "fp16" in name:
                 notes.append(f"{folder.name}: half precision (fp16 variant), the only one there")
             return open_file(folder / name)
-    raise CheckpointError(f"{folder}: no weights found (diffusion_pytorch_model or model, .safetensors or .bin expected).")
+    raise CheckpointError(f"{folder}: no weights found (diffusion_pytorch_model or model, .safetensors or "
+                          ".bin expected).")
 
 
 def pipeline(path: Path) -> str:
-    """What a folder's model_index.json says it is. Raises CheckpointError."""
+    """The pipeline that a folder's model_index.json names. Raises CheckpointError."""
     if not (path / "model_index.json").exists():
-        raise CheckpointError(f"{path}: a folder without model_index.json; give a diffusers folder, or the single file itself.")
+        raise CheckpointError(f"{path}: a folder without model_index.json; give a diffusers folder, or the "
+                              "single file itself.")
     return str(read_json(path / "model_index.json").get("_class_name"))[:60]
 
 
 def read_index(path: Path, notes: list[str]) -> dict[str, Any]:
     """The model_index.json of a folder, its components checked. Raises CheckpointError."""
     where = path / "model_index.json"
-    said = read_json(where)
-    index = {k: v for k, v in said.items() if v not in (None, [None, None])}
+    content = read_json(where)
+    index = {k: v for k, v in content.items() if v not in (None, [None, None])}
     fields.check(where, index, fields.INDEX)
     notes += [f"model_index.json names no {name} (null), but there is a folder of that name, which is used"
-              for name in (*fields.CLASSES, "scheduler") if name in said and name not in index and (path / name).is_dir()]
+              for name in (*fields.CLASSES, "scheduler") if name in content and name not in index
+              and (path / name).is_dir()]
     for name, (library, known) in fields.CLASSES.items():
         if name in index and index[name] not in [[library, kind] for kind in known]:
-            raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported, of {library}: "
-                                  f"{', '.join(known)}.")
+            raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported, of "
+                                  f"{library}: {', '.join(known)}.")
     scheduler.check_class(where, scheduler_class(index))
     if "scheduler" in index and index["scheduler"][:-1] != ["diffusers"]:
-        raise CheckpointError(f"{where}: its scheduler is {fields.short(index['scheduler'])}; those of diffusers are supported.")
+        raise CheckpointError(f"{where}: its scheduler is {fields.short(index['scheduler'])}; those of "
+                              "diffusers are supported.")
     return index
 
 
 def scheduler_class(index: dict[str, Any]) -> Any:
-    """That a model_index.json names, whatever it is."""
-    said = index.get("scheduler")
-    return said[-1] if isinstance(said, list) and said else said
+    """The scheduler's class in a model_index.json, not checked."""
+    entry = index.get("scheduler")
+    return entry[-1] if isinstance(entry, list) and entry else entry
 
 
-def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None = None, ema: bool = False) -> Package:
-    """A Stable Diffusion folder by the configs of its parts. given: see `find_vae`. ema: the averaged weights that
-    diffusers' training scripts save beside the UNet. Raises CheckpointError."""
+def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | None = None,
+                ema: bool = False) -> Package:
+    """Recognises a Stable Diffusion folder by the configs of its parts. replacement: see `find_vae`. ema: the
+    averaged weights that diffusers' training scripts save beside the UNet. Raises CheckpointError."""
     notes: list[str] = []
     index, unet_folder = read_index(path, notes), _unet_folder(path, ema, notes)
     configs, where = [path / "model_index.json"], unet_folder / "config.json"
     unet_config = {k: v for k, v in read_json(where).items() if not ema or k not in EMA_FIELDS}
     if unet_config.get("in_channels", 4) != 4:
-        raise CheckpointError(f"{path}: its UNet takes {fields.short(unet_config['in_channels'])} channels, not 4 (an "
-                              "inpainting or editing model); use the text-to-image model that it was made from.")
-    widths = [unet_config.get(name) for name in ("cross_attention_dim", "projection_class_embeddings_input_dim")]
+        raise CheckpointError(f"{path}: its UNet takes {fields.short(unet_config['in_channels'])} channels, "
+                              "not 4 (an inpainting or editing model); use the text-to-image model that it "
+                              "was made from.")
+    widths = [unet_config.get(name)
+              for name in ("cross_attention_dim", "projection_class_embeddings_input_dim")]
     if widths == [1280, 2560]:
-        raise CheckpointError(f"{path}: an SDXL refiner, made for pictures that are nearly done; use the SDXL base model.")
+        raise CheckpointError(f"{path}: an SDXL refiner, made for pictures that are nearly done; use the "
+                              "SDXL base model.")
     first = read_json(path / "text_encoder" / "config.json")
     family = PIPELINES[kind] or ("sd1" if first.get("hidden_act", "quick_gelu") == "quick_gelu" else "sd2")
     towers = [folder_text(path, "text_encoder", first, family, False, notes)]
@@ -98,37 +110,39 @@ def find_folder(path: Path, kind: str, given: tuple[Part, float | None] | None =
     unet = Part(weights_file(unet_folder, notes), "", "own", unet_from_config(where, unet_config, family))
     check_widths(path, unet.config.context_dim, text)
     check_vector(where, unet_config, family, text[-1].config.pooled_dim)
-    configs += [where, *(c for _, found in towers for c in found)]
+    configs += [where, *(c for _, files in towers for c in files)]
     vae, scale = None, None
-    if given is not None:
-        vae, scale = given
+    if replacement is not None:
+        vae, scale = replacement
     elif (path / "vae").exists():
         vae, scale = find_folder_vae(path / "vae", notes)
         configs.append(path / "vae" / "config.json")
-    said = Sampling(scaled_linear(), why="a guess, the folder has no scheduler: give prediction if it is wrong")
+    sampling = Sampling(scaled_linear(),
+                        why="a guess, the folder has no scheduler: give prediction if it is wrong")
     if (config := path / "scheduler" / "scheduler_config.json").exists():
-        said = scheduler.read(config, read_json(config), family, scheduler_class(index))
+        sampling = scheduler.read(config, read_json(config), family, scheduler_class(index))
         configs.append(config)
     side = _sample_size(unet_config, family, notes)
     sides = side if isinstance(side, (list, tuple)) else (side, side)
     shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
     usual = 0.13025 if family == "sdxl" else 0.18215
-    return Package(family, path, unet, text, vae, said, (sides[0] * shrink, sides[1] * shrink), scale or usual,
-                   [*notes, *said.notes], family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)), configs)
+    return Package(family, path, unet, text, vae, sampling, (sides[0] * shrink, sides[1] * shrink),
+                   scale or usual, [*notes, *sampling.notes],
+                   family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)), configs)
 
 
 def _unet_folder(path: Path, ema: bool, notes: list[str]) -> Path:
-    """Where the UNet's weights lie. Raises CheckpointError."""
-    there = (path / AVERAGED / "config.json").exists()
-    if ema and not there:
-        raise CheckpointError(f"{path}: no averaged weights (EMA) in it, which would be the folder {AVERAGED}; leave out "
-                              "ema.")
-    notes += [USED if ema else NOT_USED] if there else []
+    """The folder of the UNet's weights. Raises CheckpointError."""
+    present = (path / AVERAGED / "config.json").exists()
+    if ema and not present:
+        raise CheckpointError(f"{path}: no averaged weights (EMA) in it, which would be the folder "
+                              f"{AVERAGED}; leave out ema.")
+    notes += [USED if ema else NOT_USED] if present else []
     return path / (AVERAGED if ema else "unet")
 
 
 def _sample_size(c: dict[str, Any], family: str, notes: list[str]) -> Any:
-    """Of the latents; in StableDiffusionPipeline at least 64 where diffusers before 0.9 saved the UNet."""
+    """The latents' size; in StableDiffusionPipeline at least 64 where diffusers before 0.9 saved the UNet."""
     side, version = c.get("sample_size") or 64, re.match(r"0\.(\d+)", str(c.get("_diffusers_version")))
     if family != "sdxl" and isinstance(side, int) and side < 64 and version and int(version[1]) < 9:
         notes.append(f"sample_size 64 taken, as in StableDiffusionPipeline, not the UNet config's {side}")
@@ -137,29 +151,32 @@ def _sample_size(c: dict[str, Any], family: str, notes: list[str]) -> Any:
 
 
 def check_vector(path: Path, c: dict[str, Any], family: str, pooled: int | None) -> None:
-    """SDXL's vector: pooled text and six numbers, each embedded."""
+    """Checks SDXL's vector: pooled text and six numbers, each embedded. Raises CheckpointError."""
     has, dim = c.get("addition_embed_type") == "text_time", c.get("addition_time_embed_dim")
     width = c.get("projection_class_embeddings_input_dim")
     if has != (family == "sdxl"):
-        raise CheckpointError(f"{path}: addition_embed_type {fields.short(c.get('addition_embed_type'))} in a model of the family "
-                              f"{family}, which {'has no' if has else 'has a'} vector of text and sizes.")
+        raise CheckpointError(f"{path}: addition_embed_type {fields.short(c.get('addition_embed_type'))} in "
+                              f"a model of the family {family}, which {'has no' if has else 'has a'} vector "
+                              "of text and sizes.")
     if has and (not isinstance(dim, int) or width != (pooled or 0) + 6 * dim):
-        raise CheckpointError(f"{path}: projection_class_embeddings_input_dim {fields.short(width)} is not the pooled text's width "
-                              f"{pooled} and six times addition_time_embed_dim {fields.short(dim)}.")
+        raise CheckpointError(f"{path}: projection_class_embeddings_input_dim {fields.short(width)} is not "
+                              f"the pooled text's width {pooled} and six times addition_time_embed_dim "
+                              f"{fields.short(dim)}.")
 
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     fields.check(path, c, fields.UNET)
-    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                "transformer_layers_per_block", *([] if c.get("num_attention_heads") else ["attention_head_dim"]))
+    check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block",
+                "cross_attention_dim", "transformer_layers_per_block",
+                *([] if c.get("num_attention_heads") else ["attention_head_dim"]))
     channels = tuple(c.get("block_out_channels", (320, 640, 1280, 1280)))
     n = len(channels)
     kinds = []
     usual = ("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",)
     for name in per_level(path, "down_block_types", c.get("down_block_types", usual), n):
         if name not in ("CrossAttnDownBlock2D", "DownBlock2D"):
-            raise CheckpointError(f"{path}: down_block_types holds {fields.short(name)}; supported: CrossAttnDownBlock2D, "
-                                  "DownBlock2D.")
+            raise CheckpointError(f"{path}: down_block_types holds {fields.short(name)}; supported: "
+                                  "CrossAttnDownBlock2D, DownBlock2D.")
         kinds.append("cross" if name.startswith("Cross") else None)
     ups = [{"CrossAttnUpBlock2D": "cross", "UpBlock2D": None}.get(name, name) for name in
            c.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1))]
@@ -167,12 +184,12 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
         raise CheckpointError(f"{path}: up_block_types do not mirror down_block_types.")
     layers = per_level(path, "layers_per_block", c.get("layers_per_block", 2), n)
     if len(set(layers)) > 1:
-        raise CheckpointError(f"{path}: layers_per_block = {fields.short(c['layers_per_block'])}; one number for all levels is "
-                              "supported.")
+        raise CheckpointError(f"{path}: layers_per_block = {fields.short(c['layers_per_block'])}; one number "
+                              "for all levels is supported.")
     channels_in, channels_out = c.get("in_channels", 4), c.get("out_channels", 4)
     if channels_out != channels_in:
-        raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels {fields.short(channels_in)}; as "
-                              "many are expected.")
+        raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels "
+                              f"{fields.short(channels_in)}; as many are expected.")
     blocks = c.get("transformer_layers_per_block", 1)
     if isinstance(blocks, list) and any(isinstance(each, list) for each in blocks):
         raise CheckpointError(f"{path}: {DISTILLED}.")
@@ -181,9 +198,11 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     heads = per_level(path, "num_attention_heads or attention_head_dim",
                       c.get("num_attention_heads") or c.get("attention_head_dim", 8), n)
     if odd := [f"{n} heads of {width} channels" for n, width in zip(heads, channels) if width % n]:
-        raise CheckpointError(f"{path}: num_attention_heads or attention_head_dim = {fields.short(heads)}: {odd[0]}, "
-                              "which they do not divide.")
-    vector = c.get("projection_class_embeddings_input_dim") if c.get("addition_embed_type") == "text_time" else None
+        raise CheckpointError(f"{path}: num_attention_heads or attention_head_dim = {fields.short(heads)}: "
+                              f"{odd[0]}, which they do not divide.")
+    vector = None
+    if c.get("addition_embed_type") == "text_time":
+        vector = c.get("projection_class_embeddings_input_dim")
     return UNetConfig(
         in_channels=channels_in, out_channels=channels_out, channels=channels, layers_per_block=layers[0],
         down_attention=tuple(kinds), mid_attention="cross", up_attention=tuple(kinds),
@@ -194,22 +213,25 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
 
 
 def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None) -> tuple[Part, float]:
-    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale (0.18215 where
-    the config is silent, as in diffusers).
+    """The autoencoder of a diffusers folder, of either generation of names, and its latents' scale (0.18215
+    where the config is silent, as in diffusers).
 
-    file: another than the one that would be chosen there.
+    file: used in place of the one that `weights_file` finds.
     """
     where = path / "config.json"
     c = read_json(where)
     fields.check(where, c, fields.VAE)
-    check_given(where, c, "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
-                "scaling_factor")
+    check_given(where, c, "in_channels", "out_channels", "latent_channels", "block_out_channels",
+                "layers_per_block", "scaling_factor")
     if not c.get("scaling_factor", 1) > 0:
-        raise CheckpointError(f"{where}: scaling_factor = {fields.short(c['scaling_factor'])}; a number above 0 is expected.")
+        raise CheckpointError(f"{where}: scaling_factor = {fields.short(c['scaling_factor'])}; a number "
+                              "above 0 is expected.")
     channels = tuple(c.get("block_out_channels", (128, 256, 512, 512)))
-    config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels, c.get("layers_per_block", 2))
+    config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels,
+                       c.get("layers_per_block", 2))
     if c.get("out_channels", config.in_channels) != config.in_channels:
-        raise CheckpointError(f"{where}: takes {config.in_channels} channels and gives {fields.short(c['out_channels'])}.")
+        raise CheckpointError(f"{where}: takes {config.in_channels} channels and gives "
+                              f"{fields.short(c['out_channels'])}.")
     for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if odd := [kind for kind in c.get(name, []) if kind != known]:
             raise CheckpointError(f"{where}: {name} holds {fields.short(odd[0])}; supported: {known}.")
@@ -218,7 +240,8 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
     return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor", 0.18215)
 
 
-def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str]) -> tuple[Part, list[Path]]:
+def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool,
+                notes: list[str]) -> tuple[Part, list[Path]]:
     """A text tower and its tokenizer's settings, and the configs that were read for it."""
     where = path / name / "config.json"
     fields.check(where, c, fields.TEXT)
@@ -232,16 +255,18 @@ def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: b
     n = c.get("num_hidden_layers", 12)
     width, heads = c.get("hidden_size", 512), c.get("num_attention_heads", 8)
     if width % heads:
-        raise CheckpointError(f"{where}: num_attention_heads = {heads} does not divide hidden_size = {width}.")
+        raise CheckpointError(f"{where}: num_attention_heads = {heads} does not divide hidden_size = "
+                              f"{width}.")
     config = replace(CLIP_L, width=width, heads=heads, vocab_size=c.get("vocab_size", 49408),
-                     mlp_width=c.get("intermediate_size", 2048), context_length=c.get("max_position_embeddings", 77),
-                     quick_gelu=act == "quick_gelu", pad_id=END if act == "quick_gelu" else 0)
+                     mlp_width=c.get("intermediate_size", 2048),
+                     context_length=c.get("max_position_embeddings", 77), quick_gelu=act == "quick_gelu",
+                     pad_id=END if act == "quick_gelu" else 0)
     config = for_family(config, n, family, c.get("projection_dim", 512) if pooled else None)
-    there = count(file.shapes, prefix + "encoder.layers.")
-    if n < there:
-        notes.append(f"{name}: its config uses {n} of the {there} layers that its file holds (clip skip)")
+    stored = count(file.shapes, prefix + "encoder.layers.")
+    if n < stored:
+        notes.append(f"{name}: its config uses {n} of the {stored} layers that its file holds (clip skip)")
     ignored = ("embeddings.position_ids", *(() if pooled else unused_hf(n, family)),
-               *(f"encoder.layers.{i}." for i in range(n, there)))
+               *(f"encoder.layers.{i}." for i in range(n, stored)))
     pad_id, configs = read_tokenizer(path / name.replace("text_encoder", "tokenizer"), config)
     if pooled:   # its projection stands outside of the prefix: read as if nothing did
         file, prefix = Renamed(file, {k.removeprefix(prefix): k for k in file.shapes}), ""

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face Hub: only what is needed is downloaded, and never code."""
+"""Downloads models from the Hugging Face Hub: only the files that are needed, and never code."""
 from __future__ import annotations
 
 import re
@@ -12,9 +12,10 @@ from p2p.weights.folder import AVERAGED, candidates
 from p2p.weights.tokenizer import CONFIGS, VOCABULARIES
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# read where they are there
+# read where they exist
 BESIDE = ("scheduler/scheduler_config.json", f"{AVERAGED}/config.json",
-          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2") for name in (*CONFIGS, *VOCABULARIES)))
+          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2")
+            for name in (*CONFIGS, *VOCABULARIES)))
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -24,17 +25,18 @@ def is_id(source: str) -> bool:
 
 
 def download(repo: str, ema: bool = False) -> Path:
-    """The folder (or single file) of a model in the local cache, completed from the Hub where it can be reached. ema: of
-    a folder the averaged UNet, in place of the plain one.
+    """The folder (or single file) of a model in the local cache, completed from the Hub where it can be
+    reached. ema: of a folder the averaged UNet, in place of the plain one.
 
-    Respects HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Raises CheckpointError for models that are gated, missing,
-    or neither reachable nor cached.
+    Respects HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Raises CheckpointError for models that are
+    gated, missing, or neither reachable nor cached.
     """
     return _download(repo, partial(_fetch, ema=ema))
 
 
 def download_vae(repo: str) -> Path:
-    """The same of an autoencoder: a repository of one, or that of a model, of which no more is fetched."""
+    """The folder (or single file) of an autoencoder, as `download`: from its own repository, or only that
+    part of a model's."""
     return _download(repo, _fetch_vae)
 
 
@@ -43,32 +45,33 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        names = [f.rfilename for f in HfApi().model_info(repo, timeout=10).siblings]   # list_repo_files retries for 20 s
+        # list_repo_files retries for 20 s
+        names = [f.rfilename for f in HfApi().model_info(repo, timeout=10).siblings]
     except GatedRepoError:
-        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
-                              "HF_TOKEN).") from None
+        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
+                              "auth login`, or HF_TOKEN).") from None
     except RepositoryNotFoundError:
-        raise CheckpointError(f"{repo}: no such model on the Hub, or a private one (then log in); and no such folder "
-                              "here.") from None
-    except Exception as error:   # offline by setting or by fate; the transport's exceptions vary from release to release
+        raise CheckpointError(f"{repo}: no such model on the Hub, or a private one (then log in); and no "
+                              "such folder here.") from None
+    except Exception as error:   # offline; the exceptions vary from release to release
         try:
-            return _single(Path(snapshot_download(repo, local_files_only=True)))
+            return _one_file(Path(snapshot_download(repo, local_files_only=True)))
         except LocalEntryNotFoundError:
-            raise CheckpointError(f"{repo}: the Hub cannot be reached ({_said(error)}) and the model is not in the local "
-                                  "cache.") from None
+            raise CheckpointError(f"{repo}: the Hub cannot be reached ({_reason(error)}) and the model is "
+                                  "not in the local cache.") from None
     try:
         return fetch(repo, names)
     except GatedRepoError:
-        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, or "
-                              "HF_TOKEN).") from None
+        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
+                              "auth login`, or HF_TOKEN).") from None
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{repo}: the download failed ({_said(error)}). Try again; "
+        raise CheckpointError(f"{repo}: the download failed ({_reason(error)}). Try again; "
                               "what was complete is kept.") from None
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no word').splitlines()[0]}"
 
 
@@ -86,7 +89,8 @@ def _fetch(repo: str, names: list[str], ema: bool) -> Path:
 
 
 def _fetch_vae(repo: str, names: list[str]) -> Path:
-    part = next((p for p in ("", "vae/") if f"{p}config.json" in names and any(p + n in names for n in candidates())), None)
+    part = next((p for p in ("", "vae/") if f"{p}config.json" in names
+                 and any(p + n in names for n in candidates())), None)
     return _get(repo, _only_file(repo, names)) if part is None else _component(repo, names, part)
 
 
@@ -97,12 +101,13 @@ def _get(repo: str, name: str) -> Path:
 
 
 def _only_file(repo: str, names: list[str]) -> str:
-    single = [n for n in names if "/" not in n and n.endswith(".safetensors")]
-    if len(single) != 1:
-        found = ", ".join(sorted(single)[:5]) or "none"
-        raise CheckpointError(f"{repo}: no diffusers folder (model_index.json), and not exactly one .safetensors file at its "
-                              f"top (found: {found}). Download the file that you want and give its path.")
-    return single[0]
+    files = [n for n in names if "/" not in n and n.endswith(".safetensors")]
+    if len(files) != 1:
+        listing = ", ".join(sorted(files)[:5]) or "none"
+        raise CheckpointError(f"{repo}: no diffusers folder (model_index.json), and not exactly one "
+                              f".safetensors file at its top (found: {listing}). Download the file that you "
+                              "want and give its path.")
+    return files[0]
 
 
 def _component(repo: str, names: list[str], part: str) -> Path:
@@ -118,8 +123,8 @@ def _component(repo: str, names: list[str], part: str) -> Path:
     return config.parent
 
 
-def _single(folder: Path) -> Path:
-    """A snapshot that holds one file and no folder layout stands for that file."""
+def _one_file(folder: Path) -> Path:
+    """The only file of a snapshot without a folder layout, else the snapshot itself."""
     files = list(folder.glob("*.safetensors"))
     return files[0] if len(files) == 1 and not (folder / "model_index.json").exists() else folder
 

@@ -1,4 +1,4 @@
-"""Which files decide a model's pixels, by names that do not depend on where they lie."""
+"""The files that decide a model's pixels, under names that do not depend on their location."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ Place = str | Path | None
 
 
 def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, Files]:
-    """Those of the "model" itself, and of the "vae" and "text" that were given in place of its own."""
+    """The files of the "model" itself, and of the "vae" and "text" given in place of its own."""
     root = package.where if package.where.is_dir() else package.where.parent
     parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
     used = [*package.configs, *(f for part in parts for f in part.file.files)]
@@ -32,14 +32,14 @@ def _named(root: Path, paths: Iterable[Path]) -> Files:
 
 
 def _autoencoder(part: Part) -> Files:
-    """Of a diffusers folder its config too."""
+    """The autoencoder's files, in a diffusers folder with its config."""
     folder = part.file.path.parent
     config = [folder / "config.json"] if part.naming.startswith("own") else []
     return _named(folder, [*config, *part.file.files])
 
 
 def _tower(folder: Path) -> list[Path]:
-    """T5 and its tokenizer, in a folder that holds them."""
+    """The files of T5 and its tokenizer in a folder."""
     tower, tokenizer = folder / "text_encoder", folder / "tokenizer"
     if not (tower / "config.json").exists():
         return []

@@ -1,7 +1,9 @@
-"""Names, as tables: from the modules' own (diffusers' for UNet and autoencoder, open_clip's for text) to those in files.
+"""Tables of names: from the modules' own (diffusers' for UNet and autoencoder, open_clip's for text) to those
+in files.
 
-Each `*_sources` function lists, for every tensor of a module, where it comes from in a file of some naming. A mapping is
-complete by construction; the loader checks the rest, and `p2p.weights.convert` runs the same tables the other way.
+Each `*_sources` function lists, for every tensor of a module, where it comes from in a file of some naming. A
+mapping is complete by construction; the loader checks the rest, and `p2p.weights.convert` runs the same
+tables the other way.
 """
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ _UNET_ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_em
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_VAE_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}   # diffusers before 0.17
+# diffusers before 0.17
+_VAE_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _CLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
                "attn.out_proj": "self_attn.out_proj"}
 
@@ -35,7 +38,8 @@ class Source(NamedTuple):
 
     keys: tuple[str, ...]
     transposed: bool = False
-    share: tuple[int, int, int] = (0, 1, 1)   # (k, n, d): rows come in chunks of d for n parameters in turn; those of the k-th
+    # (k, n, d): rows come in chunks of d for n parameters in turn; those of the k-th
+    share: tuple[int, int, int] = (0, 1, 1)
 
 
 def _replace(name: str, prefixes: dict[str, str]) -> str:
@@ -75,31 +79,34 @@ def unet_prefixes(config: UNetConfig) -> dict[str, str]:
     return table
 
 
-_IF_ENDS = {"class_embedding.linear_1": "aug_proj.0", "class_embedding.linear_2": "aug_proj.2", "encoder_hid_proj": "encoder_proj",
-            "add_embedding.norm1": "encoder_pooling.0", "add_embedding.pool": "encoder_pooling.1",
-            "add_embedding.proj": "encoder_pooling.2", "add_embedding.norm2": "encoder_pooling.3"}
+_IF_ENDS = {"class_embedding.linear_1": "aug_proj.0", "class_embedding.linear_2": "aug_proj.2",
+            "encoder_hid_proj": "encoder_proj", "add_embedding.norm1": "encoder_pooling.0",
+            "add_embedding.pool": "encoder_pooling.1", "add_embedding.proj": "encoder_pooling.2",
+            "add_embedding.norm2": "encoder_pooling.3"}
 _IF_ATTENTION = {"group_norm": "norm", "norm_cross": "norm_encoder", "to_out.0": "proj_out"}
 _IF_SHARES = {"to_q": ("qkv", 0, 3), "to_k": ("qkv", 1, 3), "to_v": ("qkv", 2, 3),
               "add_k_proj": ("encoder_kv", 0, 2), "add_v_proj": ("encoder_kv", 1, 2)}
 
 
 def deepfloyd_sources(names: Iterable[str], config: UNetConfig) -> dict[str, Source]:
-    """DeepFloyd IF's own naming: that of LDM, but queries, keys and values lie in one tensor, head by head."""
+    """DeepFloyd IF's own naming: that of LDM, but queries, keys and values lie in one tensor, head by
+    head."""
     table, out, names = unet_prefixes(config) | _IF_ENDS, {}, list(names)
     head_dim = config.channels[-1] // config.heads[-1]
     for name in names:
-        head, attention, rest = name.partition(".attentions.")
+        head, attention, tail = name.partition(".attentions.")
         if not attention:
             out[name] = Source((_replace(name, table),))
             continue
-        j, _, rest = rest.partition(".")
-        module, _, end = rest.rpartition(".")
+        j, _, tail = tail.partition(".")
+        module, _, end = tail.rpartition(".")
         where = table[f"{head}.attentions.{j}"]
         if module in _IF_ATTENTION:
             out[name] = Source((f"{where}.{_IF_ATTENTION[module]}.{end}",))
         else:
             joined, k, n = _IF_SHARES[module]
-            n = n if f"{head}.attentions.{j}.to_k.weight" in names or joined != "qkv" else 1   # text alone: q alone
+            # text only: q only
+            n = n if f"{head}.attentions.{j}.to_k.weight" in names or joined != "qkv" else 1
             out[name] = Source((f"{where}.{joined}.{end}",), share=(k, n, head_dim))
     return out
 
@@ -114,17 +121,19 @@ def vae_prefixes(config: VAEConfig) -> dict[str, str]:
         for i in range(last + 1):
             ldm = f"{side}.{level}.{i if side == 'encoder' else last - i}"
             for j in range(config.layers_per_block + (side == "decoder")):
-                table[f"{side}.{level}_blocks.{i}.resnets.{j}"] = f"{ldm}.block.{j}"
-                table[f"{side}.{level}_blocks.{i}.resnets.{j}.conv_shortcut"] = f"{ldm}.block.{j}.nin_shortcut"
+                resnet, block = f"{side}.{level}_blocks.{i}.resnets.{j}", f"{ldm}.block.{j}"
+                table |= {resnet: block, f"{resnet}.conv_shortcut": f"{block}.nin_shortcut"}
             table[f"{side}.{level}_blocks.{i}.{part}rs.0.conv"] = f"{ldm}.{part}.conv"
         for j in range(2):
             table[f"{side}.mid_block.resnets.{j}"] = f"{side}.mid.block_{j + 1}"
-        table |= {f"{side}.mid_block.attentions.0.{ours}": f"{side}.mid.attn_1.{ldm}" for ours, ldm in _VAE_ATTENTION.items()}
+        table |= {f"{side}.mid_block.attentions.0.{ours}": f"{side}.mid.attn_1.{ldm}"
+                  for ours, ldm in _VAE_ATTENTION.items()}
     return table
 
 
 def hf_sources(names: Iterable[str]) -> dict[str, Source]:
-    """open_clip's TextTransformer <- transformers' CLIPTextModel, which keeps q, k and v apart. No `text_model.` prefix."""
+    """open_clip's TextTransformer <- transformers' CLIPTextModel, which keeps q, k and v apart. No
+    `text_model.` prefix."""
     ends = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     out = {}
     for name in names:
@@ -135,13 +144,13 @@ def hf_sources(names: Iterable[str]) -> dict[str, Source]:
         elif not name.startswith("transformer.resblocks."):
             out[name] = Source((_replace(name, ends),))
         else:
-            _, _, layer, rest = name.split(".", 3)
+            _, _, layer, tail = name.split(".", 3)
             layer = f"encoder.layers.{layer}."
-            if rest.startswith("attn.in_proj_"):
-                kind = rest.removeprefix("attn.in_proj_")
+            if tail.startswith("attn.in_proj_"):
+                kind = tail.removeprefix("attn.in_proj_")
                 out[name] = Source(tuple(f"{layer}self_attn.{p}_proj.{kind}" for p in "qkv"))
             else:
-                out[name] = Source((layer + _replace(rest, _CLIP_LAYER),))
+                out[name] = Source((layer + _replace(tail, _CLIP_LAYER),))
     return out
 
 
@@ -157,8 +166,8 @@ def old_vae_sources(names: Iterable[str]) -> dict[str, Source]:
     """The autoencoder in folders saved by diffusers before 0.17."""
     out = {}
     for name in names:
-        head, attention, rest = name.partition(".attentions.0.")
-        if attention and not rest.startswith("group_norm"):
-            rest = _replace(rest, _VAE_OLD)
-        out[name] = Source((head + attention + rest,))
+        head, attention, tail = name.partition(".attentions.0.")
+        if attention and not tail.startswith("group_norm"):
+            tail = _replace(tail, _VAE_OLD)
+        out[name] = Source((head + attention + tail,))
     return out

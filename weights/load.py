@@ -1,4 +1,5 @@
-"""Files -> modules: names and shapes are checked before a tensor is read, then tensors are put in place one by one."""
+"""Files -> modules: names and shapes are checked before a tensor is read, then tensors are loaded one by
+one."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-upscaler": EMOJI / "upsc
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of a text-to-image model, as loaded, and what was found out about it."""
+    """The loaded parts of a text-to-image model, and what was recognised of it."""
 
     package: Package
     unet: UNet
@@ -40,12 +41,13 @@ class Checkpoint:
     vae: AutoencoderKL | None
 
 
-def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None, vae: str | Path | None = None,
-         ema: bool = False, clip_skip: int = 0, zero_snr: bool = False) -> Package:
-    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or an "org/name" of
-    the Hub (which is downloaded), without loading it.
+def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
+         vae: str | Path | None = None, ema: bool = False, clip_skip: int = 0,
+         zero_snr: bool = False) -> Package:
+    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or
+    an "org/name" of the Hub (which is downloaded), without loading it.
 
-    The other arguments overrule what is found; see `p2p.load`. Raises CheckpointError.
+    The other arguments override what is recognised; see `p2p.load`. Raises CheckpointError.
     """
     if family is not None and family not in FAMILIES:
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
@@ -56,79 +58,84 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         path = BUNDLED[str(source)]
     elif not path.exists() and hub.is_id(str(source)):
         path = hub.download(str(source), **({"ema": ema} if ema else {}))
-    given = None if vae is None else find_vae(vae)
-    package = _found(path, partial(_find, given=given, ema=ema))
+    replacement = None if vae is None else find_vae(vae)
+    package = _recognised(path, partial(_find, replacement=replacement, ema=ema))
     if family and family != package.family:
-        raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family {package.family}.")
+        raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family "
+                              f"{package.family}.")
     if prediction:
         package.sampling.prediction, package.sampling.why = prediction, "as asked"
     elif package.prediction not in PREDICTIONS:
-        raise CheckpointError(f"{path}: said to predict {short(package.prediction)} (by {package.why}), which is not known; give "
-                              f"prediction, one of {', '.join(PREDICTIONS)}.")
+        raise CheckpointError(f"{path}: said to predict {short(package.prediction)} (by {package.why}), "
+                              f"which is not known; give prediction, one of {', '.join(PREDICTIONS)}.")
     if zero_snr:
         package.sampling.alphas_cumprod = zero_terminal_snr(package.alphas_cumprod)
         package.notes.append("zero terminal SNR (as asked)")
     if package.family in LATENT:
-        _autoencoder(package, vae, given)
+        _autoencoder(package, vae, replacement)
     elif vae is not None:
-        raise CheckpointError(f"{path}: works on pixels and has no autoencoder that {vae} could replace; leave out vae.")
+        raise CheckpointError(f"{path}: works on pixels and has no autoencoder that {vae} could replace; "
+                              "leave out vae.")
     if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
     package.size = package.size or usual_size(package)
     return package
 
 
-def _autoencoder(package: Package, vae: str | Path | None, given: tuple[Part, float | None] | None) -> None:
-    """The one that was asked for in place of the model's own, which may be missing then. Raises CheckpointError."""
-    if given is not None:
-        package.vae, scale = given
+def _autoencoder(package: Package, vae: str | Path | None,
+                 replacement: tuple[Part, float | None] | None) -> None:
+    """Replaces the model's autoencoder, which may be missing, if another is given. Raises CheckpointError."""
+    if replacement is not None:
+        package.vae, scale = replacement
         package.latent_scale = scale or package.latent_scale
         package.notes.append(f"autoencoder from {vae}")
         if averages.held(package.vae.file.shapes):
             package.notes.append(f"{vae}: {averages.NOT_USED}")
     if package.family == "sdxl" and package.latent_scale == 0.18215:
-        package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, where "
-                             "that is silent); 0.13025 is usual of SDXL")
+        package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, "
+                             "where that is silent); 0.13025 is usual of SDXL")
     if package.vae is None:
-        raise CheckpointError(f"{package.where}: no autoencoder found in it; give one with vae (--vae): a file, a folder, or an "
-                              "org/name on the Hub.")
+        raise CheckpointError(f"{package.where}: no autoencoder found in it; give one with vae (--vae): a "
+                              "file, a folder, or an org/name on the Hub.")
     channels, latents = package.unet.config.in_channels, package.vae.config.latent_channels
     if latents != channels:
-        raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the UNet {channels}; it is "
-                              "the autoencoder of another kind of model.")
+        raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the "
+                              f"UNet {channels}; it is the autoencoder of another kind of model.")
 
 
 def skip_layers(package: Package, clip_skip: int) -> None:
-    """Text from so many layers before the one that the family uses, as diffusers' clip_skip counts. Raises CheckpointError."""
+    """Reads the text `clip_skip` layers before the one that the family uses, as diffusers counts. Raises
+    CheckpointError."""
     towers = [part.config for part in package.text] if package.family in LATENT else []
     most = min((c.layers - c.skip for c in towers), default=0)
     if not isinstance(clip_skip, Integral) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
-        raise CheckpointError(f"{package.where}: clip_skip {brief(clip_skip)}; a whole number from 0 to {most} is expected of this "
-                              "model.")
+        raise CheckpointError(f"{package.where}: clip_skip {brief(clip_skip)}; a whole number from 0 to "
+                              f"{most} is expected of this model.")
     for part in package.text:
         part.config = replace(part.config, skip=part.config.skip + clip_skip)
     package.notes.append(f"clip skip {clip_skip} (in other programs {clip_skip + 1})")
 
 
-def _found(path: Path, find: Callable[[Path], T]) -> T:
-    """What `find` recognises in a file or a folder; whatever it stumbles over names that path."""
+def _recognised(path: Path, find: Callable[[Path], T]) -> T:
+    """Calls `find` for a file or a folder; all its errors become CheckpointErrors that name the path."""
     try:
         return find(path)
     except KeyError as error:
         raise CheckpointError(f"{path}: 1 missing: {error.args[0]}. It is not complete.") from None
     except (ArithmeticError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its sizes are those of no model known here ({error}). Is it damaged?") from None
+        raise CheckpointError(f"{path}: its sizes are those of no model known here ({error}). Is it "
+                              "damaged?") from None
     except CheckpointError as error:
         if str(path) in str(error):
             raise
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _find(path: Path, given: tuple[Part, float | None] | None, ema: bool) -> Package:
+def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) -> Package:
     if not path.is_dir():
         file = open_file(path)
-        own = deepfloyd.OWN in file.shapes
-        package = deepfloyd.find_in_file(file) if own else find_in_file(file, ema)
+        own_naming = deepfloyd.OWN in file.shapes
+        package = deepfloyd.find_in_file(file) if own_naming else find_in_file(file, ema)
         _no_averages(path, ema and package.family not in LATENT)
         return package
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
@@ -139,17 +146,18 @@ def _find(path: Path, given: tuple[Part, float | None] | None, ema: bool) -> Pac
         _no_averages(path, ema)
         return deepfloyd.find_folder(path)
     if kind in PIPELINES:
-        return find_folder(path, kind, given, ema)
+        return find_folder(path, kind, replacement, ema)
     known = ", ".join((*PIPELINES, *deepfloyd.PIPELINES))
     raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
 
 
 def _path(source: str | Path) -> Path:
-    """Raises CheckpointError for what no file system takes."""
+    """The source as a path. Raises CheckpointError where it cannot be one."""
     try:
         Path(source).exists()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{brief(str(source))}: no path ({getattr(error, 'strerror', None) or error}).") from None
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{brief(str(source))}: no path ({why}).") from None
     return Path(source)
 
 
@@ -159,44 +167,49 @@ def _no_averages(path: Path, wanted: bool) -> None:
 
 
 def find_vae(source: str | Path) -> tuple[Part, float | None]:
-    """A separate autoencoder, and its latents' scale if it says one: a file in LDM naming (perhaps with training leftovers, or a
-    whole model), a diffusers folder (that of the autoencoder, or of a whole model), or an "org/name" of the Hub.
+    """A separate autoencoder, and its latents' scale if it says one: a file in LDM naming (perhaps with
+    training leftovers, or a whole model), a diffusers folder (that of the autoencoder, or of a whole model),
+    or an "org/name" of the Hub.
 
     Raises CheckpointError.
     """
     path = _path(source)
     if not path.exists() and hub.is_id(str(source)):
         path = hub.download_vae(str(source))
-    return _found(path, _find_vae)
+    return _recognised(path, _find_vae)
 
 
 def _find_vae(path: Path) -> tuple[Part, float | None]:
     if path.is_dir():
-        whole = not (path / "config.json").exists() and (path / "vae" / "config.json").exists()
-        return find_folder_vae(path / "vae" if whole else path, [])
+        nested = not (path / "config.json").exists() and (path / "vae" / "config.json").exists()
+        return find_folder_vae(path / "vae" if nested else path, [])
     file = open_file(path)
     for prefix in ("", keys.VAE, "vae."):
         if prefix + "encoder.down.0.block.0.conv1.weight" in file.shapes:
-            beside = tuple(k for k in file.shapes if not k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")))
-            return Part(file, prefix, "ldm", ldm_vae_config(file.shapes, prefix), ("loss.",) if prefix else beside), None
+            beside = tuple(k for k in file.shapes
+                           if not k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")))
+            return Part(file, prefix, "ldm", ldm_vae_config(file.shapes, prefix),
+                        ("loss.",) if prefix else beside), None
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
         return find_folder_vae(path.parent, [], file)   # one of a folder's: its sizes are in the config
     refuse.by_name(file.path, file.shapes, file.is_fp8())
-    raise CheckpointError(f"{path}: no autoencoder found in it (encoder.down.0.block.0.conv1.weight expected).")
+    raise CheckpointError(f"{path}: no autoencoder found in it (encoder.down.0.block.0.conv1.weight "
+                          "expected).")
 
 
 def load(package: Package, device: torch.device, dtype: torch.dtype | None = None,
          vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None,
          held: torch.dtype | None = None) -> Checkpoint:
-    """Builds the modules of a package; dtype None: as stored, see `stored`. text_from: see `deepfloyd.load_text`. held, of the
-    UNet: see `fill`."""
+    """Builds the modules of a package; dtype None: as stored, see `stored`. text_from: see
+    `deepfloyd.load_text`. held, of the UNet: see `fill`."""
     dtype, vae_dtype = dtype or stored(package.unet), vae_dtype or dtype
     unet = fill("UNet", package.unet, UNet, device, dtype, held)
     text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
         text = [deepfloyd.load_text(package, text_from, device, unet.conv_norm_out.weight.dtype)]
     elif text_from is not None:
-        raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text tower, not {text_from}.")
+        raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text "
+                              f"tower, not {text_from}.")
     part = package.vae
     vae = fill("autoencoder", part, AutoencoderKL, device, vae_dtype or stored(part)) if part else None
     return Checkpoint(package, unet, text, vae)

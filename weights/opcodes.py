@@ -1,6 +1,6 @@
-"""The opcodes of a pickle, followed with stand-ins: nothing that it names is imported, built or called.
+"""Interprets the opcodes of a pickle with placeholders: nothing that it names is imported, built or called.
 
-Of dictionaries the entries whose keys are strings or numbers are kept: nothing else is ever hashed.
+Dictionaries keep only entries whose keys are strings or numbers: nothing else is ever hashed.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STORAGES = {"torch.storage.UntypedStorage": torch.uint8,
 
 
 class Name(NamedTuple):
-    """What a file names."""
+    """A name in a file: module and attribute."""
 
     path: str
 
@@ -34,7 +34,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """As the file describes it: not checked yet."""
+    """A tensor as the file describes it, not checked yet."""
 
     storage: Any
     dtype: Any
@@ -44,22 +44,23 @@ class Tensor(NamedTuple):
 
 
 class Object:
-    """Whatever else a file would build."""
+    """Placeholder for any other object that a file would build."""
 
 
 _CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
               "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": Object}
-_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-           "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-           "BINBYTES8", "BYTEARRAY8"}
-# How many values an opcode takes off the stack, or that it takes all above the last mark.
+_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
+           "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+           "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+# The number of values that an opcode takes off the stack; those that take all above the last mark.
 _TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2,
           "NEWOBJ": 2, "NEWOBJ_EX": 3, "BINPERSID": 1, "POP": 1, "BUILD": 1}
 _MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "ADDITEMS", "FROZENSET", "POP_MARK", "INST", "OBJ"}
 
 
 def followed(stream: io.BytesIO, names: set[str], storages: dict[str, Storage]) -> Any:
-    """What a pickle would build, of stand-ins; what it names is added to `names`, its storages to `storages`."""
+    """Returns what a pickle would build, from placeholders; adds its names to `names`, its storages to
+    `storages`."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -67,11 +68,11 @@ def followed(stream: io.BytesIO, names: set[str], storages: dict[str, Storage]) 
         op = opcode.name
         if n > OPCODES:
             raise ValueError(f"a pickle of more than {OPCODES:,} opcodes")
-        at = marks.pop() if op in _MARKED else len(stack) - _TAKEN.get(op, 0)
-        if at < 0:
+        first = marks.pop() if op in _MARKED else len(stack) - _TAKEN.get(op, 0)
+        if first < 0:
             raise ValueError(f"nothing for {op} to take")
-        taken = stack[at:]
-        del stack[at:]
+        taken = stack[first:]
+        del stack[first:]
         if op == "STOP":
             return stack.pop()
         if op == "MARK":
@@ -91,9 +92,10 @@ def followed(stream: io.BytesIO, names: set[str], storages: dict[str, Storage]) 
 
 
 def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict[str, Storage]) -> Any:
-    """What an opcode puts on the stack."""
+    """The value that an opcode puts on the stack."""
     if op in _VALUES:
-        return Object() if type(arg) is int and arg.bit_length() > 128 else arg   # megabytes, to be read as a key
+        # of megabytes, which would be hashed as a key
+        return Object() if type(arg) is int and arg.bit_length() > 128 else arg
     if op in _CONSTANTS:
         return _CONSTANTS[op]()
     if op.startswith("TUPLE") or op == "LIST":
@@ -117,31 +119,33 @@ def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict
 
 
 def _entries(items: list[Any]) -> dict[str | int, Any]:
-    """What of a dictionary is kept: hashing another key may take for ever."""
+    """The entries of a dictionary that are kept: hashing another key may never end."""
     return {k: v for k, v in zip(items[::2], items[1::2])
             if type(k) is str or (type(k) is int and abs(k) < 2**63)}
 
 
-def _storage(said: Any) -> Storage:
-    """What a persistent id stands for: ("storage", type, key, device, count of numbers, ...)."""
-    if type(said) is not tuple or len(said) < 5 or said[0] != "storage" or said[5:] not in ((), (None,)):
+def _storage(identifier: Any) -> Storage:
+    """The storage of a persistent id: ("storage", type, key, device, count of numbers, ...). Raises
+    ValueError."""
+    valid = type(identifier) is tuple and len(identifier) >= 5 and identifier[0] == "storage"
+    if not valid or identifier[5:] not in ((), (None,)):
         raise ValueError("a persistent id that is no storage")
-    _, kind, key, _, count = said[:5]
+    _, kind, key, _, count = identifier[:5]
     if type(key) is not str or type(count) is not int or count < 0:
         raise ValueError("a storage without a key or a size")
     return Storage(STORAGES[kind.path.replace("torch.cuda.", "torch.")], key, count)
 
 
-def _built(what: Any, args: Any) -> Any:
-    """What a call would build, where it is needed: dictionaries, tensors, parameters."""
-    path = what.path if isinstance(what, Name) else ""
+def _built(function: Any, args: Any) -> Any:
+    """The result of a call, where it is needed: dictionaries, tensors, parameters."""
+    path = function.path if isinstance(function, Name) else ""
     if path == "torch._tensor._rebuild_from_type_v2" and len(args) > 2 and isinstance(args[0], Name):
         path, args = args[0].path, args[2]
     if path in ("collections.OrderedDict", "builtins.dict"):
         pairs = args[0] if args and type(args[0]) is list else []
-        found = _entries([x for pair in pairs for x in pair[:2]])
-        pairs.clear()   # a file may ask for the same ones a million times
-        return found
+        entries = _entries([x for pair in pairs for x in pair[:2]])
+        pairs.clear()   # a file may refer to the same ones a million times
+        return entries
     if path == "torch.Size" and len(args) == 1:
         return args[0]
     if path.startswith("torch._utils._rebuild_parameter") and args:

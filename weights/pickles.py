@@ -1,8 +1,9 @@
-"""PyTorch's pickled checkpoints, read without unpickling them: their opcodes are followed with stand-ins.
+"""Reads PyTorch's pickled checkpoints without unpickling them: their opcodes are interpreted with
+placeholders.
 
-Nothing that a file names is imported, built or called; a tensor is a place in the file, checked against the bytes
-that are there (see `p2p.weights.opcodes`).
-Formats: the zip archive of torch 1.6 and later, and the older one of several pickles in a row.
+Nothing that a file names is imported, built or called; a tensor is a range of bytes, checked against the size
+of the file (see `p2p.weights.opcodes`). Formats: the zip archive of torch 1.6 and later, and the older one of
+several pickles in a row.
 """
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ BYTES = 2**24      # most of a pickle: Stable Diffusion XL with averages takes a
 REPEATED = 2**20   # most numbers of a tensor that repeats its own by a stride of 0, as positions may
 _LEGACY = 0x1950a86a20f9469cfc6c
 
-# What checkpoints name beside weights, all of it unneeded: numbers by numpy, old and new, and what Lightning keeps.
+# Names in checkpoints that are not needed: numbers by numpy, old and new, and the state of Lightning.
 _HARMLESS = {"collections.Counter", "collections.OrderedDict", "collections.defaultdict", "_codecs.encode",
-             *(f"builtins.{n}" for n in ("bytearray", "bytes", "complex", "dict", "frozenset", "list", "set")),
+             *(f"builtins.{n}"
+               for n in ("bytearray", "bytes", "complex", "dict", "frozenset", "list", "set")),
              "torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter",
              "torch.nn.modules.container.ParameterDict", "numpy.dtype", "numpy.ndarray",
              "torch._tensor._rebuild_from_type_v2", "torch.serialization._get_layout",
@@ -37,7 +39,7 @@ _HARMLESS_BELOW = ("torch._utils._rebuild_", "numpy.dtypes.", "pytorch_lightning
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies in its file."""
+    """The range of a tensor in its file."""
 
     dtype: torch.dtype
     start: int                  # of its first number, in bytes
@@ -62,18 +64,20 @@ def read(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except Exception as error:   # whatever damage makes of zip archives, opcodes and their arguments
+    except Exception as error:   # damaged zip archives, opcodes and arguments raise anything
         _refuse(path, names)
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({said}); {path.stat().st_size:,} bytes "
-                              "were found. Download or copy it again.") from None
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({reason}); "
+                              f"{path.stat().st_size:,} bytes were found. Download or copy it "
+                              "again.") from None
 
 
 def _refuse(path: Path, names: set[str]) -> None:
-    refused = sorted(n for n in names if n not in _HARMLESS and (not n.startswith(_HARMLESS_BELOW) or "__" in n))
+    refused = sorted(n for n in names if n not in _HARMLESS
+                     and (not n.startswith(_HARMLESS_BELOW) or "__" in n))
     if refused:
-        raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may be "
-                              "malicious and was not loaded. Ask its author for a .safetensors file.")
+        raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may "
+                              "be malicious and was not loaded. Ask its author for a .safetensors file.")
 
 
 def _state_dict(path: Path, state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,26 +95,27 @@ def _state_dict(path: Path, state: Any) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _placed(path: Path, key: str, t: Tensor, starts: Starts) -> Stored:
-    """Raises CheckpointError for a tensor that lies outside of its storage, or is larger than it."""
+    """The range of a tensor. Raises CheckpointError where it is outside of its storage, or larger."""
     if not (len(t.shape) == len(t.stride) <= 16
             and all(type(n) is int and 0 <= n < 2**48 for n in (t.offset, *t.shape, *t.stride))):
-        raise CheckpointError(f"{path}: {key} has no shape and strides that a tensor has. The file is damaged.")
+        raise CheckpointError(f"{path}: {key} has no shape and strides that a tensor has. The file is "
+                              "damaged.")
     start, held = starts[t.storage.key]
     width, count = t.dtype.itemsize, math.prod(t.shape)
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride)) if count else 0
     if t.storage.count * t.storage.dtype.itemsize > held or (t.offset + span) * width > held:
-        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, with strides {list(t.stride)} from {t.offset}, but "
-                              f"its storage has {held:,} bytes. The file is damaged.")
+        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, with strides {list(t.stride)} from "
+                              f"{t.offset}, but its storage has {held:,} bytes. The file is damaged.")
     if count * width > max(held, REPEATED * width):
-        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, but its storage has {held:,} bytes; no weights "
-                              "repeat so.")
+        raise CheckpointError(f"{path}: {key} is {list(t.shape)}, but its storage has {held:,} bytes; no "
+                              "weights repeat so.")
     return Stored(t.dtype, start + t.offset * width, span * width, tuple(t.shape), tuple(t.stride))
 
 
 # -------------------------------------------------------------------------------------------------- formats
 
 class _Bounded(io.BufferedReader):
-    """A file of which nothing large is read at once: `zipfile` believes what an archive says of its directory."""
+    """A file that refuses large reads: `zipfile` trusts the size of the directory that an archive states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > BYTES:
@@ -128,7 +133,7 @@ def _archive(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
         raise ValueError(f"a zip archive with {len(roots)} data.pkl; PyTorch writes one")
     end = f.seek(0, io.SEEK_END)
 
-    def found(name: str) -> tuple[int, int]:
+    def entry_span(name: str) -> tuple[int, int]:
         entry = entries[roots[0] + name]
         f.seek(entry.header_offset)
         head = f.read(30)
@@ -140,7 +145,7 @@ def _archive(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
         return start, entry.file_size
 
     def content(name: str) -> bytes:
-        start, size = found(name)
+        start, size = entry_span(name)
         f.seek(start)
         return f.read(size)
 
@@ -148,7 +153,7 @@ def _archive(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
         raise ValueError("written on a big-endian machine; write it again on another")
     storages: dict[str, Storage] = {}
     state = followed(io.BytesIO(content("data.pkl")), names, storages)
-    return state, {key: found(f"data/{key}") for key in storages}
+    return state, {key: entry_span(f"data/{key}") for key in storages}
 
 
 def _in_a_row(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
@@ -163,12 +168,12 @@ def _in_a_row(f: io.BufferedReader, names: set[str]) -> tuple[Any, Starts]:
         raise ValueError("not the parts of a checkpoint")
     if system.get("little_endian") is not True:
         raise ValueError("written on a big-endian machine; write it again on another")
-    starts, at = {}, stream.tell()
+    starts, position = {}, stream.tell()
     for key in keys:
-        f.seek(at)
+        f.seek(position)
         size = struct.unpack("<q", f.read(8))[0] * storages[key].dtype.itemsize
-        if not 0 <= size <= end - at - 8:
+        if not 0 <= size <= end - position - 8:
             raise ValueError(f"the storage {key} lies outside of the file")
-        starts[key] = at + 8, size
-        at += 8 + size
+        starts[key] = position + 8, size
+        position += 8 + size
     return state, starts

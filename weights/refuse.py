@@ -1,4 +1,4 @@
-"""Files of other kinds that people often try: named for what they are, by their names and shapes alone."""
+"""Recognises files of other kinds, by their names and shapes, to say in the error what they are."""
 from __future__ import annotations
 
 import re
@@ -14,15 +14,17 @@ FP8 = "its weights are fp8; use the fp16 or fp32 file of the same model"
 EMBEDDING = "a textual-inversion embedding; use a whole model"
 T2I_ADAPTER = "a T2I-Adapter; use the Stable Diffusion model that it steers"
 HYPERNETWORK = "a hypernetwork, which changes the keys and values of a model and is none; use a whole model"
-PHOTOMAKER = "a PhotoMaker, which steers a model by pictures of a face; use the Stable Diffusion model that it steers"
+PHOTOMAKER = ("a PhotoMaker, which steers a model by pictures of a face; use the Stable Diffusion model that "
+              "it steers")
 IP_ADAPTER = "an IP-Adapter, which steers a model by a picture; this project does not"
 
-# Parts of tensors' names ("$": their ends) -> what holds them. The first row that fits counts.
+# Parts of tensors' names ("$": their ends) -> the kind of file. The first row that matches counts.
 MERGE = ": it changes a model and is none; merge it into its base model first"
 NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_fp8",), FP8),
     (("ln_model_n.", "to_model_dim_n.", "clip_to_seq.", "encoder_hid_proj.image_embeds",
-      "add_embedding.image_"), "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
+      "add_embedding.image_"),
+     "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
     (("fuse_module.", "visual_projection_2.", "qformer_perceiver."), PHOTOMAKER),
     (("image_proj.", "ip_adapter."), IP_ADAPTER),
     (("lora_controlnet",), "a Control-LoRA; use the Stable Diffusion model that it steers"),
@@ -50,7 +52,8 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("time_stack.", "time_mixer."),
      "a model of films (Stable Video Diffusion or the like); use a model of pictures"),
     (("cond_proj.",),
-     "a latent consistency model, whose network is told the guidance; use the model that it was distilled from"),
+     "a latent consistency model, whose network takes the guidance scale as an input; use the model that it "
+     "was distilled from"),
     (("emb_params", "string_to_param", "string_to_token", "clip_g$", "clip_l$"), EMBEDDING),
     (("embedder.model.visual", "noise_augmentor."),
      "an unCLIP model, driven by pictures; use the text-to-image model that it was made from"),
@@ -61,26 +64,26 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
      "an enlarger of pictures (ESRGAN or the like); give a text-to-image model"),
 )
 INPUTS = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}   # by channels
-DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its blocks are not those of its base "
-             "model, which this project has; use that one")
+DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its blocks are not those of its "
+             "base model, which this project has; use that one")
 
 
 def by_name(path: Path, s: Shapes, fp8: bool) -> None:
-    """Raises CheckpointError for the kinds that are known and not loaded."""
+    """Raises CheckpointError for known kinds that are not supported."""
 
     def has(*parts: str) -> bool:
         return any(k.endswith(part[:-1]) if part[-1] == "$" else part in k for k in s for part in parts)
 
-    whole = any(k.startswith(keys.UNET) for k in s)
+    has_unet = any(k.startswith(keys.UNET) for k in s)
     kind = FP8 if fp8 else None
-    kind = kind or next((what for parts, what in NAMED if has(*parts)), None) or _by_shapes(s)
+    kind = kind or next((description for parts, description in NAMED if has(*parts)), None) or _by_shapes(s)
     unet_in = s.get(keys.UNET + "input_blocks.0.0.weight", (0, 4))[1:2]
     if kind is None and unet_in and unet_in[0] in INPUTS:
-        kind = (f"{INPUTS[unet_in[0]]} model (its UNet takes {unet_in[0]} channels, not 4); use the text-to-image model "
-                "that it was made from")
+        kind = (f"{INPUTS[unet_in[0]]} model (its UNet takes {unet_in[0]} channels, not 4); use the "
+                "text-to-image model that it was made from")
     elif kind is None and has(keys.TEXT_SGM2) and not has(keys.TEXT_SDXL[1]) and has("label_emb."):
         kind = "an SDXL refiner, made for pictures that are nearly done; use the SDXL base model"
-    elif kind is None and not whole:
+    elif kind is None and not has_unet:
         kind = _part_alone(s, has("encoder.down.", "decoder.up.", "encoder.down_blocks."))
     elif kind is None and _distilled(s):
         kind = DISTILLED
@@ -89,7 +92,7 @@ def by_name(path: Path, s: Shapes, fp8: bool) -> None:
 
 
 def _by_shapes(s: Shapes) -> str | None:
-    """Kinds whose tensors have no names of their own."""
+    """Kinds that only shapes tell."""
     words = 0 < len(s) <= 2 and not any(k.endswith((".weight", ".bias")) for k in s)
     if words and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
         return EMBEDDING
@@ -99,15 +102,16 @@ def _by_shapes(s: Shapes) -> str | None:
     tiny = bool(s) and all(re.fullmatch(r"\d+\.(conv\.\d+\.|skip\.)?(weight|bias)", k) for k in s)
     sides = ("decoder.layers.", "encoder.layers.")
     if tiny or any(k.startswith(sides) and len(v) == 4 for k, v in s.items()):
-        return "a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's own kind"
+        return ("a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's "
+                "own kind")
     return None
 
 
 def _part_alone(s: Shapes, autoencoder: bool) -> str | None:
     text = any("text_model." in k or "token_embedding" in k for k in s)
     if any(k.startswith(keys.EMA) and "diffusion_model" in k for k in s):
-        return ("a model whose UNet is there as averaged weights (EMA) alone, which are read beside the plain ones; use the "
-                "file that holds these too")
+        return ("a model whose UNet is there as averaged weights (EMA) alone, which are read beside the "
+                "plain ones; use the file that holds these too")
     if autoencoder:   # with a text tower too, only the UNet is missing
         return None if text else "an autoencoder alone: give it with --vae beside a model"
     if any(k.startswith(("down_blocks.0.resnets.", "mid_block.resnets.")) for k in s):
@@ -121,7 +125,8 @@ def _part_alone(s: Shapes, autoencoder: bool) -> str | None:
     return None
 
 
-TRANSFORMER = re.compile(r"(input_blocks|output_blocks|middle_block)\.(\d+)\.(?:1\.)?transformer_blocks\.(\d+)\.")
+TRANSFORMER = re.compile(r"(input_blocks|output_blocks|middle_block)\.(\d+)\."
+                         r"(?:1\.)?transformer_blocks\.(\d+)\.")
 
 
 def _distilled(s: Shapes) -> bool:
@@ -129,8 +134,8 @@ def _distilled(s: Shapes) -> bool:
     depths: dict[tuple[str, str], int] = {}
     for k in s:
         if m := TRANSFORMER.match(k.removeprefix(keys.UNET)):
-            at = m.group(1), m.group(2)
-            depths[at] = max(depths.get(at, 0), int(m.group(3)) + 1)
+            block = m.group(1), m.group(2)
+            depths[block] = max(depths.get(block, 0), int(m.group(3)) + 1)
     if not depths:
         return False
     down, middle, up = ({d for (where, _), d in depths.items() if where == side}
@@ -139,7 +144,7 @@ def _distilled(s: Shapes) -> bool:
 
 
 def by_structure(state: Mapping[object, object]) -> str | None:
-    """What a pickle holds whose tensors lie deeper: A1111's embeddings and hypernetworks, IP-Adapters."""
+    """The kind of a pickle whose tensors are nested: A1111's embeddings and hypernetworks, IP-Adapters."""
     names = set(state)
     if names & {"string_to_param", "string_to_token"}:
         return EMBEDDING

@@ -1,4 +1,4 @@
-"""Noise schedules, and what a diffusers folder says of its own in scheduler_config.json."""
+"""Noise schedules, and their configs in diffusers folders (scheduler_config.json)."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,8 @@ from torch import Tensor
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
 
-SAID = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}   # diffusers' words for predictions
+# diffusers' words for predictions
+PREDICTION_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACINGS = ("leading", "trailing", "linspace")
 
 # Classes over the same noise schedule: any model of one of them can be sampled by DDIM.
@@ -35,14 +36,14 @@ OTHERS = {
 
 @dataclass
 class Sampling:
-    """How a model is to be sampled, as far as its files say. The defaults are Stable Diffusion's."""
+    """How a model is sampled, as far as its files say. The defaults are Stable Diffusion's."""
 
     alphas_cumprod: Tensor                         # (1000,) float64
     prediction: str = "eps"
     why: str = "scheduler_config.json"
-    timestep_spacing: str = "leading"              # this and the next two: see `p2p.request.schedules.ddim_schedule`
-    offset: int = 1
-    final_alpha: float | None = None
+    timestep_spacing: str = "leading"              # see `p2p.request.schedules.ddim_schedule`
+    offset: int = 1                                # see `ddim_schedule`
+    final_alpha: float | None = None               # see `ddim_schedule`
     clip: float | tuple[float, float] | None = None    # bound of x_0, see `p2p.sampler.bounded`
     learned_variance: bool = True                  # of the channels beyond eps, where there are any
     notes: list[str] = field(default_factory=list)
@@ -63,57 +64,60 @@ def squared_cosine(steps: int = 1000) -> Tensor:
 
 
 def zero_terminal_snr(abar: Tensor) -> Tensor:
-    """The schedule stretched so that the last step is pure noise (Lin et al. 2023, Algorithm 1)."""
+    """Rescales the schedule so that the last step is pure noise (Lin et al. 2023, Algorithm 1)."""
     root = abar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None) -> Sampling:
-    """What the config c, of the file `where`, says. kind: the class that model_index.json names, which counts, as in
-    diffusers. Raises CheckpointError for what this project does not do.
+    """The sampling by the config c of the file `where`. kind: the class that model_index.json names, which
+    takes precedence, as in diffusers. Raises CheckpointError for what this project does not support.
 
-    Absent fields are those of diffusers' DDIMScheduler, but for the betas (the family's). In Stable Diffusion 1 and 2
-    the offset is 1 and clip_sample false, whatever the config says, as in StableDiffusionPipeline.
+    Absent fields have the defaults of diffusers' DDIMScheduler, but for the betas (the family's). In Stable
+    Diffusion 1 and 2 the offset is 1 and clip_sample false, whatever the config says, as in
+    StableDiffusionPipeline.
     """
     fields.check(where, c, fields.SCHEDULER)
     notes: list[str] = []
     sampler = "DDPM" if family == "if" else "DDIM"
-    own = check_class(where, c.get("_class_name"))
-    if not (used := kind or own or sampler).startswith(sampler):
+    own_class = check_class(where, c.get("_class_name"))
+    if not (used := kind or own_class or sampler).startswith(sampler):
         notes.append(f"the folder's sampler is {used}; {sampler} samples here")
     abar = _alphas(where, c, family, notes)
     if c.get("rescale_betas_zero_snr"):
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (scheduler config)")
-    said = _one_of(where, c, "prediction_type", "epsilon", ("epsilon",) if family == "if" else tuple(SAID))
+    known = ("epsilon",) if family == "if" else tuple(PREDICTION_NAMES)
+    prediction = _one_of(where, c, "prediction_type", "epsilon", known)
     spacing = _one_of(where, c, "timestep_spacing", "leading", SPACINGS)
     forced = family not in ("sdxl", "if")
     offset = c.get("steps_offset", 1 if forced else 0)
     if not isinstance(offset, Integral) or isinstance(offset, bool) or not 0 <= offset < len(abar):
-        raise CheckpointError(f"{where}: steps_offset {fields.short(offset)}; a whole number from 0 to {len(abar) - 1} "
-                              "is expected.")
+        raise CheckpointError(f"{where}: steps_offset {fields.short(offset)}; a whole number from 0 to "
+                              f"{len(abar) - 1} is expected.")
     if forced and offset != 1:
-        notes.append(f"steps_offset 1 taken, as in StableDiffusionPipeline, not the scheduler config's {offset}")
+        notes.append("steps_offset 1 taken, as in StableDiffusionPipeline, not the scheduler config's "
+                     f"{offset}")
         offset = 1
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
-    return Sampling(abar, SAID[said], "scheduler_config.json", spacing, int(offset), final, _clip(where, c, family),
-                    learned, notes)
+    return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
+                    _clip(where, c, family), learned, notes)
 
 
 def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tuple[str, ...]) -> str:
-    if (said := c.get(name, usual)) not in known:
-        raise CheckpointError(f"{where}: {name} {fields.short(said)}; supported: {', '.join(known)}.")
-    return said
+    if (value := c.get(name, usual)) not in known:
+        raise CheckpointError(f"{where}: {name} {fields.short(value)}; supported: {', '.join(known)}.")
+    return value
 
 
 def check_class(where: Path, kind: Any) -> str | None:
-    """A scheduler's class, as the file `where` names it. Raises CheckpointError for those that are not alike."""
+    """A scheduler's class, as the file `where` names it. Raises CheckpointError for those not in ALIKE."""
     named = isinstance(kind, str)
     if kind is not None and not (named and kind in ALIKE):
         why = OTHERS.get(kind, "which this project does not know") if named else "which is no name"
-        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. DDIM (of IF: DDPM) samples here: if that is "
-                              "what you want, put that file of the base model in its place.")
+        raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. DDIM (of IF: DDPM) samples here: if "
+                              "that is what you want, put that file of the base model in its place.")
     return kind
 
 
@@ -121,13 +125,13 @@ def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) ->
     if (betas := c.get("trained_betas")) is not None:
         many = isinstance(betas, list) and len(betas) == 1000
         if not many or not all(_number(b) and 0 < b <= 1 for b in betas):
-            raise CheckpointError(f"{where}: trained_betas {fields.short(betas)}; 1000 numbers above 0 and at most 1 "
-                                  "are expected.")
+            raise CheckpointError(f"{where}: trained_betas {fields.short(betas)}; 1000 numbers above 0 and "
+                                  "at most 1 are expected.")
         return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     usual = "squaredcos_cap_v2" if family == "if" else "scaled_linear"
-    if (said := c.get("beta_schedule", usual)) != usual:
-        raise CheckpointError(f"{where}: beta_schedule {fields.short(said)}; supported of this family: {usual}, "
-                              "or trained_betas.")
+    if (schedule := c.get("beta_schedule", usual)) != usual:
+        raise CheckpointError(f"{where}: beta_schedule {fields.short(schedule)}; supported of this family: "
+                              f"{usual}, or trained_betas.")
     if family == "if":
         return squared_cosine()
     wanted = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -135,8 +139,8 @@ def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) ->
         notes.append(f"the scheduler config lacks {', '.join(absent)}: Stable Diffusion's taken")
     start, end = (c.get(name, value) for name, value in wanted.items())
     if not _number(start) or not _number(end) or not 0 < start < end < 1:
-        raise CheckpointError(f"{where}: betas from {fields.short(start)} to {fields.short(end)} are no noise "
-                              "schedule.")
+        raise CheckpointError(f"{where}: betas from {fields.short(start)} to {fields.short(end)} are no "
+                              "noise schedule.")
     return scaled_linear(start, end)
 
 
@@ -145,12 +149,12 @@ def _number(value: Any) -> bool:
 
 
 def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float, float] | None:
-    """The bound of x_0: of pixels what is said, of latents none."""
+    """The bound of x_0: as the config says for pixels, none for latents. Raises CheckpointError."""
     if family != "if":
         for name in ("thresholding", *(["clip_sample"] if family == "sdxl" else [])):
             if c.get(name):
-                raise CheckpointError(f"{where}: {name} = {fields.short(c[name])}, a bound of x_0, which latents do "
-                                      "not have.")
+                raise CheckpointError(f"{where}: {name} = {fields.short(c[name])}, a bound of x_0, which "
+                                      "latents do not have.")
         return None
     if c.get("thresholding"):
         bound: Any = (c.get("dynamic_thresholding_ratio", 0.995), c.get("sample_max_value", 1.0))
@@ -158,17 +162,18 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
         bound = c.get("clip_sample_range", 1.0) if c.get("clip_sample", True) else None
     numbers = bound if isinstance(bound, tuple) else (0, 1.0 if bound is None else bound)
     if not all(map(_number, numbers)) or not 0 <= numbers[0] <= 1 or not numbers[1] > 0:
-        raise CheckpointError(f"{where}: x_0 is bounded by {fields.short(bound)}; a share and a positive number "
-                              "are expected.")
+        raise CheckpointError(f"{where}: x_0 is bounded by {fields.short(bound)}; a share and a positive "
+                              "number are expected.")
     return bound
 
 
 def config(s: Sampling) -> dict[str, Any]:
-    """The scheduler_config.json that says so, where x_0 has no bound."""
-    said = {v: k for k, v in SAID.items()}
+    """The scheduler_config.json of a sampling without a bound of x_0."""
+    names = {v: k for k, v in PREDICTION_NAMES.items()}
     out = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
            "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
-           "prediction_type": said[s.prediction], "set_alpha_to_one": s.final_alpha is not None, "steps_offset": s.offset}
+           "prediction_type": names[s.prediction], "set_alpha_to_one": s.final_alpha is not None,
+           "steps_offset": s.offset}
     if s.timestep_spacing != "leading":
         out["timestep_spacing"] = s.timestep_spacing
     abar, usual = s.alphas_cumprod, scaled_linear()
@@ -183,7 +188,8 @@ METADATA = "p2p.scheduler_config"
 
 
 def metadata(s: Sampling) -> dict[str, str]:
-    """The same for the header of a single file, where it is not that of every Stable Diffusion model."""
-    said, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
-    more = said.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
-    return {} if usual.items() <= said.items() and not more else {METADATA: json.dumps(said)}
+    """The scheduler's config for the header of a single file; empty for that of every Stable Diffusion
+    model."""
+    settings, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
+    more = settings.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
+    return {} if usual.items() <= settings.items() and not more else {METADATA: json.dumps(settings)}

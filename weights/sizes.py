@@ -1,5 +1,5 @@
-"""A stranger's config, and the numbers that it holds: whole, and such as networks have, before anything is
-built of them."""
+"""Checks the numbers in untrusted configs, before anything is built from them: types, and sizes that networks
+have."""
 from __future__ import annotations
 
 import math
@@ -15,41 +15,44 @@ from p2p.weights.untrusted import kind_of, parse_json, parse_settings, read_text
 
 LEVELS = 16   # most numbers of a list, one a level of the network
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
-_WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels channels "
-           "context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size in_channels "
-           "intermediate_size latent_channels max_position_embeddings num_attention_heads num_heads out_channels "
-           "pool_heads projection_class_embeddings_input_dim projection_dim sample_size temb_dim text_dim "
-           "time_embedding_dim vector_dim")
+_WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels "
+           "channels context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size "
+           "in_channels intermediate_size latent_channels max_position_embeddings num_attention_heads "
+           "num_heads out_channels pool_heads projection_class_embeddings_input_dim projection_dim "
+           "sample_size temb_dim text_dim time_embedding_dim vector_dim")
 _DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers patch"
 _MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
          "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
-_MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10, "transformer_layers_per_block": 256}
-_FLAGS = ("clip_sample", "force_zeros_for_empty_prompt", "linear_projection", "mid_block_only_cross_attention", "norm_text",
-          "only_cross_attention", "rescale_betas_zero_snr", "resnet_skip_time_act", "scale_shift", "set_alpha_to_one",
-          "skip_time_act", "thresholding", "upcast_attention", "use_linear_projection")
-_FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "layer_norm_epsilon", "mid_block_scale_factor", "mid_scale",
-           "out_scale", "resnet_out_scale_factor", "sample_max_value", "scaling_factor", "shift_factor")
+_MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10,
+                "transformer_layers_per_block": 256}
+_FLAGS = ("clip_sample", "force_zeros_for_empty_prompt", "linear_projection",
+          "mid_block_only_cross_attention", "norm_text", "only_cross_attention", "rescale_betas_zero_snr",
+          "resnet_skip_time_act", "scale_shift", "set_alpha_to_one", "skip_time_act", "thresholding",
+          "upcast_attention", "use_linear_projection")
+_FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "layer_norm_epsilon",
+           "mid_block_scale_factor", "mid_scale", "out_scale", "resnet_out_scale_factor", "sample_max_value",
+           "scaling_factor", "shift_factor")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a config, whose sizes are those of some network. Raises CheckpointError."""
-    found = parsed(path)
-    check_sizes(path, found)
-    return found
+    """Reads a config and checks its sizes. Raises CheckpointError."""
+    config = parsed(path)
+    check_sizes(path, config)
+    return config
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    """A file of one JSON object. Raises CheckpointError."""
+    """Reads a file of one JSON object. Raises CheckpointError."""
     try:
-        found = parse_json(read_text(path))
+        config = parse_json(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds {kind_of(found)}, not the fields of a config.")
-    return found
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds {kind_of(config)}, not the fields of a config.")
+    return config
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -69,22 +72,23 @@ def check_sizes(path: Path, config: dict[str, Any]) -> None:
             wanted = f"a whole number from {least} to {most:,}, or a list of 1 to {LEVELS} of them"
         if name in _FINITE and (type(value) not in (int, float) or not math.isfinite(value)):
             wanted = "a finite number"
-        flags = value if name == "only_cross_attention" and isinstance(value, list) else [value]   # one for each level
+        # one for each level
+        flags = value if name == "only_cross_attention" and isinstance(value, list) else [value]
         if name in _FLAGS and not all(isinstance(flag, bool) or flag is None for flag in flags):
             raise CheckpointError(f"{path}: {name} = {fields.short(value)}; expected true or false.")
         if wanted and value is not None:
-            raise CheckpointError(f"{path}: no network has the sizes that it names: {name} = {fields.short(value)}; "
-                                  f"expected {wanted}.")
+            raise CheckpointError(f"{path}: no network has the sizes that it names: {name} = "
+                                  f"{fields.short(value)}; expected {wanted}.")
 
 
 def check_given(path: Path, config: dict[str, Any], *names: str) -> None:
-    """Raises CheckpointError for sizes that are null; one that is absent has its usual value."""
+    """Raises CheckpointError for sizes that are null; absent ones have defaults."""
     if null := [name for name in names if name in config and config[name] is None]:
         raise CheckpointError(f"{path}: {', '.join(null)}: null, where a size is expected.")
 
 
 def per_level(path: Path, name: str, value: Any, levels: int) -> tuple[Any, ...]:
-    """A field that holds one value for all levels of a network, or a list of one for each. Raises
+    """Expands a field with one value for all levels of a network, or a list of one for each. Raises
     CheckpointError."""
     if isinstance(value, (list, tuple)) and len(value) != levels:
         raise CheckpointError(f"{path}: {name} = {fields.short(value)}; one for each of {levels} levels is "
@@ -94,13 +98,14 @@ def per_level(path: Path, name: str, value: Any, levels: int) -> tuple[Any, ...]
 
 def _whole(value: Any, least: int, most: int) -> bool:
     values = value if isinstance(value, list) else [value]
-    values = [v for each in values[:LEVELS + 1] for v in (each if isinstance(each, list) else [each])]   # of blocks, in a level
+    # of blocks, in a level
+    values = [v for each in values[:LEVELS + 1] for v in (each if isinstance(each, list) else [each])]
     return 0 < len(values) <= LEVELS and all(type(v) is int and least <= v <= most for v in values)
 
 
 def check_bill(path: Path, config: UNetConfig | VAEConfig | TextConfig, tensors: int) -> None:
-    """Raises CheckpointError where a network of this config has more blocks than its file has tensors: it would be
-    built, layer by layer, before its names could be compared."""
+    """Raises CheckpointError where a network of this config has more blocks than its file has tensors: it
+    would be built, layer by layer, before its names could be compared."""
     if isinstance(config, UNetConfig):
         blocks = sum(n * (1 + depth) for n, depth in zip(config.layers, config.depth))
     elif isinstance(config, VAEConfig):
@@ -108,5 +113,5 @@ def check_bill(path: Path, config: UNetConfig | VAEConfig | TextConfig, tensors:
     else:
         blocks = config.layers
     if blocks > tensors:
-        raise CheckpointError(f"{path}: its config asks for {blocks:,} blocks, but the file holds {tensors:,} "
-                              "tensors.")
+        raise CheckpointError(f"{path}: its config asks for {blocks:,} blocks, but the file holds "
+                              f"{tensors:,} tensors.")

@@ -1,4 +1,4 @@
-"""What the folder of CLIP's tokenizer says. Our own tokenizer is used: it must give the same tokens."""
+"""Checks the folder of CLIP's tokenizer. Our own tokenizer is used: it must give the same tokens."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -12,36 +12,37 @@ from p2p.weights.sizes import parsed, read_json
 from p2p.weights.untrusted import read_text
 
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
-CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")   # the second one counts, as in transformers
+# the second one takes precedence, as in transformers
+CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
-    """What it pads with, and the files that were read. Raises CheckpointError."""
-    said: dict[str, Any] = {}
-    found = [p for p in (folder / name for name in CONFIGS) if p.exists()]
-    for path in found:
+    """The token that it pads with, and the files that were read. Raises CheckpointError."""
+    settings: dict[str, Any] = {}
+    configs = [p for p in (folder / name for name in CONFIGS) if p.exists()]
+    for path in configs:
         c = {name: _content(value) for name, value in read_json(path).items()}
         fields.check(path, c, fields.TOKENIZER, strangers=True)
         added = _mapping(path, c, "added_tokens_decoder")
         _check_added(path, [(_content(token), i) for i, token in added.items()])
-        said |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
-    length, longest = said.get("model_max_length", config.context_length), config.context_length
+        settings |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
+    length, longest = settings.get("model_max_length", config.context_length), config.context_length
     unlimited = isinstance(length, (int, float)) and length > 10**9   # as transformers writes it
     if length != longest and not unlimited:
-        raise CheckpointError(f"{found[0]}: model_max_length {fields.short(length)}, but the text tower "
+        raise CheckpointError(f"{configs[0]}: model_max_length {fields.short(length)}, but the text tower "
                               f"reads {longest} tokens.")
-    pad = said.get("pad_token")
+    pad = settings.get("pad_token")
     if pad not in (None, *PADS):
-        raise CheckpointError(f"{found[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
+        raise CheckpointError(f"{configs[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
     vocabularies = [p for p in (folder / name for name in VOCABULARIES) if p.exists()]
     for path in vocabularies:
         _check_vocabulary(path)
-    return PADS.get(pad, config.pad_id), [*found, *vocabularies]
+    return PADS.get(pad, config.pad_id), [*configs, *vocabularies]
 
 
 def _check_vocabulary(path: Path) -> None:
-    """Raises CheckpointError unless its words, or the pieces that are joined to words, are CLIP's."""
+    """Raises CheckpointError unless its words and merges are CLIP's."""
     if path.name == "added_tokens.json":
         _check_added(path, parsed(path).items())
     elif path.name == "vocab.json":
@@ -51,13 +52,13 @@ def _check_vocabulary(path: Path) -> None:
             lines = read_text(path).rstrip("\n").split("\n")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}).") from None
-        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; transformers reads so many
+        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; transformers ignores the rest
     else:
-        whole = parsed(path)
-        model, added = _mapping(path, whole, "model"), whole.get("added_tokens") or []
+        contents = parsed(path)
+        model, added = _mapping(path, contents, "model"), contents.get("added_tokens") or []
         _same(path, model.get("vocab"), vocabulary())
         pieces = model.get("merges")
-        if isinstance(pieces, list):   # a pair of them, or a text, as versions have it
+        if isinstance(pieces, list):   # a pair, or one string, depending on the version
             pieces = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in pieces]
         _same(path, pieces, merges())
         _check_added(path, [(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
@@ -70,13 +71,13 @@ def vocabulary() -> dict[str, int]:
 
 
 def merges() -> list[str]:
-    """Which two pieces are joined, the first ones first."""
+    """The pairs of pieces that are merged, in order of rank."""
     ranks = tokenizer().bpe_ranks
     return [" ".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
 
 
-def _same(path: Path, given: Any, known: Any) -> None:
-    if given != known:
+def _same(path: Path, words: Any, known: Any) -> None:
+    if words != known:
         raise CheckpointError(f"{path}: another vocabulary than CLIP's; its tokens are not known here.")
 
 
@@ -89,12 +90,12 @@ def _check_added(path: Path, tokens: Collection[tuple[Any, Any]]) -> None:
 
 def _mapping(path: Path, c: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A field that is an object; an absent one is empty. Raises CheckpointError."""
-    found = c.get(name) or {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: {name} = {fields.short(found)}; expected an object.")
-    return found
+    value = c.get(name) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {name} = {fields.short(value)}; expected an object.")
+    return value
 
 
 def _content(token: Any) -> Any:
-    """A token is its text, or an object that holds it."""
+    """The text of a token, which may be an object that holds it."""
     return token["content"] if isinstance(token, dict) and isinstance(token.get("content"), str) else token

@@ -1,4 +1,4 @@
-"""Text that somebody else wrote: JSON and "key: value" lines read within bounds, and made harmless to print."""
+"""Untrusted text: parses JSON and "key: value" lines within bounds, and makes text harmless to print."""
 from __future__ import annotations
 
 import json
@@ -11,17 +11,20 @@ from typing import Any
 BYTES = 2**26                     # of a text file
 VALUES, DEPTH = 2**22, 64         # of JSON: how many, how deep
 LONGEST, WORD, NUMBERS = 2**14, 400, 16  # of a message: characters, of one word of it, numbers in a row
-_TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # turn what follows around
+# turn what follows around
+_TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def check_regular(path: Path) -> None:
-    """Raises ValueError for a folder, and for a pipe, which to open would wait for ever; OSError for what is not there."""
+    """Raises ValueError for a folder, and for a pipe, which would block when opened; OSError where nothing
+    exists."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
 
 
 def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
-    """A whole file of UTF-8, with or without a byte order mark. Raises OSError; ValueError for what is no such file."""
+    """Reads a file of UTF-8, with or without a byte order mark. Raises OSError, and ValueError for other
+    files."""
     check_regular(path)
     with path.open("rb") as f:
         data = f.read(most + 1)
@@ -31,50 +34,50 @@ def read_text(path: Path, most: int = BYTES, errors: str = "strict") -> str:
 
 
 def parse_json(text: str, nan: bool = False) -> Any:
-    """JSON as its standard has it: every key once, numbers finite. nan: NaN (pandas' sign for what is missing) is null.
+    """Parses strict JSON: every key once, numbers finite. nan: NaN (pandas' missing value) is null.
 
     Raises ValueError, also for what takes too much memory to hold or too deep a recursion to walk through.
     """
     if sum(map(text.count, ",[{")) > VALUES:
         raise ValueError(f"more than {VALUES:,} values")
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite,
+        value = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=_finite,
                            parse_constant=lambda name: None if nan and name == "NaN" else _finite(name))
     except RecursionError:
         raise ValueError(f"nested more than {DEPTH} deep") from None
-    level = [found]
+    level = [value]
     for _ in range(DEPTH):
         level = [v for x in level if isinstance(x, (dict, list))
                  for v in (x.values() if isinstance(x, dict) else x)]
     if level:
         raise ValueError(f"nested more than {DEPTH} deep")
-    return found
+    return value
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """JSON that is an object. Raises ValueError."""
-    found = parse_json(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"holds {kind_of(found)}, not an object")
-    return found
+    """Parses a JSON object. Raises ValueError."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {kind_of(value)}, not an object")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))
         raise ValueError(f"the key {twice[:WORD]!r} is there twice")
-    return found
+    return result
 
 
 def _whole(text: str) -> int | float:
-    """What 64 bits do not hold is a float, as in other languages."""
+    """Integers beyond 64 bits become floats, as in other languages."""
     return int(text) if len(text) <= 20 else _finite(text)
 
 
 def _finite(text: str) -> float:
-    """Also of NaN, Infinity and -Infinity, which are no JSON."""
+    """A finite number. Raises ValueError, also for NaN, Infinity and -Infinity, which are not JSON."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{_cut(text, 40)} is no finite number")
     return value
@@ -82,19 +85,19 @@ def _finite(text: str) -> float:
 
 def parse_settings(text: str) -> dict[str, str]:
     """"key: value" lines of a YAML file, however deep they stand."""
-    found = {}
+    settings = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
         if colon and key.strip().replace("_", "").isalnum():
-            found[key.strip()] = value.partition("#")[0].strip("\"' \t")
-    return found
+            settings[key.strip()] = value.partition("#")[0].strip("\"' \t")
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------- messages
 
 def printable(text: object) -> str:
-    """Fit for a terminal and a log: what would control them written as an escape, of what is too long to be read (a
-    row of numbers, a word, all of it) the middle left out. A line may go on in others that are indented, as ours do.
+    """Makes text fit for a terminal and a log: control characters are escaped, and long rows of numbers,
+    words and texts lose their middle. A line may continue in indented ones, as ours do.
     """
     lines = _shortened(str(text)[:2**20]).split("\n  ")
     lines = [" ".join(_cut(_escaped(word), WORD) for word in line.split(" ")) for line in lines]
@@ -129,7 +132,7 @@ def _is_number(part: str) -> bool:
 
 
 def brief(value: object) -> str:
-    """What was given, as a message shows it: short, whatever it is (what is nested deeply has no repr, nor have many digits)."""
+    """A value in a message: short, whatever it is (deeply nested values and long integers have no repr)."""
     try:
         text = " ".join(repr(value).split())
     except Exception:   # a repr of anybody's making
@@ -138,7 +141,7 @@ def brief(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, with its article: "a list", "an object"; None is JSON's null."""
+    """The kind of a value, with its article: "a list", "an object"; None is JSON's null."""
     name = type(value).__name__.strip("_").lower()
     return "null" if value is None else f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
 

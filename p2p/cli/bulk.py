@@ -1,4 +1,4 @@
-"""What the commands for many edits do, given their parsed arguments: batch, eval, dataset."""
+"""The commands for many edits, given their parsed arguments: batch, eval, dataset."""
 from __future__ import annotations
 
 import argparse
@@ -17,7 +17,7 @@ from tqdm import tqdm
 import p2p
 from p2p.cli import options, values
 from p2p.editors import EDITORS
-from p2p.lists import dataset, metrics, pie, pie_report
+from p2p.lists import dataset, metrics, pie, pie_data, pie_report
 from p2p.lists.batch import Batch, load_for, run_jobs
 from p2p.lists.batch import run as run_batch
 from p2p.lists.ip2p import Recipe
@@ -35,9 +35,9 @@ from p2p.weights.untrusted import printable
 
 
 def batch(args: argparse.Namespace) -> int:
-    what = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
+    config = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
                  args.quiet, _defaults(args))
-    counts = run_batch(what, args.engine, args.workers)
+    counts = run_batch(config, args.engine, args.workers)
     if not args.quiet:
         print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
         if counts["failed"]:
@@ -47,30 +47,30 @@ def batch(args: argparse.Namespace) -> int:
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the jobs that do not say otherwise, by the names and in the form of a list."""
-    usual, given = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
-    said = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
+    """Default settings of the jobs, with the names and types of a list."""
+    defaults, edit = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
+    settings = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
             "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
             "proximal": values.proximal(args), "negative_prompt": args.negative}
-    return {k: v for k, v in (said | given).items() if v is not None and v != usual.get(k)}
+    return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 
 def evaluate(args: argparse.Namespace) -> int:
     ways = _ways(args)
-    items = pie.read(args.data, args.limit, None if args.types is None else args.types.split(","))
+    items = pie_data.read(args.data, args.limit, None if args.types is None else args.types.split(","))
     metrics.torchmetrics()
     judges = metrics.Judges(args.lpips and metrics.lpips(args.lpips), args.clip and metrics.clip(args.clip),
                             args.dino and metrics.structure(args.dino),
                             tuple(filter(None, (args.lpips, args.clip, args.dino))))
-    what = Batch(None, args.out, options.loading(args), args.device, 1, args.retry_failed, args.quiet)
-    model = load_for(what, args.engine)
+    config = Batch(None, args.out, options.loading(args), args.device, 1, args.retry_failed, args.quiet)
+    model = load_for(config, args.engine)
     options.say(model.notes)
     rank = int(os.environ["RANK"]) if args.engine == "torchrun" else 0
 
     def run(jobs: Sequence[Job], folder: Path) -> None:
-        run_jobs(model, jobs, replace(what, out=folder), args.engine, args.workers)
+        run_jobs(model, jobs, replace(config, out=folder), args.engine, args.workers)
         store = Store(folder)
         waits = args.engine == "torchrun" and rank == 0
         while waits and not all(store.done(j) or store.failed(j) for j in jobs):
@@ -94,29 +94,29 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
-    """The rows that are asked for, by name. Raises UsageError."""
-    elsewhere = [values.pair(said, "=", "--pictures", "NAME=FOLDER") for said in args.pictures or ()]
-    found = [] if args.methods is None and (elsewhere or args.ways) else _methods(args)
+    """The rows of the table, by name. Raises UsageError."""
+    elsewhere = [values.pair(option, "=", "--pictures", "NAME=FOLDER") for option in args.pictures or ()]
+    ways = [] if args.methods is None and (elsewhere or args.ways) else _methods(args)
     if args.ways is not None:
         form = 'expected {"NAME": {settings of a job, "like": a row of --methods}, ...}'
-        said = read_json(args.ways, form)
-        if not isinstance(said, dict) or not all(isinstance(settings, dict) for settings in said.values()):
+        rows = read_json(args.ways, form)
+        if not isinstance(rows, dict) or not all(isinstance(settings, dict) for settings in rows.values()):
             raise p2p.UsageError(f"--ways {args.ways}: {form}")
-        found += [(name, pie.own(settings)) for name, settings in said.items()]
-    found += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
-    for name, _ in found:
-        if [n for n, _ in found].count(name) > 1 or Path(name).name != name or name.startswith("."):
+        ways += [(name, pie.custom(settings)) for name, settings in rows.items()]
+    ways += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
+    for name, _ in ways:
+        if [n for n, _ in ways].count(name) > 1 or Path(name).name != name or name.startswith("."):
             raise p2p.UsageError(f"{name!r}: a row's name is that of its folder in --out, and no other row "
                                  "has it")
-    return dict(found)
+    return dict(ways)
 
 
 OPTIONS = {"steps": "steps", "guidance_scale": "cfg", "seed": "seed"}   # fields of `Method`
 
 
 def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
-    """Rows of the protocol. A published one that was changed says so in its name; corrected ones are changed
-    as they are asked for. Raises UsageError."""
+    """Rows of the protocol. A published one with changed settings has them in its name; a corrected one keeps
+    its name. Raises UsageError."""
     editors = ("p2p" if args.editors is None else args.editors).split(",")
     if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
         raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
@@ -127,20 +127,20 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
     if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
         raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its "
                              "own")
-    given = {field: value for field, option in OPTIONS.items()
+    changes = {field: value for field, option in OPTIONS.items()
              if (value := getattr(args, option)) is not None}
-    given |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
+    changes |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
     out, read = [], set()
     for name in dict.fromkeys(names):
-        found = find_method(name)
-        idle = {"cross", "self_", "blend"} if found.editor else set()
-        idle |= set() if found.inversion in READ_BY["seed"] else {"seed"}
-        changed = {field: value for field, value in given.items() if field not in idle}
+        row = find_method(name)
+        idle = {"cross", "self_", "blend"} if row.editor else set()
+        idle |= set() if row.inversion in READ_BY["seed"] else {"seed"}
+        changed = {field: value for field, value in changes.items() if field not in idle}
         read |= set(changed)
         label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {shown(v).replace(':', '-')}"
                         for k, v in changed.items())
         out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
-    if unread := [_option(field) for field in given if field not in read]:
+    if unread := [_option(field) for field in changes if field not in read]:
         raise p2p.UsageError(f"{', '.join(unread)}: no row of --methods reads it (windows and blends are "
                              f"Prompt-to-Prompt's, and seeds are read by {' and '.join(READ_BY['seed'])})")
     return out
@@ -165,7 +165,9 @@ def make_dataset(args: argparse.Namespace) -> int:
     else:
         raise p2p.UsageError("the filters compare pictures and texts: give --clip, open_clip's weights of "
                              "OpenAI's ViT-L/14")
-    least = args.min_image if args.min_image is not None else 0.7 if args.clip else 0.5
+    least = args.min_image
+    if least is None:
+        least = 0.7 if args.clip else 0.5
     recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction,
                     text=args.min_text, together=args.together, seed=args.seed, sampler=args.recipe)
     todo = len(dataset.remaining(pairs, args.out))

@@ -1,11 +1,11 @@
-"""What the arguments alone show to be wrong, said before torch is imported: every option is read by the
-command as it was given, or refused. Each function raises UsageError."""
+"""Checks of the arguments before torch is imported: a command reads every option that is given, or refuses
+it. Each function raises UsageError."""
 from __future__ import annotations
 
 import argparse
 
 from p2p.cli import arguments, groups, values
-from p2p.cli.values import given, options_of, refuse
+from p2p.cli.values import given_options, options_of, refuse
 from p2p.errors import UsageError
 from p2p.request.checks import whole
 
@@ -13,8 +13,8 @@ EDIT = options_of(arguments.edit)
 INJECTION = options_of(groups.injection)
 INVERSION = options_of(groups.inversion)
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
-# With --from: where the model's files lie, where and how it runs, what is made of the result. All else is as
-# the picture records.
+# Options that --from allows: the model's files, where and how it runs, and the output. All others are
+# recorded in the picture.
 REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "device", "compile", "offload",
           "upscale", "upscaler", *ENLARGED, "report", "leakage", "out", "verbose", "quiet"}
 # of `eval`, read by rows of --methods
@@ -22,8 +22,8 @@ ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")
 
 
 def edit(args: argparse.Namespace) -> None:
-    if not args.upscale and args.upscaler is None and (found := given(args, ENLARGED)):
-        raise UsageError(f"{', '.join(found)}: not without --upscale")
+    if not args.upscale and args.upscaler is None and (options := given_options(args, ENLARGED)):
+        raise UsageError(f"{', '.join(options)}: not without --upscale")
     if args.replay is not None:
         if args.source is not None:
             raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
@@ -90,7 +90,7 @@ def dataset(args: argparse.Namespace) -> None:
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:
-    """Options that count from 1, where they are given."""
+    """Raises UsageError for options below 1."""
     for name in names:
         if (value := getattr(args, name)) is not None:
             whole(f"--{name}", value)

@@ -1,4 +1,4 @@
-"""What the commands for one run do, given their parsed arguments, which `checks` has seen."""
+"""The commands for one run, given their parsed arguments, which `checks` has passed."""
 from __future__ import annotations
 
 import argparse
@@ -18,7 +18,7 @@ from p2p.editors import find_editor
 from p2p.image import open_picture
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import tokenizer, tokens
-from p2p.request.asked import asked
+from p2p.request.editing import edit_request
 from p2p.request.inverting import expected
 from p2p.request.prompts import check as check_prompt
 from p2p.run import Result
@@ -47,7 +47,7 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         targets, sampling = prompts[1:], dict(guidance_scale=args.cfg)
         planned = expected(model, args.source, **_inversion_settings(args))
-        asked(model, planned, targets, **settings, **sampling)   # a mistake, before minutes of inverting
+        edit_request(model, planned, targets, **settings, **sampling)   # a mistake, before minutes of inverting
         source = _invert(args, model, picture)
     else:
         source, *targets = prompts
@@ -61,10 +61,10 @@ def edit(args: argparse.Namespace) -> None:
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
-    made = _invert(args, model, picture)
-    options.say([*model.notes, *model.remarks(args.source), *made.notes, taken(made)])
-    out.add("inversion.safetensors", made.save)
-    out.picture("picture", made.picture)
+    inversion = _invert(args, model, picture)
+    options.say([*model.notes, *model.remarks(args.source), *inversion.notes, taken(inversion)])
+    out.add("inversion.safetensors", inversion.save)
+    out.picture("picture", inversion.picture)
     out.write(args.quiet)
 
 
@@ -95,7 +95,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def maps(args: argparse.Namespace) -> None:
-    """Attention maps of one picture, or of an edit, after and before the edit (the paper's figure 4)."""
+    """Attention maps of one picture, or of an edit, with and without the edit (the paper's figure 4)."""
     out = Output(args.out, args.prompt)
     shared = options.edit_settings(args) if args.targets else {}
     model, sampling = options.load_for_sampling(args)
@@ -112,7 +112,7 @@ def maps(args: argparse.Namespace) -> None:
     else:
         result = p2p.generate(model, args.prompt, **sampling)
     options.say([*result.notes, *cost(args, result)])
-    which: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
+    selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
                                  side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
@@ -120,7 +120,7 @@ def maps(args: argparse.Namespace) -> None:
         rows += [(name, k, False), (f"{name}-before", k, True)]
     for name, row, before in rows:
         picture = result.images[row]
-        each = result.maps.each_word(row, args.ends, before=before, **which)
+        each = result.maps.each_word(row, args.ends, before=before, **selection)
         stem = f"{name}-" if name else ""
         if not before:
             out.picture(name or "picture", picture, result.settings)
@@ -145,7 +145,7 @@ def sweep(args: argparse.Namespace) -> None:
     out = Output(args.out, f"sweep {args.source}")
     over = values.over(args.over)
     if "seed" in over:
-        args.seed = 0   # so that none is drawn, and said, which nothing reads
+        args.seed = 0   # none is drawn and printed: the sweep has its own
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative,
@@ -183,10 +183,10 @@ def encode(args: argparse.Namespace) -> None:
     for prompt in args.prompts:
         options.say(check_prompt(prompt))
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
-    found = EncodedPrompts.encoded_by(tower, args.prompts)
-    if not found.embeddings.isfinite().all():
+    encoded = EncodedPrompts.encoded_by(tower, args.prompts)
+    if not encoded.embeddings.isfinite().all():
         raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
-    out.add("prompts.safetensors", found.save)
+    out.add("prompts.safetensors", encoded.save)
     out.write()
 
 
@@ -204,15 +204,15 @@ def convert(args: argparse.Namespace) -> None:
 
 def _side(result: Result, side: int) -> tuple[int, int]:
     sides = result.maps.sides()
-    for found in sides:
-        if found[0] == side:
-            return found
+    for shape in sides:
+        if shape[0] == side:
+            return shape
     raise p2p.UsageError(f"--side {side}: maps were recorded at {', '.join(f'{h} x {w}' for h, w in sides)}")
 
 
 def _steps(text: str, n: int) -> range:
-    found = values.window(text, "--at")
-    first, end = (found, found + 1) if not isinstance(found, tuple) else found
+    window = values.window(text, "--at")
+    first, end = (window, window + 1) if not isinstance(window, tuple) else window
     if not 0 <= first < end <= n or first != int(first) or end != int(end):
         raise p2p.UsageError(f"--at {text}: a step, or FIRST:END, of 0 to {n}")
     return range(int(first), int(end))

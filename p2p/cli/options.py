@@ -1,4 +1,4 @@
-"""Options of the command line -> models, and what else the library takes."""
+"""From options of the command line to models and other arguments of the library."""
 from __future__ import annotations
 
 import argparse
@@ -16,7 +16,7 @@ from p2p.model import STEPS
 from p2p.request.loading import find_device
 from p2p.weights.untrusted import printable
 
-MAPS = 32 * 32   # recorded where an option needs maps: those of at most so many pixels
+MAPS = 32 * 32   # largest number of pixels of the maps that are recorded for options that need them
 
 
 def device(args: argparse.Namespace) -> torch.device:
@@ -36,15 +36,14 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """How the model runs: arguments of `p2p.load` that change no picture beyond rounding (--tile:
-    beyond its seams)."""
+    """Arguments of `p2p.load` that change no picture beyond rounding (--tile: beyond its seams)."""
     return dict(compile=args.compile, held=torch.float16 if args.half_weights else None, offload=args.offload,
                 tile=args.tile)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:
-    """The model, and what `edit` and `generate` are told besides; a seed is drawn, and said,
-    where none is given."""
+    """The model, and the sampling arguments of `edit` and `generate`. Where no seed is given, one is drawn
+    and printed."""
     seed = args.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
@@ -59,13 +58,13 @@ def say(notes: Sequence[str]) -> None:
 
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options name."""
-    said = values.edit_settings(args)
-    if blend := said.get("local_blend"):
+    """The fields of `Edit` that the options set."""
+    settings = values.edit_settings(args)
+    if blend := settings.get("local_blend"):
         if "mask" in blend:
             blend["mask"] = open_picture(blend["mask"])
-        said["local_blend"] = p2p.LocalBlend(**blend)
-    return said
+        settings["local_blend"] = p2p.LocalBlend(**blend)
+    return settings
 
 
 def record(args: argparse.Namespace) -> p2p.Record:

@@ -1,5 +1,5 @@
-"""What a command leaves on disk: a new numbered folder for every run, filled aside and moved
-into place whole."""
+"""The output of a command: a new numbered folder for every run, filled aside and moved into place
+atomically."""
 from __future__ import annotations
 
 import json
@@ -18,28 +18,28 @@ from p2p.weights.aside import aside, settle, sweep
 
 
 class Output:
-    """Files of one run, gathered in memory; nothing is ever overwritten, and nothing half-written stays."""
+    """Files of one run, gathered in memory; no file is ever overwritten, and none stays half-written."""
 
     def __init__(self, parent: Path, title: str):
-        """Raises UsageError if the folder cannot be written: before minutes of sampling, not after."""
+        """Raises UsageError if the folder cannot be written, before minutes of sampling."""
         self.parent = parent
         self.slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48] or "run"
         self.files: dict[str, Callable[[Path], None]] = {}
         self.listed: list[str] = []
-        made = [p for p in (parent, *parent.parents) if not p.exists()]
+        created = [p for p in (parent, *parent.parents) if not p.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             sweep(parent)
             with aside(parent):
                 pass
-            for folder in made:  # a run that fails leaves nothing; one beside it may have put something there
+            for folder in created:  # a failed run leaves nothing; another run may have written there
                 with suppress(OSError):
                     folder.rmdir()
         except OSError as error:
             raise UsageError(f"--out {parent}: cannot be written ({error.strerror})") from None
 
     def add(self, name: str, write: Callable[[Path], None], listed: bool = True) -> None:
-        """`write` makes the file at the path it is given."""
+        """Adds a file. write: writes it to a path. listed: its path is printed."""
         self.files[name] = write
         self.listed += [name] * listed
 
@@ -51,16 +51,16 @@ class Output:
         self.add(name, lambda path: path.write_text(text, encoding="utf-8"), listed)
 
     def write(self, quiet: bool = False) -> Path:
-        """Writes all of it and prints the paths.  -> the new folder. Raises UsageError."""
+        """Writes all files and prints their paths.  -> the new folder. Raises UsageError."""
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
-            with aside(self.parent) as own:
-                made = own / self.slug
-                made.mkdir()
+            with aside(self.parent) as temporary:
+                files = temporary / self.slug
+                files.mkdir()
                 for name, write in self.files.items():
-                    write(made / name)
-                folder = self._move(made)
-        except (OSError, SafetensorError) as error:   # the latter too where a disk is full
+                    write(files / name)
+                folder = self._move(files)
+        except (OSError, SafetensorError) as error:   # safetensors raises its own on a full disk
             why = getattr(error, "strerror", None) or error
             raise UsageError(f"--out {self.parent}: cannot be written ({why})") from None
         if not quiet:
@@ -68,13 +68,13 @@ class Output:
                 print(folder / name)
         return folder
 
-    def _move(self, made: Path) -> Path:
+    def _move(self, files: Path) -> Path:
         taken = [int(m.group(1)) for p in self.parent.iterdir() if (m := re.match(r"(\d+)-", p.name))]
         number = max(taken, default=0) + 1
         while True:
             folder = self.parent / f"{number:04}-{self.slug}"
             try:
-                settle(made, folder)
+                settle(files, folder)
             except FileExistsError:   # another run took the number meanwhile
                 number += 1
                 continue

@@ -20,7 +20,7 @@ USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
 class Command(NamedTuple):
     help: str                                                   # of `p2p --help`
     arguments: Callable[[argparse.ArgumentParser], None]
-    # what can be refused before anything is imported
+    # checks that need no imports
     check: Callable[[argparse.Namespace], None] | None = None
     description: str | None = None                              # of `p2p COMMAND --help`
 
@@ -117,15 +117,15 @@ def _run(argv: list[str]) -> int:
 
 
 def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
-    """What runs it. Not imported above: torch takes seconds, and nobody needs it to be told how
-    to use the program."""
+    """The function that runs a command. It is imported here: torch takes seconds, and help and usage errors
+    do not need it."""
     with at_once():
         from p2p.cli import commands as run
-        found = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
-                 "sweep": run.sweep, "tokens": run.show_tokens, "encode": run.encode, "inspect": run.inspect,
-                 "convert": run.convert}
-        if command in found:
-            return found[command]
+        single = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
+                  "sweep": run.sweep, "tokens": run.show_tokens, "encode": run.encode,
+                  "inspect": run.inspect, "convert": run.convert}
+        if command in single:
+            return single[command]
         from p2p.cli import bulk
         return {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}[command]
 

@@ -1,4 +1,4 @@
-"""The end of an edit on the command line: larger pictures, and what is written and said of them."""
+"""The results of an edit on the command line: enlargement, output files and notes."""
 from __future__ import annotations
 
 import argparse
@@ -17,7 +17,7 @@ Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settin
 
 
 def stage(args: argparse.Namespace, family: str) -> Stage | None:
-    """The super-resolution stage that is asked for. Raises UsageError, CheckpointError."""
+    """Loads the super-resolution stage if the options name one. Raises UsageError, CheckpointError."""
     if not args.upscale and args.upscaler is None:
         return None
     name = UPSCALERS.get(family) if args.upscaler is None else args.upscaler
@@ -28,9 +28,9 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
     if args.upscale_edited and not model.text_encoders:
         raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject "
                              "into")
-    given = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
+    settings = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
                  edited=args.upscale_edited or None)
-    return model, {k: v for k, v in given.items() if v is not None}
+    return model, {k: v for k, v in settings.items() if v is not None}
 
 
 def enlarged(stage: Stage | None, result: Result, args: argparse.Namespace) -> Result | None:
@@ -38,7 +38,7 @@ def enlarged(stage: Stage | None, result: Result, args: argparse.Namespace) -> R
 
 
 def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
-                large: Result | None) -> None:
+               large: Result | None) -> None:
     shown, n = large or result, len(result.images)
     counted = [f"{taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
     options.say([*shown.notes, *counted, *cost(args, shown)])
@@ -51,13 +51,13 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
         out.picture("small", grid(result.images, result.prompts), result.settings)
     out.json("settings.json", shown.settings)
     if result.maps is not None:
-        found = [leakage(result, k) for k in range(1, n)]
-        out.json("leakage.json", [f._asdict() for f in found])
-        for k, f in enumerate(found, 1):
-            options.say([f'"{result.prompts[k]}" is about {", ".join(f.about) or "nothing"}; elsewhere '
-                         f"{f.outside:.1%} of the pixels changed visibly"])
+        leaks = [leakage(result, k) for k in range(1, n)]
+        out.json("leakage.json", [leak._asdict() for leak in leaks])
+        for k, leak in enumerate(leaks, 1):
+            options.say([f'"{result.prompts[k]}" is about {", ".join(leak.about) or "nothing"}; elsewhere '
+                         f"{leak.outside:.1%} of the pixels changed visibly"])
         if args.report:
-            page = report(result, found)
+            page = report(result, leaks)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))
     out.write(args.quiet)
 
@@ -67,7 +67,7 @@ def taken(inversion: p2p.Inversion) -> str:
 
 
 def cost(args: argparse.Namespace, *runs: Result) -> list[str]:
-    """What --verbose adds: only the rows that a step needs are computed, so they are counted."""
+    """The note of --verbose. Rows are counted, since only those that a step needs are computed."""
     if not args.verbose:
         return []
     seconds = ", ".join(f"{name} {sum(r.timings[name] for r in runs):.2f} s" for name in runs[0].timings)

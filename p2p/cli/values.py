@@ -1,5 +1,5 @@
-"""Values of the command line's options, read from what was typed. Nothing here imports torch, which takes
-seconds: a mistake is said at once."""
+"""Parses the values of the command line's options. Nothing here imports torch, which takes seconds: mistakes
+are reported immediately."""
 from __future__ import annotations
 
 import argparse
@@ -20,33 +20,33 @@ def options_of(*adders: Callable[[argparse.ArgumentParser], None]) -> tuple[str,
     return tuple(vars(ap.parse_args([])))
 
 
-def given(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Those of these options that were given; 0 is."""
+def given_options(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """The options among these that were given, even as 0."""
     return [f"--{n.strip('_').replace('_', '-')}" for n in names if (value := getattr(args, n)) is not None
             and value is not False]
 
 
-def refuse(args: argparse.Namespace, what: str, names: Iterable[str]) -> None:
-    """Options that would be ignored are an error."""
-    if found := given(args, names):
-        raise UsageError(f"{', '.join(found)}: not with {what}")
+def refuse(args: argparse.Namespace, context: str, names: Iterable[str]) -> None:
+    """Raises UsageError for options that would be ignored."""
+    if present := given_options(args, names):
+        raise UsageError(f"{', '.join(present)}: not with {context}")
 
 
 def prompts(args: argparse.Namespace) -> list[str]:
-    """Those of an edit: the source's, where it is not in an inversion's file, and the targets'."""
+    """The prompts of an edit: the source's, unless an inversion's file has it, and the targets'."""
     return [prompt for prompt in (args.source, *args.targets) if prompt is not None]
 
 
-def number(text: str, what: str) -> float:
+def number(text: str, option: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"{what}: {text!r} is not a number") from None
+        raise UsageError(f"{option}: {text!r} is not a number") from None
 
 
-def window(text: str, what: str) -> Window:
+def window(text: str, option: str) -> Window:
     """X or START:END"""
-    parts = [number(p, what) for p in text.split(":", 1)]
+    parts = [number(p, option) for p in text.split(":", 1)]
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
@@ -57,26 +57,26 @@ def cross(item: str, option: str = "--cross") -> tuple[str, Window]:
 
 
 def cross_of_all(item: str, option: str, why: str) -> Window:
-    """END|START:END, where no word can be named."""
-    word, found = cross(item, option)
+    """END|START:END, without words. Raises UsageError."""
+    word, bounds = cross(item, option)
     if word != ALL:
         raise UsageError(f"{option}: a window of {word!r} alone; {why}")
-    return found
+    return bounds
 
 
 def windows_of_all(args: argparse.Namespace) -> dict[str, Window]:
-    """--cross and --self of `eval`, those that are given."""
-    found = {}
+    """--cross and --self of `eval`, where given."""
+    windows = {}
     if args.cross is not None:
-        found["cross"] = cross_of_all(args.cross, "--cross",
+        windows["cross"] = cross_of_all(args.cross, "--cross",
                                       "the prompts of a benchmark have other words each")
     if args.self_ is not None:
-        found["self_"] = window(args.self_, "--self")
-    return found
+        windows["self_"] = window(args.self_, "--self")
+    return windows
 
 
 def once(items: list[tuple[str, Any]], option: str) -> dict[str, Any]:
-    """Of two values for one name neither is dropped in silence."""
+    """The items as a dict. Raises UsageError for a name with two values, of which one would be ignored."""
     for name, _ in items:
         if [n for n, _ in items].count(name) > 1:
             raise UsageError(f"{option}: given more than once for "
@@ -85,15 +85,17 @@ def once(items: list[tuple[str, Any]], option: str) -> dict[str, Any]:
 
 
 def pair(item: str, mark: str, option: str, form: str) -> tuple[str, str]:
-    left, found, right = item.partition(mark)
-    if not (left and found and right):
+    left, separator, right = item.partition(mark)
+    if not (left and separator and right):
         raise UsageError(f"{option} {item!r}: expected {form}")
     return left, right
 
 
 def sides(items: list[str], option: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them
-    alone  ->  words of the source, words of the target"""
+    """OLD:NEW, WORD for both prompts, OLD: or :NEW for one of them.
+
+    -> words of the source, words of the target
+    """
     split = [item.partition(":") if ":" in item else (item, ":", item) for item in items]
     if bad := [item for item, (old, _, new) in zip(items, split) if not (old or new) or ":" in new]:
         raise UsageError(f"{option} {bad[0]!r}: expected OLD:NEW, or a word of one prompt alone, as OLD: or "
@@ -125,26 +127,25 @@ def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
 
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options name; a local blend is a dict of its own
-    fields, its mask a file."""
-    said: dict[str, Any] = dict(mode=args.mode, renormalise=args.renormalise)
+    """The fields of `Edit` that the options set; a local blend is a dict of its fields, its mask a path."""
+    settings: dict[str, Any] = dict(mode=args.mode, renormalise=args.renormalise)
     if args.cross:
         windows = once([cross(item) for item in args.cross], "--cross")
-        said["cross_replace_steps"] = windows[ALL] if list(windows) == [ALL] else windows
+        settings["cross_replace_steps"] = windows[ALL] if list(windows) == [ALL] else windows
     if args.self_ is not None:
-        said["self_replace_steps"] = window(args.self_, "--self")
+        settings["self_replace_steps"] = window(args.self_, "--self")
     for name in ("windows_over", "aligner"):
         if getattr(args, name) is not None:
-            said[name] = getattr(args, name)
+            settings[name] = getattr(args, name)
     if args.weight:
-        said["equalizer"] = once([weight(w) for w in args.weight], "--weight")
+        settings["equalizer"] = once([weight(w) for w in args.weight], "--weight")
     if args.swap:
-        said["swap"] = once([pair(p, "=", "--swap", "OLD=NEW") for p in args.swap], "--swap")
+        settings["swap"] = once([pair(p, "=", "--swap", "OLD=NEW") for p in args.swap], "--swap")
     if args.scope:
-        said["scope"] = tuple(args.scope)
+        settings["scope"] = tuple(args.scope)
     if blend := _blend(args):
-        said["local_blend"] = blend
-    return said
+        settings["local_blend"] = blend
+    return settings
 
 
 def _blend(args: argparse.Namespace) -> dict[str, Any]:

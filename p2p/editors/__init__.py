@@ -12,15 +12,16 @@ from p2p.weights.untrusted import brief
 EDITORS = {"masactrl": MasaCtrl, "plug-and-play": PlugAndPlay}
 
 
-def find_editor(said: str | Mapping[str, Any] | None) -> MasaCtrl | PlugAndPlay | None:
-    """An editor by its name, or as settings record it: its class's name and its fields. Raises UsageError."""
-    if said is None:
+def find_editor(settings: str | Mapping[str, Any] | None) -> MasaCtrl | PlugAndPlay | None:
+    """Returns an editor by its name, or from its record in settings: the class's name and its fields. Raises
+    UsageError."""
+    if settings is None:
         return None
     try:
-        how = {"name": said} if isinstance(said, str) else dict(said)
-        return (EDITORS | {kind.__name__: kind for kind in EDITORS.values()})[how.pop("name")](**how)
+        fields = {"name": settings} if isinstance(settings, str) else dict(settings)
+        return (EDITORS | {kind.__name__: kind for kind in EDITORS.values()})[fields.pop("name")](**fields)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"editor {brief(said)} is not known, or has no such fields; known: "
+        raise UsageError(f"editor {brief(settings)} is not known, or has no such fields; known: "
                          f"{', '.join(EDITORS)}") from None

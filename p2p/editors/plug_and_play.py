@@ -1,4 +1,4 @@
-"""Plug-and-Play diffusion features (Tumanyan et al. 2023): the source's features and
+"""Plug-and-Play diffusion features (Tumanyan et al. 2023): injects the source's features and
 self-attention in the decoder."""
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from p2p.request.prompts import check as check_prompt
 
 @dataclass(frozen=True)
 class PlugAndPlay:
-    """features: share of the steps in which the targets take the source's features: what one residual block,
-    the second of the first decoder level with attention, adds to its skip connection, which stays the
-    target's own. attention: the same for queries and keys of self-attention from there on (the authors'
-    choice of layers for Stable Diffusion). source_prompt: what the source is told while it is sampled; None
-    for its own prompt (in the authors' code: "").
+    """The settings of Plug-and-Play.
 
-    Both halves of a target take what is the source's with its prompt, as in the authors' code.
+    features: share of the steps in which the targets take the source's features: what one residual block,
+    the second of the first decoder level with attention, adds to its skip connection, which stays the
+    target's own. attention: share of the steps in which they take the source's queries and keys of
+    self-attention in that and all later layers (the authors' choice of layers for Stable Diffusion).
+    source_prompt: what the source is conditioned on while it is sampled; None for its own prompt (in the
+    authors' code: ""). Both halves of a target read the source's conditional row, as in the authors' code.
     """
 
     features: float = 0.8
@@ -34,16 +35,17 @@ class PlugAndPlay:
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
-        share("editor: features", self.features), share("editor: attention", self.attention)
+        share("editor: features", self.features)
+        share("editor: attention", self.attention)
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 
     def plan(self, unet: UNet, batch: Batch, steps: int,
              device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
-        """An edit by site for every step. Until both shares end, a step has rows for both, the own ones where
-        a share is over: one graph."""
-        own = torch.arange(batch.rows, device=device)
-        source = torch.full_like(own, batch.source())
+        """An edit by site for every step. Until both shares end, a step has rows for both (each row's own
+        where a share has ended), so that a compiled network has one graph."""
+        own_rows = torch.arange(batch.rows, device=device)
+        source = torch.full_like(own_rows, batch.source())
         if not batch.lone_source:
             source[0] = 0   # the source's own unconditional row
         decoder: dict[str, list[str]] = {}   # by attention layer, its sites
@@ -56,8 +58,8 @@ class PlugAndPlay:
         ends = [int(share * steps) for share in (self.features, self.attention)]
 
         def step(i: int) -> dict[str, AttentionEdit | Tensor]:
-            features, attention = (source if i < end else own for end in ends)
-            edit = AttentionEdit(own, pixels=torch.stack([attention, attention, own]))
+            features, attention = (source if i < end else own_rows for end in ends)
+            edit = AttentionEdit(own_rows, pixels=torch.stack([attention, attention, own_rows]))
             return {block: features} | dict.fromkeys(sites, edit)
 
         return [step(i) if i < max(ends) else {} for i in range(steps)]

@@ -1,7 +1,7 @@
 """Runs a list of jobs: in this process, in several, as ranks of torchrun, or on a Ray cluster.
 
-Every engine does the same: whoever gets a group of jobs computes it and puts its results into the store. What
-is done is read off the store when a run starts, so any of them goes on where any other was stopped.
+Every engine works alike: each process computes the groups of jobs that it gets, and puts their results into
+the store. A run reads from the store which jobs are done, so any engine continues where another was stopped.
 """
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ENGINES = ("local", "torchrun", "ray")
 
 
 def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict[str, int]:
-    """All jobs of the list that are not done; -> how many are done, failed and open (under torchrun:
-    of this rank's share).
+    """Runs all jobs of the list that are not done.  -> how many are done, failed and open (under torchrun: of
+    this rank's share)
 
     Raises UsageError, CheckpointError.
     """
@@ -43,7 +43,7 @@ def load_for(batch: Batch, engine: str = "local") -> Model:
 
 
 def _place(engine: str) -> tuple[int, int]:
-    """Which of how many processes this is, each with a share of the jobs."""
+    """The rank of this process, and the number of processes that share the jobs. Raises UsageError."""
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r} is not known; known: {', '.join(ENGINES)}")
     if engine != "torchrun":
@@ -60,11 +60,10 @@ def _gpus(batch: Batch) -> int:
 
 def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "local",
              workers: int | None = None) -> dict[str, int]:
-    """`run` for jobs of any origin, and the model that `load_for` gave: those that are not done, each
-    identity once.
+    """Runs jobs of any origin that are not done, each identity once. model: from `load_for`.
 
-    However it ends, results.jsonl then has a row for each of the jobs. Raises UsageError; KeyboardInterrupt,
-    once it has said how far it came.
+    However it ends, results.jsonl then has a row for each of the jobs. Raises UsageError, and
+    KeyboardInterrupt after it has reported its progress.
     """
     if engine == "torchrun" and workers is not None:
         raise UsageError("--workers: torchrun starts the processes (--nproc-per-node); leave it out")
@@ -87,12 +86,12 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
         with closing(finished):
             _follow(finished, waiting, len(jobs), batch.quiet)
     except BaseException as stop:
-        with suppress(UsageError):   # a full disk, say, which is being told
+        with suppress(UsageError):   # a full disk, say, which is the error being raised
             counts = store.index(jobs, mine)
             if isinstance(stop, KeyboardInterrupt):
-                said = ", ".join(f"{n} {state}" for state, n in counts.items())
-                print(f"stopped: {said}, see {store.root / 'results.jsonl'}; the same command goes on from "
-                      "there", file=sys.stderr)
+                summary = ", ".join(f"{n} {state}" for state, n in counts.items())
+                print(f"stopped: {summary}, see {store.root / 'results.jsonl'}; the same command goes on "
+                      "from there", file=sys.stderr)
         raise
     counts = store.index(jobs, mine)
     if engine == "torchrun":
@@ -106,8 +105,8 @@ def _open(store: Store, job: Job, retry_failed: bool) -> bool:
 
 
 def _follow(finished: Iterable[tuple[Job, str | None]], todo: Sequence[Job], total: int, quiet: bool) -> None:
-    """Says how far it is: a bar on a terminal, else a line now and then; failures at once."""
-    began = said = time.monotonic()
+    """Reports progress: a bar on a terminal, else a line now and then; failures at once."""
+    started = reported = time.monotonic()
     if not quiet:
         print(f"{total} jobs, {len(todo)} to do", file=sys.stderr)
     with tqdm(total=len(todo), unit="job", disable=quiet or not sys.stderr.isatty()) as bar:
@@ -116,7 +115,7 @@ def _follow(finished: Iterable[tuple[Job, str | None]], todo: Sequence[Job], tot
             if error:
                 tqdm.write(f"line {job.line} failed: {error}", file=sys.stderr)
             now = time.monotonic()
-            if bar.disable and not quiet and (now - said > 30 or count == len(todo)):
-                said, rate = now, count / (now - began)
+            if bar.disable and not quiet and (now - reported > 30 or count == len(todo)):
+                reported, rate = now, count / (now - started)
                 print(f"{count} of {len(todo)}, {rate:.2f} jobs/s, {(len(todo) - count) / rate:.0f} s left",
                       file=sys.stderr)

@@ -18,13 +18,13 @@ from p2p.lists.work import Batch, Group, loaded, work
 
 Finished = tuple[Job, str | None]
 _CALLS = count()   # of `all_ended`
-PATIENCE = 10   # seconds in which a worker that is told to stop clears away what is half done
+PATIENCE = 10   # seconds that a worker has to clean up when it is stopped
 
 
 def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -> Iterator[Finished]:
-    """One process a GPU, or so many on the CPU; each is handed the next group when it is free. A pipe each,
-    and no queue: by its pipe a worker sees that this process has died, and nothing is left to be sent when
-    this one ends."""
+    """Runs one process a GPU, or `workers` of them on the CPU; each gets the next group when it is free. They
+    have a pipe each and no queue: by its pipe a worker notices that this process has died, and no data is
+    left in transit when this one ends."""
     context = torch.multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     crew: dict[Connection, Any] = {}   # our end of a pipe -> the worker at the other
@@ -34,7 +34,7 @@ def in_processes(batch: Batch, todo: Sequence[Group], workers: int, gpus: int) -
             ours, theirs = context.Pipe()
             device = f"cuda:{i % gpus}" if gpus else batch.device
             worker = context.Process(target=_worker, args=(batch, theirs, device, threads), daemon=True)
-            with deaf():   # Ctrl-C reaches the whole group of processes; who started them ends them
+            with deaf():   # Ctrl-C reaches the whole process group; this process ends its workers
                 worker.start()
             crew[ours] = worker
             theirs.close()
@@ -76,9 +76,9 @@ def _dismiss(crew: Sequence[Any]) -> None:
 
 
 def all_ended() -> None:
-    """Waits until every rank of torchrun has called it as often: torchrun ends the others as soon as one
-    exits with a failure, which a failed job of its share is. Of a rank that dies it tells by SIGTERM."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:   # started by something else, which may say no address
+    """Waits until every rank of torchrun has called it as often: torchrun ends all ranks as soon as one exits
+    with a failure, as a rank with a failed job does. When a rank dies, torchrun sends the others SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:   # started by another launcher, which may set no address
         return
     store, _, world = next(iter(torch.distributed.rendezvous("env://")))
     key = f"p2p-ended-{next(_CALLS)}"
@@ -101,7 +101,7 @@ def _worker(batch: Batch, pipe: Connection, device: str | None, threads: int) ->
                 pass
             except Exception as error:
                 pipe.send(("lost", str(error)))
-    except (OSError, KeyboardInterrupt):   # told to end
+    except (OSError, KeyboardInterrupt):   # stopped by the parent
         pass
 
 
@@ -117,9 +117,9 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
             self.model, self.store = loaded(batch, None), Store(batch.out)
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-            found = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store,
+            results = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store,
                               batch.retry_failed))
-            return {"id": [job.id for job, _ in found], "error": [error or "" for _, error in found]}
+            return {"id": [job.id for job, _ in results], "error": [error or "" for _, error in results]}
 
     jobs = {job.id: job for group in todo for job in group}
     data = ray.data.from_items([{"group": i} for i in range(len(todo))])

@@ -1,4 +1,4 @@
-"""What a line of a list may say: every field, and what its value must be."""
+"""The fields of a line of a list, and the values that each may have."""
 from __future__ import annotations
 
 import math
@@ -13,19 +13,19 @@ from p2p.blend import LocalBlend
 from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
-from p2p.request.asked import proximal_by
+from p2p.request.editing import proximal_by
 from p2p.request.source import METHODS
 from p2p.weights.untrusted import brief
 
-# The value as the library takes it (ValueError or TypeError if it cannot), and what it must be, in words.
+# Conversion to the library's type (ValueError or TypeError if it fails), and what is valid, in words.
 Check = tuple[Callable[[Any], Any], str]
 BELOW_1 = math.nextafter(1, 0)
 EXACT = 2**53   # whole numbers up to here survive a table that holds floats
 
 
 def checked(name: str, value: Any, table: Mapping[str, Check] | None = None) -> Any:
-    """The value of a field in the library's types: 1.0 is a whole number, true is no number. Raises
-    UsageError."""
+    """Converts the value of a field to the library's type: 1.0 is a whole number, true is not a number.
+    Raises UsageError."""
     convert, wanted = (FIELDS if table is None else table)[name]
     try:
         return convert(value)
@@ -42,7 +42,7 @@ def _require(fits: bool) -> None:
 
 def _text(value: Any) -> str:
     _require(isinstance(value, str))
-    value.encode()   # half a surrogate pair is no text
+    value.encode()   # half a surrogate pair is not text
     return value
 
 
@@ -127,7 +127,7 @@ def _blend(value: Any) -> LocalBlend:
 
 
 def _editor(value: Any) -> Any:
-    """The name, or the object with a name and fields, as it is: `find_editor` makes an editor of it."""
+    """Checks an editor's name, or an object with its name and fields; `find_editor` makes an editor of it."""
     _require(isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("name"), str)))
     editor = find_editor(value)
     for f in fields(editor):
@@ -139,9 +139,9 @@ def _editor(value: Any) -> Any:
 
 
 def _guidance(value: Any) -> tuple[str, float]:
-    said = _pair(_text, _number(0, 1))(value)
-    proximal_by(said)
-    return said
+    proximal = _pair(_text, _number(0, 1))(value)
+    proximal_by(proximal)
+    return proximal
 
 
 _WINDOW = _either(_window, (list, tuple), _number(0, 1))

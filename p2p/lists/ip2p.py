@@ -5,13 +5,13 @@ Two ways to sample a pair, each pair with a seed, a share of injected steps and 
 
     ip2p   as the authors' `generate_img_dataset.py`: Euler ancestral with the same noise for both pictures,
            the second with the first one's self-attention (queries and keys) in both halves, at every size,
-           while i / (steps - 1) < share; cross-attention is its own. All samples are drawn, and the best by
-           direction kept
+           while i / (steps - 1) < share; cross-attention is not injected. All samples are drawn, and the best
+           by direction are kept
     p2p    Prompt-to-Prompt itself: DDIM, cross- and self-attention injected; no more samples once enough
            have passed
 
-Random numbers come from the prompt, not from the order of the list: they are distributed as the
-authors', not equal.
+Random numbers depend on the prompt, not on the order of the list: they have the authors' distribution, not
+their values.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import stepper
 
-Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # what is known of a sample, and its two pictures
+Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # metadata of a sample, and its two pictures
 # both (B, 3, H, W) in 0..1, and with 8 bits
 Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]
 
@@ -51,7 +51,7 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The authors' numbers (for Stable Diffusion, whose guidance is 7.5; other models scale theirs)."""
+    """The authors' settings (for Stable Diffusion, whose guidance is 7.5; other models scale theirs)."""
 
     steps: int = 100
     samples: int = 100                  # a prompt; with sampler "p2p" at most
@@ -67,7 +67,7 @@ class Recipe:
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Raises UsageError for steps that the model has not, and filters that nothing would pass."""
+    """Raises UsageError for more steps than the model has, and for filters that nothing would pass."""
     for name in ("image", "direction", "text"):
         least = finite(f"least similarity ({name})", getattr(recipe, name))
         if least > 1:
@@ -79,7 +79,7 @@ def check(model: Model, recipe: Recipe) -> None:
 
 
 def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:
-    """Seed, injected share and guidance of a prompt's sample j: whatever else is in the list."""
+    """Seed, injected share and guidance of a prompt's sample j, independent of the rest of the list."""
     digest = hashlib.sha256(json.dumps([*prompts, recipe.seed, j]).encode()).digest()
     seed = int.from_bytes(digest[:4], "big")
     u, v = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
@@ -89,8 +89,9 @@ def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, f
 
 
 def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """Embedded pictures (B, D) and captions (2,
-    D)  ->  the four cosines of the authors' `ClipSimilarity`, (B,) each
+    """The four cosines of the authors' `ClipSimilarity`.
+
+    before, after (B, D): embedded pictures; texts (2, D): embedded captions  ->  (B,) each
 
     All embeddings have length 1 before differences are taken: a direction is that of unit vectors.
     """
@@ -101,11 +102,11 @@ def similarities(before: Tensor, after: Tensor, texts: Tensor) -> dict[str, Tens
             "clip_sim_image": F.cosine_similarity(before, after)}
 
 
-def dropped(found: dict[str, float], recipe: Recipe) -> str | None:
-    """The first filter that a sample does not pass."""
+def dropped(cosines: dict[str, float], recipe: Recipe) -> str | None:
+    """The first filter that a sample does not pass, or None."""
     least = {"clip_sim_image": recipe.image, "clip_sim_dir": recipe.direction, "clip_sim_0": recipe.text,
              "clip_sim_1": recipe.text}
-    return next((name for name, value in least.items() if not found[name] >= value), None)
+    return next((name for name, value in least.items() if not cosines[name] >= value), None)
 
 
 def samples(model: Model, prompts: Prompts, embedder: Embedder,
@@ -115,17 +116,17 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
     passed: list[Kept] = []
     for first in range(0, recipe.samples, recipe.together):
         last = min(first + recipe.together, recipe.samples)
-        some = [drawn(prompts, j, recipe, model) for j in range(first, last)]
+        draws = [drawn(prompts, j, recipe, model) for j in range(first, last)]
         try:
-            before, after, images = SAMPLERS[recipe.sampler](model, prompts, some, recipe.steps)
-            found = similarities(embedder.pictures(before), embedder.pictures(after), texts)
-            if not all(values.isfinite().all() for values in found.values()):
+            before, after, images = SAMPLERS[recipe.sampler](model, prompts, draws, recipe.steps)
+            cosines = similarities(embedder.pictures(before), embedder.pictures(after), texts)
+            if not all(values.isfinite().all() for values in cosines.values()):
                 raise NumericsError("the judge finds similarities that are not finite")
         except (NumericsError, UsageError) as error:
-            counts[f"failed: {error}"] += len(some)
+            counts[f"failed: {error}"] += len(draws)
             break
-        for i, (d, pair) in enumerate(zip(some, images)):
-            each = {name: values[i].item() for name, values in found.items()}
+        for i, (d, pair) in enumerate(zip(draws, images)):
+            each = {name: values[i].item() for name, values in cosines.items()}
             why = dropped(each, recipe)
             counts.update(["samples", why or "passed"])
             if why is None:
@@ -137,21 +138,21 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
     return passed[:recipe.keep], counts
 
 
-def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
+def ancestral(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs as InstructPix2Pix draws them, in one batch: all first pictures, then all second ones.
 
     k-diffusion's Euler ancestral is DDIM with eta 1 in other coordinates (x_t = x / sqrt(1 + sigma^2)), so
     `denoise` does it. Raises NumericsError.
     """
-    n, device = len(some), model.device
+    n, device = len(draws), model.device
     schedule = sigma_schedule(model.alphas_cumprod, steps)
-    seeds, shares, scales = ([d[name] for d in some] for name in ("seed", "p2p_threshold", "cfg_scale"))
+    seeds, shares, scales = ([d[name] for d in draws] for name in ("seed", "p2p_threshold", "cfg_scale"))
     x_T, *noise = (z.repeat(2, 1, 1, 1).to(device) for z in draw(model.latent_shape(), seeds, 1 + steps))
     scale = torch.tensor(scales, device=device).repeat(2).view(-1, 1, 1, 1)
     plan = first_pictures_attention(shares, steps, device)
     x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
-    told = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
-    for step in denoise(model, x, *told, schedule,
+    conditioning = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
+    for step in denoise(model, x, *conditioning, schedule,
                         stepper(schedule, model.prediction, model.clip, 1.0, noise), Batch(n, n),
                         guidance_scale=scale, plan=plan):
         x = step.x
@@ -165,29 +166,29 @@ def ancestral(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], st
 
 def first_pictures_attention(thresholds: Sequence[float], steps: int,
                              device: torch.device) -> list[AttentionEdit]:
-    """Whose queries and keys the rows of self-attention use, step by step.
+    """The edits that give second pictures the self-attention of the first ones, one a step.
 
     The batch: n first and n second pictures without prompts, then the same with prompts. A second picture
     uses the first one's of its half while i / (steps - 1) < threshold.
     """
     n = len(thresholds)
-    own = torch.arange(4 * n, device=device)
-    first = own - n * (own // n % 2)
+    own_rows = torch.arange(4 * n, device=device)
+    first = own_rows - n * (own_rows // n % 2)
     out = []
     for i in range(steps):
         injected = torch.tensor([share > i / max(1, steps - 1) for share in thresholds],
                                 device=device).repeat(4)
-        rows = torch.where(injected, first, own)
-        out.append(AttentionEdit(own, pixels=torch.stack([rows, rows, own])))
+        rows = torch.where(injected, first, own_rows)
+        out.append(AttentionEdit(own_rows, pixels=torch.stack([rows, rows, own_rows])))
     return out
 
 
-def prompt_to_prompt(model: Model, prompts: Prompts, some: Sequence[dict[str, Any]], steps: int) -> Sampled:
+def prompt_to_prompt(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
     results = edit_together(model, [dict(
         source=prompts.caption, targets=prompts.output, seed=d["seed"], guidance_scale=d["cfg_scale"],
         steps=steps, cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"])
-                                    for d in some])
+                                    for d in draws])
     before, after = (torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2))
     return before, after, [(r.images[0], r.images[1]) for r in results]
 

@@ -1,4 +1,4 @@
-"""One line of a list, complete, and what can be known to be wrong with it before it runs."""
+"""A job: one line of a list with all its settings, and the check of it before it runs."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from p2p.editors import find_editor
 from p2p.edits import Edit
 from p2p.image import check_file
 from p2p.model import Model
-from p2p.request.asked import asked
+from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected, settings_read
 from p2p.request.settings import to_dict
 
@@ -20,50 +20,50 @@ OTHERS = ("proximal", "editor", "negative_prompt")
 
 
 class Job(NamedTuple):
-    """One line of the list, complete: every setting has its value."""
+    """One line of the list, with a value for every setting."""
 
-    id: str                       # a hash of what is asked for, of the picture's content and of the model
+    id: str                       # a hash of all settings, of the picture's content and of the model
     line: int
-    source: str                   # the prompt, or what describes the picture
+    source: str                   # the prompt, or the picture's description
     targets: tuple[Edit, ...]
     sampling: dict[str, Any]      # SAMPLING, and
     image: Path | None
     inverting: dict[str, Any]     # INVERTING, if there is a picture: those that are read, see `unread`
     others: dict[str, Any]        # OTHERS
-    own: str | int | None = None  # the user's id and tags: for the rows of results.jsonl, they change nothing
-    tags: Any = None
+    user_id: str | int | None = None   # for the rows of results.jsonl; it changes nothing
+    tags: Any = None                   # ... the user's, too
 
     def settings(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """All settings, as JSON."""
         return {"source": self.source, "targets": [to_dict(e) for e in self.targets], **self.sampling,
                 "image": self.image and str(self.image), **self.inverting, **self.others}
 
     def row(self) -> dict[str, Any]:
-        """What is known of it before it has run, as a row of results.jsonl."""
-        return {"line": self.line, "id": self.id if self.own is None else self.own, "job": self.id,
+        """A row of results.jsonl, before the job has run."""
+        return {"line": self.line, "id": self.id if self.user_id is None else self.user_id, "job": self.id,
                 "state": "open", "tags": self.tags, "source": self.source,
                 "targets": [e.prompt for e in self.targets], "seed": self.sampling.get("seed"), "images": [],
                 "seconds": None, "notes": [], "error": None}
 
     def editing(self) -> dict[str, Any]:
         """Arguments of `edit`, but for its source."""
-        own = SAMPLING if self.image is None else ("guidance_scale",)   # the others are of its inversion
-        return {"targets": list(self.targets), **{k: self.sampling[k] for k in own}, **self.others,
+        names = SAMPLING if self.image is None else ("guidance_scale",)   # the others are of its inversion
+        return {"targets": list(self.targets), **{k: self.sampling[k] for k in names}, **self.others,
                 "editor": find_editor(self.others.get("editor"))}
 
     def inversion(self) -> dict[str, Any]:
         """Arguments of `invert`, but for the picture and its prompt."""
-        said = settings_read(self.inverting["method"], {**self.inverting, **self.sampling})
-        said.pop("path")
-        return said | ({"height": None, "width": None} if said["fit"] == "own" else {})
+        settings = settings_read(self.inverting["method"], {**self.inverting, **self.sampling})
+        settings.pop("path")
+        return settings | ({"height": None, "width": None} if settings["fit"] == "own" else {})
 
 
-def check(model: Model, job: Job, there: bool = True) -> None:
-    """Raises UsageError where `edit` or `invert` would at the job's turn. there: its picture must be; whether
-    that can be read is seen at its turn."""
+def check(model: Model, job: Job, picture_exists: bool = True) -> None:
+    """Raises UsageError where `edit` or `invert` would. picture_exists: requires the picture's file; whether
+    it can be read shows when the job runs."""
     source: Any = job.source
     if job.image is not None:   # "own" is a size like the model's own, with maps at the same levels
-        if there:
+        if picture_exists:
             check_file(job.image)
         source = expected(model, job.source, **job.inversion())
-    asked(model, source, **job.editing())
+    edit_request(model, source, **job.editing())

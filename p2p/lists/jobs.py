@@ -1,5 +1,5 @@
-"""A list of edits and what has become of each: a job is known by what it asks for, and is finished when
-its folder is there.
+"""A list of edits and the state of each: a job is identified by its settings, and finished when its folder
+exists.
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
@@ -27,7 +27,7 @@ from p2p.lists.fields import checked
 from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
 from p2p.lists.lines import present, write
 from p2p.model import STEPS, Model
-from p2p.request.asked import EDITING, without_editor
+from p2p.request.editing import EDITING, without_editor
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.source import METHODS
 from p2p.run import Result
@@ -39,7 +39,7 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS
                                               if m not in ("negative-prompt", "null-text"))}
-RESULT = ("id", "notes", "rows", "seconds")   # what job.json holds besides the settings
+RESULT = ("id", "notes", "rows", "seconds")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
@@ -47,30 +47,31 @@ SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cros
 
 def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
          out: Path | None = None) -> list[Job]:
-    """The jobs of a list (see `lines.read`), one a line; lines that ask for the same have the same identity.
-    Pictures lie relative to the file. defaults: settings of lines without their own; INVERTING of pictures
-    alone. out: where results of the list may lie; what is done is not checked again.
+    """Reads the jobs of a list (see `lines.read`), one a line; lines with equal settings have the same
+    identity. Paths of pictures are relative to the file. defaults: settings of lines that do not set them;
+    INVERTING applies to pictures only. out: a folder with results of the list; finished jobs are not checked
+    again.
 
-    Raises UsageError naming every line that cannot be meant, before anything is computed.
+    Raises UsageError naming every invalid line, before anything is computed.
     """
     defaults = present(dict(defaults or {})) or {}
     for name, value in defaults.items():
         checked(name, value)
     checks = Checks(model, out)
 
-    def job(said: Any, number: int) -> Job:
-        found = meant(parse(said, number, file.parent, model, defaults))
-        checks(found)
-        return found
+    def job(entry: Any, number: int) -> Job:
+        parsed = check_targets(parse(entry, number, file.parent, model, defaults))
+        checks(parsed)
+        return parsed
 
     example = '{"source": "a cat", "targets": ["a dog"]}'
     jobs = lines.read(file, job, f"no job in it; a job is a line such as {example}")
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
-    left = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
-    if idle := [k for k in defaults if all(k in each for each in left)]:
+    unread_by_job = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
+    if idle := [k for k in defaults if all(k in each for each in unread_by_job)]:
         raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: "
-                         f"{left[0][idle[0]]})")
+                         f"{unread_by_job[0][idle[0]]})")
     return jobs
 
 
@@ -88,16 +89,16 @@ class Checks:
             check(self.model, job)
         except UsageError:
             if job.image is None or os.path.exists(job.image) or _plain(job.settings()) not in self.done:
-                raise   # a picture that is gone since its job was done is no fault of the list
-        except Exception:   # nobody foresaw it: the job fails alone, at its turn, and says where
+                raise   # a picture may be gone once its job is done
+        except Exception:   # unforeseen: this job alone fails when it runs, with a traceback
             return
         self.fine.add(job.id)
 
     @cached_property
     def done(self) -> set[str]:
-        """What finished jobs asked for, whatever their pictures held."""
-        found = () if self.out is None else self.out.glob("*/job.json")
-        return {_plain({k: v for k, v in _read(file).items() if k not in RESULT}) for file in found}
+        """The settings of finished jobs, whatever the content of their pictures."""
+        files = () if self.out is None else self.out.glob("*/job.json")
+        return {_plain({k: v for k, v in _read(file).items() if k not in RESULT}) for file in files}
 
 
 def _plain(settings: Mapping[str, Any]) -> str:
@@ -112,60 +113,63 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
     else:
         idle = dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
                              f"{method} inversion does not read it; leave it out")
-    windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, in whose stead the editor injects; leave it out")
+    windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces; leave it out")
     return idle if editor is None else idle | windows
 
 
-def meant(job: Job) -> Job:
-    """The job. Raises UsageError for what another editor than Prompt-to-Prompt does not
-    read of its targets."""
+def check_targets(job: Job) -> Job:
+    """Returns the job. Raises UsageError for settings of its targets that its editor does not read."""
     if "editor" in job.others:
         without_editor(job.targets)
     return job
 
 
-def parse(said: Any, line: int, folder: Path, model: Model, defaults: Mapping[str, Any] | None = None) -> Job:
-    """A job from what its line says. Raises UsageError."""
-    if not isinstance(said, dict):
+def parse(entry: Any, line: int, folder: Path, model: Model,
+          defaults: Mapping[str, Any] | None = None) -> Job:
+    """The job of one line. Raises UsageError."""
+    if not isinstance(entry, dict):
         raise UsageError("a job is an object with source and targets")
-    tags = said.get("tags")
-    said = present({k: v for k, v in said.items() if k != "tags"}) or {}
-    own = checked("id", said.pop("id")) if "id" in said else None
-    said = _long(said, {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}, "an edit")
-    pictured, all_said = "image" in said, {**(defaults or {}), **said}
-    method = checked("method", all_said.get("method", DEFAULT)) if pictured else None
-    idle = unread(method, all_said.get("editor"))
+    tags = entry.get("tags")
+    entry = present({k: v for k, v in entry.items() if k != "tags"}) or {}
+    user_id = checked("id", entry.pop("id")) if "id" in entry else None
+    known = {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}
+    entry = _full_names(entry, known, "an edit")
+    pictured, merged = "image" in entry, {**(defaults or {}), **entry}
+    method = checked("method", merged.get("method", DEFAULT)) if pictured else None
+    idle = unread(method, merged.get("editor"))
     for why in dict.fromkeys(idle.values()):
-        if names := [name for name, each in idle.items() if each == why and name in said
-                     and name not in WINDOWS]:
+        names = [name for name, reason in idle.items()
+                 if reason == why and name in entry and name not in WINDOWS]
+        if names:
             raise UsageError(f"{', '.join(names)}: {why}")
     # an editor's targets: see `read`
-    said = {k: v for k, v in all_said.items() if k not in idle or k in said}
-    targets = said.pop("targets", None)
+    entry = {k: v for k, v in merged.items() if k not in idle or k in entry}
+    targets = entry.pop("targets", None)
     listed = targets if isinstance(targets, list) else [targets]
-    if "source" not in said or not listed or not all(isinstance(t, (str, dict)) for t in listed):
+    if "source" not in entry or not listed or not all(isinstance(t, (str, dict)) for t in listed):
         raise UsageError("a job needs source (a prompt; of a picture, what describes it) and targets (a "
                          "prompt, an object with the fields of Edit, or a list of them)")
-    said = {k: checked(k, v) for k, v in said.items()}
-    if said.get("fit") == "own" and {"height", "width"} & said.keys():
+    entry = {k: checked(k, v) for k, v in entry.items()}
+    if entry.get("fit") == "own" and {"height", "width"} & entry.keys():
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose '
                          '"crop" or "pad"')
-    edits = tuple(_target(t, {k: said[k] for k in EDITING if k in said}) for t in listed)
-    usual = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
+    edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
+    defaults_ = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
              "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
-    sampling = {k: said.get(k, usual[k]) for k in SAMPLING if k not in idle}
-    inverting = {k: said.get(k, v) for k, v in INVERTING.items() if k not in idle}
-    others = {k: said[k] for k in OTHERS if k in said}
-    image = folder / said["image"] if pictured else None
-    job = Job("", line, said["source"], edits, sampling, image, inverting, others, own, tags)
+    sampling = {k: entry.get(k, defaults_[k]) for k in SAMPLING if k not in idle}
+    inverting = {k: entry.get(k, v) for k, v in INVERTING.items() if k not in idle}
+    others = {k: entry[k] for k in OTHERS if k in entry}
+    image = folder / entry["image"] if pictured else None
+    job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags)
     return job._replace(id=_identity(job, model))
 
 
-def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
-    own = _long({"prompt": said} if isinstance(said, str) else said, {"prompt", *EDITING}, "a target")
-    if "prompt" not in own:
+def _target(entry: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
+    entry = {"prompt": entry} if isinstance(entry, str) else entry
+    fields = _full_names(entry, {"prompt", *EDITING}, "a target")
+    if "prompt" not in fields:
         raise UsageError("a target that is an object needs its prompt")
-    edit = Edit(**shared | {k: checked(k, v) for k, v in own.items()})
+    edit = Edit(**shared | {k: checked(k, v) for k, v in fields.items()})
     check_edit(edit)
     blend = edit.local_blend
     if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
@@ -173,39 +177,39 @@ def _target(said: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
     return edit
 
 
-def _long(said: Mapping[str, Any], known: Collection[str], what: str) -> dict[str, Any]:
-    """Settings by their full names. Raises UsageError for others, and for one given by both its names."""
-    if both := [f"{short} and {name}" for short, name in SHORT.items() if short in said and name in said]:
+def _full_names(entry: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
+    """Settings under their full names. Raises UsageError for unknown ones, and for two names of one."""
+    if both := [f"{short} and {name}" for short, name in SHORT.items() if short in entry and name in entry]:
         raise UsageError(f"{', '.join(both)}: two names of one setting; give one")
-    said = {SHORT.get(k, k): v for k, v in said.items()}
-    if unknown := sorted(set(said) - set(known)):
-        raise UsageError(f"{', '.join(brief(name)[1:-1] for name in unknown)}: no setting of {what}; known: "
+    entry = {SHORT.get(k, k): v for k, v in entry.items()}
+    if unknown := sorted(set(entry) - set(known)):
+        raise UsageError(f"{', '.join(brief(name)[1:-1] for name in unknown)}: no setting of {owner}; known: "
                          f"{', '.join(sorted(known))}")
-    return said
+    return entry
 
 
 def _identity(job: Job, model: Model) -> str:
     content = None if job.image is None else _content(job.image)
-    asked = job.settings() | {"image": content, "model": model.identity()}
-    return hashlib.sha256(_plain(asked).encode()).hexdigest()[:16]
+    request = job.settings() | {"image": content, "model": model.identity()}
+    return hashlib.sha256(_plain(request).encode()).hexdigest()[:16]
 
 
 def _content(picture: Path) -> str:
-    """A hash of the file; of one that cannot be read its name: the job fails when its turn comes."""
+    """A hash of the file, or its name if it cannot be read: the job then fails when it runs."""
     with suppress(OSError, ValueError):
         if picture.is_file():
-            found = picture.stat()
-            return _hash(picture, found.st_size, found.st_mtime_ns)
+            status = picture.stat()
+            return _hash(picture, status.st_size, status.st_mtime_ns)
     return str(picture)
 
 
-@lru_cache(10_000)   # lists ask for many edits of one picture
+@lru_cache(10_000)   # lists hold many edits of one picture
 def _hash(file: Path, size: int, changed: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 class Store:
-    """The output folder. Its files are the truth: nothing else remembers what is done."""
+    """The output folder. Its files alone record which jobs are done."""
 
     def __init__(self, root: Path):
         """Raises UsageError if it cannot be written."""
@@ -224,15 +228,15 @@ class Store:
         return _read(self.failures / f"{job.id}.json").get("error")
 
     def finish(self, job: Job, result: Result, seconds: float) -> None:
-        """Writes all files aside, then moves them into place at once. Raises UsageError where the disk
-        does not take them."""
-        said = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
-                                 "seconds": round(seconds, 3), "version": __version__}
+        """Writes all files aside, then moves them into place at once. Raises UsageError where they cannot be
+        written."""
+        record = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
+                                   "seconds": round(seconds, 3), "version": __version__}
         try:
-            with appearing(self.root / job.id, "job.json") as made:
+            with appearing(self.root / job.id, "job.json") as folder:
                 for name, image in zip(names(len(result.images)), result.images):
-                    save_png(made / f"{name}.png", image, result.settings)
-                (made / "job.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+                    save_png(folder / f"{name}.png", image, result.settings)
+                (folder / "job.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (self.failures / f"{job.id}.json").unlink(missing_ok=True)
         except OSError as error:
             if not self.done(job):
@@ -240,18 +244,18 @@ class Store:
                                  "kept, start again to go on") from None
 
     def fail(self, job: Job, error: str, trace: str | None = None) -> None:
-        """trace: where an error that nobody foresaw was raised."""
-        said = job.settings() | {"id": job.id, "line": job.line, "error": error}
+        """Records a failure. trace: the traceback of an unforeseen error."""
+        record = job.settings() | {"id": job.id, "line": job.line, "error": error}
         if trace:
-            said["traceback"] = trace
-        write(self.failures / f"{job.id}.json", json.dumps(said, indent=1))
+            record["traceback"] = trace
+        write(self.failures / f"{job.id}.json", json.dumps(record, indent=1))
 
     def row(self, job: Job) -> dict[str, Any]:
-        """What has become of a job."""
+        """The job's row of results.jsonl."""
         if self.done(job):
-            said = _read(self.root / job.id / "job.json")
+            record = _read(self.root / job.id / "job.json")
             images = [f"{job.id}/{name}.png" for name in names(1 + len(job.targets))]
-            known = {k: said[k] for k in ("seconds", "notes") if k in said}
+            known = {k: record[k] for k in ("seconds", "notes") if k in record}
             return job.row() | {"state": "done", "images": images} | known
         error = self.failed(job)
         return job.row() | ({"state": "failed", "error": error} if error else {})
@@ -266,15 +270,15 @@ class Store:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A file of ours; nothing where it is absent, or was damaged since."""
+    """A JSON file of this folder; empty where it is absent or damaged."""
     with suppress(OSError, ValueError):
         return parse_object(read_text(file))
     return {}
 
 
 def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
-    """Jobs that may share a batch, at most so many in one. It depends on the whole list alone, not on what is
-    done: a run that was stopped forms the same batches again, and so the same pixels."""
+    """Groups of jobs that may share a batch, at most `together` in one. They depend on the list alone, not on
+    what is done: a run that was stopped forms the same batches again, and so the same pixels."""
     open_: dict[tuple, list[Job]] = {}
     out: list[list[Job]] = []
     for job in jobs:
@@ -290,7 +294,7 @@ def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
 
 
 def _shape(job: Job) -> tuple | None:
-    """What jobs of one batch have in common; None for those that run alone."""
+    """What jobs of one batch have in common; None for a job that runs by itself."""
     if job.image is not None or job.others:
         return None
     blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]

@@ -1,4 +1,4 @@
-"""Lists in files: JSON objects, one a line or all in one array; every fault is named at its line."""
+"""Lists in files: JSON objects, one a line or all in one array; every fault is reported with its line."""
 from __future__ import annotations
 
 import json
@@ -16,8 +16,8 @@ BYTES = 2**28   # of a list
 
 
 def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
-    """What `parse` makes of each entry and its number, from 1: its line, or its place in the array. Blank
-    lines are skipped, and counted. empty: what to say where there is no entry.
+    """Reads a list, and returns the result of `parse` for each entry and its number, from 1: its line, or its
+    place in the array. Blank lines are skipped, and counted. empty: the message where there is no entry.
 
     Raises UsageError naming all entries that are not JSON, or for which `parse` raises one.
     """
@@ -27,24 +27,24 @@ def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
         entries = list(enumerate(decoded(text) if array else text.replace("\n\ufeff", "\n").split("\n"), 1))
     except ValueError as error:
         raise UsageError(f"{file}: not a JSON array, nor JSON objects a line ({error})") from None
-    found, wrong = [], []
+    parsed, wrong = [], []
     for number, entry in entries:
         if not array and not entry.strip():
             continue
         try:
-            found.append(parse(entry if array else decoded(entry), number))
+            parsed.append(parse(entry if array else decoded(entry), number))
         except (UsageError, ValueError) as error:
             wrong.append(f"{'item' if array else 'line'} {number}: {error}")
     if wrong:
         more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
         raise UsageError(f"{file}: " + "\n  ".join(wrong[:NAMED] + more))
-    if not found:
+    if not parsed:
         raise UsageError(f"{file}: {empty}")
-    return found
+    return parsed
 
 
 def _text(file: Path) -> str:
-    """UTF-8, with or without its mark, whatever this machine's own encoding is."""
+    """The file as UTF-8, with or without a byte order mark, whatever the locale. Raises UsageError."""
     try:
         with file.open("rb") as f:
             content = f.read(BYTES + 1)
@@ -52,8 +52,8 @@ def _text(file: Path) -> str:
         raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(content) > BYTES:
         raise UsageError(f"{file}: a list of more than {BYTES:,} bytes; split it")
-    if not (found := json.detect_encoding(content)).startswith("utf-8"):
-        raise UsageError(f"{file}: {found.upper()} text; save it as UTF-8")
+    if not (encoding := json.detect_encoding(content)).startswith("utf-8"):
+        raise UsageError(f"{file}: {encoding.upper()} text; save it as UTF-8")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
@@ -72,19 +72,19 @@ def decoded(text: str) -> Any:
 
 
 def present(value: Any) -> Any:
-    """Without what is null: tables with a column for each setting have that where a row does not give it.
-    None is left of an object that holds nothing else."""
+    """Removes null values, which tables with a column for each setting have where a row does not set it. An
+    object with nothing else becomes None."""
     if isinstance(value, list):
         return [present(v) for v in value]
     if not isinstance(value, dict) or not value:
         return value
-    return {k: kept for k, v in value.items() if (kept := present(v)) is not None} or None
+    return {k: inner for k, v in value.items() if (inner := present(v)) is not None} or None
 
 
 def write(file: Path, text: str) -> None:
-    """In one step, with a line's end. Raises UsageError."""
+    """Writes the text and a newline atomically. Raises UsageError."""
     try:
-        with replacing(file) as made:
-            made.write_text(text + "\n", encoding="utf-8")
+        with replacing(file) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror})") from None

@@ -1,12 +1,11 @@
-"""How an edit is judged on PIE-Bench: all that its authors' evaluator computes, as it does and over
-the pixels meant alone.
+"""PIE-Bench's metrics: all that its authors' evaluator computes, in the official and a corrected convention.
 
-Official (Ju et al. 2023, `evaluation/matrics_calculator.py`): what a figure is not about is blackened in both
-pictures and the figure is that of the whole frame, so a large mask flatters what was kept; a part without
-pixels gives no number. Structure is that of pictures in 0..255 under ImageNet's normalisation, which is made
-for 0..1. Corrected: the mean over the part's pixels; structure of pictures in 0..1, the made one with the
-source's pixels outside the part. Figures are plain: the published table multiplies structure and LPIPS by
-10^3, MSE by 10^4 and SSIM by 10^2.
+Official (Ju et al. 2023, `evaluation/matrics_calculator.py`): pixels outside of the part that a figure is
+about are black in both pictures and the figure is that of the whole frame, so a large mask flatters the kept
+part; a part without pixels gives no number. Structure is computed from pictures in 0..255 under ImageNet's
+normalisation, which is made for 0..1. Corrected: the mean over the part's pixels; structure of pictures in
+0..1, the edit with the source's pixels outside the part. Figures are unscaled: the published table multiplies
+structure and LPIPS by 10^3, MSE by 10^4 and SSIM by 10^2.
 """
 from __future__ import annotations
 
@@ -30,8 +29,8 @@ COLUMNS = ("structure", "PSNR", "LPIPS", "MSE", "SSIM", "CLIP whole", "CLIP edit
 
 
 def label(metric: str, part: str) -> str:
-    """A figure's name here; the published table shows the structure of the whole and all else
-    of what was kept."""
+    """A figure's name here; without a part for those of the published table: structure of the whole picture,
+    and all others of the kept part."""
     return metric if part == ("whole" if metric == "structure" else "kept") else f"{metric} {part}"
 
 
@@ -42,21 +41,20 @@ NAMES = {label(metric, part): name + suffix
                               ("MSE", "mse"), ("SSIM", "ssim"))} | {
     "CLIP source": "clip_similarity_source_image", "CLIP whole": "clip_similarity_target_image",
     "CLIP edited": "clip_similarity_target_image_edit_part"}
-# Two pictures (1, 3, H, W) in 0..1 -> one number, as the metric averages itself; or, if asked,
-# where it lies, (H, W)
+# (two pictures (1, 3, H, W) in 0..1, False) -> the metric's own average; (..., True) -> its map (H, W)
 Metric = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 def torchmetrics():
     try:
-        import torchmetrics.functional.image as found
+        import torchmetrics.functional.image as functional
     except ImportError:
         raise UsageError('the metrics need torchmetrics: pip install "prompt-to-prompt[eval]"') from None
-    return found
+    return functional
 
 
 class Embedder(NamedTuple):
-    """A space that pictures and texts share."""
+    """An embedding of pictures and texts in one space."""
 
     pictures: Callable[[Tensor], Tensor]          # (B, 3, H, W) in 0..1 -> (B, D)
     texts: Callable[[Sequence[str]], Tensor]      # B texts -> (B, D)
@@ -65,69 +63,70 @@ class Embedder(NamedTuple):
 
 @dataclass(frozen=True)
 class Judges:
-    """What is read from weights; None where they were not given: the column is then absent."""
+    """The metrics that are networks; None where no weights were given: the column is then absent."""
 
     lpips: Metric | None = None
     clip: Embedder | None = None
     structure: Callable[[Tensor, Tensor], float] | None = None
-    # that all of these were read from; None: unknown, so no figure of theirs is kept
+    # all that these were read from; None: unknown, so that their figures are measured again
     files: tuple[Path, ...] | None = None
 
     def identity(self) -> str | None:
-        """Of the networks: a hash of their files."""
+        """A hash of the networks' files."""
         if self.files is None:
             return None
         return hashlib.sha256(" ".join(str(digest.sha256(f)) for f in self.files).encode()).hexdigest()[:16]
 
 
-def measure(picture: Tensor, made: Tensor, masks: Mapping[str, Tensor], text: str, judges: Judges,
+def measure(picture: Tensor, edit: Tensor, masks: Mapping[str, Tensor], text: str, judges: Judges,
             source: str = "") -> dict[str, dict[str, float | None]]:
-    """One item: pictures (1, 3, H, W) in 0..1, the source and its edit; what was edited (H, W) bool, by
-    convention; the prompts of both, the edited one first.  -> NAMES by convention
+    """All figures of one item.
 
-    Figures of missing weights are None, those that do not exist (no pixel was kept, none was edited) NaN.
+    picture, edit (1, 3, H, W) in 0..1; masks: edited pixels (H, W) bool, by convention; text, source: the
+    prompts.  -> NAMES by convention: None without weights, NaN where no pixel was kept or none was edited
     """
-    clip: list[float] = []   # of the source, of the edit, and of what each mask leaves of it
+    clip: list[float] = []   # of the source, of the edit, and of the edit within each mask
     if judges.clip is not None:
-        seen = judges.clip.pictures(torch.cat([picture, made, *(made * edited for edited in masks.values())]))
-        said = judges.clip.texts([source, text])
-        clip = (100 * F.cosine_similarity(seen, torch.cat([said, said[1:].expand(len(masks), -1)]))).tolist()
-    found = {}
+        seen = judges.clip.pictures(torch.cat([picture, edit, *(edit * edited for edited in masks.values())]))
+        captions = judges.clip.texts([source, text])
+        captions = torch.cat([captions, captions[1:].expand(len(masks), -1)])
+        clip = (100 * F.cosine_similarity(seen, captions)).tolist()
+    by_convention = {}
     for i, (convention, edited) in enumerate(masks.items(), 2):
         official = convention == "official"
         out: dict[str, float | None] = dict.fromkeys(NAMES)
         for part, pixels in (("whole", torch.ones_like(edited)), ("kept", ~edited), ("edited", edited)):
             for name, f in (("MSE", _mse), ("SSIM", _ssim), ("LPIPS", judges.lpips)):
                 if f is not None:
-                    out[label(name, part)] = _of_part(f, picture, made, pixels.float(), official)
-            # of equal pictures: infinite
+                    out[label(name, part)] = _of_part(f, picture, edit, pixels.float(), official)
+            # infinite for equal pictures
             out[label("PSNR", part)] = -10 * torch.tensor(out[label("MSE", part)]).log10().item()
             if judges.structure is not None:
-                out[label("structure", part)] = _structure(judges.structure, picture, made, pixels, official)
+                out[label("structure", part)] = _structure(judges.structure, picture, edit, pixels, official)
         if clip:
             figures = (clip[0], clip[1], clip[i] if edited.any() else float("nan"))
             for name, value in zip(("CLIP source", "CLIP whole", "CLIP edited"), figures):
-                # torchmetrics shows no negative score
+                # torchmetrics clips negative scores
                 out[name] = max(value, 0.0) if official and value == value else value
-        found[convention] = out
-    return found
+        by_convention[convention] = out
+    return by_convention
 
 
-def _of_part(f: Metric, picture: Tensor, made: Tensor, part: Tensor, official: bool) -> float:
+def _of_part(f: Metric, picture: Tensor, edit: Tensor, part: Tensor, official: bool) -> float:
     if not part.any():
         return float("nan")
     if official:
-        return f(picture * part, made * part, False).item()
-    return ((f(picture, torch.where(part > 0, made, picture), True) * part).sum() / part.sum()).item()
+        return f(picture * part, edit * part, False).item()
+    return ((f(picture, torch.where(part > 0, edit, picture), True) * part).sum() / part.sum()).item()
 
 
-def _structure(f: Callable[[Tensor, Tensor], float], picture: Tensor, made: Tensor, part: Tensor,
+def _structure(f: Callable[[Tensor, Tensor], float], picture: Tensor, edit: Tensor, part: Tensor,
                official: bool) -> float:
     if not part.any():
         return float("nan")
     if official:
-        return f(255 * picture * part, 255 * made * part)
-    return f(picture, torch.where(part, made, picture))
+        return f(255 * picture * part, 255 * edit * part)
+    return f(picture, torch.where(part, edit, picture))
 
 
 def _mse(a: Tensor, b: Tensor, where: bool) -> Tensor:
@@ -136,15 +135,14 @@ def _mse(a: Tensor, b: Tensor, where: bool) -> Tensor:
 
 
 def _ssim(a: Tensor, b: Tensor, where: bool) -> Tensor:
-    whole, full = torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0,
+    mean, image = torchmetrics().structural_similarity_index_measure(a, b, data_range=1.0,
                                                                      return_full_image=True)
-    # the whole leaves the frame out, where windows reach beyond the picture
-    return full.mean(1)[0] if where else whole
+    # its mean leaves out the border, where windows reach beyond the picture
+    return image.mean(1)[0] if where else mean
 
 
 def interval(values: Sequence[float | None]) -> tuple[float, float, int] | None:
-    """Mean, half-width of its 95 % confidence interval, and of how many: what is not finite is left out.
-    None: nothing is left."""
+    """Mean, half-width of its 95 % confidence interval, and number of the finite values; None without any."""
     finite = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
     finite = finite[finite.isfinite()]
     if not len(finite):
@@ -155,27 +153,27 @@ def interval(values: Sequence[float | None]) -> tuple[float, float, int] | None:
 
 # ---------------------------------------------------------------------------------------- judges from weights
 
-def _weights(file: Path, what: str) -> dict[str, Tensor]:
-    """A state dict, of a .safetensors file or a pickle."""
+def _weights(file: Path, option: str) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a pickle. Raises UsageError."""
     try:
-        found = open_file(file)
-        return {k: found[k] for k in found.shapes}
+        tensors = open_file(file)
+        return {k: tensors[k] for k in tensors.shapes}
     except CheckpointError as error:
-        raise UsageError(f"{what} {file}: cannot be read ({error})") from None
+        raise UsageError(f"{option} {file}: cannot be read ({error})") from None
 
 
-def _filled(module: nn.Module, state: dict[str, Tensor], what: str, file: Path) -> nn.Module:
+def _filled(module: nn.Module, state: dict[str, Tensor], option: str, file: Path) -> nn.Module:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        said = str(error).splitlines()
-        raise UsageError(f"{what} {file}: {said[0]} {said[-1].strip()}") from None
+        messages = str(error).splitlines()
+        raise UsageError(f"{option} {file}: {messages[0]} {messages[-1].strip()}") from None
     return module.eval().requires_grad_(False)
 
 
 def lpips(squeezenet: Path) -> Metric:
-    """LPIPS on SqueezeNet, as PIE-Bench uses it; the file: torchvision's squeezenet1_1. The rest comes
-    with torchmetrics."""
+    """LPIPS on SqueezeNet, as PIE-Bench uses it. squeezenet: torchvision's squeezenet1_1; the other weights
+    come with torchmetrics."""
     torchmetrics()
     from torchmetrics.functional.image.lpips import _LPIPS
     net = _LPIPS(net="squeeze", pnet_rand=True, spatial=True)
@@ -185,7 +183,7 @@ def lpips(squeezenet: Path) -> Metric:
     missing = [n for n in names.values() if n not in state]
     if missing:
         raise UsageError(f"--lpips {squeezenet}: not torchvision's squeezenet1_1 ({missing[0]} is missing)")
-    _filled(net.net, {own: state[n] for own, n in names.items()}, "--lpips", squeezenet)
+    _filled(net.net, {name: state[n] for name, n in names.items()}, "--lpips", squeezenet)
 
     def distance(a: Tensor, b: Tensor, where: bool) -> Tensor:
         net.spatial = where
@@ -195,8 +193,8 @@ def lpips(squeezenet: Path) -> Metric:
 
 
 def shortest(x: Tensor, side: int) -> Tensor:
-    """Pictures in 0..1 as CLIP's own processor hands them over: the shorter side scaled (bicubic, 8 bits),
-    the middle cropped."""
+    """Resizes pictures in 0..1 as CLIP's processor does: the shorter side scaled (bicubic, 8 bits), the
+    centre cropped."""
     h, w = x.shape[2:]
     size = [int(side * n / min(h, w)) for n in (h, w)]
     x = (255 * F.interpolate(x, size=size, mode="bicubic", antialias=True,
@@ -206,14 +204,14 @@ def shortest(x: Tensor, side: int) -> Tensor:
 
 
 def squeezed(x: Tensor, side: int) -> Tensor:
-    """As InstructPix2Pix's `ClipSimilarity` does: both sides scaled, bicubic without antialiasing."""
+    """Resizes as InstructPix2Pix's `ClipSimilarity` does: both sides, bicubic without antialiasing."""
     return F.interpolate(x.float(), size=(side, side), mode="bicubic", align_corners=False)
 
 
 def clip(file: Path, model: str = "ViT-L-14-quickgelu",
          prepare: Callable[[Tensor, int], Tensor] = shortest) -> Embedder:
-    """CLIP; the file: open_clip's weights of that model (OpenAI's ViT-L/14). prepare: (B, 3, H, W) in 0..1,
-    and the side that the network takes -> its input, before it is normalised."""
+    """CLIP. file: open_clip's weights of that model (OpenAI's ViT-L/14). prepare: (B, 3, H, W) in 0..1 and
+    the network's side -> its input, before normalisation."""
     import open_clip
     state = {k.removeprefix("module."): v for k, v in _weights(file, "--clip").items()}
     net, tokenizer = open_clip.create_model(model), open_clip.get_tokenizer(model)
@@ -247,7 +245,7 @@ def structure(file: Path, model: str = "vit_base_patch8_224.dino") -> Callable[[
                          f"and values of {net.embed_dim} channels each, in this version of timm "
                          f"({timm.__version__})")
     # (1, tokens, 3 width), all heads in each
-    qkv.register_forward_hook(lambda module, given, out: seen.append(out))
+    qkv.register_forward_hook(lambda module, inputs, out: seen.append(out))
 
     def similarities(picture: Tensor) -> Tensor:
         seen.clear()

@@ -1,7 +1,7 @@
-"""What a folder of PIE-Bench rows shows: pie.csv (every figure of every picture), pie.json (those of a
-column), pie.md (means).
+"""The tables of a folder of PIE-Bench rows: pie.csv (every figure of every picture), pie.json (by column),
+pie.md (means).
 
-The tables are built from all rows that lie in the folder, whichever run made them.
+They are built from all rows in the folder, whichever run made them.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from p2p.weights.untrusted import parse_json, read_text
 
 # as the tables are published
 SCALES = {"structure": 1e3, "PSNR": 1.0, "LPIPS": 1e3, "MSE": 1e4, "SSIM": 1e2, "CLIP": 1.0}
-TOLD = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges")
+LABELS = ("method", "key", "editing_type", "seed", "convention", "error", "result", "judges")
 FIGURES_FILE = "figures.csv"
 
 
@@ -32,7 +32,7 @@ def scale(column: str) -> float:
 # ------------------------------------------------------------------------------------------------------ files
 
 def read_json(file: Path, instead: str = "remove it, or give another --out") -> Any:
-    """instead: what to do where it is none. Raises UsageError."""
+    """Reads a JSON file. instead: advice where it is damaged. Raises UsageError."""
     try:
         return parse_json(read_text(file))
     except (OSError, ValueError) as error:
@@ -49,9 +49,9 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*TOLD, *NAMES.values()])
+    table.writerow([*LABELS, *NAMES.values()])
     for row in rows:
-        table.writerow([*(row[name] for name in TOLD), *(_cell(row["figures"][label]) for label in NAMES)])
+        table.writerow([*(row[name] for name in LABELS), *(_cell(row["figures"][label]) for label in NAMES)])
     return text.getvalue().rstrip("\n")
 
 
@@ -60,16 +60,16 @@ def _cell(value: float | None) -> str:
 
 
 def write_figures(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row's own table: a line for each picture and convention."""
+    """Writes one row's table: a line for each picture and convention."""
     write(folder / FIGURES_FILE, _lines(rows))
 
 
 def read_figures(folder: Path) -> list[dict[str, Any]]:
-    """What `write_figures` wrote; nothing where there is no such file. Raises UsageError."""
+    """The inverse of `write_figures`; empty where there is no file. Raises UsageError."""
     file = folder / FIGURES_FILE
     try:
         with file.open(encoding="utf-8", newline="") as f:
-            return [{name: line[name] for name in TOLD}
+            return [{name: line[name] for name in LABELS}
                     | {"figures": {label: float(line[name]) if line[name] else None
                                    for label, name in NAMES.items()}}
                     for line in csv.DictReader(f)]
@@ -81,7 +81,7 @@ def read_figures(folder: Path) -> list[dict[str, Any]]:
 
 
 def build(out: Path) -> dict[str, Any]:
-    """Writes pie.csv, pie.json and pie.md of all that lies in the folder.
+    """Writes pie.csv, pie.json and pie.md of all rows in the folder.
 
     -> {method: {"failed": {key: why}, "official" and "corrected": {column: figures by item}}}
     """
@@ -94,22 +94,22 @@ def build(out: Path) -> dict[str, Any]:
     return report
 
 
-def gathered(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = ("method",)) -> dict[str, Any]:
-    """Rows of figures by method (or more): which items failed, and the figures of each column."""
+def gathered(rows: Iterable[Mapping[str, Any]], keys: Sequence[str] = ("method",)) -> dict[str, Any]:
+    """Groups rows of figures by method (or more keys): which items failed, and the figures of each column."""
     report: dict[str, Any] = {}
     for row in rows:
-        of = report.setdefault(", type ".join(row[name] for name in by),
-                               {"failed": {}, **{c: {} for c in CONVENTIONS}})
+        entry = report.setdefault(", type ".join(row[name] for name in keys),
+                                  {"failed": {}, **{c: {} for c in CONVENTIONS}})
         if row["error"]:
-            of["failed"][row["key"]] = row["error"]
+            entry["failed"][row["key"]] = row["error"]
         for label, value in row["figures"].items():
             if value is not None:
-                of[row["convention"]].setdefault(label, []).append(value)
+                entry[row["convention"]].setdefault(label, []).append(value)
     return report
 
 
 def _numbers(value: Any) -> Any:
-    """As JSON can hold it: what is no finite number is null."""
+    """Replaces numbers that are not finite by null, for JSON."""
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -148,13 +148,13 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
     for name, rows in report.items():
         cells = [name]
         for c in columns:
-            found = interval(rows[convention].get(c, []))
-            if found is None:
+            summary = interval(rows[convention].get(c, []))
+            if summary is None:
                 cells.append("none")
                 continue
-            mean, half = found[0] * scale(c), found[1] * scale(c)
+            mean, half = summary[0] * scale(c), summary[1] * scale(c)
             cells.append(f"{mean:.2f}" if convention == "official" else f"{mean:.2f} ± {half:.2f} "
-                         f"({found[2]})")
+                         f"({summary[2]})")
         count = len(rows[convention].get("MSE", []))
         lines.append(_line([*cells, count, len(rows["failed"])]))
         if published and convention == "official":
@@ -172,12 +172,14 @@ def _published(name: str, columns: Sequence[str]) -> list[str]:
 
 
 def published_table(leave_out: Collection[str] = ()) -> str:
-    """All published figures of methods that have no row of their own, and where figures come from."""
+    """All published figures of methods without a row here, and the sources of figures."""
     lines = ["| published | model | " + " | ".join(COLUMNS) + " | from |", "|---" * (len(COLUMNS) + 3) + "|"]
-    lines += [f"| {f.name} | {f.model} | " + " | ".join(_figure(f.figures.get(c)) for c in COLUMNS) + " | "
-              f"[{f.source}] |"
-              for f in FIGURES if f.name not in leave_out]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"[{name}] {said}" for name, said in SOURCES.items())
+    for f in FIGURES:
+        if f.name not in leave_out:
+            figures = " | ".join(_figure(f.figures.get(c)) for c in COLUMNS)
+            lines.append(f"| {f.name} | {f.model} | {figures} | [{f.source}] |")
+    sources = "\n".join(f"[{name}] {description}" for name, description in SOURCES.items())
+    return "\n".join(lines) + "\n\n" + sources
 
 
 def _figure(value: float | None) -> str:

@@ -1,12 +1,12 @@
-"""The methods of PIE-Bench's tables as data: what the published scripts do with each picture, and what
-they should have done.
+"""The methods of PIE-Bench's tables as data: what the published scripts do with each picture, and the
+corrected methods.
 
 Published rows are named, and every field is set, as in PnPInversion (Ju et al. 2023):
 `run_editing_p2p.py`, `run_editing_edit_friendly_p2p.py`, `run_editing_masactrl.py`, `run_editing_pnp.py`
 and the code under `models/` that they call, faults included. Corrected rows are named by our inversion and
 editor ("direct", "ddim, masactrl").
 
-What is not as there: pictures are rounded to 8 bits (there truncated), all is computed in the model's own
+Differences from the scripts: pictures are rounded to 8 bits (there truncated), everything runs in the model's
 precision (there autoencoders in half precision for edit-friendly, networks too for Plug-and-Play), and noise
 is drawn on the CPU. Pictures are fitted as `load_512` fits them in all rows; those of PIE-Bench are 512
 pixels a side, which no script's own fit changes. Timesteps start at 1: the scripts' schedulers say 0, but
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,21 +35,21 @@ from p2p.sources.trace import trace
 
 
 class Item(NamedTuple):
-    """A picture of PIE-Bench and what is to be done with it."""
+    """A picture of PIE-Bench and its edit."""
 
     key: str
     picture: Path
     source: str              # prompts without the brackets that mark their words
     target: str
-    blended: str             # words of both in which the edit is to act, as they stand there
-    runs: list[int]          # of edited pixels: start, length, ...; rows of the picture joined
+    blended: str             # blended_word: words of both prompts that the edit's mask is made of
+    runs: list[int]          # mask of edited pixels: start, length, ... in the flattened picture
     kind: str = ""           # editing_type_id
     path: str = ""           # of the picture, in annotation_images/
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row. What a method does not read (windows, of an editor) is left out of its jobs."""
+    """One row. Settings that a method does not read (windows, with an editor) are left out of its jobs."""
 
     inversion: str                                     # as `invert` names it
     editor: str | Mapping[str, Any] | None = None      # as `find_editor` takes it; None: Prompt-to-Prompt
@@ -60,9 +60,9 @@ class Method:
     skip: float | None = None                          # share of the steps
     proximal: tuple[str, float] | None = None
     negative_prompt: str | None = None
-    told: Literal["prompt", "nothing"] = "prompt"      # what the source is inverted and sampled with
+    source_conditioning: Literal["prompt", "empty"] = "prompt"   # while it is inverted and sampled
     path: Literal["inverted", "resampled"] = "inverted"   # whose latents the source follows, see `resampled`
-    # by word count: replace where both prompts have as many
+    # by word count: replace where both prompts have the same number of words
     mode: Literal["refine", "by word count"] | None = "refine"
     cross: Window = 0.4
     self_: Window = 0.6
@@ -71,13 +71,13 @@ class Method:
     aligner: Literal["exact", "official"] = "official"
     # how blended_word is read, see `published_blend`, `blend`
     blend: Literal["first two", "phrases"] | None = "first two"
-    keep: Literal["stored", "sampled"] = "sampled"     # what stands outside of a blend's mask
-    fit: Literal["crop", "square"] = "square"   # how the picture comes to the model's size, see `square`
-    # results lie under their pictures' names: of a .jpg, JPEG of Pillow's quality (75) is judged
+    keep: Literal["stored", "sampled"] = "sampled"     # what is outside of a blend's mask
+    fit: Literal["crop", "square"] = "square"   # how the picture is brought to the model's size, see `square`
+    # results have their pictures' names: for a .jpg, a JPEG of Pillow's quality (75) is judged
     jpeg: bool = True
 
 
-_MASACTRL = Method("ddim", "masactrl", told="nothing")
+_MASACTRL = Method("ddim", "masactrl", source_conditioning="empty")
 _PNP = Method("ddim", {"name": "plug-and-play", "source_prompt": ""},
               negative_prompt="ugly, blurry, black, low res, unrealistic", path="resampled")
 _SCALES = {"0": 0.0, "1": 1.0, "25": 2.5, "5": 5.0, "75": 7.5}
@@ -130,13 +130,21 @@ LACKING = {   # other rows of the published tables, by a part of their names
 }
 
 
+def recorded(method: Method) -> dict[str, Any]:
+    """A row's fields as settings.json holds them: with the keys and values of its first version, so that rows
+    made with any version can be continued."""
+    fields = asdict(method)
+    conditioning = fields.pop("source_conditioning")
+    return fields | {"told": "nothing" if conditioning == "empty" else conditioning}
+
+
 def find(name: str) -> Method:
-    """Raises UsageError, naming what is missing of a published method that is not offered."""
+    """A row by its name. Raises UsageError, which says what a published method that is not offered lacks."""
     if name in PUBLISHED:
         return PUBLISHED[name]
     if name in CORRECTED:
         return CORRECTED[name]
-    if why := next((why for start, why in LACKING.items() if start in name), None):
+    if why := next((why for part, why in LACKING.items() if part in name), None):
         raise UsageError(f"{name}: not offered, for want of {why}; compare its pictures (--pictures "
                          f"{name}=FOLDER) or its figures (--compare published)")
     row, _, gpu = name.rpartition("_")
@@ -152,9 +160,9 @@ def find(name: str) -> Method:
 
 
 def job(method: Method, item: Item, model: Model) -> dict[str, Any]:
-    """What a list's line says of an item. Raises UsageError for items that the method cannot be run on."""
-    said: dict[str, Any] = {
-        "source": item.source if method.told == "prompt" else "", "targets": [item.target],
+    """An item's job, as a line of a list. Raises UsageError for items that the method cannot be run on."""
+    entry: dict[str, Any] = {
+        "source": item.source if method.source_conditioning == "prompt" else "", "targets": [item.target],
         "image": str(item.picture.absolute()), "method": method.inversion, "steps": method.steps,
         "seed": method.seed, "guidance_scale": method.guidance_scale,
         "inversion_guidance": method.inversion_guidance,
@@ -162,26 +170,28 @@ def job(method: Method, item: Item, model: Model) -> dict[str, Any]:
         "proximal": method.proximal and list(method.proximal), "negative_prompt": method.negative_prompt,
         "editor": method.editor}
     if method.path != "inverted":
-        said["path"] = method.path
+        entry["path"] = method.path
     if method.editor is None:
-        said |= {"mode": method.mode, "cross_replace_steps": method.cross, "self_replace_steps": method.self_,
-                 "self_max_tokens": method.self_max_tokens, "windows_over": method.windows_over,
-                 "aligner": method.aligner}
+        entry |= {"mode": method.mode, "cross_replace_steps": method.cross,
+                  "self_replace_steps": method.self_, "self_max_tokens": method.self_max_tokens,
+                  "windows_over": method.windows_over, "aligner": method.aligner}
         if method.mode == "by word count":
             alike = len(item.source.split(" ")) == len(item.target.split(" "))
-            said["mode"] = "replace" if alike else "refine"
+            entry["mode"] = "replace" if alike else "refine"
         if method.blend == "first two":
-            said |= published_blend(item, model, method.keep)
+            entry |= published_blend(item, model, method.keep)
         elif method.blend == "phrases":
-            said |= blend(item, model, method.keep)
-    return settings_read(method.inversion, {k: v for k, v in said.items() if v is not None})
+            entry |= blend(item, model, method.keep)
+    return settings_read(method.inversion, {k: v for k, v in entry.items() if v is not None})
 
 
 def published_blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
-    """The first two of the blended words, whatever the others are, looked up by equality with what stands
-    between spaces: "cat" is not found in "a cat, asleep". A word of one prompt alone makes the mask alone;
-    words of neither leave it empty, so that the target becomes the source. The second one weighs twice,
-    where it is found."""
+    """The blend and weights of the published scripts. Raises UsageError where these fail.
+
+    They read the first two of the blended words only, and compare them with what stands between spaces: "cat"
+    is not found in "a cat, asleep". A word that one prompt lacks is ignored; if both lack theirs the mask is
+    empty, and the target becomes the source. The second word has weight 2, where it is found.
+    """
     if not item.blended:
         return {}
     two = item.blended.split(" ")[:2]
@@ -189,19 +199,19 @@ def published_blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
         raise UsageError(f'blended_word "{item.blended}": one word, at which the published scripts stop')
     source, target = (_equal(model, prompt, word) for prompt, word in zip((item.source, item.target), two))
     words = {"words": [source, target]} if source or target else {"mask": to_base64(Image.new("L", (1, 1)))}
-    return {"local_blend": {**words, "keep": keep}} | ({"equalizer": dict.fromkeys(target, 2.0)} if target
-                                                       else {})
+    weights = {"equalizer": dict.fromkeys(target, 2.0)} if target else {}
+    return {"local_blend": {**words, "keep": keep}} | weights
 
 
 def _equal(model: Model, prompt: str, word: str) -> list[str]:
-    """The words of a prompt that are this one, by names for `word_tokens`."""
+    """The occurrences of a word between the spaces of a prompt, under names for `word_tokens`."""
     named = align.named_words(model.tokens(prompt))
-    return [name for said, (name, _) in zip(prompt.split(), named) if said == word]
+    return [name for text, (name, _) in zip(prompt.split(), named) if text == word]
 
 
 def blend(item: Item, model: Model, keep: str) -> dict[str, Any]:
-    """Where what is blended attends, the new one with twice its weight. Raises UsageError unless the blended
-    words are a phrase of the source prompt and one of the target prompt."""
+    """The corrected blend and weights: the mask of the blended words, the target's with weight 2. Raises
+    UsageError unless they are a phrase of the source prompt and one of the target prompt."""
     words = item.blended.split()
     if not words:
         return {}
@@ -221,8 +231,8 @@ def _holds(model: Model, prompt: str, phrase: str) -> bool:
 
 
 def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """PnPInversion's `load_512`, for any (height, width): the middle, as large as that shape allows,
-    resized (bicubic)."""
+    """PnPInversion's `load_512`, for any (height, width): crops the largest centred rectangle of that shape,
+    and resizes it (bicubic)."""
     image = image.convert("RGB")
     scale = min(image.width / size[1], image.height / size[0])
     w, h = round(scale * size[1]), round(scale * size[0])
@@ -231,9 +241,9 @@ def square(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resampled(model: Model, inversion: Inversion) -> Inversion:
-    """The source's path as the published ddim+pnp has it: sampled again from the inverted noise, without
-    guidance; and, as its list of latents lacks the first, each step (and the target's start) is given what
-    belongs to the next one."""
+    """The source's latents as in the published ddim+pnp: sampled again from the inverted noise, without
+    guidance. As its list of latents lacks the first, each step (and the target's start) uses those of the
+    next one."""
     again = trace(model, inversion.prompt, x_T=inversion.latents[-1:], steps=inversion.steps,
                   guidance_scale=1.0, latents_only=True)
     return replace(again, latents=torch.cat([again.latents[:1], again.latents[:-1]]))

@@ -1,5 +1,5 @@
-"""Figures that others published for PIE-Bench's 700 pictures, in the units of the published tables,
-and where they stand.
+"""Figures that others published for PIE-Bench's 700 pictures, in the units of the published tables, and
+their sources.
 
 Tables disagree between papers for the same method: settings and masks differ. Compare within one source.
 """
@@ -23,7 +23,7 @@ SOURCES = {
 
 
 class Published(NamedTuple):
-    name: str                      # of `protocol.PUBLISHED` where it is there
+    name: str                      # as in `protocol.PUBLISHED`, if it has the method
     model: str
     figures: dict[str, float]      # by COLUMNS, those that were published
     source: str                    # of SOURCES

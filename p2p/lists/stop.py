@@ -1,4 +1,4 @@
-"""Being told to stop: by Ctrl-C, by a signal, or by a reader that has left."""
+"""Interruption: by Ctrl-C, by a signal, or by a reader that closes its end of a pipe."""
 from __future__ import annotations
 
 import os
@@ -15,9 +15,8 @@ def _interrupt(number: int, _: Any) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs inside as Ctrl-C does, by a KeyboardInterrupt (that holds the signal's
-    number), so that what was half done is cleared away. Signals that are ignored (nohup) or handled stay
-    so."""
+    """Makes SIGTERM and SIGHUP raise a KeyboardInterrupt (with the signal's number) as Ctrl-C does, so that
+    unfinished files are removed. Signals that are ignored (nohup) or handled already stay so."""
     with _handled([s for s in _known("SIGTERM", "SIGHUP") if signal.getsignal(s) is signal.SIG_DFL],
                   _interrupt):
         yield
@@ -25,8 +24,8 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Ctrl-C, and the signals of `stoppable`, end the process itself: for imports, in which there is nothing
-    to clear away, and extension modules lose a KeyboardInterrupt or make other errors of it."""
+    """Makes Ctrl-C and the signals of `stoppable` end the process immediately: for imports, during which
+    there is nothing to clean up, and extension modules swallow a KeyboardInterrupt or replace it."""
     def end(number: int, _: Any) -> None:
         with suppress(OSError):
             os.write(2, b"p2p: interrupted\n")
@@ -38,20 +37,20 @@ def at_once() -> Iterator[None]:
 
 
 def _known(*names: str) -> list[signal.Signals]:
-    """Windows lacks SIGHUP."""
+    """The signals that this system has: Windows lacks SIGHUP."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started inside do not hear Ctrl-C."""
+    """Makes processes that are started inside ignore Ctrl-C."""
     with _handled([signal.SIGINT], signal.SIG_IGN):
         yield
 
 
 @contextmanager
 def _handled(signals: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
-    """Only a process's main thread may say what its signals do; in others they stay as they are."""
+    """Sets a handler for signals; only in the main thread, as Python allows it nowhere else."""
     ours = signals if threading.current_thread() is threading.main_thread() else []
     before = [signal.signal(s, handler) for s in ours]
     try:
@@ -62,13 +61,13 @@ def _handled(signals: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """As a shell gives it: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """The exit code that a shell reports: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 class Lasting:
-    """A text stream whose reader may leave (`p2p batch 2>&1 | head -1`): what is said is lost, the work is
-    not."""
+    """A text stream whose reader may close the pipe (`p2p batch 2>&1 | head -1`): output is then discarded,
+    and the work goes on."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")   # None: it was closed (2>&-)
@@ -89,7 +88,7 @@ class Lasting:
     def _lasting(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # what is buffered, and what follows, goes nowhere: or it would fail at exit
+        except OSError as error:  # discard the buffer and later output, or flushing would fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if not isinstance(error, BrokenPipeError):
                 raise

@@ -20,7 +20,7 @@ from p2p.sampler import stepper
 
 
 def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Result]:
-    """One result for each job, a mapping of the arguments of `edit`: source and targets, seed,
+    """Runs several edits in one batch. A job is a mapping of arguments of `edit`: source and targets, seed,
     guidance_scale, eta, steps, height, width and the fields of `Edit` (for real pictures, editors and
     proximal guidance use `edit`). Steps, sizes, eta and the sites of blends must be the same in all. The
     pictures are those of `edit`, up to rounding. Raises UsageError.
@@ -31,24 +31,24 @@ def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: 
 
 
 def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False) -> list[Result]:
-    """One result for each run that is laid out, as `edit_together`. Raises UsageError."""
+    """Runs these in one batch, see `edit_together`.  -> one result each. Raises UsageError."""
     if any(r.settings["inversion"] or r.settings["editor"] or r.settings["proximal"]
            or r.start.low is not None for r in ready):
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
                          "edit")
-    what = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
+    common = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
              "guidance_scale 1, or not": r.start.guidance_scale == 1,
              "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None} for r in ready]
-    for name in what[0] if what else ():
-        found = {w[name] for w in what} - {None}
-        if len(found) > 1:
+    for name in common[0] if common else ():
+        values = {settings[name] for settings in common} - {None}
+        if len(values) > 1:
             raise UsageError(f"edits run together need the same {name}, not "
-                             f"{' and '.join(map(str, sorted(found)))}")
+                             f"{' and '.join(map(str, sorted(values)))}")
     return ready and _parted(ready, run(model, _joined(model, ready), progress=progress))
 
 
 def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
-    """One run of them all: the rows of all sources, then those of all targets."""
+    """One run with all rows: those of all sources, then those of all targets."""
     def ordered(parts: Sequence[Any]) -> list[Any]:
         return [p[:1] for p in parts] + [p[1:] for p in parts]
 
@@ -59,42 +59,48 @@ def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
              for each in zip(*(r.start.noise for r in ready))]
     scales = torch.tensor([r.start.guidance_scale for r in ready], device=x.device)
     scales = torch.cat(ordered([s.expand(1 + count) for s, count in zip(scales, targets)])).view(-1, 1, 1, 1)
-    of, tables = [j for j, n in enumerate(targets) for _ in range(n)], [t for r in ready for t in r.tables]
+    sources = [j for j, n in enumerate(targets) for _ in range(n)]
+    tables = [t for r in ready for t in r.tables]
     return Ready(
         list(chain(*ordered([r.prompts for r in ready]))), start._replace(x=x, noise=noise), batch,
         stepper(start.schedule, model.prediction, model.clip, start.eta, noise),
         model.null(batch.unconditional, *start.size) if batch.guided else None, {}, [],
-        plan(tables, batch, model.device, model.dtype, of=of, dense=model.compiled), tables,
+        plan(tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled), tables,
         _blends([r.blend for r in ready], targets), guidance_scale=scales)
 
 
 def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | None:
-    given = next(filter(None, blends), None)
-    if given is None:
+    template = next(filter(None, blends), None)
+    if template is None:
         return None
-    device, fixed = given.of.device, given.fixed[:1]
-    parts = [b or Blend(given.side, given.columns.new_zeros(n, *given.columns.shape[1:]),
-                        given.threshold.new_zeros(n, 2), given.start.new_zeros(n),
-                        torch.ones(n, dtype=torch.bool, device=device),
-                        torch.ones_like(fixed).expand(n, -1, -1, -1),
-                        torch.zeros(n, dtype=torch.bool, device=device), given.of.new_zeros(n), given.sites)
-             for b, n in zip(blends, targets)]
+    parts = [b or _no_blend(template, n) for b, n in zip(blends, targets)]
     columns = pad_sequence([row for b in parts for row in b.columns], batch_first=True)
-    of = torch.cat([torch.full((n,), j, device=device) for j, n in enumerate(targets)])
-    return Blend(given.side, columns, *(torch.cat([getattr(b, name) for b in parts])
-                                        for name in ("threshold", "start", "everywhere", "fixed", "sampled")),
-                 of, given.sites)
+    source_row = torch.cat([torch.full((n,), j, device=columns.device) for j, n in enumerate(targets)])
+    joined = (torch.cat([getattr(b, name) for b in parts])
+              for name in ("threshold", "start", "everywhere", "fixed", "sampled"))
+    return Blend(template.side, columns, *joined, source_row, template.sites)
 
 
-def _parted(ready: Sequence[Ready], whole: Result) -> list[Result]:
+def _no_blend(template: Blend, n: int) -> Blend:
+    """n targets without a blend, of the shapes of another one."""
+    device = template.source_row.device
+    return Blend(template.side, template.columns.new_zeros(n, *template.columns.shape[1:]),
+                 template.threshold.new_zeros(n, 2), template.start.new_zeros(n),
+                 torch.ones(n, dtype=torch.bool, device=device),
+                 torch.ones_like(template.fixed[:1]).expand(n, -1, -1, -1),
+                 torch.zeros(n, dtype=torch.bool, device=device), template.source_row.new_zeros(n),
+                 template.sites)
+
+
+def _parted(ready: Sequence[Ready], joined: Result) -> list[Result]:
     targets = [len(r.prompts) - 1 for r in ready]
     firsts = [len(ready) + k for k in accumulate(targets, initial=0)]
     out = []
     for j, (r, n, first) in enumerate(zip(ready, targets, firsts)):
         rows = [j, *range(first, first + n)]
-        masks = whole.masks[first - len(ready):][:n] if r.blend is not None else None
-        out.append(Result([whole.images[i] for i in rows], whole.latents[rows], r.prompts, r.settings,
+        masks = joined.masks[first - len(ready):][:n] if r.blend is not None else None
+        out.append(Result([joined.images[i] for i in rows], joined.latents[rows], r.prompts, r.settings,
                           list(dict.fromkeys(r.notes)), masks=masks,
-                          rows=r.batch.rows * r.start.schedule.steps, timings=whole.timings,
+                          rows=r.batch.rows * r.start.schedule.steps, timings=joined.timings,
                           edits=list(r.edits)))
     return out

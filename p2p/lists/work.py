@@ -1,5 +1,4 @@
-"""What one process does with the jobs that it is given: each is computed, and its results are
-put into the store."""
+"""Runs jobs in one process: each is computed, and its results are put into the store."""
 from __future__ import annotations
 
 import time
@@ -29,58 +28,57 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """What to run. `loading`: arguments of `p2p.load`, without the device; it is what workers load."""
+    """The settings of a run. loading: arguments of `p2p.load` without the device, for the workers."""
 
-    jobs: Path | None            # the list; None where `run_jobs` is given the jobs
+    jobs: Path | None            # the list; None if the jobs are passed to `run_jobs`
     out: Path
     loading: Mapping[str, Any]
     device: str | None = None
     together: int = 4            # jobs in a batch of the network, at most
-    retry_failed: bool = False   # failed jobs, and these alone
+    retry_failed: bool = False   # run failed jobs only
     quiet: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)   # see `jobs.read`
 
 
 class Failure(NamedTuple):
-    """Why a job has no result. Not the exception itself, which would keep alive what its frames hold."""
+    """Why a job has no result; not the exception, whose traceback would keep its frames' tensors alive."""
 
     error: str
-    trace: str | None = None   # of what nobody foresaw
+    trace: str | None = None   # of an unforeseen error
 
 
 def compute(model: Model, group: Sequence[Job]) -> Iterator[tuple[Job, Result | Failure, float]]:
-    """Each job's result, or why it has none, and its seconds: jobs of one group share a batch and its time,
-    but for those that cannot be prepared. Whatever is raised is a job's failure; but a lost device is a
-    UsageError."""
+    """Each job's result or failure, and its seconds. Jobs of one group share a batch and its time, but for
+    those that cannot be prepared. Any exception is a job's failure, except a lost device: UsageError."""
     ready = []
     for job in group:
-        made, seconds = _tried(model, lambda job=job: _ready(model, job))
-        if isinstance(made, Failure):
-            yield job, made, seconds
+        outcome, seconds = _tried(model, lambda job=job: _ready(model, job))
+        if isinstance(outcome, Failure):
+            yield job, outcome, seconds
         else:
-            ready.append((job, made, seconds))
+            ready.append((job, outcome, seconds))
     if len(ready) > 1:
         results, spent = _tried(model, lambda: run_together(model, [each for _, each, _ in ready]))
         if not isinstance(results, Failure):
             for (job, _, seconds), result in zip(ready, results):
                 yield job, result, seconds + spent / len(ready)
-            return   # otherwise one of them is to blame: each alone
+            return   # one of them fails: run each by itself
     for job, each, seconds in ready:
         result, spent = _tried(model, lambda each=each: sample(model, each))
         yield job, result, seconds + spent
 
 
 def _tried(model: Model, do: Callable[[], T]) -> tuple[T | Failure, float]:
-    """What it gives, or why it does not, and the seconds it took. Raises UsageError if the device is lost."""
-    began, failure = time.perf_counter(), None
+    """Calls `do`.  -> its value or failure, and the seconds. Raises UsageError if the device is lost."""
+    started, failure = time.perf_counter(), None
     try:
-        made = do()
+        value = do()
     except (UsageError, NumericsError) as error:
         failure = Failure(str(error) or type(error).__name__)
-    except Exception as error:   # of this job alone, whatever it is: out of memory, or a fault of ours
+    except Exception as error:   # any other failure of this job: out of memory, or a bug
         failure = Failure(f"{type(error).__name__}: {error}".removesuffix(": "), traceback.format_exc())
     if failure is None:
-        return made, time.perf_counter() - began
+        return value, time.perf_counter() - started
     try:
         _probe(model.device)
     except torch.OutOfMemoryError:
@@ -88,7 +86,7 @@ def _tried(model: Model, do: Callable[[], T]) -> tuple[T | Failure, float]:
     except RuntimeError as error:   # after some faults of a GPU no process can use it again
         raise UsageError(f"{model.device} no longer answers ({str(error).splitlines()[0]}), since: "
                          f"{failure.error}; what is done is kept, start again to go on") from None
-    return failure, time.perf_counter() - began
+    return failure, time.perf_counter() - started
 
 
 def _probe(device: torch.device) -> None:
@@ -96,13 +94,13 @@ def _probe(device: torch.device) -> None:
 
 
 def _ready(model: Model, job: Job) -> Ready:
-    """All that comes before the sampling of one job: a picture is inverted here."""
+    """Prepares one job for sampling: inverts its picture, if it has one."""
     source: Any = job.source
     if job.image is not None:
-        said, picture = job.inversion(), open_picture(job.image)
-        if said["fit"] == "square":
-            picture, said["fit"] = square(picture, (said["height"], said["width"])), None
-        source = invert(model, picture, job.source, **said)
+        settings, picture = job.inversion(), open_picture(job.image)
+        if settings["fit"] == "square":
+            picture, settings["fit"] = square(picture, (settings["height"], settings["width"])), None
+        source = invert(model, picture, job.source, **settings)
         if job.inverting["path"] == "resampled":
             source = resampled(model, source)
     return prepared(model, source=source, **job.editing())
@@ -110,9 +108,9 @@ def _ready(model: Model, job: Job) -> Ready:
 
 def work(model: Model, todo: Iterable[Group], store: Store,
          retry_failed: bool = False) -> Iterator[tuple[Job, str | None]]:
-    """Runs groups and stores what comes of them; each job as it is finished, with its error if it failed."""
+    """Runs groups and stores their results; yields each finished job, with its error if it failed."""
     for group in todo:
-        if retry_failed:   # each alone: the group that it once shared may be done
+        if retry_failed:   # each by itself: the rest of its group may be done
             parts = [[job] for job in group if store.failed(job)]
         else:
             parts = [group] if any(not store.done(job) and not store.failed(job) for job in group) else []
@@ -129,7 +127,7 @@ def work(model: Model, todo: Iterable[Group], store: Store,
 
 
 def loaded(batch: Batch, device: str | None) -> Model:
-    """The model in a worker; its absence there is said by whoever started the worker."""
+    """Loads the model in a worker. Raises RuntimeError, which the parent process reports."""
     try:
         return load(**batch.loading, device=device)
     except Exception as error:

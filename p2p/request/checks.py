@@ -1,4 +1,4 @@
-"""Single arguments, checked: each function gives the value back as Python's own kind, which JSON can hold, or
+"""Checks of single arguments: each function returns the value as a plain Python type, which JSON can hold, or
 raises a UsageError that names the argument."""
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def kind(name: str, value: T, *kinds: type) -> T:
 
 
 def tensor(name: str, value: Any, *shape: int | str) -> Tensor:
-    """Real numbers of that shape: sizes, and names of those that may be any but 0."""
-    # not above: the command line checks its arguments before torch is there
+    """Checks for floating-point numbers of that shape: sizes, and names of those that may be any but 0."""
+    # imported here: the command line checks its arguments before torch is loaded
     from torch import Tensor, strided
 
     given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
@@ -50,8 +50,8 @@ def place(name: str, value: object) -> Path:
 
 
 def whole(name: str, value: object, least: int = 1, most: int | None = None) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None
-                                                                                       and value > most):
+    above = most is not None and isinstance(value, Integral) and value > most
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or above:
         raise UsageError(f"{name} must be a whole number from "
                          f"{least}{'' if most is None else f' to {most}'}, not {brief(value)}")
     return int(value)

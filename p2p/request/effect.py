@@ -1,5 +1,5 @@
-"""Which options of an edit change nothing: its tables with and without each are compared, so that no list
-of cases is needed."""
+"""Which options of an edit change nothing: its tables with and without each option are compared, so that no
+list of cases is needed."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -21,47 +21,48 @@ from p2p.scope import added, subject
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
 
 
-def without(made: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
-            whole: int | None = None) -> list[str]:
-    """For each option that does nothing in an edit's tables, which one and why, in words; the rest is what
-    `tables` made these of."""
-    alpha = cross_alpha(edit.cross_replace_steps, target, windowed(edit, steps, whole), length)[:steps]
+def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
+            schedule_steps: int | None = None) -> list[str]:
+    """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
+    makes them of the other arguments."""
+    window_steps = windowed(edit, steps, schedule_steps)
+    alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
 
     def same(**changed: Any) -> bool:
-        other = tables(source, target, replace(edit, **changed), mode, steps, length, whole)
-        return torch.equal(made.mix, other.mix) and torch.equal(made.keep, other.keep)
+        other = tables(source, target, replace(edit, **changed), mode, steps, length, schedule_steps)
+        return torch.equal(current.mix, other.mix) and torch.equal(current.keep, other.keep)
 
-    said = _windows(edit, steps, windowed(edit, steps, whole))
-    if edit.windows_over != DEFAULT["windows_over"] and whole in (None, steps):
-        said.append("windows_over changes nothing: no step of the schedule is left out")
+    notes = _windows(edit, steps, window_steps)
+    if edit.windows_over != DEFAULT["windows_over"] and schedule_steps in (None, steps):
+        notes.append("windows_over changes nothing: no step of the schedule is left out")
     empty = ("the source's attention is injected in none of the steps there, and it acts in those alone: see "
              "cross_replace_steps")
     for word, c in (edit.equalizer or {}).items():
         if same(equalizer=_less(edit.equalizer, word)):
             why = "it is 1" if c == 1 else empty
-            said.append(f'the weight of "{word}" (equalizer) changes nothing: {why}')
+            notes.append(f'the weight of "{word}" (equalizer) changes nothing: {why}')
     for old, new in (edit.swap or {}).items():
         if same(swap=_less(edit.swap, old)):
             closed = not alpha[:, align.word_tokens(target, new, length)].any()
             why = empty if closed else f'mode {mode} pairs it with "{new}" anyhow'
-            said.append(f'swap of "{old}" changes nothing: {why}')
+            notes.append(f'swap of "{old}" changes nothing: {why}')
     by_word = edit.cross_replace_steps
     if isinstance(by_word, Mapping):
         for word, bounds in by_word.items():
             other = window(by_word.get("default_", (0.0, 1.0)), word)
-            without = _less(by_word, word)
-            if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=without):
-                said.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
+            others = _less(by_word, word)
+            if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=others):
+                notes.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
                             "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
-        said.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
-    if edit.renormalise and _whole(made):
-        said.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
-    return said + _blend(edit)
+        notes.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
+    if edit.renormalise and _rows_sum_to_one(current):
+        notes.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
+    return notes + _blend(edit)
 
 
 def idle(t: Tables) -> bool:
-    """Whether an edit of the source's own prompt leaves its maps as they are: mix + diag(keep) = 1 at every
+    """Whether an edit whose prompt is the source's leaves its maps as they are: mix + diag(keep) = 1 at every
     step."""
     mix, keep = t.mix, t.keep
     return torch.equal(mix + torch.diag_embed(keep), torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix))
@@ -71,112 +72,119 @@ def _less(mapping: Mapping[str, Any] | None, word: str) -> dict[str, Any]:
     return {k: v for k, v in (mapping or {}).items() if k != word}
 
 
-def _windows(edit: Edit, steps: int, of: int) -> list[str]:
-    """Of the windows, shares of so many steps: those that cover no step, and what limits self-attention
-    that is not injected."""
-    said, cross = [], edit.cross_replace_steps
-    named = {"cross_replace_steps": (cross if isinstance(cross, Mapping) else {"default_": cross}, of + 1),
-             "self_replace_steps": ({"default_": edit.self_replace_steps}, of)}
+def _windows(edit: Edit, steps: int, window_steps: int) -> list[str]:
+    """Notes on windows that cover no step, and on limits of self-attention that is not injected.
+    window_steps: the number of steps that they are shares of."""
+    notes, cross = [], edit.cross_replace_steps
+    by_word = cross if isinstance(cross, Mapping) else {"default_": cross}
+    named = {"cross_replace_steps": (by_word, window_steps + 1),
+             "self_replace_steps": ({"default_": edit.self_replace_steps}, window_steps)}
     covers = {}
     for name, (windows, n) in named.items():
         for word, bounds in windows.items():
             lo, hi = window(bounds, name)
             covers[name] = int(lo * n) < min(int(hi * n), steps)
             if lo < hi and not covers[name]:
-                said.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
+                notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                             f"of the {steps} steps")
     limit = edit.self_max_tokens != DEFAULT["self_max_tokens"]
     share = edit.self_replace_steps != DEFAULT["self_replace_steps"]
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
-        said.append("self_max_tokens changes nothing: self_replace_steps covers no step")
+        notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")
     if share and not edit.self_max_tokens and covers["self_replace_steps"]:
-        said.append("self_replace_steps changes nothing: self_max_tokens is 0")
-    return said
+        notes.append("self_replace_steps changes nothing: self_max_tokens is 0")
+    return notes
 
 
-def _whole(made: Tables) -> bool:
-    """Do the rows of P_src mix + P diag(keep) sum to 1, whatever the maps?"""
-    borrowed, kept = made.mix.sum(-1), made.keep                                           # (T, L) each
-    return bool((borrowed - borrowed[:, :1]).abs().max() < 1e-9 and (kept - kept[:, :1]).abs().max() < 1e-9
-                and
-                (borrowed[:, 0] + kept[:, 0] - 1).abs().max() < 1e-9)
+def _rows_sum_to_one(current: Tables) -> bool:
+    """Whether the rows of P_src mix + P diag(keep) sum to 1 for all maps P_src and P."""
+    mix, keep = current.mix.sum(-1), current.keep                                          # (T, L) each
+    constant = all((x - x[:, :1]).abs().max() < 1e-9 for x in (mix, keep))                 # over the tokens
+    return bool(constant and (mix[:, 0] + keep[:, 0] - 1).abs().max() < 1e-9)
 
 
 def _blend(edit: Edit) -> list[str]:
-    """Of the local blend's options."""
-    said, b = [], edit.local_blend
+    """Notes on options of the local blend that change nothing."""
+    notes, b = [], edit.local_blend
     if b is None:
-        return said
+        return notes
     if edit.scope is not None and b.words is not None:
-        said.append("scope changes nothing in the picture: local_blend names words of its own")
+        notes.append("scope changes nothing in the picture: local_blend names words of its own")
     maps = b.words is not None or b.substruct is not None or edit.scope is not None
-    said += [f"local_blend: {name} changes nothing: it is of maps of words, and none are named" for name in
-             ("threshold", "level", "middle") if getattr(b, name) != DEFAULT[name] and not maps]
+    for name in ("threshold", "level", "middle") if not maps else ():
+        if getattr(b, name) != DEFAULT[name]:
+            notes.append(f"local_blend: {name} changes nothing: it is of maps of words, and none are named")
     pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     words, substruct = pair[0], pair[-1]
     if b.substruct is None and words != substruct:
-        said.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
+        notes.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
                     "given")
     if b.words is not None and b.rivals is None and words == 0:
-        said.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
+        notes.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
     if b.substruct is not None and substruct == 0:
-        said.append("local_blend: at threshold 0 substruct leaves nothing to be edited: all that attends to "
+        notes.append("local_blend: at threshold 0 substruct leaves nothing to be edited: all that attends to "
                     "it is taken out")
-    return said
+    return notes
 
 
-def blend_idle(blends: Sequence[LocalBlend | None], made: Blend, steps: int) -> list[str | None]:
-    """For every target what keeps its blend, or the mask in it, from mattering, in words."""
-    said: list[str | None] = []
-    for b, start, fixed in zip(blends, made.start.tolist(), made.fixed):
-        white = b is not None and b.mask is not None and bool(fixed.all())
-        alone = b is not None and b.words is None and b.substruct is None
-        bright = f"local_blend{'' if alone else ': mask'} changes nothing: the mask is bright everywhere"
-        said.append(None if b is None else "local_blend starts after the last step" if start >= steps else
-                    "local_blend's mask is dark: nothing may change" if not fixed.any() else
-                    bright if white else None)
-    return said
+def blend_idle(blends: Sequence[LocalBlend | None], blend: Blend, steps: int) -> list[str | None]:
+    """For every target, why its blend, or the mask in it, changes nothing; None where it may."""
+    return [None if b is None else _blend_idle(b, start, mask, steps)
+            for b, start, mask in zip(blends, blend.start.tolist(), blend.fixed)]
+
+
+def _blend_idle(b: LocalBlend, start: int, mask: torch.Tensor, steps: int) -> str | None:
+    if start >= steps:
+        return "local_blend starts after the last step"
+    if not mask.any():
+        return "local_blend's mask is dark: nothing may change"
+    if b.mask is None or not mask.all():
+        return None
+    mask_only = b.words is None and b.substruct is None
+    return f"local_blend{'' if mask_only else ': mask'} changes nothing: the mask is bright everywhere"
 
 
 def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Sequence[int],
-                   alike: bool) -> list[str]:
-    """Of local blends the options that do nothing in this model, or with this source. blend: of all
-    these edits; shape: of the latents (C, H, W); alike: the source's row is what is stored of the
-    source, or nothing is."""
+                   as_stored: bool) -> list[str]:
+    """Notes on options of local blends that do nothing in this model, or with this source.
+
+    blend: of all these edits. shape: of the latents, (C, H, W). as_stored: the source's row follows its
+    stored latents, or none are stored.
+    """
     sites = sites_of_side(model.unet, (shape[1], shape[2]), blend.side)
-    there = sum(site.startswith("mid_block") for site in sites)
-    said = []
+    middle_sites = sum(site.startswith("mid_block") for site in sites)
+    notes = []
     for e in edits:
         b = e.local_blend or LocalBlend()
-        if b.keep != DEFAULT["keep"] and alike:
-            said.append(f'"{e.prompt}": local_blend: keep changes nothing: the source is generated, or '
-                        "follows what is stored")
-        if b.middle and sites and not 0 < there < len(sites):
-            why = "it alone has maps" if there else "it has no maps"
-            said.append(f'"{e.prompt}": local_blend: middle changes nothing: the middle block counts where '
-                        f"others count too, and {why} of {blend.side[0]} x {blend.side[1]} here")
-    return said
+        if b.keep != DEFAULT["keep"] and as_stored:
+            notes.append(f'"{e.prompt}": local_blend: keep changes nothing: the source is generated, or '
+                         "follows what is stored")
+        if b.middle and sites and not 0 < middle_sites < len(sites):
+            why = "it alone has maps" if middle_sites else "it has no maps"
+            notes.append(f'"{e.prompt}": local_blend: middle changes nothing: the middle block counts where '
+                         f"others count too, and {why} of {blend.side[0]} x {blend.side[1]} here")
+    return notes
 
 
 def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list[str]:
-    """Of self-attention's settings those that do nothing here; shape: of the latents, (C, H, W)."""
+    """Notes on settings of self-attention that do nothing here. shape: of the latents, (C, H, W)."""
     pixels = model.unet.site_pixels(shape[1], shape[2])
     sizes = [pixels[layer.site] for layer in model.unet.layers(SelfAttention)]
-    said = []
+    notes = []
     for e in edits:
         for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
             if getattr(e, name) != DEFAULT[name]:
-                said.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
+                notes.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
                             "self-attention")
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0
         if sizes and injected and 0 < e.self_max_tokens < min(sizes):
-            said.append(f'"{e.prompt}": self_max_tokens {e.self_max_tokens} leaves self-attention alone: its '
-                        f"smallest maps are of {min(sizes)} pixels here")
-    return said
+            notes.append(f'"{e.prompt}": self_max_tokens {e.self_max_tokens} leaves self-attention alone: '
+                         f"its smallest maps are of {min(sizes)} pixels here")
+    return notes
 
 
 def editor_idle(editor: Any, planned: Sequence[Any], steps: int) -> list[str]:
-    """Whether another editor does anything, and which of its shares of the steps cover none."""
+    """Notes on another editor that does nothing, and on its shares of the steps that cover none."""
     name = type(editor).__name__
     if not any(planned):
         return [f"editor {name} changes nothing: as it is set it acts in no layer, or in none of the {steps} "
@@ -187,11 +195,11 @@ def editor_idle(editor: Any, planned: Sequence[Any], steps: int) -> list[str]:
 
 
 def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> list[str]:
-    """A note of the words whose change the scope of an edit leaves out. Raises UsageError where that
-    is all that changes.
+    """A note on the words whose change the scope of an edit leaves out. Raises UsageError where nothing else
+    changes.
 
-    A word that is added belongs to the scope where it stands before one of the scope's words ("a big cat");
-    of others ("a cat at night", "a cat with a hat") nobody can tell: they act inside of it.
+    An added word belongs to the scope where it stands before one of the scope's words ("a big cat"). Others
+    ("a cat at night", "a cat with a hat") are undecided: they act inside of the scope only.
     """
     aligned = alignment(source, target, edit, mode, length)
     old, new = subject(source, target, replace(edit, scope=None), mode, length, aligned)

@@ -1,4 +1,4 @@
-"""An inversion as it is asked for: all of it that can be checked, or decided, before the network runs."""
+"""The request for an inversion: all of it that can be checked, or decided, before the network runs."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ from p2p.request.source import METHODS, Inversion
 from p2p.request.start import check_seed, guidance, late
 from p2p.sampler import BELM_FROM_NOISE
 
-READ_BY = {   # settings that some methods alone read; the others refuse them
+READ_BY = {   # settings that only some methods read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
     "inner_steps": ("fixed-point", "null-text"),
     "eta": ("edit-friendly",),
     "seed": ("noise", "edit-friendly"),
 }
 DEFAULT = "edit-friendly"           # `benchmarks.paired`: nearest to the true edits, fewest rows but noise's
-SKIPPED = {"edit-friendly": 0.24}   # share of the steps left out, unless told: 12 of 50, as in PIE-Bench runs
+SKIPPED = {"edit-friendly": 0.24}   # default share of the steps left out: 12 of 50, as in PIE-Bench runs
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
 
 def settings_read(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of these settings of `invert` that the method reads."""
+    """The settings of `invert` among these that the method reads."""
     return {name: value for name, value in settings.items() if method in READ_BY.get(name, METHODS)}
 
 
-def settings_recorded(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `invert` that an inversion's record names, so that it is made again. Raises KeyError;
-    UsageError where one is lost on which its tensors depend: no default is taken for it."""
+def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `invert` in an inversion's record, to make it again. Raises KeyError, and UsageError
+    where one is missing on which its tensors depend: no default is assumed for it."""
     needed = ("steps", "skip", "guidance_scale", "inversion_guidance", "eta", "seed")
-    later = ("inner_steps", "final_alpha")   # of which older versions recorded nothing, or none
-    how = settings_read(said["method"], {name: said.get(name) for name in (*needed, *later)})
-    if lost := [name for name in needed if how.get(name, 0) is None]:
+    later = ("inner_steps", "final_alpha")   # older versions did not record these
+    settings = settings_read(record["method"], {name: record.get(name) for name in (*needed, *later)})
+    if lost := [name for name in needed if settings.get(name, 0) is None]:
         raise UsageError(f"its inversion's record does not say its {', '.join(lost)}, on which the pixels "
-                         "depend: they cannot be made again; edit the picture anew, with --image")
-    return how
+                         "depend: they cannot be made again; edit the picture again, with --image")
+    return settings
 
 
 def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
@@ -48,17 +48,13 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
              inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
              final_alpha: float | None = None, height: int | None = None, width: int | None = None,
              fit: str = "crop") -> Inversion:
-    """The inversion that these settings of `invert` end in, with latents of its shape and no values (torch's
-    "meta" device); height, width: of the picture as fitted. Raises UsageError."""
+    """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
+    device). height, width: of the picture as fitted. Raises UsageError."""
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
                          "model, see `upscale`")
     choice("inversion method", method, METHODS)
-    given = {"inversion_guidance": inversion_guidance, "inner_steps": inner_steps, "eta": eta, "seed": seed}
-    for name, value in given.items():
-        if value is not None and method not in READ_BY[name]:
-            raise UsageError(f"{name}: {method} inversion does not read it (read by "
-                             f"{', '.join(READ_BY[name])}); leave it out")
+    _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed)
     notes = check_prompt(prompt)
     schedule = model.schedule(whole("steps", steps))
     if final_alpha is not None and share("final_alpha", final_alpha) == 0:
@@ -75,31 +71,39 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
     if method == "belm" and not schedule.alphas[skip] > 0:
         raise UsageError(BELM_FROM_NOISE)
-    shape, run = model.latent_shape(height, width), steps - skip
+    shape, run_steps = model.latent_shape(height, width), steps - skip
     independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
-    check_run(model, 1, shape, run, guided=inversion_guidance != 1, noises=1 + run * independent,
-              kept=(2 + independent) * (run + 1), encodes=True)
+    check_run(model, 1, shape, run_steps, guided=inversion_guidance != 1, encodes=True,
+              noises=1 + run_steps * independent, stored=(2 + independent) * (run_steps + 1))
     notes += late(model, schedule)
     if method == "null-text" and guidance_scale == 1:
         notes += unguided(method)
     if inversion_guidance != 1 and _empty(model, prompt):
         notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
-    return Inversion(prompt, method, torch.empty(run + 1, *shape, device="meta"), steps, skip, guidance_scale,
-                     inversion_guidance, inner_steps if method in INNER_STEPS else None,
+    return Inversion(prompt, method, torch.empty(run_steps + 1, *shape, device="meta"), steps, skip,
+                     guidance_scale, inversion_guidance, inner_steps if method in INNER_STEPS else None,
                      eta if independent else 0.0, seed if method in READ_BY["seed"] else None, model.family,
                      model.prediction, model.sha256, fit=fit, final_alpha=final_alpha,
                      overrides=model.overrides, notes=tuple(notes))
 
 
+def _check_read(method: str, **settings: object) -> None:
+    """Raises UsageError for settings that this method does not read."""
+    for name, value in settings.items():
+        if value is not None and method not in READ_BY[name]:
+            raise UsageError(f"{name}: {method} inversion does not read it (read by "
+                             f"{', '.join(READ_BY[name])}); leave it out")
+
+
 def _empty(model: Model, prompt: str) -> bool:
-    """Does the network read the same of this prompt as of the one that guidance leads away from?"""
+    """Whether the network reads this prompt as it reads the empty prompt of guidance."""
     if not model.text_encoders:
         return True
     return not model.zero_negative and model.tokens(prompt).ids == model.tokens("").ids
 
 
 def unguided(method: str) -> list[str]:
-    """A note where an inversion ends in something for the empty prompt's place, which nothing is told."""
+    """A note where an inversion replaces the empty prompt, which nothing reads without guidance."""
     if method not in ("negative-prompt", "null-text"):
         return []
     return [f"{method} inversion changes nothing at guidance_scale 1: what it puts in place of the empty "

@@ -1,4 +1,4 @@
-"""A model from what the user asks for: arguments are checked, files found, and the parts put together."""
+"""`load`: checks the arguments, finds the files, and assembles the model from its parts."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,11 +19,11 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def find_device(name: str | torch.device | None, what: str = "device") -> torch.device:
-    """A device that is there; None: a GPU, or else the CPU. Raises UsageError."""
+    """Returns an available device; None: a GPU, or else the CPU. Raises UsageError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()
-    # of what is none, or not there
+    # not a device, or not available
     except (RuntimeError, AssertionError, TypeError, ValueError, ArithmeticError) as error:
         named = name if isinstance(name, str) else brief(name)
         raise UsageError(f"{what} {named}: {str(error).splitlines()[0]}") from None
@@ -31,7 +31,8 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
 
 
 def find_model(model: Model | str | Path) -> Model:
-    """A model, or the one of that name, loaded for this call alone. Raises CheckpointError, UsageError."""
+    """Returns the model, loaded for this call alone if it is given by name. Raises CheckpointError,
+    UsageError."""
     if isinstance(model, (str, Path)):
         return load(model)
     if not isinstance(model, Model):
@@ -49,20 +50,22 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     .safetensors or .ckpt file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers
     folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are found out where None,
-    and said in `Model.notes`. device: a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that
-    most of the UNet is stored in; SDXL's autoencoder always runs in float32, where half precision overflows.
+    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are detected where None,
+    and reported in `Model.notes`. device: None for a GPU if there is one. dtype: float32 on a CPU, elsewhere
+    the one that most of the UNet is stored in; SDXL's autoencoder always runs in float32, where half
+    precision overflows.
     vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the
-    model's own where None), or a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: the
-    UNet by torch.compile, one graph for all words, weights and windows of a batch's shape (another where maps
-    are read, or renormalised, or nothing of a known source is read any more); its first step takes a minute
-    or more. held: a shorter dtype (torch.float16) in which the UNet's large weights wait: each layer widens
-    its own as it computes, which halves the memory. offload: text towers and autoencoder wait on the CPU.
-    tile: side in latents (64) of the squares in which pictures are decoded. ema: the averaged weights, where
-    both are there. clip_skip: layers of text left out before those that the family leaves out, as diffusers
-    counts (1 is the "clip skip 2" of other programs). zero_snr: the noise schedule stretched to zero terminal
-    SNR (Lin et al. 2023); it shows where t = 999 is visited. Raises CheckpointError, and UsageError for
-    arguments of the wrong kind and devices that are not there.
+    model's own where None), or a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run
+    the UNet through torch.compile, with one graph for all words, weights and windows of a batch's shape
+    (another where maps are read, or renormalised, or nothing of an inverted source is read any more); the
+    first step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large
+    weights are stored: each layer widens its own as it computes, which halves the memory. offload: keep text
+    towers and autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in
+    which pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of
+    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of
+    other programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters
+    where t = 999 is visited. Raises CheckpointError, and UsageError for arguments of the wrong kind and
+    devices that are not available.
     """
     _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype,
                      held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
@@ -70,26 +73,33 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
     package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else stored(package.unet))
-    if held is not None and not held.itemsize < dtype.itemsize:
-        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
+    dtype = _compute_dtype(dtype, held, device, package)
     c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
     if offload:
         for part in filter(None, [*c.text, c.vae]):
             part.to("cpu")
     if compile:
         c.unet.compile()
-    asked = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
-             "held": held and str(held).removeprefix("torch.")}
+    load_options = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
+                    "held": held and str(held).removeprefix("torch.")}
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
-                 offload=offload, tile=tile, files=files(package, vae, text), asked=asked,
+                 offload=offload, tile=tile, files=files(package, vae, text), load_options=load_options,
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
-                 **_found_out(package, tile is not None and c.vae is None),
-                 **_own(package.family, bool(c.unet.config.low_channels)))
+                 **_detected(package, tile is not None and c.vae is None),
+                 **_family_defaults(package.family, bool(c.unet.config.low_channels)))
 
 
-def _found_out(package: Package, tiled: bool) -> dict[str, Any]:
-    """What the files say of how the model is sampled, and notes of it. tiled: asked of a model on pixels."""
+def _compute_dtype(dtype: torch.dtype | None, held: torch.dtype | None, device: torch.device,
+                   package: Package) -> torch.dtype:
+    """The dtype that the network computes in. Raises UsageError unless `held` is shorter."""
+    dtype = dtype or (torch.float32 if device.type == "cpu" else stored(package.unet))
+    if held is not None and not held.itemsize < dtype.itemsize:
+        raise UsageError(f"held must be shorter than the dtype that is computed in: {held} and {dtype}")
+    return dtype
+
+
+def _detected(package: Package, tiled: bool) -> dict[str, Any]:
+    """How the model is sampled, as its files say, with notes. tiled: `tile` is set, for a pixel model."""
     s, notes = package.sampling, list(package.notes)
     if "guess" in package.why or package.why == FAMILY_RULE:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
@@ -101,8 +111,8 @@ def _found_out(package: Package, tiled: bool) -> dict[str, Any]:
                 zero_negative=package.zero_negative, notes=tuple(notes))
 
 
-def _own(family: str, enlarges: bool) -> dict[str, Any]:
-    """Settings of runs that a family has of its own. enlarges: a super-resolution stage."""
+def _family_defaults(family: str, enlarges: bool) -> dict[str, Any]:
+    """Defaults of runs that differ in this family. enlarges: a super-resolution stage."""
     if family == "if":
         return dict(guidance_scale=4.0 if enlarges else 7.0, eta=1.0)
     if family == "emoji" and enlarges:
@@ -110,10 +120,10 @@ def _own(family: str, enlarges: bool) -> dict[str, Any]:
     return dict(guidance_scale=3.0) if family == "emoji" else {}
 
 
-def _check_arguments(source: object, **given: object) -> None:
+def _check_arguments(source: object, **arguments: object) -> None:
     if not isinstance(source, (str, Path)):
         raise UsageError(f"a model is named by a string or a path, not {brief(source)}")
-    for name, value in given.items():
+    for name, value in arguments.items():
         if name in ("compile", "offload", "ema", "zero_snr"):
             flag(name, value)
         if value is None:

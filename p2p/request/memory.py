@@ -1,7 +1,7 @@
-"""What a run takes, reckoned before anything is allocated, and refused beyond what the machine has.
+"""The memory of a run, estimated before anything is allocated, and refused beyond what the machine has.
 
 A lower bound: noise, stored latents, tables, recorded maps and the network's skip connections, not the
-weights, which are loaded by then. What is refused would have failed; what is not may fail still.
+weights, which are loaded by then. A run that is refused would have failed; one that is not may still fail.
 """
 from __future__ import annotations
 
@@ -19,76 +19,76 @@ from p2p.models.attention import Attention, HybridAttention, SelfAttention
 from p2p.request.record import Record
 
 CPU = torch.device("cpu")
-Bill = dict[str, int]   # bytes by what takes them
+Bill = dict[str, int]   # bytes by purpose
 
 
 def machine(device: torch.device = CPU) -> int | None:
-    """Bytes that the device has; of a CPU, those that its container is given. None where nobody says."""
+    """Bytes of memory of the device; of a CPU, as limited by its container. None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    found = []
+    limits = []
     with suppress(AttributeError, OSError, ValueError):   # Windows has no sysconf
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for file in _limits():
         with suppress(OSError, ValueError):               # no such file, or "max": no limit
-            found.append(int(file.read_text(encoding="utf-8")))
-    return min(found, default=None)
+            limits.append(int(file.read_text(encoding="utf-8")))
+    return min(limits, default=None)
 
 
 @cache
 def _limits() -> list[Path]:
-    """Where Linux says how much a control group may take (cgroups, version 2 or 1), and
-    those that it lies in."""
+    """The files in which Linux limits the memory of this process's control groups (cgroups, version 2
+    or 1)."""
     root = Path("/sys/fs/cgroup")
-    found = [root / "memory" / "memory.limit_in_bytes"]
+    files = [root / "memory" / "memory.limit_in_bytes"]
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            own = root / line.rpartition(":")[2].lstrip("/")
+            group = root / line.rpartition(":")[2].lstrip("/")
             if line.startswith("0::"):
-                inside = (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
-                found += [folder / "memory.max" for folder in inside]
-    return found
+                folders = (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+                files += [folder / "memory.max" for folder in folders]
+    return files
 
 
 def afford(bill: Mapping[str, int], device: torch.device = CPU) -> None:
     """Raises UsageError for more than the device has."""
-    wanted, has = sum(bill.values()), machine(device)
-    if has is not None and wanted > has:
-        parts = ", ".join(f"{what} {amount / 1e9:.1f}" for what, amount in bill.items()
+    wanted, available = sum(bill.values()), machine(device)
+    if available is not None and wanted > available:
+        parts = ", ".join(f"{part} {amount / 1e9:.1f}" for part, amount in bill.items()
                           if amount > 0.01 * wanted)
         raise UsageError(f"this takes at least {wanted / 1e9:.1f} GB of memory ({parts}), and the "
-                         f"{device.type} has {has / 1e9:.1f}: ask for fewer pictures at a time, fewer steps, "
-                         "or smaller pictures")
+                         f"{device.type} has {available / 1e9:.1f}: ask for fewer pictures at a time, fewer "
+                         "steps, or smaller pictures")
 
 
 def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guided: bool = True,
-              noises: int = 1, kept: int = 0, targets: int = 0, encodes: bool = False,
+              noises: int = 1, stored: int = 0, targets: int = 0, encodes: bool = False,
               record: Record = Record()) -> None:
     """Raises UsageError unless n rows of latents of that shape (C, H, W) can be sampled. noises: tensors that
-    are drawn; kept: latents that are stored; targets: of an edit; encodes: a picture is encoded first."""
+    are drawn; stored: latents that are stored; targets: of an edit; encodes: a picture is encoded first."""
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0
-    wide = model.unet.config.text_dim or model.unet.config.context_dim
+    text_width = model.unet.config.text_dim or model.unet.config.context_dim
     rows = n * (1 + guided)
-    host = {"noise": noises * one, "stored latents": kept * one, "pictures": n * pixels * 3 * 5,
+    host = {"noise": noises * one, "stored latents": stored * one, "pictures": n * pixels * 3 * 5,
             "tables of the edits": 2 * 8 * targets * steps * length**2}
-    there = {"latents": 3 * n * one, "text": rows * length * wide * model.dtype.itemsize,
+    on_device = {"latents": 3 * n * one, "text": rows * length * text_width * model.dtype.itemsize,
              "the network": rows * _network(model, shape) * model.dtype.itemsize,
              "the autoencoder": _autoencoder(model, shape, encodes)}
     if record.text or record.pixels:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
         host["maps"] = 2 * steps * numbers
-        there["maps of a step"] = model.dtype.itemsize * numbers
+        on_device["maps of a step"] = model.dtype.itemsize * numbers
     if model.device.type == "cuda":
         afford(host)
-        return afford(there, model.device)
-    afford(host | there)
+        return afford(on_device, model.device)
+    afford(host | on_device)
 
 
 def _network(model: Model, shape: tuple[int, ...]) -> int:
-    """Numbers that one row holds at once, at least: the skip connections, and at the widest place what
-    comes in and goes out."""
+    """Numbers that one row holds at once, at least: the skip connections, and input and output of the largest
+    layer."""
     c = model.unet.config
     h, w = (-(-side // c.patch) for side in shape[1:])
     skips = widest = 0
@@ -100,7 +100,7 @@ def _network(model: Model, shape: tuple[int, ...]) -> int:
 
 
 def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
-    """Bytes at full resolution, where it is largest, of the one picture that it works on at a time."""
+    """Bytes of the activations at full resolution, where they are largest, for one picture at a time."""
     if model.vae is None:
         return 0
     sides = [side if model.tile is None or encodes else min(side, model.tile) for side in shape[1:]]
@@ -110,19 +110,21 @@ def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
 
 
 def map_numbers(model: Model, record: Record, height: int, width: int) -> int:
-    """Numbers that one row's maps of one step hold, of latents of that size."""
+    """Numbers in one row's recorded maps of one step, for latents of that size."""
     pixels, length = model.unet.site_pixels(height, width), model.length if model.text_encoders else 0
     layers = {m.site: m for m in model.unet.layers(Attention)}
-    return sum(layers[site].heads * pixels[site] * (pixels[site] if isinstance(layers[site], SelfAttention)
-                                                    else length)
-               for site in record.sites(model.unet, height, width))
+    total = 0
+    for site in record.sites(model.unet, height, width):
+        columns = pixels[site] if isinstance(layers[site], SelfAttention) else length
+        total += layers[site].heads * pixels[site] * columns
+    return total
 
 
 def qk_shapes(model: Model, height: int, width: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """By site, the shapes (N, h d) and (K, h d) of one row's queries and keys, of latents of that size."""
-    pixels, found = model.unet.site_pixels(height, width), {}
+    """The shapes (N, h d) and (K, h d) of one row's queries and keys by site, for latents of that size."""
+    pixels, shapes = model.unet.site_pixels(height, width), {}
     for m in model.unet.layers(Attention):
-        between = isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)
-        columns = pixels[m.site] * between + (0 if isinstance(m, SelfAttention) else model.length)
-        found[m.site] = (pixels[m.site], m.to_q.out_features), (columns, m.to_q.out_features)
-    return found
+        reads_pixels = isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)
+        columns = pixels[m.site] * reads_pixels + (0 if isinstance(m, SelfAttention) else model.length)
+        shapes[m.site] = (pixels[m.site], m.to_q.out_features), (columns, m.to_q.out_features)
+    return shapes

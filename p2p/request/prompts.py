@@ -42,8 +42,8 @@ _TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)"
 
 
 def check(prompt: object) -> list[str]:
-    """What is remarkable in how a prompt is written. Raises UsageError for what is no text, or other
-    programs' syntax."""
+    """Notes on how a prompt is written. Raises UsageError for what is not text, and for other programs'
+    syntax."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt is text, not {brief(prompt)}")
     if len(prompt) > LONGEST:
@@ -56,9 +56,9 @@ def check(prompt: object) -> list[str]:
     for pattern, what, instead in _SYNTAX:
         for found in pattern.finditer(prompt):
             groups = [g.strip() for g in found.groups() if g is not None] or ["WORD"]
-            if len(groups) == 2 and re.search(r"(?:^|\D)\d+$",
-                                              groups[0]) and groups[1].isdigit() and ":" in found.group():
-                continue   # a ratio, or a time of day
+            if len(groups) == 2 and groups[1].isdigit() and ":" in found.group():
+                if re.search(r"(?:^|\D)\d+$", groups[0]):
+                    continue   # a ratio, or a time of day
             raise UsageError(f'"{_short(prompt)}": {_short(found.group())} is {what} in the syntax of other '
                              f"programs, and would be read as text: {instead.format(*groups)}")
     words = prompt.split()

@@ -1,4 +1,4 @@
-"""A run, checked and laid out: what is asked -> all that `denoise` is given."""
+"""From a checked request to all the arguments of `denoise`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,10 @@ from p2p import __version__
 from p2p.blend import Blend, prepare
 from p2p.denoise import Batch, Known
 from p2p.edits import Edit, Tables, plan, tables
-from p2p.model import Conditioning, Model
+from p2p.model import Model
 from p2p.models.attention import AttentionEdit
-from p2p.request.asked import Asked, Editor, asked, proximal_by
+from p2p.models.conditioning import Conditioning
+from p2p.request.editing import Editor, EditRequest, edit_request, proximal_by
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.remarks import remarks
@@ -29,9 +30,9 @@ Plan = Sequence[AttentionEdit | Mapping[str, Any] | None]
 
 
 class Ready(NamedTuple):
-    """All that is left is to sample."""
+    """A run that is ready to be sampled."""
 
-    prompts: list[str]                       # one a row, of an edit the source first
+    prompts: list[str]                       # one a row; in an edit the source comes first
     start: Start
     batch: Batch
     step: Stepper
@@ -44,49 +45,53 @@ class Ready(NamedTuple):
     known: Known | None = None
     guide: Callable[..., Tensor] = guide
     guidance_scale: float | Tensor = 1.0
-    edits: Sequence[Edit] = ()               # as they were understood
+    edits: Sequence[Edit] = ()               # with the modes that were chosen
 
 
 def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
              editor: Editor | None = None, record: Record = Record(), **settings: Any) -> Ready:
-    """The arguments of `edit`, checked and laid out. Raises UsageError."""
-    a = asked(model, source, targets, editor=editor, record=record, **settings)
-    inversion = a.inversion
-    start, known, before = begun(model, a.sampling, a.settled, 1 + len(a.edits)), None, None
+    """Checks the arguments of `edit`, and lays out its run. Raises UsageError."""
+    request = edit_request(model, source, targets, editor=editor, record=record, **settings)
+    inversion, sampling = request.inversion, request.sampling
+    start, known, before = begun(model, sampling, request.settled, 1 + len(request.edits)), None, None
     if inversion is not None:
         start, known, before = _from_inversion(start, inversion)
     steps, size, fit = start.schedule.steps, start.x.shape[2:], "crop" if inversion is None else inversion.fit
-    own, length = a.tokens[0], model.length
-    made = [tables(own, t, e, e.mode, steps, length, a.whole) for e, t in a.pairs()] if editor is None else []
-    blend = prepare(a.blends, own, a.tokens[1:], unet=model.unet, steps=steps, size=size, how=fit,
-                    length=length, device=model.device)
-    batch = _batch(a)
-    planned = plan(made, batch, model.device, model.dtype, dense=model.compiled) if editor is None else \
-        editor.plan(model.unet, batch, steps, model.device)
-    prompts = [a.source, *(e.prompt for e in a.edits)]
+    source_tokens, length = request.tokens[0], model.length
+    blend = prepare(request.blends, source_tokens, request.tokens[1:], unet=model.unet, steps=steps,
+                    size=size, fit=fit, length=length, device=model.device)
+    batch = _batch(request)
+    if editor is None:
+        edit_tables = [tables(source_tokens, t, e, e.mode, steps, length, request.schedule_steps)
+                       for e, t in request.pairs()]
+        planned = plan(edit_tables, batch, model.device, model.dtype, dense=model.compiled)
+    else:
+        edit_tables, planned = [], editor.plan(model.unet, batch, steps, model.device)
+    prompts = [request.source, *(e.prompt for e in request.edits)]
     notes = [*model.notes, *(() if inversion is None else inversion.notes), *prompt_notes(model, prompts),
-             *remarks(a, start, made, blend, planned)]
+             *remarks(request, start, edit_tables, blend, planned)]
     if inversion is not None and inversion.queries is not None and batch.absent:
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
-    elif known is not None and known.follow and not _looked_at(a, blend):   # a source is run where it is read
-        reads = _reads(made) if editor is None else [bool(step) for step in planned]
-        planned, known = [step if read else None
-                          for step, read in zip(planned, reads)], known._replace(run=reads)
-    said = run_settings(model, "edit", start, a.sampling) | {
-        "source": a.source, **to_settings(a.recorded, size, fit), "proximal": a.sampling.proximal,
+    elif known is not None and known.follow and not _looked_at(request, blend):   # run it where it is read
+        reads = _reads(edit_tables) if editor is None else [bool(step) for step in planned]
+        planned = [step if read else None for step, read in zip(planned, reads)]
+        known = known._replace(run=reads)
+    recorded = run_settings(model, "edit", start, sampling) | {
+        "source": request.source, **to_settings(request.recorded, size, fit), "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
-    empty = empty_prompts(model, inversion, batch.unconditional, start.size, a.sampling.negative_prompt)
+    empty = empty_prompts(model, inversion, batch.unconditional, start.size, sampling.negative_prompt)
     step = stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before)
-    told = a.source if editor is None or editor.source_prompt is None else editor.source_prompt
-    by = guide if a.sampling.proximal is None else proximal_by(a.sampling.proximal)
-    return Ready([told, *prompts[1:]], start, batch, step, empty, said, notes, planned, made, blend, known,
-                 by, start.guidance_scale, a.edits)
+    if editor is not None and editor.source_prompt is not None:
+        prompts = [editor.source_prompt, *prompts[1:]]
+    join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
+    return Ready(prompts, start, batch, step, empty, recorded, notes, planned, edit_tables, blend, known,
+                 join, start.guidance_scale, request.edits)
 
 
 def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, float] | None]:
-    """The steps that the inversion covers, its latents as the loop wants them, noisiest first, and of O-BELM
-    x one level above the first step."""
+    """The start at the inversion's own steps, its stored latents noisiest first, and for O-BELM x one level
+    noisier than the first step, with its alphas_cumprod."""
     schedule = start.schedule.ending(inversion.final_alpha)
     schedule = Schedule(schedule.timesteps[inversion.skip:], schedule.alphas[inversion.skip:])
     path = inversion.latents.flip(0).to(start.x.device)
@@ -105,34 +110,33 @@ def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, t
 
 
 def _whole_batch(sampling: Sampling) -> bool:
-    """Does guidance look at all rows together, the source's unconditional one too?"""
+    """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
     return sampling.proximal is not None and sampling.proximal[0].startswith("published")
 
 
-def _batch(a: Asked) -> Batch:
-    inversion, editor = a.inversion, a.editor
-    apart = inversion is not None and not _whole_batch(a.sampling)
+def _batch(request: EditRequest) -> Batch:
+    inversion, editor = request.inversion, request.editor
+    apart = inversion is not None and not _whole_batch(request.sampling)
     lone = apart and inversion.method in (*FOLLOW, "negative-prompt") \
         and not (editor is not None and editor.guided_source)
     absent = apart and inversion.queries is not None and editor is None
-    return Batch(1, len(a.edits), a.settled.guidance_scale != 1, lone, absent)
+    return Batch(1, len(request.edits), request.settled.guidance_scale != 1, lone, absent)
 
 
-def _reads(made: Sequence[Tables]) -> list[bool]:
-    """For each step, whether any target borrows anything of the source."""
-    return torch.stack([t.reads_text() | t.inject for t in made]).any(0).tolist()
+def _reads(edit_tables: Sequence[Tables]) -> list[bool]:
+    """For each step, whether any target reads the source's attention."""
+    return torch.stack([t.reads_text() | t.inject for t in edit_tables]).any(0).tolist()
 
 
-def _looked_at(a: Asked, blend: Blend | None) -> bool:
-    """Does something beside the edits read the source's row at every step?"""
-    maps = a.record.text or a.record.pixels or (blend is not None and blend.sites)
-    return bool(maps) or _whole_batch(a.sampling)
+def _looked_at(request: EditRequest, blend: Blend | None) -> bool:
+    """Whether anything beside the edits reads the source's row at every step."""
+    maps = request.record.text or request.record.pixels or (blend is not None and blend.sites)
+    return bool(maps) or _whole_batch(request.sampling)
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],
-                  negative_prompt: str | None
-                  ) -> Conditioning | list[Conditioning] | None:
-    """What n guided rows are told in place of a prompt."""
+                  negative_prompt: str | None) -> Conditioning | list[Conditioning] | None:
+    """The conditioning of n unconditional rows, one for all steps or one for each; None for no rows."""
     if not n:
         return None
     if negative_prompt:
@@ -147,9 +151,9 @@ def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple
 
 
 def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
-    """What is remarkable in prompts. Raises UsageError for what is none."""
+    """Notes on prompts. Raises UsageError for what is not a prompt."""
     written = {prompt: check_prompt(prompt) for prompt in prompts}
-    if not model.text_encoders:   # it reads none
+    if not model.text_encoders:   # it reads no text
         return []
     return [note for prompt, notes in written.items() for note in [*model.remarks(prompt), *notes]]
 

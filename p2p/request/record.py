@@ -1,4 +1,4 @@
-"""Which attention maps a run keeps."""
+"""Which attention maps a run records."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from p2p.weights.untrusted import brief
 
 
 class Record(NamedTuple):
-    """Maps of layers with at most so many pixels (0: none), after the edit."""
+    """The largest number of pixels of a layer whose maps are recorded, after the edit; 0: none."""
 
     text: int = 0          # columns of the text, in cross- and hybrid attention
     pixels: int = 0        # self-attention
@@ -28,11 +28,12 @@ class Record(NamedTuple):
                              "size")
 
     def sites(self, unet: UNet, height: int, width: int) -> list[str]:
-        """The layers whose maps are kept, of latents of that size. Raises UsageError where there is none."""
+        """The layers whose maps are recorded, for latents of that size. Raises UsageError for none."""
         pixels = unet.site_pixels(height, width)
-        between = {m.site for m in unet.layers(SelfAttention)}
-        found = [site for site, n in pixels.items() if n <= (self.pixels if site in between else self.text)]
-        if (self.text or self.pixels) and not found:
+        pixel_sites = {m.site for m in unet.layers(SelfAttention)}
+        sites = [site for site, n in pixels.items()
+                 if n <= (self.pixels if site in pixel_sites else self.text)]
+        if (self.text or self.pixels) and not sites:
             raise UsageError(f"no attention map has at most {max(self.text, self.pixels)} positions here; "
                              "record larger ones, or choose a smaller picture")
-        return found
+        return sites

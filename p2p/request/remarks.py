@@ -1,4 +1,4 @@
-"""What is said of an edit: what was decided, and what of it changes nothing."""
+"""The notes on an edit: what was decided, and which of its settings change nothing."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,59 +6,64 @@ from typing import Any
 
 from p2p.blend import Blend
 from p2p.edits import Tables
-from p2p.request.asked import Asked
+from p2p.request.editing import EditRequest
 from p2p.request.effect import blend_idle, blends_without, editor_idle, idle, self_idle, without
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late
 
 
-def remarks(a: Asked, start: Start, made: Sequence[Tables], blend: Blend | None,
+def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
             planned: Sequence[Any]) -> list[str]:
-    """made: the tables of Prompt-to-Prompt's edits, from which the run was planned."""
-    steps, shape, inversion = start.schedule.steps, start.x.shape[1:], a.inversion
-    notes = [] if inversion is not None else late(a.model, start.schedule)
-    notes += _of_tables(a, made, steps) if a.editor is None else _of_editor(a, planned, steps)
-    notes += sampling_idle(a.sampling, a.settled, known=inversion is not None)
-    if inversion is not None and a.settled.guidance_scale == 1:
+    """All notes on a run. edit_tables: of Prompt-to-Prompt's edits, from which the run was planned."""
+    steps, shape, inversion = start.schedule.steps, start.x.shape[1:], request.inversion
+    notes = [] if inversion is not None else late(request.model, start.schedule)
+    if request.editor is None:
+        notes += _of_tables(request, edit_tables, steps)
+    else:
+        notes += _of_editor(request, planned, steps)
+    notes += sampling_idle(request.sampling, request.settled, known=inversion is not None)
+    if inversion is not None and request.settled.guidance_scale == 1:
         notes += unguided(inversion.method)
-    notes += a.notes
-    if a.editor is None:
-        notes += self_idle(a.edits, a.model, shape)
+    notes += request.notes
+    if request.editor is None:
+        notes += self_idle(request.edits, request.model, shape)
     if blend is not None:
-        idle_blends = zip(a.edits, blend_idle(a.blends, blend, steps))
+        idle_blends = zip(request.edits, blend_idle(request.blends, blend, steps))
         notes += [f'"{e.prompt}": {why}' for e, why in idle_blends if why]
-        alike = inversion is None or inversion.method in FOLLOW
-        notes += blends_without(a.edits, blend, a.model, shape, alike)
+        as_stored = inversion is None or inversion.method in FOLLOW
+        notes += blends_without(request.edits, blend, request.model, shape, as_stored)
     return notes
 
 
-def _of_tables(a: Asked, made: Sequence[Tables], steps: int) -> list[str]:
-    source, notes = a.tokens[0], []
-    for m, (e, t), chosen in zip(made, a.pairs(), a.chosen):
+def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) -> list[str]:
+    source, notes = request.tokens[0], []
+    for current, (e, t), chosen in zip(edit_tables, request.pairs(), request.chosen):
         if chosen:
             notes.append(f'"{e.prompt}": mode {e.mode} (chosen from the prompts)')
-        if source.ids == t.ids and idle(m):
+        if source.ids == t.ids and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
-        idle_options = without(m, source, t, e, e.mode, steps, a.model.length, a.whole)
+        idle_options = without(current, source, t, e, e.mode, steps, request.model.length,
+                               request.schedule_steps)
         notes += [f'"{e.prompt}": {why}' for why in idle_options]
     return notes
 
 
-def _of_editor(a: Asked, planned: Sequence[Any], steps: int) -> list[str]:
-    notes = editor_idle(a.editor, planned, steps)
-    for (e, t), chosen in zip(a.pairs(), a.chosen):
+def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
+    notes = editor_idle(request.editor, planned, steps)
+    for (e, t), chosen in zip(request.pairs(), request.chosen):
         if not chosen and e.scope is None:
-            notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, in whose stead the '
-                         "editor injects")
-        if a.inversion is None and a.tokens[0].ids == t.ids and a.editor.source_prompt in (None, a.source):
+            notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
+                         "editor replaces")
+        same_prompt = request.editor.source_prompt in (None, request.source)
+        if request.inversion is None and request.tokens[0].ids == t.ids and same_prompt:
             notes.append(f'"{e.prompt}": the same prompt: this edit changes nothing')
     return notes
 
 
 def sampling_idle(sampling: Sampling, settled: Settled, known: bool = False) -> list[str]:
-    """Of a run's sampling what changes nothing. known: its source is inverted or traced."""
+    """Notes on a run's sampling that changes nothing. known: its source is inverted or traced."""
     notes = []
     if sampling.proximal is not None and settled.guidance_scale == 1:
         notes.append("proximal changes nothing: at guidance_scale 1 there is no guidance")

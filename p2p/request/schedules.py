@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
         return len(self.timesteps)
 
     def ending(self, final_alpha: float | None) -> Schedule:
-        """These steps, the last one to that alphas_cumprod; None: as they are. Raises UsageError."""
+        """These steps, the last one ending at that alphas_cumprod; None: unchanged. Raises UsageError."""
         if final_alpha is not None and final_alpha < self.alphas[-2]:
             raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the "
                              f"last timestep's level, {self.alphas[-2]:g}; give at least that")
@@ -63,20 +63,20 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
 
 def listed_schedule(alphas_cumprod: Tensor, timesteps: Iterable[int],
                     final_alpha: float | None = None) -> Schedule:
-    """These timesteps, falling. Raises UsageError."""
-    found = tuple(int(t) for t in timesteps)
+    """The schedule of these timesteps. Raises UsageError unless they fall."""
+    listed = tuple(int(t) for t in timesteps)
     total = len(alphas_cumprod)
-    if not found or not all(0 <= t < total for t in found) or any(s <= t for s, t in pairwise(found)):
+    if not listed or not all(0 <= t < total for t in listed) or any(s <= t for s, t in pairwise(listed)):
         raise UsageError(f"timesteps must fall, from {total - 1} at most to 0 at least; not "
-                         f"{brief(list(found))}")
+                         f"{brief(list(listed))}")
     table = alphas_cumprod.tolist()
-    return Schedule(found, (*(table[t] for t in found), table[0] if final_alpha is None else final_alpha))
+    return Schedule(listed, (*(table[t] for t in listed), table[0] if final_alpha is None else final_alpha))
 
 
 def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: str = "leading") -> Schedule:
     """The timesteps of diffusers' DPMSolverMultistepScheduler, whose leading and linspace count one step more
-    than DDIM's; to the clean picture. "karras": levels as Karras et al. 2022, Eq. 5, has them, with rho 7,
-    told to the network as the nearest timesteps."""
+    than DDIM's; to the clean picture. "karras": levels of Karras et al. 2022, Eq. 5, with rho 7, at which
+    the network is given the nearest timesteps."""
     total = _length(alphas_cumprod, steps)
     if spacing == "karras":
         log_sigmas = _log_sigmas(alphas_cumprod)
@@ -97,8 +97,8 @@ def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: s
 
 
 def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:
-    """Of the `origin` timesteps with which a latent consistency model was distilled, evenly spaced ones, from
-    the noisiest (Luo et al. 2023, as diffusers' LCMScheduler and TCDScheduler have them)."""
+    """Evenly spaced ones of the `origin` timesteps with which a latent consistency model was distilled, from
+    the noisiest (Luo et al. 2023, as in diffusers' LCMScheduler and TCDScheduler)."""
     total = _length(alphas_cumprod, steps)
     if steps > origin:
         raise UsageError(f"steps must be from 1 to {origin}, as many as the model was distilled with, not "
@@ -121,7 +121,7 @@ def sigma_schedule(alphas_cumprod: Tensor, steps: int) -> Schedule:
 
 
 def _length(alphas_cumprod: Tensor, steps: int) -> int:
-    """Of the schedule. Raises UsageError where it has no so many steps."""
+    """Number of timesteps of the schedule. Raises UsageError for more steps than that."""
     if not 1 <= steps <= len(alphas_cumprod):
         raise UsageError(f"steps must be from 1 to {len(alphas_cumprod)}, not {steps}")
     return len(alphas_cumprod)
@@ -132,7 +132,7 @@ def _trailing(total: int, steps: int) -> np.ndarray:
 
 
 def _log_sigmas(alphas_cumprod: Tensor) -> Tensor:
-    """Of every timestep, sigma^2 = (1 - a) / a.  -> (1000,) float64"""
+    """log(sigma) of every timestep, with sigma^2 = (1 - a) / a.  -> (1000,) float64"""
     table = alphas_cumprod.double().cpu()
     if not table[-1] > 0:
         raise UsageError(f"at t = {len(table) - 1} there is nothing but noise (zero terminal SNR): no sigma "

@@ -1,5 +1,5 @@
-"""A source that is known before the edit: a real picture that was inverted, or a generated
-one that was traced."""
+"""A source that exists before the edit: a real picture that was inverted, or a generated one that was
+traced."""
 from __future__ import annotations
 
 import errno
@@ -37,14 +37,13 @@ KEYS = 2**12           # most tensors: a trace has two for each layer
 
 @dataclass(frozen=True)
 class Inversion:
-    """A picture ready to be edited, any number of times. T: the steps that are run, those
-    left out not counted."""
+    """A picture ready to be edited, any number of times. T: the steps that are run, less those left out."""
 
     prompt: str
     method: str
     latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
-    steps: int                             # of the whole schedule
-    skip: int                              # so many of them, the noisiest, are left out
+    steps: int                             # of the schedule
+    skip: int                              # how many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for
     inversion_guidance: float
     inner_steps: int | None
@@ -53,7 +52,7 @@ class Inversion:
     family: str
     prediction: str
     sha256: str | None                     # of the model
-    rows: int = 0                          # of the UNet that it took
+    rows: int = 0                          # that the UNet computed
     null_context: Tensor | None = None     # (T, L, C): the empty prompt of each step, noisiest first
     offsets: Tensor | None = None          # (T, C, H, W): added to every row after each step, noisiest first
     picture: Image.Image | None = None     # as fitted; None if latents were given
@@ -168,43 +167,44 @@ FIELDS = {
 }
 
 
-def _check(file: str | Path, found: Inversion) -> None:
+def _check(file: str | Path, inversion: Inversion) -> None:
     """Raises UsageError unless fields and tensors are those of one inversion."""
-    wrong = [f"{name} is {getattr(found, name)!r}, not {wanted}" for name, (fits, wanted) in FIELDS.items()
-             if not fits(getattr(found, name))]
-    if not wrong and found.method not in METHODS:
-        wrong = [f"method {found.method!r} is not known; known: {', '.join(METHODS)}"]
-    if not wrong and found.skip >= found.steps:
-        wrong = [f"skip is {found.skip} of {found.steps} steps, which leaves none"]
-    wrong = wrong or _wrong_tensors(found, found.steps - found.skip, found.method in FOLLOW)
+    wrong = [f"{name} is {getattr(inversion, name)!r}, not {wanted}"
+             for name, (fits, wanted) in FIELDS.items() if not fits(getattr(inversion, name))]
+    if not wrong and inversion.method not in METHODS:
+        wrong = [f"method {inversion.method!r} is not known; known: {', '.join(METHODS)}"]
+    if not wrong and inversion.skip >= inversion.steps:
+        wrong = [f"skip is {inversion.skip} of {inversion.steps} steps, which leaves none"]
+    wrong = wrong or _wrong_tensors(inversion, inversion.steps - inversion.skip, inversion.method in FOLLOW)
     if wrong:
         raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the "
                          "picture again")
 
 
-def _wrong_tensors(found: Inversion, steps: int, followed: bool) -> list[str]:
-    latents = found.latents
+def _wrong_tensors(inversion: Inversion, steps: int, followed: bool) -> list[str]:
+    latents = inversion.latents
     if latents.ndim != 4 or len(latents) != steps + 1 or latents.dtype not in (torch.float32, torch.float64):
-        return [f"its latents are {_said(latents)}; ({steps + 1}, C, H, W) of float32 or float64 belongs to "
-                f"{steps} steps"]
+        return [f"its latents are {_described(latents)}; ({steps + 1}, C, H, W) of float32 or float64 "
+                f"belongs to {steps} steps"]
     wrong = []
-    if (found.eta > 0) != (found.method == "edit-friendly"):
-        wrong.append(f"eta is {found.eta}, of the method {found.method}")
+    if (inversion.eta > 0) != (inversion.method == "edit-friendly"):
+        wrong.append(f"eta is {inversion.eta}, of the method {inversion.method}")
     for name, method, shape in (("null_context", "null-text", (steps, None, None)),
                                 ("offsets", "edit-friendly", (steps, *latents.shape[1:]))):
-        tensor = getattr(found, name)
-        if (tensor is None) != (found.method != method):
-            there = "missing" if tensor is None else "there"
-            wrong.append(f"{name}: {there}, though the method is {found.method}")
+        tensor = getattr(inversion, name)
+        if (tensor is None) != (inversion.method != method):
+            presence = "missing" if tensor is None else "there"
+            wrong.append(f"{name}: {presence}, though the method is {inversion.method}")
         elif tensor is not None and not _like(tensor, shape):
-            wrong.append(f"its {name} are {_said(tensor)}, which is not of {steps} steps")
-    if found.queries is not None and not followed:
-        wrong.append(f"it is traced, though its method is {found.method}")
-    queries = found.queries or {}
-    tensors = {"latents": latents, "null_context": found.null_context, "offsets": found.offsets} | queries
+            wrong.append(f"its {name} are {_described(tensor)}, which is not of {steps} steps")
+    if inversion.queries is not None and not followed:
+        wrong.append(f"it is traced, though its method is {inversion.method}")
+    queries = inversion.queries or {}
+    tensors = {"latents": latents, "null_context": inversion.null_context, "offsets": inversion.offsets,
+               **queries}
     for name, tensor in tensors.items():
         if name in queries and not _like(tensor, (steps, None, None)):
-            wrong.append(f"{name} is {_said(tensor)}, which is not of {steps} steps")
+            wrong.append(f"{name} is {_described(tensor)}, which is not of {steps} steps")
         elif tensor is not None and tensor.dtype in FLOATS and tensor.numel() \
                 and not torch.stack(tensor.aminmax()).isfinite().all():
             wrong.append(f"{name}: values that are not finite")
@@ -216,20 +216,21 @@ def _like(tensor: Tensor, shape: Sequence[int | None]) -> bool:
             and all(b in (None, a) for a, b in zip(tensor.shape, shape)))
 
 
-def _said(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
-def _check_for(model: Model, found: Inversion) -> None:
+def _check_for(model: Model, inversion: Inversion) -> None:
     """Raises UsageError unless the tensors beside the latents have the shapes that the model's have."""
-    told = model.length, model.unet.config.text_dim or model.unet.config.context_dim
-    if found.null_context is not None and found.null_context.shape[1:] != told:
-        raise UsageError(f"null_context is {_said(found.null_context)}; this model's text has {told} a step")
-    if found.queries is not None:
-        given = {k: v.shape[1:] for k, v in found.queries.items()}
-        wanted = qk_shapes(model, *found.latents.shape[2:])
-        if given != {f"{site}.{part}": torch.Size(x) for site, qk in wanted.items()
-                     for part, x in zip("qk", qk)}:
+    text_shape = model.length, model.unet.config.text_dim or model.unet.config.context_dim
+    if inversion.null_context is not None and inversion.null_context.shape[1:] != text_shape:
+        raise UsageError(f"null_context is {_described(inversion.null_context)}; this model's text has "
+                         f"{text_shape} a step")
+    if inversion.queries is not None:
+        shapes = {name: x.shape[1:] for name, x in inversion.queries.items()}
+        expected = qk_shapes(model, *inversion.latents.shape[2:])
+        if shapes != {f"{site}.{part}": torch.Size(shape) for site, qk in expected.items()
+                      for part, shape in zip("qk", qk)}:
             raise UsageError("its queries are not those of this model at its size: trace it again")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,12 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a run samples. What is None is the model's own, or that of an inversion.
+    """How a run samples. None stands for the model's default, or for that of an inversion.
 
     steps: 50, unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the
     prompts are run. seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given.
     eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the pictures in pixels.
-    proximal: guidance along the large differences alone, see `sampler.proximal_guide`: (norm, quantile).
+    proximal: guidance along the large differences only, (norm, quantile), see `sampler.proximal_guide`.
     negative_prompt: what guidance leads away from, in place of the empty prompt. low: what a super-resolution
     stage enlarges, see `upscale`.
     """
@@ -83,18 +83,17 @@ class Start(NamedTuple):
     level: Tensor | None = None # (B,)
 
 
-def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: int | None = None,
-            width: int | None = None
-            ) -> tuple[Image.Image, tuple[int, int], list[str]]:
+def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: int | None = None,
+            width: int | None = None) -> tuple[Image.Image, tuple[int, int], list[str]]:
     """A picture upright, the size (height, width) to which `image.fit` brings it, and a note
-    of what that cuts off.
+    on what that crops.
 
-    how: "crop" or "pad" to height x width (None: the model's own), see `image.fit`; "own": to about as many
+    fit: "crop" or "pad" to height x width (None: the model's), see `image.fit`; "own": to about as many
     pixels as the model's own size has, in the picture's own shape. Raises UsageError.
     """
-    choice("fit", how, FITS)
+    choice("fit", fit, FITS)
     picture = as_picture(picture)
-    if how == "own":
+    if fit == "own":
         if height is not None or width is not None:
             raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or '
                              'choose "crop" or "pad"')
@@ -103,23 +102,23 @@ def fitting(model: Model, picture: Image.Image | str | Path, how: str, height: i
     height, width = (side * model.shrink for side in size)
     shares = picture.height / height, picture.width / width
     notes = []
-    if how != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
+    if fit != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
         seen = [round(side * min(shares)) for side in (width, height)]
-        instead = '--pad (fit="pad") keeps all of it' + ("" if how == "own" else ", --fit own its shape")
+        instead = '--pad (fit="pad") keeps all of it' + ("" if fit == "own" else ", --fit own its shape")
         notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x "
                      f"{seen[1]} around its centre, for the model's {width} x {height}: {instead}")
     return picture, (height, width), notes
 
 
 def late(model: Model, schedule: Schedule) -> list[str]:
-    """A note where the first of evenly spaced steps lies far below the schedule's end: it takes pure noise
-    for a picture of that level, and an inversion ends there."""
+    """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
+    a picture of that level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
     better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
-    return [f"{steps} steps start at t = {first} of {total}: so many, spaced evenly from the end, do not "
+    return [f"{steps} steps start at t = {first} of {total}: spaced evenly from the end, they do not "
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
 
@@ -137,14 +136,14 @@ def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> 
     model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
 
 
-def guidance(model: Model, asked: float | None) -> float:
-    """None: the model's own. 0 is the prompt alone, as 1 is and as everywhere else; by the formula it
-    would be no prompt."""
-    return model.guidance_scale if asked is None else finite("guidance_scale", asked) or 1.0
+def guidance(model: Model, scale: float | None) -> float:
+    """The guidance scale, or the model's default where None. 0 means no guidance, as 1 does and as in other
+    programs; by the formula it would mean no prompt."""
+    return model.guidance_scale if scale is None else finite("guidance_scale", scale) or 1.0
 
 
 class Settled(NamedTuple):
-    """What is decided of a run before anything is drawn."""
+    """The part of a run that is decided before any noise is drawn."""
 
     schedule: Schedule
     guidance_scale: float
@@ -155,8 +154,8 @@ class Settled(NamedTuple):
 
 def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *, targets: int = 0,
            record: Record = Record()) -> Settled:
-    """Of n rows, `targets` of them edits; seeds: one for all, or one each. Raises UsageError, also for more
-    memory than the machine has: nothing is allocated here."""
+    """Checks the sampling of n rows, `targets` of them edits. seeds: one for all, or one for each. Raises
+    UsageError, also for a run that needs more memory than the machine has: nothing is allocated here."""
     low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
     eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
@@ -174,12 +173,12 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
 
 
 def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> Start:
-    """n rows with their noise, see `settle`. Raises UsageError."""
+    """Checks the sampling of n rows, see `settle`, and draws their noise. Raises UsageError."""
     return begun(model, sampling, settle(model, sampling, seeds, n), n)
 
 
 def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
-    """What was settled, with its noise."""
+    """Draws the noise of n rows whose sampling was checked by `settle`."""
     low, x_T, (schedule, guidance_scale, eta, shape, seeds) = sampling.low, sampling.x_T, settled
     count = 1 + (schedule.steps if eta else 0)
     noise = [z.to(model.device) for z in draw(shape, seeds, count + (low is not None))]
@@ -191,21 +190,21 @@ def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
 
 
 def _sides(model: Model, sampling: Sampling, n: int) -> tuple[int | None, int | None]:
-    """Height and width in pixels: as asked for, or as what the run starts from has them.
-    Raises UsageError."""
-    made: tuple[int, ...] = ()   # the size that x_T or the small pictures have
+    """Height and width in pixels: as requested, or those of the tensors that the run starts from. Raises
+    UsageError."""
+    derived: tuple[int, ...] = ()   # from x_T or the small pictures
     if sampling.low is not None:
         _check_low(sampling.low, n, model)
-        made = tuple(UPSCALING * side for side in sampling.low.pictures.shape[2:])
+        derived = tuple(UPSCALING * side for side in sampling.low.pictures.shape[2:])
     if sampling.x_T is not None:
         check_latents("x_T", sampling.x_T, (1, n), model)
-        made = tuple(model.shrink * side for side in sampling.x_T.shape[2:])
-    asked = sampling.height, sampling.width
-    for name, given, side in zip(("height", "width"), asked, made):
-        if given is not None and whole(name, given) != side:
-            raise UsageError(f"{name}: {given} asked for, and what the run starts from makes it {side}; "
+        derived = tuple(model.shrink * side for side in sampling.x_T.shape[2:])
+    requested = sampling.height, sampling.width
+    for name, value, side in zip(("height", "width"), requested, derived):
+        if value is not None and whole(name, value) != side:
+            raise UsageError(f"{name}: {value} asked for, and what the run starts from makes it {side}; "
                              "leave it out")
-    return made or asked   # type: ignore[return-value]
+    return derived or requested   # type: ignore[return-value]
 
 
 def _check_low(low: Low, n: int, model: Model) -> None:
@@ -213,16 +212,15 @@ def _check_low(low: Low, n: int, model: Model) -> None:
     if not isinstance(low, Low):
         raise UsageError(f"low: a Low is needed, see `upscale`, not {brief(low)}")
     whole("noise_level", low.noise_level, least=0, most=len(model.alphas_cumprod) - 1)
-    if not isinstance(low.pictures,
-                      Tensor) or not low.pictures.is_floating_point() or low.pictures.shape[:2] != (n, 3) or \
-            low.pictures.ndim != 4:
+    x: Any = low.pictures
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.shape[:2] != (n, 3) or x.ndim != 4:
         raise UsageError(f"low: the pictures to enlarge are ({n}, 3, height, width), one a prompt, not "
-                         f"{brief(getattr(low.pictures, 'shape', low.pictures))}")
+                         f"{brief(getattr(x, 'shape', x))}")
 
 
 def _conditioned(model: Model, low: Low, noise: Tensor) -> dict[str, Tensor]:
-    """The pictures at full size, with noise of their level (Saharia et al. 2022, section 2.4): neither
-    x_T's nor a step's."""
+    """Conditioning on the pictures, enlarged to full size and noised to their level (Saharia et al. 2022,
+    section 2.4). noise: drawn apart from x_T's and the steps'."""
     pictures = low.pictures.to(model.device, torch.float32)
     size = [UPSCALING * side for side in pictures.shape[2:]]
     large = F.interpolate(pictures, size, mode="bilinear", align_corners=model.align_corners)

@@ -1,5 +1,5 @@
-"""How much of a picture changed that an edit was not about (the observation at the end of the
-paper's section 4)."""
+"""How much of a picture changed outside of what the edit was about (the observation at the end of the paper's
+section 4)."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from p2p.request.checks import whole
 from p2p.run import Result
 from p2p.scope import subject
 
-NOTICED = 16 / 255   # a change of any colour beyond this is seen
+NOTICED = 16 / 255   # a larger change of any colour is visible
 
 
 class Leakage(NamedTuple):
-    """Of one target, against the source."""
+    """Leakage of one target, against the source."""
 
     about: list[str]             # the words of both prompts that the edit is about
     outside: float               # share of the pixels outside of their regions that changed visibly
@@ -41,14 +41,14 @@ def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     old, new = subject(*prompts, edit, edit.mode, result.maps.length)
     source, edited = (from_pil(result.images[i])[0] for i in (0, target))
     size = tuple(source.shape[1:])
-    visibly = ((source - edited).abs().amax(0) / 2) > NOTICED                    # (H, W)
+    noticed = ((source - edited).abs().amax(0) / 2) > NOTICED                    # (H, W)
     before, after = (dict(result.maps.each_word(row)) for row in (0, target))
-    inside = torch.zeros(size, dtype=torch.bool)
+    subject_region = torch.zeros(size, dtype=torch.bool)
     for values in [*(before[w] for w in old if w in before), *(after[w] for w in new if w in after)]:
-        inside |= region(values, size, threshold)
-    kept = {word: region(values, size, threshold) & ~inside for word, values in before.items()
-            if word not in old}
-    outside = visibly[~inside].float().mean().item() if (~inside).any() else 0.0
-    return Leakage([*old, *(w for w in new if w not in old)], outside,
-                   {word: visibly[where].float().mean().item() for word, where in kept.items()
-                    if where.any()})
+        subject_region |= region(values, size, threshold)
+    other_regions = {word: region(values, size, threshold) & ~subject_region
+                     for word, values in before.items() if word not in old}
+    outside = noticed[~subject_region].float().mean().item() if (~subject_region).any() else 0.0
+    by_word = {word: noticed[where].float().mean().item()
+               for word, where in other_regions.items() if where.any()}
+    return Leakage([*old, *(w for w in new if w not in old)], outside, by_word)

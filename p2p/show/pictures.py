@@ -21,7 +21,7 @@ _INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
 def names(pictures: int) -> list[str]:
-    """Of the pictures of an edit, the source first."""
+    """Names for the pictures of an edit, the source first."""
     return ["source", "edit"] if pictures == 2 else ["source", *(f"edit-{k}" for k in range(1, pictures))]
 
 
@@ -37,11 +37,11 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     for picture, rows in zip(shown, lines):
         sheet.paste(picture, (x, gap))
         for k, row in enumerate(rows):
-            at = float(x)
+            left = float(x)
             for word, new in row:
-                draw.text((at, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK,
+                draw.text((left, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK,
                           font=font)
-                at += font.getlength(word + " ")
+                left += font.getlength(word + " ")
         x += picture.width + gap
     return sheet
 
@@ -83,9 +83,9 @@ def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None 
     size (width, height)."""
     v = values.float().cpu().clamp(min=0)
     v = (v / (v.max() if top is None else top)).nan_to_num().clamp(0, 1)
-    at = v * (len(_HEAT) - 1)
-    low = at.floor().long().clamp(max=len(_HEAT) - 2)
-    colours = torch.lerp(_HEAT[low], _HEAT[low + 1], (at - low)[..., None])
+    position = v * (len(_HEAT) - 1)
+    low = position.floor().long().clamp(max=len(_HEAT) - 2)
+    colours = torch.lerp(_HEAT[low], _HEAT[low + 1], (position - low)[..., None])
     picture = Image.fromarray((colours * 255).round().byte().numpy())
     return picture.resize(size, Image.BICUBIC) if size else picture
 
@@ -101,11 +101,11 @@ def _at_height(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
-    """The words of a caption, each with whether it is new."""
+    """The words of a caption, and whether each is new against the source's."""
     a, b = source.split(), caption.split()
-    kept = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    unchanged = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
             for j in range(m.b, m.b + m.size)}
-    return [(word, j not in kept) for j, word in enumerate(b)]
+    return [(word, j not in unchanged) for j, word in enumerate(b)]
 
 
 def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[str, bool]]]:
@@ -118,13 +118,13 @@ def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[st
 
 
 def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole or not at all, with the settings in a text chunk; without it where these are longer
-    (TEXT) than Pillow reads back, as it would then refuse the whole picture."""
+    """Writes a PNG atomically, with the settings in a text chunk. Settings that are longer than Pillow reads
+    back (TEXT) are left out: it would refuse the picture."""
     info = PngImagePlugin.PngInfo()
     if settings is not None and len(text := json.dumps(settings)) < TEXT:
         info.add_text(CHUNK, text)   # ASCII: json escapes the rest
-    with replacing(path) as made:
-        image.save(made, format="PNG", pnginfo=info)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

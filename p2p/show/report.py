@@ -1,5 +1,5 @@
-"""A run as one HTML file that needs nothing else: sliders between source and edits, maps on hover,
-settings, timings."""
+"""A run as one self-contained HTML file: sliders between source and edits, maps on hover, settings and
+timings."""
 from __future__ import annotations
 
 import json
@@ -107,7 +107,7 @@ def _data(image: Image.Image) -> str:
 
 
 def _short(value):
-    """Settings without the pictures inside them."""
+    """Settings with their pictures, in base64, cut short."""
     if isinstance(value, dict):
         return {k: _short(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -26,8 +26,8 @@ NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
 
 
 class Sweep(NamedTuple):
-    # the source at the left; a column a value of the first setting, a row a value of the second (of seeds
-    # alone: a column each)
+    # the source at the left; columns: values of the first setting; rows: values of the second (a sweep over
+    # seeds only has a column for each)
     table: Image.Image
     runs: list[Result]                       # one a seed; its targets in the order of `variants`
     variants: list[dict[str, Window]]        # what each target was run with
@@ -51,7 +51,7 @@ def shown(value: Window, digits: int = 6) -> str:
 
 
 def _value(name: str, value: Any) -> int | Window:
-    """Of windows a share or a pair (start, end). Seeds may have more digits than a float."""
+    """Checks a value: a number, or for windows also a pair (start, end). Seeds stay exact integers."""
     if name in NAMES and isinstance(value, (tuple, list)):
         return window(value, name)
     number = finite(f"a value of {name}", value)
@@ -60,11 +60,11 @@ def _value(name: str, value: Any) -> int | Window:
 
 def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
           over: Mapping[str, Sequence[Window]], *, seed: int = 0, **sampling: Any) -> Sweep:
-    """The edit with one or two settings varied, as a labelled table.
+    """Runs an edit with one or two settings varied, and arranges the pictures in a labelled table.
 
     over: one or two of {"cross" | "self": shares or windows (start, end)}, {"weight:WORD": numbers} and
-    {"seed": numbers}: the first along the columns, the second along the rows (of seeds and another setting,
-    the seeds). Without seeds everything is one batch with one source.
+    {"seed": numbers}: the first along the columns, the second along the rows (seeds always along the rows,
+    beside another setting). Without seeds everything is one batch with one source.
     sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)

@@ -1,1 +1,1 @@
-"""What exists of a source before the edit: inversions and traces."""
+"""Sources that exist before the edit: inversions and traces."""

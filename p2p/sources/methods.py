@@ -1,18 +1,18 @@
-"""Real pictures: from a picture and its prompt to latents (and what else it takes) from which it is edited.
+"""Inversion: from a real picture and its prompt to the latents from which it is edited.
 
-Every method ends in an `Inversion`: the latents of the picture at each noise level, and what keeps sampling
+Every method returns an `Inversion`: the latents of the picture at each noise level, and what keeps sampling
 near them.
 
     noise            forward diffusion (DDPM Eq. 4), to a chosen step; sampling finds its own way back (paper,
                      figure 12)
     ddim             DDIM run backwards without guidance (paper, figures 10 and 11)
-    fixed-point      the same, each step solved for instead of guessed (as in ReNoise and AIDI)
+    fixed-point      ddim, with each step solved for instead of guessed (as in ReNoise and AIDI)
     belm             a two-step sampler that runs backwards exactly (Wang et al. 2024, O-BELM)
     negative-prompt  ddim; the source prompt in place of the empty one (Miyake et al. 2023)
     null-text        ddim; the empty prompt's embedding optimised step by step (Mokady et al. 2022)
-    direct           ddim; the source is put back on its latents after every step (Ju et al. 2023)
+    direct           ddim; the source is reset to its latents after every step (Ju et al. 2023)
     edit-friendly    independent noise at every level; what the network misses is added to all rows, and the
-                     source is put back on its latents as in direct (Huberman et al. 2023)
+                     source is reset to its latents as in direct (Huberman et al. 2023)
 """
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from tqdm import tqdm
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
 from p2p.image import fit as fit_picture
-from p2p.model import STEPS, Conditioning, Model
+from p2p.model import STEPS, Model
+from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.loading import find_model
@@ -43,24 +44,24 @@ from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
 
 
 class _Run(NamedTuple):
-    """What all methods share. Schedules run from noise to picture."""
+    """The inputs of all methods. The schedule runs from noise to picture."""
 
     model: Model
     x_0: Tensor              # (1, C, H, W)
     null: Conditioning       # one row
-    told: Conditioning       # the prompt, read once for all steps
-    both: Conditioning       # the empty prompt before it, for guidance
+    conditioning: Conditioning   # the prompt, read once for all steps
+    both: Conditioning       # the empty prompt and the prompt, for guidance
     schedule: Schedule
     progress: bool
 
     def predict(self, x: Tensor, t: int, guidance_scale: float = 1.0) -> Tensor:
         """The network's output for one picture: one row, or two with guidance."""
         if guidance_scale == 1:
-            return self.model.predict(x, t, self.told)[0]
+            return self.model.predict(x, t, self.conditioning)[0]
         return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)
 
     def upwards(self) -> Iterable[tuple[int, float, float]]:
-        """(t, alphas_cumprod to go to, ... to come from), from the picture to the noise."""
+        """(t, alphas_cumprod after the step, alphas_cumprod before it), from the picture to the noise."""
         steps = list(self.schedule)[::-1]
         return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
 
@@ -73,65 +74,65 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
            fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
-    picture: or its file; or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where None) or
-    "pad", see `image.fit`, or "own": to the size of its own shape that the model takes. method: see above.
-    skip: steps left out at the noisy end (noise: 0, edit-friendly: 0.24 of them). guidance_scale: of the
-    edits to come (null-text is made for it); None for the model's own, 0 for 1. inversion_guidance: while
-    inverting, 1 where None (not noise, which predicts nothing); 0 is without the prompt here, as in
-    PnPInversion's ablation.
-    inner_steps: of the optimiser (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly, 1 for
-    DDPM. seed: of the noise that noise and edit-friendly draw, 0 where None. final_alpha: alphas_cumprod at
-    which the picture is taken to be; None for the model's own (Stable Diffusion: that of its first timestep,
-    in which it was trained to end), 1 for none of the noise, as in O-BELM's code. A setting that a method
-    does not read is refused. Raises UsageError, NumericsError.
+    picture: a picture, its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where
+    None) or "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes.
+    method: see above. skip: steps left out at the noisy end (noise: 0, edit-friendly: 0.24 of them).
+    guidance_scale: of the edits to come (null-text is optimised for it); None for the model's own, 0 for 1.
+    inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing); 0 is without the
+    prompt here, as in PnPInversion's ablation. inner_steps: of the optimiser (null-text, 10) or the solver
+    (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the noise that noise and edit-friendly draw, 0
+    where None. final_alpha: alphas_cumprod at which the picture is taken to be; None for the model's own
+    (Stable Diffusion: that of its first timestep, at which it was trained to end), 1 for a picture without
+    noise, as in O-BELM's code. A setting that a method does not read is refused. Raises UsageError,
+    NumericsError.
     """
     model = find_model(model)
     flag("progress", progress)
-    kept, cropped, fitted = None, [], "crop" if fit is None else fit
+    fitted, cropped, fit_mode = None, [], "crop" if fit is None else fit
     if isinstance(picture, Tensor):
         if any(given is not None for given in (height, width, fit)):
             raise UsageError("height, width, fit: latents have their size; leave these out")
         check_latents("latents", picture, (1,), model)
         height, width = (side * model.shrink for side in picture.shape[2:])
     else:
-        picture, (height, width), cropped = fitting(model, picture, fitted, height, width)
-    asked = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
+        picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
+    planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                      inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
-                     final_alpha=final_alpha, height=height, width=width, fit=fitted)
+                     final_alpha=final_alpha, height=height, width=width, fit=fit_mode)
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:
-        kept = fit_picture(picture, (height, width), fitted)
-        x_0 = model.encode(kept)
-    found = _inverted(_begun(model, x_0, asked, progress), asked)
-    return replace(found, picture=kept, notes=(*asked.notes, *cropped))
+        fitted = fit_picture(picture, (height, width), fit_mode)
+        x_0 = model.encode(fitted)
+    inversion = _inverted(_begun(model, x_0, planned, progress), planned)
+    return replace(inversion, picture=fitted, notes=(*planned.notes, *cropped))
 
 
-def _begun(model: Model, x_0: Tensor, asked: Inversion, progress: bool) -> _Run:
-    whole = model.schedule(asked.steps).ending(asked.final_alpha)
-    schedule = Schedule(whole.timesteps[asked.skip:], whole.alphas[asked.skip:])
+def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Run:
+    full_schedule = model.schedule(planned.steps).ending(planned.final_alpha)
+    schedule = Schedule(full_schedule.timesteps[planned.skip:], full_schedule.alphas[planned.skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
-    text, null = model.condition([asked.prompt], *pixels), model.null(1, *pixels)
+    text, null = model.condition([planned.prompt], *pixels), model.null(1, *pixels)
     with torch.no_grad():
-        told, both = model.read(text), model.read(Conditioning.cat([null, text]))
-    return _Run(model, x_0, null, told, both, schedule, progress)
+        conditioning, both = model.read(text), model.read(Conditioning.cat([null, text]))
+    return _Run(model, x_0, null, conditioning, both, schedule, progress)
 
 
-def _inverted(run: _Run, asked: Inversion) -> Inversion:
-    """What was asked for, with its tensors. Raises NumericsError."""
-    method, scale, null_context, offsets = asked.method, asked.inversion_guidance, None, None
+def _inverted(run: _Run, planned: Inversion) -> Inversion:
+    """The planned inversion with its tensors. Raises NumericsError."""
+    method, scale, null_context, offsets = planned.method, planned.inversion_guidance, None, None
     rows = 1 if scale == 1 else 2
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":
-            latents, rows = _noised(run, asked.seed, independent=False), 0
+            latents, rows = _noised(run, planned.seed, independent=False), 0
         elif method == "edit-friendly":
-            latents = _noised(run, asked.seed, independent=True)
-            offsets = _offsets(run, latents, scale, asked.eta).cpu()
+            latents = _noised(run, planned.seed, independent=True)
+            offsets = _offsets(run, latents, scale, planned.eta).cpu()
         elif method == "belm":
             latents = _belm(run, scale)
         else:
-            solver = asked.inner_steps if method == "fixed-point" else 1
+            solver = planned.inner_steps if method == "fixed-point" else 1
             latents = _ddim(run, scale, solver)
             rows *= solver
     rows *= run.schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
@@ -139,9 +140,9 @@ def _inverted(run: _Run, asked: Inversion) -> Inversion:
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(run.model)}")
     if method == "null-text":
         with _explicit_where_small(run):
-            null_context, more = _null_text(run, latents, asked.guidance_scale, asked.inner_steps)
+            null_context, more = _null_text(run, latents, planned.guidance_scale, planned.inner_steps)
         rows += more
-    return replace(asked, latents=latents.cpu(), rows=rows, null_context=null_context, offsets=offsets)
+    return replace(planned, latents=latents.cpu(), rows=rows, null_context=null_context, offsets=offsets)
 
 
 def _explicit_where_small(run: _Run) -> AbstractContextManager:
@@ -173,7 +174,8 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
 
 def _belm(run: _Run, guidance_scale: float) -> Tensor:
     """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a
-    picture at the level of the first timestep); each further one is the exact inverse of `belm_step`."""
+    picture at the level of the first timestep); all others are exact inverses of `belm_step`.
+    -> (T + 1, C, H, W)"""
     a = run.schedule.alphas[::-1]                                                # a[0] of the picture
     latents = [run.x_0]
     for i, (t, a_to, a_from) in enumerate(run.upwards()):
@@ -191,8 +193,8 @@ def _belm(run: _Run, guidance_scale: float) -> Tensor:
 
 
 def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
-    """x_0 with noise of every level (DDPM Eq. 4), the same noise or a new one at
-    each.  -> (T + 1, C, H, W)"""
+    """Adds noise of every level to x_0 (DDPM Eq. 4); independent: a new sample at each level.
+    -> (T + 1, C, H, W)"""
     noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
     latents = [run.x_0]
     for i, (_, a_t, _) in enumerate(list(run.schedule)[::-1], 1):
@@ -201,11 +203,11 @@ def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
 
 
 def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> Tensor:
-    """What each step's mean lacks to reach the next latents: the edit-friendly noise times its
+    """The difference of each step's mean and the next latents: the edit-friendly noise times its
     scale.  -> (T, C, H, W)
 
-    The last one is 0, as in the official code: there it would be no noise, but the picture's detail, a
-    ghost in every edit.
+    The last one is 0, as in the official code: there it would not be noise but the picture's detail, a ghost
+    in every edit.
     """
     out = []
     for i, (t, a_t, a_prev) in enumerate(list(run.schedule)[:-1]):
@@ -216,14 +218,14 @@ def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> T
 
 
 def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:
-    """Mokady et al. 2022, algorithm 1: per step the empty prompt's embedding that leads
-    to the stored latents.
+    """Optimises the empty prompt's embedding at every step so that sampling leads to the stored latents
+    (Mokady et al. 2022, algorithm 1).
 
     Constants of the official code: Adam, rate 0.01 (1 - i / 100), at most `inner_steps` updates, stop at a
-    squared error of 1e-5 + 2e-5 i.  -> (T, L, C), rows of the UNet that it took
+    squared error of 1e-5 + 2e-5 i.  -> (T, L, C), rows that the UNet computed
     """
     model, null = run.model, run.null
-    context, found, rows = null.context.float(), [], 0
+    context, contexts, rows = null.context.float(), [], 0
     x = latents[-1:].to(run.x_0)
 
     def stepped(x: Tensor, uncond: Tensor, cond: Tensor, a_t: float, a_prev: float) -> Tensor:
@@ -255,6 +257,6 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
             context = context.detach()
             x = stepped(x, unconditional(x, t, context), cond, a_t, a_prev)
         rows += 1
-        found.append(context.cpu())
+        contexts.append(context.cpu())
         bar.set_postfix(loss=f"{loss.item():.1e}")
-    return torch.cat(found), rows
+    return torch.cat(contexts), rows

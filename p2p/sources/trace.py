@@ -1,5 +1,5 @@
-"""A source computed once for many edits: its latents, and the queries and keys that edits
-borrow, step by step."""
+"""A source computed once for many edits: its latents, and the queries and keys that edits read at every
+step."""
 from __future__ import annotations
 
 import sys
@@ -29,13 +29,13 @@ def size(model: Model, steps: int, dtype: torch.dtype | None = None, height: int
          width: int | None = None) -> int:
     """Bytes that `trace` of a picture will hold; dtype None: the model's."""
     shape = model.latent_shape(height, width)
-    one = sum(n * d for qk in qk_shapes(model, *shape[1:]).values()
-              for n, d in qk) * (dtype or model.dtype).itemsize
-    return steps * one + (steps + 1) * 4 * shape[0] * shape[1] * shape[2]
+    numbers = sum(n * d for qk in qk_shapes(model, *shape[1:]).values() for n, d in qk)   # a step
+    latents = 4 * shape[0] * shape[1] * shape[2]
+    return steps * numbers * (dtype or model.dtype).itemsize + (steps + 1) * latents
 
 
 def _afford(model: Model, steps: int, dtype: torch.dtype, sides: Sequence[int]) -> None:
-    """Raises UsageError for more queries and keys than the machine has memory."""
+    """Raises UsageError for more queries and keys than the machine has memory for."""
     height, width = (side * model.shrink for side in sides)
     afford({"queries, keys and latents": size(model, steps, dtype, height, width)})
 
@@ -43,12 +43,11 @@ def _afford(model: Model, steps: int, dtype: torch.dtype, sides: Sequence[int]) 
 @torch.no_grad()
 def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: torch.dtype | None = None,
           latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
-    """What edits of this source need of it, so that none computes it again: pass the result to
-    `edit` in its place.
+    """Computes once what edits need of their source: pass the result to `edit` in its place.
 
     source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or
     an inversion whose source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a
-    step for each target, one without guidance; latents_only: one more, the source's, and no queries are kept.
+    step for each target, one without guidance; latents_only: stores no queries, and the source's row is run.
     dtype: of the queries and keys (None: the model's; torch.float16 halves them). `size` says beforehand how
     many bytes. Raises UsageError.
     """
@@ -72,22 +71,22 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
     flag("progress", progress)
     if isinstance(source, Inversion):
         if source.method not in FOLLOW:
-            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled anew in "
-                             f"every edit; use {' or '.join(FOLLOW)}")
+            raise UsageError(f"an inversion by {source.method} is not traced: its source is sampled again "
+                             f"in every edit; use {' or '.join(FOLLOW)}")
         source.check(model)
         if not latents_only:
             _afford(model, len(source.latents) - 1, dtype, source.latents.shape[2:])
         stored = {} if latents_only else _queries(model, source, dtype, progress)
-        found = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
+        inversion = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
-        found, stored = _sampled(model, source, not latents_only, dtype, progress,
+        inversion, stored = _sampled(model, source, not latents_only, dtype, progress,
                                  Sampling(eta=0.0, **sampling))
-    return replace(found, queries=stored or None)
+    return replace(inversion, queries=stored or None)
 
 
 def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, sampling: Sampling
              ) -> tuple[Inversion, dict[str, Tensor]]:
-    """The path of a generated picture, as if it had been inverted; its queries and keys on the way."""
+    """The latents of a generated picture at every step as an inversion, and its queries and keys."""
     start = begin(model, sampling, [sampling.seed], 1)
     steps, batch = start.schedule.steps, Batch(1, 0, start.guidance_scale != 1)
     if queries:
@@ -102,10 +101,10 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         path.append(step.x)
         rows += batch.rows
         _keep(stored, step.index, steps, step.seen, dtype)
-    found = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
+    inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
                       overrides=model.overrides)
-    return found, stored
+    return inversion, stored
 
 
 def _sites(model: Model) -> list[str]:
@@ -113,8 +112,8 @@ def _sites(model: Model) -> list[str]:
 
 
 def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: dict[str, QK], dtype: torch.dtype) -> None:
-    """Puts the source's queries and keys of step i, its prompt's row, where they belong; the first
-    step makes the room."""
+    """Stores the queries and keys of the source's conditional row at step i; the first step allocates their
+    tensors."""
     for site, qk in seen.items():
         for part, x in zip("qk", qk):
             name = f"{site}.{part}"
@@ -123,12 +122,15 @@ def _keep(stored: dict[str, Tensor], i: int, steps: int, seen: dict[str, QK], dt
             stored[name][i] = x[-1]
 
 
-def _queries(model: Model, found: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
-    """One row a step on the stored latents: all queries and keys, by
-    site.  -> (T, N, h d) each, noisiest first, CPU"""
-    pixels = tuple(side * model.shrink for side in found.latents.shape[2:])
-    text, stored, path = model.read(model.condition([found.prompt], *pixels)), {}, found.latents.flip(0)
-    timesteps = model.schedule(found.steps).timesteps[found.skip:]
+def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: bool) -> dict[str, Tensor]:
+    """All queries and keys by site, from one row a step on the stored latents.
+
+    -> (T, N, h d) each, noisiest first, CPU
+    """
+    pixels = tuple(side * model.shrink for side in inversion.latents.shape[2:])
+    text = model.read(model.condition([inversion.prompt], *pixels))
+    stored, path = {}, inversion.latents.flip(0)
+    timesteps = model.schedule(inversion.steps).timesteps[inversion.skip:]
     for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False,
                                unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]

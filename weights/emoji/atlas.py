@@ -11,7 +11,8 @@ from p2p.weights.emoji.world import ATLAS, OBJECTS, SPRITE
 
 
 def draw(font_file: str) -> Image.Image:
-    """One row of square sprites, RGBA, each scaled to touch the edges of its square and standing on its bottom."""
+    """One row of square sprites, RGBA, each scaled to touch the edges of its square and standing on its
+    bottom."""
     font = ImageFont.truetype(font_file, 109)   # the one size that the bitmap font holds
     sheet = Image.new("RGBA", (SPRITE * len(OBJECTS), SPRITE))
     for i, thing in enumerate(OBJECTS.values()):

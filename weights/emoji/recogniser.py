@@ -1,6 +1,7 @@
-"""Names what an emoji-world picture shows and where: the yardstick of the bundled model, trained on renders alone.
+"""Recognises the objects in a picture of the emoji world: the judge of the bundled model, trained on renders
+only.
 
-    python -m p2p.weights.emoji.recogniser OUTPUT.safetensors      # trains it, then judges it on held-out renders
+    python -m p2p.weights.emoji.recogniser OUTPUT.safetensors   # trains it, then tests it on held-out renders
 """
 from __future__ import annotations
 
@@ -24,11 +25,12 @@ MIN_AREA = 10      # cells of that map that make an object
 
 
 class Reading(NamedTuple):
-    """What was seen in B pictures; K objects of the world."""
+    """The content of B pictures; K objects of the world."""
 
     area: Tensor      # (B, K) cells of the 32 x 32 map that show each object
-    extent: Tensor    # (B,) expected number of cells that show an object at all: finer than whole cells, and not less where one
-                      # that an edit has deformed is taken for another
+    # (B,) expected number of cells that show an object at all: finer than whole cells, and not less where an
+    # object that an edit has deformed is taken for another
+    extent: Tensor
     box: Tensor       # (B, K, 4) left, top, right, bottom in 0..1; zero where the object is not there
     colour: Tensor    # (B, K) index into COLOURS, by the vote of the object's cells
     place: Tensor     # (B,)
@@ -57,15 +59,19 @@ class Recogniser(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 5, stride=2, padding=2)
-        self.down1, self.body1 = nn.Conv2d(24, 64, 3, stride=2, padding=1), nn.Sequential(_Residual(64), _Residual(64))
-        self.down2, self.body2 = nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.Sequential(_Residual(128), _Residual(128))
+        self.down1 = nn.Conv2d(24, 64, 3, stride=2, padding=1)
+        self.body1 = nn.Sequential(_Residual(64), _Residual(64))
+        self.down2 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
+        self.body2 = nn.Sequential(_Residual(128), _Residual(128))
         self.up1, self.mix1 = nn.Conv2d(128 + 64, 64, 1), _Residual(64)
         self.up2 = nn.Conv2d(64 + 24, 48, 3, padding=1)
         self.cells = nn.Conv2d(48, len(OBJECTS) + 1 + len(COLOURS), 1)
-        self.whole = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, len(PLACES) + len(STYLES) + 2))
+        self.whole = nn.Sequential(nn.Linear(128, 128), nn.SiLU(),
+                                   nn.Linear(128, len(PLACES) + len(STYLES) + 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(B, 3, 64, 64) -> objects (B, K+1, 32, 32), last: none; colours (B, 6, 32, 32); place; style; amounts (B, 2)"""
+        """(B, 3, 64, 64) -> objects (B, K+1, 32, 32), last: none; colours (B, 6, 32, 32); place; style;
+        amounts (B, 2)"""
         a = F.silu(self.stem(x))                                                 # (B, 24, 32, 32)
         b = self.body1(self.down1(a))                                            # (B, 64, 16, 16)
         c = self.body2(self.down2(F.silu(b)))                                    # (B, 128, 8, 8)
@@ -81,16 +87,18 @@ class Recogniser(nn.Module):
         objects, colours, place, style, amounts = self(pictures.to(self.stem.weight))
         cells = objects.argmax(1)                                                # (B, 32, 32)
         each = F.one_hot(cells, len(OBJECTS) + 1)[..., :-1].permute(0, 3, 1, 2).float()   # (B, K, 32, 32)
-        votes = torch.einsum("bkyx,bcyx->bkc", each, F.one_hot(colours.argmax(1), len(COLOURS)).permute(0, 3, 1, 2).float())
-        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((1, 2, 3)), boxes(each), votes.argmax(-1), place.argmax(1),
-                       style.argmax(1), amounts[:, 0], amounts[:, 1], torch.where(cells == len(OBJECTS), -1, cells))
+        votes = torch.einsum("bkyx,bcyx->bkc", each,
+                             F.one_hot(colours.argmax(1), len(COLOURS)).permute(0, 3, 1, 2).float())
+        return Reading(each.sum((2, 3)), objects.softmax(1)[:, :-1].sum((1, 2, 3)), boxes(each),
+                       votes.argmax(-1), place.argmax(1), style.argmax(1), amounts[:, 0], amounts[:, 1],
+                       torch.where(cells == len(OBJECTS), -1, cells))
 
 
 def boxes(masks: Tensor) -> Tensor:
     """Bounding boxes.  (..., H, W), more than 1/2 is inside -> (..., 4) left, top, right, bottom in 0..1"""
-    inside = masks > 0.5
+    covered = masks > 0.5
     out = []
-    for line in (inside.any(-2), inside.any(-1)):                                # along x, along y
+    for line in (covered.any(-2), covered.any(-1)):                                # along x, along y
         n = line.shape[-1]
         index = torch.arange(n, device=masks.device)
         first = torch.where(line, index, n).amin(-1)
@@ -108,8 +116,8 @@ def load(file: Path = FILE) -> Recogniser:
 
 @torch.no_grad()
 def embed(eye: Recogniser, pictures: Tensor) -> Tensor:
-    """What pictures (B, 3, 64, 64) in [-1, 1] show, as a vector beside those of captions: objects, their colours (which captions
-    need not name: with half their weight), place, style.  -> (B, D)"""
+    """Embeds pictures (B, 3, 64, 64) in [-1, 1] in the space of `embed_captions`: objects, their colours
+    (with half the weight, as captions need not name them), place, style.  -> (B, D)"""
     seen = eye.read(pictures)
     colours = (F.one_hot(seen.colour, len(COLOURS)) * seen.found[..., None]).amax(1)
     place, style = F.one_hot(seen.place, len(PLACES)), F.one_hot(seen.style, len(STYLES))
@@ -117,7 +125,7 @@ def embed(eye: Recogniser, pictures: Tensor) -> Tensor:
 
 
 def embed_captions(captions: Sequence[str]) -> Tensor:
-    """The same of what captions name.  -> (B, D)"""
+    """Embeds captions in the space of `embed`, by the words that they contain.  -> (B, D)"""
     places = [phrase.split()[-1].replace("{}", "") for phrase, _ in PLACES.values()]
     rows = []
     for text in captions:
@@ -129,15 +137,16 @@ def embed_captions(captions: Sequence[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-# --------------------------------------------------------------------------------------------- training and judging
+# --------------------------------------------------------------------------------------- training and judging
 
 def solid(masks: Tensor) -> Tensor:
-    """Masks grown by a pixel, so that what is thin (a bicycle) is one thing.  (B, n, H, W) -> same"""
+    """Dilates masks by a pixel, so that thin objects (a bicycle) are connected.  (B, n, H, W) -> same"""
     return F.max_pool2d(masks, 3, 1, 1)
 
 
 def _targets(scene: Scene, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """What each cell shows: object (B, 32, 32), K where none; colour (B, 32, 32), -100 where none is named."""
+    """The labels of each cell: object (B, 32, 32), K for none; colour (B, 32, 32), -100 where none is
+    named."""
     m = F.interpolate(solid(masks), size=(SIDE, SIDE), mode="area")              # (B, 2, 32, 32)
     best, slot = m.max(1)
     thing = scene.thing[:, :, None, None].expand_as(m).gather(1, slot[:, None])[:, 0]
@@ -147,15 +156,17 @@ def _targets(scene: Scene, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _worn(x: Tensor, g: torch.Generator) -> Tensor:
-    """Noise, blur and contrast of generated pictures, so that they are read as well as renders."""
+    """Augments renders with the noise, blur and contrast of generated pictures, so that these are read as
+    well."""
     noise = torch.randn(x.shape, generator=g) * (0.12 * torch.rand(len(x), 1, 1, 1, generator=g))
     blur = F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, 1)
-    x = torch.lerp(x, blur, torch.rand(len(x), 1, 1, 1, generator=g) * (torch.rand(len(x), 1, 1, 1, generator=g) < 0.5))
+    amount = torch.rand(len(x), 1, 1, 1, generator=g)
+    x = torch.lerp(x, blur, amount * (torch.rand(len(x), 1, 1, 1, generator=g) < 0.5))
     return x * (0.85 + 0.3 * torch.rand(len(x), 1, 1, 1, generator=g)) + noise
 
 
 def judge(model: Recogniser, n: int = 2000, seed: int = 10**6) -> dict[str, float]:
-    """Share of held-out renders read rightly: every object found at its place, every named colour, place, style."""
+    """Share of correct readings of held-out renders: objects at their places, named colours, place, style."""
     right = {"object": [], "colour": [], "place": [], "style": []}
     for k in range(0, n, 250):
         scene = sample(min(250, n - k), seed + k, split="held out")
@@ -163,8 +174,8 @@ def judge(model: Recogniser, n: int = 2000, seed: int = 10**6) -> dict[str, floa
         seen = model.read(pictures)
         truth = boxes(solid(masks))                                              # (B, 2, 4)
         for j in range(2):
-            there = scene.thing[:, j] >= 0
-            rows, thing = there.nonzero()[:, 0], scene.thing[there, j]
+            present = scene.thing[:, j] >= 0
+            rows, thing = present.nonzero()[:, 0], scene.thing[present, j]
             box = seen.box[rows, thing]
             overlap = iou(box, truth[rows, j])
             twins = scene.thing[rows, 0] == scene.thing[rows, 1]                 # two of a kind share one box
@@ -185,7 +196,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.recogniser", description=__doc__.splitlines()[0])
+    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.recogniser",
+                                 description=__doc__.splitlines()[0])
     ap.add_argument("output", type=Path)
     ap.add_argument("--pictures", type=int, default=200_000)
     ap.add_argument("--batch", type=int, default=64)
@@ -202,12 +214,16 @@ def main(argv: list[str] | None = None) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=steps, pct_start=0.05)
     g = torch.Generator().manual_seed(1)
     for step in range(steps):
-        scene = sample(a.batch, g, mix=Mix(roam=0.6))                            # objects anywhere: it must not guess
+        # objects anywhere: it must not guess from their places
+        scene = sample(a.batch, g, mix=Mix(roam=0.6))
         x, masks = render(scene)
-        objects, colours, place, style, amounts = model(_worn(x, g).contiguous(memory_format=torch.channels_last))
+        x = _worn(x, g).contiguous(memory_format=torch.channels_last)
+        objects, colours, place, style, amounts = model(x)
         thing, colour = _targets(scene, masks)
-        wanted = torch.stack([scene.amount * (scene.weather == 1), scene.amount * (scene.weather == 2)], dim=1)
-        loss = (F.cross_entropy(objects, thing) + 0.3 * F.cross_entropy(colours, colour) + 0.1 * F.cross_entropy(place, scene.place)
+        wanted = torch.stack([scene.amount * (scene.weather == 1), scene.amount * (scene.weather == 2)],
+                             dim=1)
+        loss = (F.cross_entropy(objects, thing) + 0.3 * F.cross_entropy(colours, colour)
+                + 0.1 * F.cross_entropy(place, scene.place)
                 + 0.1 * F.cross_entropy(style, scene.style) + F.mse_loss(amounts, wanted))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -216,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % 100 == 0 or step + 1 == steps:
             rate = (step + 1) * a.batch / (time.time() - started)
             print(f"{(step + 1) * a.batch} pictures, loss {loss.item():.4f}, {rate:.0f} a second", flush=True)
-            with replacing(a.output) as made:
-                save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, made)
+            with replacing(a.output) as temporary:
+                save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, temporary)
     print({k: round(v, 4) for k, v in judge(load(a.output)).items()})
 
 

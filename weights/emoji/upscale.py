@@ -1,10 +1,11 @@
-"""Trains the bundled super-resolution stage, 64 to 256 pixels, on renders of the emoji world. Resumes where it stopped.
+"""Trains the bundled super-resolution stage, 64 to 256 pixels, on renders of the emoji world. Continues from
+its last checkpoint.
 
     python -m p2p.weights.emoji.upscale RUN_FOLDER --pictures 100000
 
-A diffusion model like the first stage (predicts x_0, error weighted as for v), told the small picture with noise of a level
-up to `LEVEL` on it, as in `p2p.upscale`. It has no attention: what it learns is edges and texture. It sees whole pictures,
-for group norm takes its means over all that it is shown.
+A diffusion model like the first stage (predicts x_0, error weighted as for v), conditioned on the small
+picture with noise of a level up to `LEVEL`, as in `p2p.upscale`. It has no attention: it learns edges and
+texture. It is trained on whole pictures, since group norm takes its means over all pixels.
 """
 from __future__ import annotations
 
@@ -48,15 +49,17 @@ class Upscaler(nn.Module):
 
 
 def pairs(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """True pictures, and the small ones enlarged.  -> two of (n, 3, SIDE, SIDE)"""
+    """Large renders, and small ones enlarged.  -> two of (n, 3, SIDE, SIDE)"""
     scene = sample(n, g)
     return render(scene, SIDE)[0], F.interpolate(render(scene)[0], SIDE, mode="bilinear")
 
 
 def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.upscale", description=__doc__.splitlines()[0])
+    ap = argparse.ArgumentParser(prog="python -m p2p.weights.emoji.upscale",
+                                 description=__doc__.splitlines()[0])
     ap.add_argument("folder", type=Path)
-    ap.add_argument("--pictures", type=int, default=100_000, help="in all; the last fifth cools the learning rate down")
+    ap.add_argument("--pictures", type=int, default=100_000,
+                    help="in all; the last fifth cools the learning rate down")
     ap.add_argument("--stop", type=int, help="stop after this many, to go on later")
     ap.add_argument("--batch", type=int, default=4)
     ap.add_argument("--lr", type=float, default=1e-3)
@@ -81,19 +84,23 @@ def main(argv: list[str] | None = None) -> None:
         rate = set_rate(steppers, a.lr, step, seen, a.pictures)
         g = torch.Generator().manual_seed(2_000_003 + step)
         x_0, low = pairs(a.batch, g)
-        t, level = torch.randint(len(abar), (a.batch,), generator=g), torch.randint(LEVEL + 1, (a.batch,), generator=g)
+        t = torch.randint(len(abar), (a.batch,), generator=g)
+        level = torch.randint(LEVEL + 1, (a.batch,), generator=g)
         noised = []
-        for x, at in ((x_0, abar[t].view(-1, 1, 1, 1)), (low, abar[level].view(-1, 1, 1, 1))):
+        for x, a_t in ((x_0, abar[t].view(-1, 1, 1, 1)), (low, abar[level].view(-1, 1, 1, 1))):
             noise = torch.randn(x.shape, generator=g)
-            noised.append((at.sqrt() * x + (1 - at).sqrt() * noise).contiguous(memory_format=torch.channels_last))
+            x_t = a_t.sqrt() * x + (1 - a_t).sqrt() * noise
+            noised.append(x_t.contiguous(memory_format=torch.channels_last))
         with mixed("cpu", a.bf16):
             predicted = model(noised[0], t, noised[1], level)
         error = (predicted.float() - x_0).square().mean((1, 2, 3))
         losses.append(descend(model, ema, steppers, error, abar[t], a.ema, step))
         seen += a.batch
         if (step + 1) % a.every == 0 or seen >= stop:
-            print(json.dumps({"pictures": seen, "loss": round(sum(losses) / len(losses), 5), "lr": round(rate, 7),
-                              "pictures_per_s": round((seen - first) / (time.time() - started), 2)}), flush=True)
+            print(json.dumps({"pictures": seen, "loss": round(sum(losses) / len(losses), 5),
+                              "lr": round(rate, 7),
+                              "pictures_per_s": round((seen - first) / (time.time() - started), 2)}),
+                  flush=True)
             losses = []
             save_state(a.folder / "state.pt", model, ema, steppers, seen)
             export(ema, a.folder / "upscaler.safetensors", seen, schedule)

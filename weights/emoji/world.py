@@ -1,8 +1,9 @@
 """The emoji world: scenes, their captions, and a batched renderer. Every edit of a scene has a true picture.
 
-A `Scene` is tensors (what stands where, in which colour); `sample` draws scenes, `caption` says what they show,
-`render` paints them at any size on any device. Placement hangs on the words: each object has its own range of size,
-height and side, each place its own horizon and light, so a swapped word moves the picture unless attention is injected.
+A `Scene` is tensors (what stands where, in which colour); `sample` draws scenes, `caption` says what they
+show, `render` paints them at any size on any device. Placement hangs on the words: each object has its own
+range of size, height and side, each place its own horizon and light, so a swapped word moves the picture
+unless attention is injected.
 """
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SPRITE = 128   # pixels a side of a sprite in the atlas
 
 
 class Thing(NamedTuple):
-    """A sprite and where it likes to be, in fractions of the picture: side, bottom edge, centre; degrees of tilt."""
+    """A sprite and its usual place, in fractions of the picture: side, bottom edge, centre; degrees of
+    tilt."""
 
     glyph: str
     size: float
@@ -68,8 +70,8 @@ SIZE_FACTORS = (1.0, 0.6, 1.3)
 class Scene:
     """B scenes; two slots an object, the second may be empty. Lengths are fractions of the picture's side."""
 
-    thing: Tensor        # (B, 2) long, -1: nobody
-    colour: Tensor       # (B, 2) long, -1: as it comes
+    thing: Tensor        # (B, 2) long, -1: none
+    colour: Tensor       # (B, 2) long, -1: its own
     size_word: Tensor    # (B, 2) long, index into SIZES
     x: Tensor            # (B, 2) centre
     bottom: Tensor       # (B, 2)
@@ -99,7 +101,7 @@ class Scene:
 
 
 class Mix(NamedTuple):
-    """How often a scene holds what."""
+    """Probabilities of a scene's parts."""
 
     two: float = 0.4
     colour: float = 0.6
@@ -128,9 +130,9 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
     table = torch.tensor([[t.size, t.bottom, t.x, t.tilt] for t in OBJECTS.values()])
     thing = pick(len(OBJECTS), n, 2)
     two = u(n) < mix.two
-    own = table[thing]                                                                     # (n, 2, 4)
+    usual = table[thing]                                                                     # (n, 2, 4)
     jitter = torch.randn(n, 2, 3, generator=g).clamp(-2, 2) * torch.tensor([0.03, 0.025, 0.04])
-    spot = own[..., :3] + jitter
+    spot = usual[..., :3] + jitter
     anywhere = torch.stack([0.32 + 0.34 * u(n, 2), 0.52 + 0.42 * u(n, 2), 0.28 + 0.44 * u(n, 2)], dim=-1)
     spot = torch.where((u(n, 2) < mix.roam)[..., None], anywhere, spot)
     spot = torch.lerp(torch.tensor([0.60, 0.84, 0.50]).expand_as(spot), spot, mix.spread)
@@ -150,9 +152,10 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
     weather = torch.where(bare, torch.zeros_like(weather), weather)
     return Scene(
         thing=thing.masked_fill(second, -1),
-        colour=torch.where((u(n, 2) < mix.colour) & ~second, pick(len(COLOURS), n, 2), torch.full((n, 2), -1)),
+        colour=torch.where((u(n, 2) < mix.colour) & ~second, pick(len(COLOURS), n, 2),
+                           torch.full((n, 2), -1)),
         size_word=size_word.masked_fill(second, 0), x=x, bottom=bottom, size=size,
-        tilt=own[..., 3] * (2 * u(n, 2) - 1), place=place, named=named,
+        tilt=usual[..., 3] * (2 * u(n, 2) - 1), place=place, named=named,
         horizon=torch.tensor([p[1] for p in PLACES.values()])[place] + 0.05 * (u(n) - 0.5),
         light=0.94 + 0.12 * u(n), landmark=0.15 + 0.7 * u(n), weather=weather,
         amount=torch.where(weather > 0, 0.3 + 0.6 * u(n), torch.zeros(n)),
@@ -161,7 +164,8 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
 
 
 def novel(scene: Scene) -> Tensor:
-    """Scenes that join two words never joined in training (9 of the 96 coloured objects, 18 pairs).  (B,) bool"""
+    """Scenes that join two words never joined in training (9 of the 96 coloured objects, 18 pairs).  (B,)
+    bool"""
     thing, colour = scene.thing, scene.colour
     tinted = (thing >= 0) & (colour >= 0) & ((thing + 3 * colour) % 11 == 5)
     pair = (thing[:, 1] >= 0) & ((thing[:, 0] + 5 * thing[:, 1]) % 14 == 3)
@@ -169,17 +173,19 @@ def novel(scene: Scene) -> Tensor:
 
 
 def held_out(scene: Scene) -> Tensor:
-    """Scenes whose caption is kept out of training: one in ten of those that name their place, by a hash of what the caption
-    says.  (B,) bool"""
+    """Scenes whose caption is kept out of training: one in ten of those that name their place, by a hash of
+    what the caption says.  (B,) bool"""
     h = torch.zeros_like(scene.place)
-    for part in (scene.thing[:, 0], scene.thing[:, 1], scene.colour[:, 0], scene.colour[:, 1], scene.size_word[:, 0],
-                 scene.size_word[:, 1], scene.place, scene.named.long(), scene.weather, scene.style):
+    for part in (scene.thing[:, 0], scene.thing[:, 1], scene.colour[:, 0], scene.colour[:, 1],
+                 scene.size_word[:, 0], scene.size_word[:, 1], scene.place, scene.named.long(), scene.weather,
+                 scene.style):
         h = (h * 31 + part + 7) % 1_000_003
     return ((h * 7919 % 1_000_003) % 10 == 0) & scene.named
 
 
 def sample(n: int, seed: int | torch.Generator, split: str | None = "train", mix: Mix = Mix()) -> Scene:
-    """n scenes. split: "train", "held out" (captions never trained), "novel" (word pairs never trained) or None (all)."""
+    """n scenes. split: "train", "held out" (captions never trained), "novel" (word pairs never trained) or
+    None (all)."""
     g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     keep = {
         "train": lambda s: ~novel(s) & ~held_out(s), "held out": lambda s: ~novel(s) & held_out(s),
@@ -194,7 +200,8 @@ def sample(n: int, seed: int | torch.Generator, split: str | None = "train", mix
 
 def caption(scene: Scene) -> list[str]:
     """What the scenes show, in words: "a watercolor of a tiny red cat next to a house on snowy grass"."""
-    things, colours, places, styles = list(OBJECTS), list(COLOURS), list(PLACES.values()), list(STYLES.values())
+    things, colours = list(OBJECTS), list(COLOURS)
+    places, styles = list(PLACES.values()), list(STYLES.values())
     out = []
     for i in range(len(scene)):
         nouns = []
@@ -205,12 +212,14 @@ def caption(scene: Scene) -> list[str]:
                 words = " ".join(w for w in words if w)
                 nouns.append(("an " if words[0] in "aeiou" else "a ") + words)
         weather = WEATHERS[int(scene.weather[i])]
-        where = " " + places[int(scene.place[i])][0].format(weather + " " if weather else "") if scene.named[i] else ""
+        where = ""
+        if scene.named[i]:
+            where = " " + places[int(scene.place[i])][0].format(weather + " " if weather else "")
         out.append(styles[int(scene.style[i])] + " next to ".join(nouns) + where)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- rendering
+# -------------------------------------------------------------------------------------------------- rendering
 
 @lru_cache(maxsize=8)
 def _sprites(side: int, device: str) -> Tensor:
@@ -220,11 +229,12 @@ def _sprites(side: int, device: str) -> Tensor:
     rgb, alpha = rgba[:, :3], rgba[:, 3:]
     grey = (rgb * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     mean = (grey * alpha).sum((2, 3), keepdim=True) / alpha.sum((2, 3), keepdim=True)
-    shade = (grey - mean) * 1.1                                                           # what a tint keeps: light and shade
+    shade = (grey - mean) * 1.1   # what a tint keeps: light and shade
     tints = [rgb]
     for colour in torch.tensor(list(COLOURS.values())):
         colour = colour[:, None, None]
-        tints.append(torch.where(shade > 0, torch.lerp(colour.expand_as(rgb), torch.ones(()), shade.clamp(0, 1)),
+        tints.append(torch.where(shade > 0,
+                                 torch.lerp(colour.expand_as(rgb), torch.ones(()), shade.clamp(0, 1)),
                                  colour * (1 + shade * 1.6).clamp(0.1, 1)))
     every = torch.stack([torch.cat([t * alpha, alpha], dim=1) for t in tints], dim=1)     # (K, 1+C, 4, S, S)
     return F.interpolate(every.flatten(0, 1), size=side, mode="area").unflatten(0, every.shape[:2]).to(device)
@@ -248,7 +258,8 @@ def _background(s: Scene, side: int) -> tuple[Tensor, Tensor]:
         return v.view(-1, 1, 1, 1)
 
     def disc(cx, cy, rx, ry, blur=1.0):
-        return ((1 - ((x - cx) ** 2 / rx**2 + (y - cy) ** 2 / ry**2).sqrt()) * min(rx, ry) * soft / blur + 0.5).clamp(0, 1)
+        return ((1 - ((x - cx) ** 2 / rx**2 + (y - cy) ** 2 / ry**2).sqrt()) * min(rx, ry) * soft / blur
+                + 0.5).clamp(0, 1)
 
     h, u, place = per(s.horizon), per(s.landmark), per(s.place)
     names = list(PLACES)
@@ -264,12 +275,14 @@ def _background(s: Scene, side: int) -> tuple[Tensor, Tensor]:
                "desert": ((232, 172, 92), (196, 126, 60))}
     sky = sum(is_[n] * _mix(col(*skies[n][0]), col(*skies[n][1]), up) for n in names)
     floor = sum(is_[n] * _mix(col(*grounds[n][0]), col(*grounds[n][1]), down) for n in names)
-    cloud = torch.maximum(disc(u, 0.16, 0.17, 0.055, 3), disc(u + 0.08, 0.13, 0.10, 0.06, 3)) * (is_["grass"] + is_["snow"])
+    cloud = torch.maximum(disc(u, 0.16, 0.17, 0.055, 3),
+                          disc(u + 0.08, 0.13, 0.10, 0.06, 3)) * (is_["grass"] + is_["snow"])
     sky = _mix(sky, col(255, 255, 255), 0.85 * cloud)
     sky = _mix(sky, col(255, 236, 120), disc(u, 0.15, 0.085, 0.085) * is_["beach"])
     sky = _mix(sky, col(255, 246, 214), disc(u, 0.17, 0.11, 0.11) * is_["desert"])
     moon = (disc(u, 0.16, 0.09, 0.09) - disc(u + 0.045, 0.14, 0.08, 0.08)).clamp(0, 1)
-    stars = sum(disc(sx, sy, 0.012, 0.012) for sx, sy in ((0.08, 0.3), (0.22, 0.12), (0.4, 0.34), (0.55, 0.08),
+    stars = sum(disc(sx, sy, 0.012, 0.012)
+                for sx, sy in ((0.08, 0.3), (0.22, 0.12), (0.4, 0.34), (0.55, 0.08),
                                                           (0.7, 0.28), (0.86, 0.16), (0.94, 0.4)))
     sky = _mix(sky, col(255, 250, 200), (moon + 0.8 * stars).clamp(0, 1) * is_["night"])
     sea = ((y - h) * soft + 0.5).clamp(0, 1) * ((h + 0.12 - y) * soft + 0.5).clamp(0, 1) * is_["beach"]
@@ -280,7 +293,8 @@ def _background(s: Scene, side: int) -> tuple[Tensor, Tensor]:
 def _stand(s: Scene, j: int, side: int) -> Tensor:
     """Object j of every scene on an empty canvas, premultiplied RGBA.  -> (B, 4, side, side)"""
     thing, colour = s.thing[:, j], s.colour[:, j]
-    sprites = _sprites(SPRITE if side > 128 else SPRITE // 2, str(s.place.device))[thing.clamp(min=0), colour + 1]
+    sprites = _sprites(SPRITE if side > 128 else SPRITE // 2, str(s.place.device))
+    sprites = sprites[thing.clamp(min=0), colour + 1]
     half = s.size[:, j] / 2
     a = torch.deg2rad(s.tilt[:, j])
     cx, cy = 2 * s.x[:, j] - 1, 2 * (s.bottom[:, j] - half) - 1
@@ -298,7 +312,8 @@ def _shadow(s: Scene, j: int, side: int) -> Tensor:
     y, x = axis[None, :, None], axis[None, None, :]
     stands = torch.tensor([not t.flies for t in OBJECTS.values()], device=device)[s.thing[:, j].clamp(min=0)]
     size = s.size[:, j].view(-1, 1, 1)
-    d = ((x - s.x[:, j].view(-1, 1, 1)) / (0.5 * size)) ** 2 + ((y - s.bottom[:, j].view(-1, 1, 1)) / (0.09 * size)) ** 2
+    dx, dy = x - s.x[:, j].view(-1, 1, 1), y - s.bottom[:, j].view(-1, 1, 1)
+    d = (dx / (0.5 * size)) ** 2 + (dy / (0.09 * size)) ** 2
     return (0.32 * (1.25 - d).clamp(0, 1) * (stands & (s.thing[:, j] >= 0)).view(-1, 1, 1))[:, None]
 
 
@@ -307,7 +322,8 @@ def _styled(picture: Tensor, style: Tensor) -> Tensor:
     unit = max(1, picture.shape[-1] // 64)
     blur = F.avg_pool2d(F.pad(picture, [unit] * 4, mode="replicate"), 2 * unit + 1, 1)
     grey = picture.mean(1, keepdim=True)
-    edge = (F.max_pool2d(grey, 2 * unit + 1, 1, unit) + F.max_pool2d(-grey, 2 * unit + 1, 1, unit)).clamp(0, 1)
+    brightest = F.max_pool2d(grey, 2 * unit + 1, 1, unit)
+    edge = (brightest + F.max_pool2d(-grey, 2 * unit + 1, 1, unit)).clamp(0, 1)
     paper = torch.tensor([0.99, 0.97, 0.92], device=picture.device).view(1, 3, 1, 1)
     sketch = _mix(paper, picture, torch.tensor(0.42)) * (1 - 0.85 * (1.6 * edge).clamp(0, 1))
     wash = F.avg_pool2d(F.pad(blur, [unit] * 4, mode="replicate"), 2 * unit + 1, 1)
@@ -318,7 +334,8 @@ def _styled(picture: Tensor, style: Tensor) -> Tensor:
 
 
 def render(scene: Scene, side: int = 64) -> tuple[Tensor, Tensor]:
-    """-> pictures (B, 3, side, side) in [-1, 1], object masks (B, 2, side, side) in 0..1 (the visible part of each)."""
+    """-> pictures (B, 3, side, side) in [-1, 1], object masks (B, 2, side, side) in 0..1 (the visible part of
+    each)."""
     picture, ground = _background(scene, side)
     weather, amount = scene.weather.view(-1, 1, 1, 1), scene.amount.view(-1, 1, 1, 1)
     snow, fog = amount * (weather == 1), amount * (weather == 2)

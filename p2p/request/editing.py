@@ -1,7 +1,7 @@
-"""An edit as it is asked for: all of it that can be checked, or decided, before the network runs.
+"""The request for an edit: all of it that can be checked, or decided, before the network runs.
 
-A single edit and each line of a list go through the same `asked`, so that what an edit is refused for is said
-of a list before its first line runs.
+A single edit and each line of a list go through `edit_request`, so that a list is refused for the same
+reasons as an edit, before its first line runs.
 """
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ EDITING = tuple(f.name for f in fields(Edit))[1:]
 class Editor(Protocol):
     """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`."""
 
-    guided_source: bool          # a known source is run unconditionally too
-    source_prompt: str | None    # what the source is told; None: its own prompt
+    guided_source: bool          # an inverted source has an unconditional row too
+    source_prompt: str | None    # what the source is conditioned on; None: its own prompt
 
     def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[Any]:
         """For each step an edit by site, or one for all."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An edit, checked: its source looked up, its prompts split, its modes chosen."""
+class EditRequest:
+    """An edit, checked: its source loaded, its prompts tokenised, its modes chosen."""
 
     model: Model
     source: str
@@ -59,28 +59,29 @@ class Asked:
     record: Record
     edits: list[Edit]
     tokens: list[Tokens]         # of the source, then of each target
-    blends: list[LocalBlend | None]   # by target, its scope written out
+    blends: list[LocalBlend | None]   # by target, with its scope expressed as a blend
     chosen: list[bool]           # by target, whether its mode was chosen from the prompts
-    notes: list[str]             # of what scopes leave out
+    notes: list[str]             # on what scopes leave out
 
     @property
-    def whole(self) -> int | None:
-        """Steps of the whole schedule, of which an inversion may leave some out."""
+    def schedule_steps(self) -> int | None:
+        """Number of steps of the schedule, of which an inversion may leave some out; None without one."""
         return None if self.inversion is None else self.inversion.steps
 
     @property
     def recorded(self) -> list[Edit]:
-        """The edits without what nothing reads of them: the mode, beside another editor."""
-        unread = self.editor is not None
-        return [replace(e, mode=None) if unread and e.scope is None else e for e in self.edits]
+        """The edits as settings record them: without the mode where another editor does not read it."""
+        if self.editor is None:
+            return self.edits
+        return [replace(e, mode=None) if e.scope is None else e for e in self.edits]
 
     def pairs(self) -> list[tuple[Edit, Tokens]]:
         return list(zip(self.edits, self.tokens[1:]))
 
 
-def asked(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-          editor: Editor | None = None, record: Record = Record(), **settings: Any) -> Asked:
-    """The arguments of `edit`, checked. source: also an inversion that is still to be made, see
+def edit_request(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
+          editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
+    """Checks the arguments of `edit`. source: also an inversion that has no latents yet, see
     `inverting.expected`. Raises UsageError."""
     _check_kinds(model, editor, record, settings)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
@@ -99,20 +100,22 @@ def asked(model: Model, source: str | Inversion | Path, targets: str | Edit | Se
         check_prompt(prompt)
     check_negative(sampling.negative_prompt, settled.guidance_scale, inversion)
     for other in filter(None, (sampling.negative_prompt, editor and editor.source_prompt)):
-        model.tokens(other)   # of prompts encoded beforehand it may be none
-    own, *theirs = (model.tokens(prompt) for prompt in (source, *(e.prompt for e in edits)))
+        model.tokens(other)   # raises where only other prompts were encoded beforehand
+    tokens = [model.tokens(prompt) for prompt in (source, *(e.prompt for e in edits))]
+    source_tokens, target_tokens = tokens[0], tokens[1:]
     chosen = [e.mode is None for e in edits]
-    edits = [replace(e, mode=choose_mode(own, e, t)) for e, t in zip(edits, theirs)]
+    edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(edits, target_tokens)]
     blends, notes = [], []
-    for e, t in zip(edits, theirs):
-        _check_words(e, own, t, model.length, windows=editor is None)
+    for e, t in zip(edits, target_tokens):
+        _check_words(e, source_tokens, t, model.length, windows=editor is None)
         if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):
-            notes += [f'"{e.prompt}": {why}' for why in left_out(own, t, e, str(e.mode), model.length)]
-        blends.append(scoped(own, t, e, str(e.mode), model.length).local_blend)
-        _check_blend(blends[-1], own, t, model.length)
+            ignored = left_out(source_tokens, t, e, str(e.mode), model.length)
+            notes += [f'"{e.prompt}": {why}' for why in ignored]
+        blends.append(scoped(source_tokens, t, e, str(e.mode), model.length).local_blend)
+        _check_blend(blends[-1], source_tokens, t, model.length)
     placed(blends, model.unet, settled.shape[1:])
-    return Asked(model, source, inversion, sampling, settled, editor, record, edits, [own, *theirs], blends,
-                 chosen, notes)
+    return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
+                       chosen, notes)
 
 
 def _check_kinds(model: Model, editor: Editor | None, record: Record, settings: Mapping[str, Any]) -> None:
@@ -132,15 +135,16 @@ def _check_kinds(model: Model, editor: Editor | None, record: Record, settings: 
 
 
 def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sampling:
-    """How an inversion is edited. Raises UsageError for another model, or settings that it has fixed."""
+    """The sampling of an inversion's edit. Raises UsageError for another model, and for settings that the
+    inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
-    for name, made in fixed.items():
-        given = getattr(sampling, name)
-        if given is not None and finite(name, given) != made:
-            raise UsageError(f"{name} is {made} in this inversion, not {given}: leave it out, or invert the "
-                             "picture again")
+    for name, stored in fixed.items():
+        value = getattr(sampling, name)
+        if value is not None and finite(name, value) != stored:
+            raise UsageError(f"{name} is {stored} in this inversion, not {value}: leave it out, or invert "
+                             "the picture again")
     if sampling.x_T is not None:
         raise UsageError("x_T is stored in this inversion: leave it out")
     scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
@@ -149,33 +153,36 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:
-    """Targets as edits; `settings` are those of plain prompts. Raises UsageError."""
-    given = [targets] if isinstance(targets, (str, Edit)) else targets
-    if not isinstance(given, (list, tuple)) or not all(isinstance(t, (str, Edit)) for t in given):
+    """The targets as edits; settings: of those that are plain prompts. Raises UsageError."""
+    items = [targets] if isinstance(targets, (str, Edit)) else targets
+    if not isinstance(items, (list, tuple)) or not all(isinstance(t, (str, Edit)) for t in items):
         raise UsageError(f"targets: {brief(targets)} is neither a prompt nor an Edit, nor a list of them")
-    if not given:
+    if not items:
         raise UsageError("no target prompt given")
-    if settings and all(isinstance(t, Edit) for t in given):
+    if settings and all(isinstance(t, Edit) for t in items):
         raise UsageError(f"{', '.join(settings)}: belongs to targets given as plain prompts; write it into "
                          "the Edit")
-    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in given]
+    edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in items]
     for e in edits:
         check(e)
     return edits
 
 
 def without_editor(edits: Sequence[Edit]) -> None:
-    """Raises UsageError for what Prompt-to-Prompt alone reads of an edit, and another editor would drop."""
+    """Raises UsageError for settings of an edit that Prompt-to-Prompt alone reads, and another editor would
+    ignore."""
+    read = ("prompt", "mode", "local_blend", "scope")
     for e in edits:
-        if said := [f.name for f in fields(e) if f.name not in ("prompt", "mode", "local_blend", "scope")
-                    and getattr(e, f.name) not in (None, f.default)]:
-            raise UsageError(f"{e.prompt:.60}: {', '.join(said)}: of Prompt-to-Prompt, in whose stead the "
-                             "editor injects; leave it out")
+        unread = [f.name for f in fields(e) if f.name not in read
+                  and getattr(e, f.name) not in (None, f.default)]
+        if unread:
+            raise UsageError(f"{e.prompt:.60}: {', '.join(unread)}: of Prompt-to-Prompt, which the "
+                             "editor replaces; leave it out")
 
 
 def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, windows: bool) -> None:
-    """Raises UsageError for words that an edit names and its prompts lack, and prompts that its mode does not
-    take, or that do not differ in what is read. windows: Prompt-to-Prompt's own settings count."""
+    """Raises UsageError for words that an edit names and its prompts lack, and for prompts that its mode does
+    not take, or that differ only beyond what the tower reads. windows: Prompt-to-Prompt injects."""
     last = length - 1
     if source.ids != target.ids and source.ids[:last] == target.ids[:last]:
         raise UsageError(f'"{edit.prompt[:40]}...": what differs from the source lies beyond the {length} '
@@ -195,7 +202,9 @@ def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, window
 
 def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, length: int) -> None:
     """Raises UsageError for words of a local blend that the prompts lack."""
-    for pair in () if blend is None else filter(None, (blend.words, blend.substruct, blend.rivals)):
+    if blend is None:
+        return
+    for pair in filter(None, (blend.words, blend.substruct, blend.rivals)):
         for prompt, words in zip((source, target), pair):
             for word in listed(words):
                 align.word_tokens(prompt, word, length)
@@ -203,7 +212,7 @@ def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, lengt
 
 def check_negative(negative_prompt: str | None, guidance_scale: float,
                    inversion: Inversion | None = None) -> None:
-    """Raises UsageError for a negative prompt from which nothing would lead away."""
+    """Raises UsageError for a negative prompt that the run would not read."""
     if negative_prompt is None:
         return
     check_prompt(negative_prompt)
@@ -217,7 +226,7 @@ def check_negative(negative_prompt: str | None, guidance_scale: float,
 
 
 def proximal_by(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """Raises UsageError."""
+    """Guidance by `proximal_guide` with this norm and quantile. Raises UsageError."""
     try:
         norm, quantile = proximal if isinstance(proximal, (list, tuple)) else ()
         if choice("norm", norm, PROXIMAL) and share("quantile", quantile) == 1:

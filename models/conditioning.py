@@ -1,0 +1,39 @@
+"""What a UNet is conditioned on besides x_t."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p2p.models.attention import TextKV
+
+
+class Text(NamedTuple):
+    """What a UNet computes from the text alone, the same at every step; see `UNet.read`."""
+
+    texts: dict[str, TextKV]           # keys and values by attention layer
+    pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
+
+
+Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
+
+
+class Conditioning(NamedTuple):
+    """The inputs of a UNet besides x_t and t, for B rows."""
+
+    # (B, L, C): the text, token by token; or what `Model.read` computes from it
+    context: Tensor | Text
+    vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
+    # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
+    low: Tensor | None = None
+    level: Tensor | None = None      # (B,): the timestep of its noise
+
+    def rows(self, first: int) -> Conditioning:
+        """The rows from `first` on."""
+        return Conditioning._make(None if field is None else field[first:] for field in self)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        return Conditioning._make(None if field[0] is None else torch.cat(field) for field in zip(*parts))

@@ -1,0 +1,65 @@
+"""PIE-Bench's folder: its pictures with their prompts, and its masks."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from p2p.errors import UsageError
+from p2p.lists.protocol import Item
+from p2p.weights.untrusted import parse_object, read_text
+
+
+def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = None) -> list[Item]:
+    """Reads the items of a folder in PIE-Bench's layout: mapping_file.json, annotation_images/. kinds: only
+    items of these editing types. Raises UsageError."""
+    file = data / "mapping_file.json"
+    try:
+        mapping = parse_object(read_text(file))
+        items = []
+        for key, entry in mapping.items():
+            items.append(Item(key, data / "annotation_images" / entry["image_path"],
+                              _plain(entry["original_prompt"]), _plain(entry["editing_prompt"]),
+                              entry.get("blended_word") or "", [int(v) for v in entry["mask"]],
+                              str(entry.get("editing_type_id", "")), entry["image_path"]))
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such file; in PIE-Bench's folder it lies beside "
+                         "annotation_images/") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file}: not PIE-Bench's mapping ({type(error).__name__}: {error})") from None
+    types = {item.kind for item in items}
+    unknown = sorted(set(kinds or ()) - types)
+    if unknown:
+        raise UsageError(f"{file}: no picture of editing type {', '.join(unknown)}; types: "
+                         f"{', '.join(sorted(types))}")
+    items = [item for item in items if kinds is None or item.kind in kinds][:limit]
+    if not items:
+        raise UsageError(f"{file}: it names no picture")
+    return items
+
+
+def _plain(prompt: str) -> str:
+    return prompt.replace("[", "").replace("]", "")
+
+
+def mask(runs: Sequence[int], height: int, width: int, border: bool = True) -> Tensor:
+    """Decodes a mask of edited pixels.  -> (height, width) bool
+
+    border: the outermost pixels count as edited, as in the authors' code.
+    """
+    flat = torch.zeros(height * width, dtype=torch.bool)
+    for start, length in zip(runs[::2], runs[1::2]):
+        flat[start:start + length] = True
+    out = flat.view(height, width)
+    if border:
+        out[0], out[-1], out[:, 0], out[:, -1] = True, True, True, True
+    return out
+
+
+def runs(edited: Tensor) -> list[int]:
+    """Encodes a mask (H, W) bool for `mask`.  -> start, length, ..."""
+    flat = torch.cat([torch.zeros(1), edited.flatten().float(), torch.zeros(1)]).diff()
+    starts, ends = (flat == 1).nonzero()[:, 0], (flat == -1).nonzero()[:, 0]
+    return torch.stack([starts, ends - starts], dim=1).flatten().tolist()
