@@ -17,8 +17,8 @@ from p2p.errors import CheckpointError, NumericsError, UsageError
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError",
-           "PlugAndPlay", "Record", "Result", "UsageError", "edit", "generate", "invert", "load", "trace",
-           "upscale"]
+           "PlugAndPlay", "Record", "Result", "UsageError", "edit", "generate", "invert", "load", "steps",
+           "trace", "upscale"]
 
 if TYPE_CHECKING:
     from p2p.blend import LocalBlend
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from p2p.request.loading import load
     from p2p.request.record import Record
     from p2p.request.source import Inversion
-    from p2p.run import Result, edit, generate, upscale
+    from p2p.run import Result, edit, generate, steps, upscale
     from p2p.sources.methods import invert
     from p2p.sources.trace import trace
 else:
     _HOME = {"LocalBlend": "blend", "MasaCtrl": "editors.masactrl", "PlugAndPlay": "editors.plug_and_play",
              "Edit": "edits", "Model": "model", "load": "request.loading", "Record": "request.record",
              "Inversion": "request.source", "Result": "run", "edit": "run", "generate": "run",
-             "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}
+             "steps": "run", "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}
 
     def __getattr__(name: str) -> Any:
         """A public name, or a submodule, when it is first asked for (PEP 562): torch takes

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from p2p.blend import Blend, local_blend, word_maps
-from p2p.errors import NumericsError
+from p2p.errors import NumericsError, UsageError
 from p2p.model import Model
 from p2p.models.attention import QK, AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.request.schedules import Schedule
 from p2p.sampler import Stepper, guide
+from p2p.weights.untrusted import brief
 
 
 class Batch(NamedTuple):
@@ -64,17 +65,26 @@ class Batch(NamedTuple):
         return torch.cat([lone, guide(uncond, cond)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """What one step gave."""
+    """What one step gave. Between steps, x may be changed."""
 
     index: int               # 0 .. T - 1
     t: int | float
-    x: Tensor                # (S + N, C, H, W) after the step, float32
+    x: Tensor                # (S + N, C, H, W) after the step, float32; the last N without a source's row
+    x_0: Tensor              # (S + N, C, H, W): the picture that was predicted
     seen: dict[str, QK]      # queries and keys of the sites that were watched: all rows of the batch
     edit: Any                # that acted, or None
     batch: Batch
     mask: Tensor | None      # (N, 1, H, W) bool: where targets may differ from the source, with `blend`
+    maps: Any = None         # of `steps`: this step's AttentionMaps, where they were asked for
+
+    def changed(self, before: Tensor) -> Tensor:
+        """x, in the place of `before`. Raises UsageError for one that does not fit there."""
+        if not isinstance(self.x, Tensor) or self.x.shape != before.shape:
+            raise UsageError(f"step.x is replaced by {brief(getattr(self.x, 'shape', self.x))}; a tensor "
+                             f"{tuple(before.shape)} is needed")
+        return self.x.to(before)
 
 
 class Known(NamedTuple):
@@ -152,13 +162,15 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
         t_in, text = inputs(i, batch)
         out, variance, seen = model.predict(batch.spread(x), t_in, text, edit, sites)   # lines 6 to 8 at once
         out = batch.joined(out, lambda uncond, cond: guide(uncond, cond, guidance_scale))
-        x = step(i, x, out, None if variance is None else variance[-len(x):])           # line 9
+        x, x_0 = step(i, x, out, None if variance is None else variance[-len(x):])      # line 9
         x = x if known is None else known.corrected(x, i, batch.targets)
         check(i, x)
         if blend is not None:
             total = total + word_maps(model.unet, seen, edit, batch.shown(x.device), blend)
             x, mask = local_blend(x, total, blend, i, None if known is None else known.path[i + 1][None])
-        yield Step(i, t, x, {site: seen[site] for site in watch}, edit, batch, mask)
+        made = Step(i, t, x, x_0, {site: seen[site] for site in watch}, edit, batch, mask)
+        yield made
+        x = made.changed(x)
 
 
 class Finite:

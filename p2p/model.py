@@ -25,7 +25,7 @@ from p2p.models.tiles import tiled
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import kind, tensor, whole
-from p2p.request.schedules import Schedule, ddim_schedule
+from p2p.request.schedules import Schedule, sampler_schedule
 from p2p.sampler import Clip
 from p2p.weights.digest import together
 from p2p.weights.untrusted import brief
@@ -54,7 +54,8 @@ class Model:
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # the default of runs, as are:
     eta: float = 0.0                     # ... 0 for DDIM, 1 for DDPM
-    steps: int = STEPS                   # ... in super-resolution
+    steps: int = STEPS                   # ...
+    sampler: str = "ddim"                # ... one of `schedules.SAMPLERS`
     noise_level: int = 250   # ... timestep of the noise on what a super-resolution stage enlarges
     align_corners: bool = True           # of that enlargement, as in IF
     clip: Clip = None                    # bound of x_0 in pixel models, see `sampler.bounded`
@@ -258,10 +259,12 @@ class Model:
             c = Conditioning(torch.zeros_like(cast(Tensor, c.context)), vector)
         return Conditioning.cat([c] * n)
 
-    def schedule(self, steps: int) -> Schedule:
-        """The timesteps that a run of that many steps visits. Raises UsageError."""
-        schedule = ddim_schedule(self.alphas_cumprod, whole("steps", steps), self.offset, self.final_alpha,
-                                 self.timestep_spacing)
+    def schedule(self, steps: int, sampler: str = "ddim", timestep_spacing: str | None = None,
+                 timesteps: Sequence[int] | None = None, eta: float = 0.0) -> Schedule:
+        """The timesteps that a run of that many steps visits, see `schedules`. Raises UsageError."""
+        schedule = sampler_schedule(sampler, self.alphas_cumprod, whole("steps", steps), offset=self.offset,
+                                    final_alpha=self.final_alpha, timesteps=timesteps, eta=eta,
+                                    spacing=timestep_spacing or self.timestep_spacing)
         if self.prediction == "eps" and not schedule.alphas[0] > 0:
             raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
                              "SNR): a model that predicts the noise cannot begin there; leave out "

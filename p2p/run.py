@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from p2p.denoise import Batch, denoise
+from p2p.denoise import Batch, Step, denoise
 from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_pil, to_pil
@@ -28,8 +28,7 @@ from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_
 from p2p.request.record import Record
 from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
-from p2p.request.start import Low, Sampling, begun, late, settle
-from p2p.sampler import stepper
+from p2p.request.start import Low, Sampling, begun, late, settle, stepper_of
 from p2p.weights.untrusted import brief
 
 
@@ -51,7 +50,8 @@ class Result:
 
 def edit(model: Model | str | Path, source: str | Inversion | Path,
          targets: str | Edit | Sequence[str | Edit], *, editor: Editor | None = None,
-         record: Record = Record(), progress: bool = False, **settings: Any) -> Result:
+         record: Record = Record(), progress: bool = False,
+         on_step: Callable[[Step], object] | None = None, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     model: or what `load` loads it from, for this call alone. source: a prompt, or a real picture as `invert`
@@ -61,12 +61,13 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
     cross_replace_steps, self_replace_steps, self_max_tokens, windows_over, equalizer, renormalise, swap,
     local_blend, scope, aligner). editor: another way to inject than Prompt-to-Prompt's, which takes no
     windows or weights. record: which attention maps to keep in `maps`.
+    on_step: a function that is called with every step, see `steps`: a preview, say.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values
     that are not finite.
     """
     model = find_model(model)
     return run(model, prepared(model, source, targets, editor=editor, record=record, **settings), record,
-               progress)
+               progress, on_step)
 
 
 def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record: Record = Record(),
@@ -89,47 +90,87 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
                          "prompt")
     settled = settle(model, sampling, seeds, len(prompts), record=record)
     check_negative(sampling.negative_prompt, settled.guidance_scale)
-    notes = [*model.notes, *late(model, settled.schedule), *prompt_notes(model, prompts),
+    notes = [*model.notes, *late(model, settled.schedule, sampling), *prompt_notes(model, prompts),
              *sampling_idle(sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))
     batch = Batch(len(prompts), 0, start.guidance_scale != 1)
     recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
-    step = stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise)
-    ready = Ready(list(prompts), start, batch, step, empty, recorded, notes,
+    ready = Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
                   guidance_scale=start.guidance_scale)
     return run(model, ready, record, progress)
 
 
-def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = False) -> Result:
-    """Samples, and collects the maps that `record` selects. Raises UsageError, NumericsError."""
-    start, empty = ready.start, ready.empty
-    flag("progress", progress)
-    started = time.perf_counter()
-    conditioning = model.condition(ready.prompts, *start.size)
-    if start.low is not None:
-        enlarged: dict[str, Any] = dict(low=start.low.to(model.dtype), level=start.level)
-        conditioning = conditioning._replace(**enlarged)
-        empty = empty._replace(**enlarged) if isinstance(empty, Conditioning) else empty
-    encoded = time.perf_counter()
-    watch = record.sites(model.unet, *start.x.shape[2:])
-    loop = denoise(model, start.x, conditioning, empty, start.schedule, ready.step, ready.batch,
-                   guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan, watch=watch,
-                   blend=ready.blend, known=ready.known)
-    x, mask, rows, collector = start.x, None, 0, Collector(model.unet, record)
-    bar = tqdm(loop, total=start.schedule.steps, disable=not (progress and sys.stderr.isatty()), leave=False,
-               unit="step")
-    for step in bar:
-        x, mask, rows = step.x, step.mask, rows + step.batch.rows
+def steps(model: Model | str | Path, source: str | Inversion | Path,
+          targets: str | Edit | Sequence[str | Edit], *, editor: Editor | None = None,
+          record: Record = Record(), **settings: Any) -> Iterator[Step]:
+    """The steps of an edit, one by one; the arguments are those of `edit`, whose result is the last one's x,
+    decoded. Between two steps `step.x` may be changed, or replaced by another tensor of its shape (not the
+    row of a source whose latents are stored). record: the step's own maps come in `step.maps`."""
+    model = find_model(model)
+    ready = prepared(model, source, targets, editor=editor, record=record, **settings)
+    return _with_maps(model, ready, record)
+
+
+def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
+    for step in _loop(model, ready, record, _conditioning(model, ready)):
+        collector = Collector(model.unet, record)
         collector.add(step)
+        step.maps = _maps(model, ready, collector) if step.seen else None
+        yield step
+
+
+def _conditioning(model: Model, ready: Ready) -> Conditioning:
+    return _enlarging(model, ready, model.condition(ready.prompts, *ready.start.size))
+
+
+def _enlarging(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
+    """With the pictures that a super-resolution stage enlarges."""
+    start = ready.start
+    if start.low is None:
+        return conditioning
+    return conditioning._replace(low=start.low.to(model.dtype), level=start.level)
+
+
+def _loop(model: Model, ready: Ready, record: Record, conditioning: Conditioning) -> Iterator[Step]:
+    start, empty = ready.start, ready.empty
+    if isinstance(empty, Conditioning):
+        empty = _enlarging(model, ready, empty)
+    return denoise(model, start.x, conditioning, empty, start.schedule, ready.step, ready.batch,
+                   guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan,
+                   watch=record.sites(model.unet, *start.x.shape[2:]), blend=ready.blend, known=ready.known)
+
+
+def _maps(model: Model, ready: Ready, collector: Collector) -> AttentionMaps:
+    tokens = [model.tokens(p) for p in ready.prompts]
+    height, width = ready.start.x.shape[2:]
+    return collector.result(tokens, (height, width), model.length)
+
+
+def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = False,
+        on_step: Callable[[Step], object] | None = None) -> Result:
+    """Samples, and collects the maps that `record` selects. on_step: called with every step. Raises
+    UsageError, NumericsError."""
+    flag("progress", progress)
+    if on_step is not None and not callable(on_step):
+        raise UsageError(f"on_step is a function that takes a step, not {brief(on_step)}")
+    started = time.perf_counter()
+    conditioning = _conditioning(model, ready)
+    encoded = time.perf_counter()
+    x, mask, rows, collector = ready.start.x, None, 0, Collector(model.unet, record)
+    bar = tqdm(_loop(model, ready, record, conditioning), total=ready.start.schedule.steps,
+               disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
+    for step in bar:
+        collector.add(step)
+        if on_step is not None:
+            on_step(step)
+        x, mask, rows = step.x, step.mask, rows + step.batch.rows
     latents, sampled = x.cpu(), time.perf_counter()
     pictures = to_pil(model.decode(x))
     timings = {"text": encoded - started, "steps": sampled - encoded,
                "pictures": time.perf_counter() - sampled}
-    maps = None
-    if watch:
-        tokens = [model.tokens(p) for p in ready.prompts]
-        maps = collector.result(tokens, (x.shape[2], x.shape[3]), model.length)
+    watched = record.sites(model.unet, *x.shape[2:])
+    maps = _maps(model, ready, collector) if watched else None
     return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, list(ready.edits))
 

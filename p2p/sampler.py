@@ -178,30 +178,41 @@ def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: st
     return uncond + guidance_scale * limited
 
 
-# (step, x, prediction, learned variance) -> x
-Stepper = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
+# (step, x, prediction, learned variance) -> x after the step, and the picture x_0 that was predicted
+Stepper = Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
-            noise: Sequence[Tensor] | None = None, before: tuple[Tensor, float] | None = None) -> Stepper:
-    """The step function of a run: DDIM, or DDPM where eta is 1 and the network predicts a variance.
+            noise: Sequence[Tensor] | None = None, before: tuple[Tensor, float] | None = None,
+            sampler: str = "ddim") -> Stepper:
+    """The step function of a run by one of `schedules.SAMPLERS`; "ddim" is DDPM where eta is 1 and the
+    network predicts a variance.
 
-    noise: one tensor a step for eta > 0, shared by the rows. before: x one level noisier than the first
-    step, and its alphas_cumprod, for O-BELM's steps.
+    noise: one tensor a step, shared by the rows, for eta > 0 and for "lcm". before: x one level noisier than
+    the first step, and its alphas_cumprod, for O-BELM's steps.
     """
-    previous = before
+    previous = before   # what a second-order step remembers: x or x_0, and its alphas_cumprod
 
-    def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> Tensor:
+    def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal previous
-        a_t, a_prev = schedule.alphas[i:i + 2]
-        if previous is not None:
-            eps = x0_and_eps(x, out, a_t, prediction)[1]
-            x_next, (previous_x, a_next) = x, previous
-            previous = (x_next, a_t)
-            return belm_step(previous_x[-len(x):], x, eps, a_next, a_t, a_prev)
+        a_t, a_next = schedule.alphas[i:i + 2]
+        z = noise[i] if noise else None
+        if before is not None:
+            x_0, eps = x0_and_eps(x, out, a_t, prediction)
+            (above, a_above), previous = previous, (x, a_t)
+            return belm_step(above[-len(x):], x, eps, a_above, a_t, a_next), x_0
         x_0, eps = x0_and_eps(x, out, a_t, prediction, clip)
-        if variance is not None and eta == 1 and noise:
-            return ddpm_step(x, x_0, a_t, a_prev, noise[i], variance)
-        return ddim_step(x_0, eps, a_t, a_prev, eta, noise[i] if noise else None)
+        if sampler == "dpm++":
+            x, previous = dpmpp_step(x, x_0, a_t, a_next, previous), (x_0, a_t)
+        elif sampler == "lcm":
+            x = lcm_step(x, x_0, schedule.timesteps[i], a_next, z)
+        elif sampler == "tcd":
+            last = i + 1 == schedule.steps
+            x = tcd_step(x_0, eps, schedule.lower[i], a_next, None if last else z)
+        elif variance is not None and eta == 1 and noise:
+            x = ddpm_step(x, x_0, a_t, a_next, z, variance)
+        else:
+            x = ddim_step(x_0, eps, a_t, a_next, eta, z)
+        return x, x_0
 
     return step

@@ -56,6 +56,8 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
         source = _again(model, settings["inversion"], not args.quiet)
     else:
         arguments |= {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
+        later = ("sampler", "timestep_spacing", "timesteps")   # older pictures lack them
+        arguments |= {k: settings[k] for k in later if k in settings}
     result = p2p.edit(model, settings["source"] if source is None else source, edits, **arguments)
     return result, source, enlarged(upscaler, result, args), out
 

@@ -15,8 +15,8 @@ from p2p.edits import plan
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.request.ready import Ready, prepared
+from p2p.request.start import stepper_of
 from p2p.run import Result, run
-from p2p.sampler import stepper
 
 
 def edit_together(model: Model, jobs: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Result]:
@@ -63,7 +63,7 @@ def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
     tables = [t for r in ready for t in r.tables]
     return Ready(
         list(chain(*ordered([r.prompts for r in ready]))), start._replace(x=x, noise=noise), batch,
-        stepper(start.schedule, model.prediction, model.clip, start.eta, noise),
+        stepper_of(model, start._replace(noise=noise)),
         model.null(batch.unconditional, *start.size) if batch.guided else None, {}, [],
         plan(tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled), tables,
         _blends([r.blend for r in ready], targets), guidance_scale=scales)

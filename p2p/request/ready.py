@@ -23,8 +23,8 @@ from p2p.request.remarks import remarks
 from p2p.request.schedules import Schedule
 from p2p.request.settings import to_settings
 from p2p.request.source import FOLLOW, Inversion, Queries
-from p2p.request.start import Sampling, Start, begun
-from p2p.sampler import Stepper, guide, stepper
+from p2p.request.start import Sampling, Start, begun, stepper_of
+from p2p.sampler import Stepper, guide
 
 Plan = Sequence[AttentionEdit | Mapping[str, Any] | None]
 
@@ -81,7 +81,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
     empty = empty_prompts(model, inversion, batch.unconditional, start.size, sampling.negative_prompt)
-    step = stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before)
+    step = stepper_of(model, start, before)
     if editor is not None and editor.source_prompt is not None:
         prompts = [editor.source_prompt, *prompts[1:]]
     join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
@@ -166,7 +166,8 @@ def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -
     return {
         "command": command, "model": model.name, "places": dict(model.places), **model.identity(),
         "steps": start.schedule.steps, "guidance_scale": start.guidance_scale,
-        "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta, "height": start.size[0],
-        "width": start.size[1], "device": model.device.type, "torch": torch.__version__,
+        "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta, "sampler": start.sampler,
+        "timestep_spacing": sampling.timestep_spacing, "timesteps": sampling.timesteps,
+        "height": start.size[0], "width": start.size[1], "device": model.device.type, "torch": torch.__version__,
         "version": __version__,
     }

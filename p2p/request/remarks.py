@@ -17,7 +17,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
             planned: Sequence[Any]) -> list[str]:
     """All notes on a run. edit_tables: of Prompt-to-Prompt's edits, from which the run was planned."""
     steps, shape, inversion = start.schedule.steps, start.x.shape[1:], request.inversion
-    notes = [] if inversion is not None else late(request.model, start.schedule)
+    notes = [] if inversion is not None else late(request.model, start.schedule, request.sampling)
     if request.editor is None:
         notes += _of_tables(request, edit_tables, steps)
     else:

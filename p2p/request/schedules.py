@@ -12,12 +12,16 @@ from torch import Tensor
 from p2p.errors import UsageError
 from p2p.weights.untrusted import brief
 
+SAMPLERS = ("ddim", "dpm++", "lcm", "tcd")
+DISTILLED = ("lcm", "tcd")   # they visit timesteps that their models were distilled at
+
 
 class Schedule(NamedTuple):
     """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], that of the next step)."""
 
     timesteps: tuple[int, ...] | tuple[float, ...]   # falling
     alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
+    lower: tuple[float, ...] = ()   # of TCD (N): alphas_cumprod to which a step goes before noise is added
 
     def __iter__(self) -> Iterator[tuple[int | float, float, float]]:   # type: ignore[override]
         return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
@@ -32,6 +36,25 @@ class Schedule(NamedTuple):
             raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the "
                              f"last timestep's level, {self.alphas[-2]:g}; give at least that")
         return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
+
+
+def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset: int = 1,
+                     final_alpha: float | None = None, spacing: str = "leading",
+                     timesteps: Iterable[int] | None = None, eta: float = 0.0) -> Schedule:
+    """The schedule that one of `SAMPLERS` runs through. timesteps: in place of evenly spaced ones. eta: of
+    TCD, whose steps it makes go lower before noise is added. Raises UsageError."""
+    if sampler in DISTILLED:
+        found = consistency_schedule(alphas_cumprod, steps) if timesteps is None else \
+            listed_schedule(alphas_cumprod, timesteps)
+        if sampler == "lcm":
+            return found.ending(1.0)
+        table, ends = alphas_cumprod.tolist(), (*found.timesteps[1:], 0)
+        return found._replace(lower=tuple(table[int((1 - eta) * t)] for t in ends))
+    if timesteps is not None:
+        return listed_schedule(alphas_cumprod, timesteps, 1.0 if sampler == "dpm++" else final_alpha)
+    if sampler == "dpm++":
+        return dpm_schedule(alphas_cumprod, steps, offset, spacing)
+    return ddim_schedule(alphas_cumprod, steps, offset, final_alpha, spacing)
 
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,

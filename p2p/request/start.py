@@ -14,14 +14,16 @@ from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size
-from p2p.model import LARGEST, STEPS, Model
+from p2p.model import LARGEST, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
-from p2p.request.schedules import Schedule
+from p2p.request.schedules import DISTILLED, SAMPLERS, Schedule
+from p2p.sampler import Stepper, stepper
 from p2p.weights.untrusted import brief
 
 UPSCALING = 4   # of a super-resolution stage, per side
+FEW = 4         # steps of a sampler for distilled models
 
 
 class Low(NamedTuple):
@@ -50,9 +52,12 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
 class Sampling:
     """How a run samples. None stands for the model's default, or for that of an inversion.
 
-    steps: 50, unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the
+    steps: 50, or 4 by "lcm" and "tcd", unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the
     prompts are run. seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given.
-    eta: 0 for DDIM, 1 for DDPM; the step noise is shared too. height, width: of the pictures in pixels.
+    eta: 0 for DDIM, 1 for DDPM; the step noise is shared too ("tcd": 0.3; "dpm++" and "lcm" have their own).
+    height, width: of the pictures in pixels. sampler: "ddim", "dpm++" (2M), "lcm" or "tcd". timestep_spacing:
+    "leading", "trailing" or "linspace", and of "dpm++" also "karras"; timesteps: falling, in place of evenly
+    spaced ones.
     proximal: guidance along the large differences only, (norm, quantile), see `sampler.proximal_guide`.
     negative_prompt: what guidance leads away from, in place of the empty prompt. low: what a super-resolution
     stage enlarges, see `upscale`.
@@ -65,6 +70,9 @@ class Sampling:
     eta: float | None = None
     height: int | None = None
     width: int | None = None
+    sampler: str | None = None
+    timestep_spacing: str | None = None
+    timesteps: Sequence[int] | None = None
     proximal: tuple[str, float] | None = None
     negative_prompt: str | None = None
     low: Low | None = None
@@ -78,6 +86,7 @@ class Start(NamedTuple):
     schedule: Schedule
     guidance_scale: float
     eta: float
+    sampler: str
     size: tuple[int, int]       # height, width in pixels
     low: Tensor | None = None   # (B, 3, height, width): enlarged and noised, for super-resolution
     level: Tensor | None = None # (B,)
@@ -110,14 +119,15 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
     return picture, (height, width), notes
 
 
-def late(model: Model, schedule: Schedule) -> list[str]:
+def late(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
     """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
     a picture of that level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
-    if first >= 0.9 * total:
+    if first >= 0.9 * total or sampling.timesteps is not None:
         return []
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
-    better = next((n for n in near if model.schedule(n).timesteps[0] >= 0.9 * total), None)
+    better = next((n for n in near if model.schedule(n, sampling.sampler or model.sampler, sampling.timestep_spacing)
+                   .timesteps[0] >= 0.9 * total), None)
     return [f"{steps} steps start at t = {first} of {total}: spaced evenly from the end, they do not "
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
@@ -148,6 +158,7 @@ class Settled(NamedTuple):
     schedule: Schedule
     guidance_scale: float
     eta: float
+    sampler: str
     shape: tuple[int, int, int]   # of the latents, (C, H, W)
     seeds: list[int]
 
@@ -158,18 +169,46 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     UsageError, also for a run that needs more memory than the machine has: nothing is allocated here."""
     low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
-    eta = share("eta", model.eta if sampling.eta is None else sampling.eta)
+    sampler, steps, eta = _solver(model, sampling)
     if bool(model.unet.config.low_channels) != (low is not None):
         kind = "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"
         kind = kind if low is None else "no super-resolution stage: it takes prompts alone"
         raise UsageError(f"{model.name} is {kind}")
-    steps = whole("steps", STEPS if sampling.steps is None else sampling.steps)
-    schedule = model.schedule(steps)
+    schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta)
     shape = model.latent_shape(*_sides(model, sampling, n))
     drawn = [check_seed(seed) for seed in seeds]
     check_run(model, n, shape, steps, guided=guidance_scale != 1, targets=targets, record=record,
               noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))
-    return Settled(schedule, guidance_scale, eta, shape, drawn)
+    return Settled(schedule, guidance_scale, eta, sampler, shape, drawn)
+
+
+def _solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
+    """The sampler, the number of steps and eta of a run. Raises UsageError for those that do not go
+    together."""
+    sampler = model.sampler if sampling.sampler is None else choice("sampler", sampling.sampler, SAMPLERS)
+    usual = {"ddim": model.eta, "dpm++": 0.0, "lcm": 1.0, "tcd": 0.3}[sampler]
+    eta = share("eta", usual if sampling.eta is None else sampling.eta)
+    if sampler in ("dpm++", "lcm") and eta != usual:
+        noise = "adds no noise" if sampler == "dpm++" else "draws all of its noise anew"
+        raise UsageError(f"eta {eta:g}: {sampler} {noise}; leave eta out, or sample by ddim or tcd")
+    spacing, timesteps = sampling.timestep_spacing, sampling.timesteps
+    if spacing is not None and (timesteps is not None or sampler in DISTILLED):
+        why = "timesteps are given one by one" if timesteps is not None else \
+            f"{sampler} visits the timesteps that its model was distilled at"
+        raise UsageError(f"timestep_spacing: {why}; leave it out")
+    usual_steps = model.steps if sampler == model.sampler or sampler not in DISTILLED else FEW
+    if timesteps is None:
+        return sampler, whole("steps", usual_steps if sampling.steps is None else sampling.steps), eta
+    if not isinstance(timesteps, (list, tuple)) or not all(isinstance(t, Integral) for t in timesteps):
+        raise UsageError(f"timesteps: a list of whole numbers is needed, not {brief(timesteps)}")
+    if sampling.steps not in (None, len(timesteps)):
+        raise UsageError(f"steps: {len(timesteps)} timesteps are given, not {sampling.steps}; leave steps out")
+    return sampler, whole("the number of timesteps", len(timesteps)), eta
+
+
+def stepper_of(model: Model, start: Start, before: tuple[Tensor, float] | None = None) -> Stepper:
+    """The step function of a run, see `sampler.stepper`."""
+    return stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before, start.sampler)
 
 
 def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> Start:
@@ -179,12 +218,13 @@ def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> 
 
 def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
     """Draws the noise of n rows whose sampling was checked by `settle`."""
-    low, x_T, (schedule, guidance_scale, eta, shape, seeds) = sampling.low, sampling.x_T, settled
+    low, x_T = sampling.low, sampling.x_T
+    schedule, guidance_scale, eta, sampler, shape, seeds = settled
     count = 1 + (schedule.steps if eta else 0)
     noise = [z.to(model.device) for z in draw(shape, seeds, count + (low is not None))]
     x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
     # the same noise in all rows
-    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta,
+    start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta, sampler,
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))
     return start if low is None else start._replace(**_conditioned(model, low, noise[-1]))
 

@@ -20,8 +20,7 @@ from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import FOLLOW, Inversion
-from p2p.request.start import Sampling, begin
-from p2p.sampler import stepper
+from p2p.request.start import Sampling, begin, stepper_of
 from p2p.weights.untrusted import brief
 
 
@@ -80,7 +79,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         inversion = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
         inversion, stored = _sampled(model, source, not latents_only, dtype, progress,
-                                 Sampling(eta=0.0, **sampling))
+                                 Sampling(eta=0.0, sampler="ddim", **sampling))
     return replace(inversion, queries=stored or None)
 
 
@@ -93,7 +92,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         _afford(model, steps, dtype, start.x.shape[2:])
     empty = model.null(1, *start.size) if batch.guided else None
     loop = denoise(model, start.x, model.condition([prompt], *start.size), empty, start.schedule,
-                   stepper(start.schedule, model.prediction, model.clip), batch,
+                   stepper_of(model, start), batch,
                    guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
     for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False,
