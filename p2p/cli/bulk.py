@@ -49,7 +49,7 @@ def batch(args: argparse.Namespace) -> int:
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Default settings of the jobs, with the names and types of a list."""
     defaults, edit = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
-    settings = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
+    settings = {**options.solver(args), "guidance_scale": args.cfg, "seed": args.seed,
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
             "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,

@@ -12,6 +12,7 @@ from p2p.request.checks import whole
 EDIT = options_of(arguments.edit)
 INJECTION = options_of(groups.injection)
 INVERSION = options_of(groups.inversion)
+SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source has its own
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # Options that --from allows: the model's files, where and how it runs, and the output. All others are
 # recorded in the picture.
@@ -35,22 +36,31 @@ def edit(args: argparse.Namespace) -> None:
         raise UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a '
                          'dog on grass"')
     if args.inversion is not None:
-        refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *INVERSION))
+        refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *SCHEDULE, *INVERSION))
     elif args.image is None:
         refuse(args, "a source prompt alone", INVERSION)
+    else:
+        refuse(args, "--image, which is inverted by DDIM, at timesteps of its own", SCHEDULE)
     if args.editor is not None:
         refuse(args, "--editor (these are Prompt-to-Prompt's)",
                [name for name in INJECTION if not name.startswith("blend")])
     values.edit_settings(args)
     values.proximal(args)
+    values.timesteps(args)
+
+
+def generate(args: argparse.Namespace) -> None:
+    values.timesteps(args)
 
 
 def invert(args: argparse.Namespace) -> None:
     refuse(args, "p2p invert: it is given to the edits", ["negative"])
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
+    refuse(args, "p2p invert: it steps by DDIM, at timesteps of its own", SCHEDULE)
 
 
 def maps(args: argparse.Namespace) -> None:
+    values.timesteps(args)
     if args.targets:
         values.edit_settings(args)
     else:
@@ -65,12 +75,14 @@ def sweep(args: argparse.Namespace) -> None:
     if "seed" in values.over(args.over):
         refuse(args, "--over seed=...", ["seed"])
     values.edit_settings(args)
+    values.timesteps(args)
 
 
 def batch(args: argparse.Namespace) -> None:
     _positive(args, "workers", "together")
     values.edit_settings(args)
     values.proximal(args)
+    values.timesteps(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:

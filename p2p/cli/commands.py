@@ -21,6 +21,7 @@ from p2p.models.text import tokenizer, tokens
 from p2p.request.editing import edit_request
 from p2p.request.inverting import expected
 from p2p.request.prompts import check as check_prompt
+from p2p.request.start import Sampling, solver
 from p2p.run import Result
 from p2p.show.pictures import grid, heat, names, overlay, table
 from p2p.show.sweep import shown
@@ -99,7 +100,7 @@ def maps(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompt)
     shared = options.edit_settings(args) if args.targets else {}
     model, sampling = options.load_for_sampling(args)
-    steps = None if args.steps_range is None else _steps(args.steps_range, sampling["steps"])
+    steps = None if args.steps_range is None else _steps(args.steps_range, solver(model, Sampling(**options.solver(args)))[1])
     layers = model.unet.text_sites()
     if args.site is not None and not any(args.site in name for name in layers):
         raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are "

@@ -73,7 +73,7 @@ def injection(ap: argparse.ArgumentParser) -> None:
 
 
 def settings(ap: argparse.ArgumentParser, seed: str) -> None:
-    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50")
+    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50; 4 by lcm and tcd")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
                     help="0 and 1: the prompt alone; default: the "
                     "model's own")
@@ -83,6 +83,13 @@ def settings(ap: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--eta", type=float,
                     help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
                     "inversion: above 0 (1)")
+    ap.add_argument("--sampler", choices=["ddim", "dpm++", "lcm", "tcd"],
+                    help="ddim, dpm++ (2M: 10 to 20 steps), or lcm and tcd for models distilled by these (4 "
+                    "steps); default: what the model was made for")
+    ap.add_argument("--timestep-spacing", choices=["leading", "trailing", "linspace", "karras"],
+                    help="trailing: from pure noise, for models of few steps or zero terminal SNR; karras: of "
+                    "dpm++; default: the model's own")
+    ap.add_argument("--timesteps", metavar="T,...", help="these timesteps, falling, in place of --steps")
     ap.add_argument("--height", type=int, default=None,
                     help="of the picture, in pixels; default: what the model was made for")
     ap.add_argument("--width", type=int, default=None)

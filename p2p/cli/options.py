@@ -12,7 +12,6 @@ import torch
 import p2p
 from p2p.cli import values
 from p2p.image import open_picture
-from p2p.model import STEPS
 from p2p.request.loading import find_device
 from p2p.weights.untrusted import printable
 
@@ -48,8 +47,14 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, An
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed}", file=sys.stderr)
-    return load(args), dict(steps=STEPS if args.steps is None else args.steps, guidance_scale=args.cfg,
-                            seed=seed, eta=args.eta, height=args.height, width=args.width)
+    return load(args), dict(guidance_scale=args.cfg, seed=seed, **solver(args), height=args.height,
+                            width=args.width)
+
+
+def solver(args: argparse.Namespace) -> dict[str, Any]:
+    """How many steps, of what kind, at which timesteps."""
+    return dict(steps=args.steps, eta=args.eta, sampler=args.sampler, timestep_spacing=args.timestep_spacing,
+                timesteps=values.timesteps(args))
 
 
 def say(notes: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ COMMANDS: dict[str, Command] = {
         'Example: p2p edit "a cat on grass" "a dog on grass"'),
     "invert": Command("prepare a real picture for edits", arguments.invert, checks.invert,
         'Example: p2p invert photo.png "a cat on grass"'),
-    "generate": Command("generate pictures", arguments.generate, None,
+    "generate": Command("generate pictures", arguments.generate, checks.generate,
                         'Example: p2p generate "a red car at night"'),
     "maps": Command("show which pixels attend to which words", arguments.maps, checks.maps,
         'Example: p2p maps "a cat next to a house on grass"'),

@@ -44,6 +44,15 @@ def number(text: str, option: str) -> float:
         raise UsageError(f"{option}: {text!r} is not a number") from None
 
 
+def timesteps(args: argparse.Namespace) -> list[int] | None:
+    """Those of --timesteps."""
+    try:
+        return None if args.timesteps is None else [int(t) for t in args.timesteps.split(",")]
+    except ValueError:
+        raise UsageError(f"--timesteps {args.timesteps}: expected whole numbers, such as "
+                         "999,749,499,249") from None
+
+
 def window(text: str, option: str) -> Window:
     """X or START:END"""
     parts = [number(p, option) for p in text.split(":", 1)]

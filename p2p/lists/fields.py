@@ -14,6 +14,7 @@ from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
 from p2p.request.editing import proximal_by
+from p2p.request.schedules import SAMPLERS
 from p2p.request.source import METHODS
 from p2p.weights.untrusted import brief
 
@@ -126,6 +127,11 @@ def _blend(value: Any) -> LocalBlend:
     return LocalBlend(**{name: checked(name, each, BLEND) for name, each in value.items()})
 
 
+def _timesteps(value: Any) -> list[int]:
+    _require(isinstance(value, (list, tuple)))
+    return [_whole(0)(each) for each in value]
+
+
 def _editor(value: Any) -> Any:
     """Checks an editor's name, or an object with its name and fields; `find_editor` makes an editor of it."""
     _require(isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("name"), str)))
@@ -169,6 +175,9 @@ FIELDS: dict[str, Check] = {
     "guidance_scale": (_number(), "one finite number"),
     "seed": (_whole(-2**63, 2**64 - 1), "one number, whole and from -2^63 to 2^64 - 1"),
     "eta": (_number(0, 1), "one number from 0 to 1"),
+    "sampler": _one_of(*SAMPLERS),
+    "timestep_spacing": _one_of("leading", "trailing", "linspace", "karras"),
+    "timesteps": (_timesteps, "a list of whole numbers"),
     **dict.fromkeys(("height", "width"), (_whole(1), "one number of pixels")),
     # how a picture is inverted
     "method": _one_of(*METHODS),

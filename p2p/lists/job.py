@@ -16,7 +16,7 @@ SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {   # see `invert`; "square" and path: `protocol.square`, `protocol.resampled`
     "method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
     "fit": "crop", "path": "inverted"}
-OTHERS = ("proximal", "editor", "negative_prompt")
+OTHERS = ("proximal", "editor", "negative_prompt", "sampler", "timestep_spacing", "timesteps")
 
 
 class Job(NamedTuple):

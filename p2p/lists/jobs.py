@@ -30,6 +30,7 @@ from p2p.model import STEPS, Model
 from p2p.request.editing import EDITING, without_editor
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.source import METHODS
+from p2p.request.start import Sampling, solver
 from p2p.run import Result
 from p2p.show.pictures import names, save_png
 from p2p.weights.aside import appearing, finished, sweep
@@ -154,8 +155,11 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose '
                          '"crop" or "pad"')
     edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
-    defaults_ = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
-             "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
+    how = ("steps", "eta", "sampler", "timestep_spacing", "timesteps")
+    _, steps, eta = (None, STEPS, 1.0) if pictured else solver(
+        model, Sampling(**{k: entry[k] for k in how if k in entry}))
+    defaults_ = {"steps": steps, "guidance_scale": model.guidance_scale, "seed": 0, "eta": eta,
+                 "height": model.size[0], "width": model.size[1]}
     sampling = {k: entry.get(k, defaults_[k]) for k in SAMPLING if k not in idle}
     inverting = {k: entry.get(k, v) for k, v in INVERTING.items() if k not in idle}
     others = {k: entry[k] for k in OTHERS if k in entry}
@@ -295,9 +299,11 @@ def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
 
 def _shape(job: Job) -> tuple | None:
     """What jobs of one batch have in common; None for a job that runs by itself."""
-    if job.image is not None or job.others:
+    if job.image is not None or {"proximal", "editor"} & job.others.keys():
         return None
     blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
     levels = {(b.level, b.middle) for b in blends}
     s = job.sampling
-    return s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), tuple(sorted(levels))
+    how = [str(job.others.get(k)) for k in ("sampler", "timestep_spacing", "timesteps")]
+    return (s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), *how,
+            tuple(sorted(levels)))

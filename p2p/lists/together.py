@@ -2,7 +2,7 @@
 at its own source."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -14,6 +14,7 @@ from p2p.denoise import Batch
 from p2p.edits import plan
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.models.conditioning import Conditioning
 from p2p.request.ready import Ready, prepared
 from p2p.request.start import stepper_of
 from p2p.run import Result, run
@@ -36,7 +37,7 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
            or r.start.low is not None for r in ready):
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
                          "edit")
-    common = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
+    common = [{"timesteps": r.start.schedule.timesteps, "sampler": r.start.sampler, "height, width": r.start.size, "eta": r.start.eta,
              "guidance_scale 1, or not": r.start.guidance_scale == 1,
              "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None} for r in ready]
     for name in common[0] if common else ():
@@ -64,9 +65,14 @@ def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
     return Ready(
         list(chain(*ordered([r.prompts for r in ready]))), start._replace(x=x, noise=noise), batch,
         stepper_of(model, start._replace(noise=noise)),
-        model.null(batch.unconditional, *start.size) if batch.guided else None, {}, [],
+        _conditioned([r.empty for r in ready], ordered) if batch.guided else None, {}, [],
         plan(tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled), tables,
         _blends([r.blend for r in ready], targets), guidance_scale=scales)
+
+
+def _conditioned(parts: Sequence[Conditioning], ordered: Callable[[list[Any]], list[Any]]) -> Conditioning:
+    """The rows of all, in order."""
+    return Conditioning._make(None if each[0] is None else torch.cat(ordered(each)) for each in zip(*parts))
 
 
 def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | None:

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ SAMPLERS = ("ddim", "dpm++", "lcm", "tcd")
 DISTILLED = ("lcm", "tcd")   # they visit timesteps that their models were distilled at
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], that of the next step)."""
 
     timesteps: tuple[int, ...] | tuple[float, ...]   # falling
     alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
     lower: tuple[float, ...] = ()   # of TCD (N): alphas_cumprod to which a step goes before noise is added
 
-    def __iter__(self) -> Iterator[tuple[int | float, float, float]]:   # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int | float, float, float]]:
         return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
 
     @property
@@ -49,7 +50,7 @@ def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset
         if sampler == "lcm":
             return found.ending(1.0)
         table, ends = alphas_cumprod.tolist(), (*found.timesteps[1:], 0)
-        return found._replace(lower=tuple(table[int((1 - eta) * t)] for t in ends))
+        return replace(found, lower=tuple(table[int((1 - eta) * t)] for t in ends))
     if timesteps is not None:
         return listed_schedule(alphas_cumprod, timesteps, 1.0 if sampler == "dpm++" else final_alpha)
     if sampler == "dpm++":

@@ -169,7 +169,7 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     UsageError, also for a run that needs more memory than the machine has: nothing is allocated here."""
     low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
-    sampler, steps, eta = _solver(model, sampling)
+    sampler, steps, eta = solver(model, sampling)
     if bool(model.unet.config.low_channels) != (low is not None):
         kind = "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"
         kind = kind if low is None else "no super-resolution stage: it takes prompts alone"
@@ -182,7 +182,7 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     return Settled(schedule, guidance_scale, eta, sampler, shape, drawn)
 
 
-def _solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
+def solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
     """The sampler, the number of steps and eta of a run. Raises UsageError for those that do not go
     together."""
     sampler = model.sampler if sampling.sampler is None else choice("sampler", sampling.sampler, SAMPLERS)
