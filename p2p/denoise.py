@@ -11,7 +11,7 @@ from torch import Tensor
 from p2p.blend import Blend, local_blend, word_maps
 from p2p.errors import NumericsError, UsageError
 from p2p.model import Model
-from p2p.models.attention import QK, AttentionEdit
+from p2p.models.attention import QK, AttentionEdit, Edits
 from p2p.models.conditioning import Conditioning
 from p2p.request.schedules import Schedule
 from p2p.sampler import Stepper, guide
@@ -99,6 +99,14 @@ class Known(NamedTuple):
     def absent(self, i: int) -> bool:
         return self.run is not None and not self.run[i]
 
+    def with_queries(self, edit: Edits, i: int) -> Edits:
+        """The edit of step i, with what is stored of the source."""
+        if self.queries is None or edit is None:
+            return edit
+        if isinstance(edit, AttentionEdit):
+            return edit._replace(cached=self.queries[i])
+        return {site: each._replace(cached=self.queries[i]) for site, each in edit.items()}
+
     def corrected(self, x: Tensor, i: int, targets: int) -> Tensor:
         """x after step i, with what the inversion stored: the source's row comes back
         where it was not run."""
@@ -155,8 +163,7 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
         edit = plan[i] if plan else None
         if known is not None and known.absent(i):
             batch, x = batch._replace(absent=True), x[-batch.targets:]
-            if isinstance(edit, AttentionEdit) and known.queries is not None:
-                edit = edit._replace(cached=known.queries[i])
+            edit = known.with_queries(edit, i)
         else:
             batch = batch._replace(absent=False)
         t_in, text = inputs(i, batch)

@@ -31,6 +31,8 @@ from p2p.request.checks import choice, finite, flag, whole
 from p2p.weights.untrusted import brief
 
 Window = float | tuple[float, float]
+Share = str | tuple[float, float]                # a part of names, or shares of depth
+Layers = Share | Sequence[Share] | Mapping[str, Share | Sequence[Share]]
 MODES = ("replace", "refine", "reweight")
 
 
@@ -56,6 +58,8 @@ class Edit:
     scope: words of the source prompt that the edit is about ("cat", "cat#2"): the picture changes only where
         pixels attend to these words, or to those that replace or join them, more than to any other thing of
         the prompts.
+    layers: which attention layers are injected: a part of their names ("up", "mid", "down_blocks.1"), (first,
+        last) as shares of depth, a list of these, or {"cross": ..., "self": ...}; None: all.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -71,6 +75,7 @@ class Edit:
     local_blend: LocalBlend | None = None
     scope: Words | None = None
     aligner: Literal["exact", "official"] = "exact"
+    layers: Layers | None = None
 
 
 def check(edit: Edit) -> None:
@@ -206,6 +211,7 @@ class Tables(NamedTuple):
     inject: Tensor        # (T,) bool: its pixels use the source's queries and keys in self-attention
     max_pixels: int       # ... at sites of at most this many
     renormalise: bool
+    layers: Mapping[str, tuple[bool, bool]] | None = None   # by site: edits text, borrows pixels; None: all
 
     def reads_text(self) -> Tensor:
         """(T,) bool: the steps at which any of its text columns is the source's."""

@@ -68,6 +68,9 @@ def injection(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend-middle", action="store_true", default=None,
                     help="the middle block's maps count too, as in RoyiRa's "
                     "code for SDXL")
+    ap.add_argument("--layers", action="append", metavar="[cross=|self=]LAYERS",
+                    help='inject into these layers alone: a part of their names ("up"), FIRST:END as shares of '
+                    'depth, or several ("mid+up"); for cross- and self-attention alike, or for one')
     ap.add_argument("--aligner", choices=["exact", "official"],
                     help="official: google/prompt-to-prompt's mappers")
 

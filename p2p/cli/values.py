@@ -44,6 +44,23 @@ def number(text: str, option: str) -> float:
         raise UsageError(f"{option}: {text!r} is not a number") from None
 
 
+def layers(text: str) -> list[str | tuple[float, float]]:
+    """NAME|FIRST:END, several joined by +"""
+    return [window(item, "--layers") if ":" in item else item for item in text.split("+")]   # type: ignore[misc]
+
+
+def _layers(items: list[str]) -> Any:
+    """Of --layers: for both kinds of attention, or by kind."""
+    parts = [item.rpartition("=") for item in items]
+    kinds = [kind for kind, _, _ in parts]
+    if kinds == [""]:
+        return layers(items[0])
+    if not set(kinds) <= {"cross", "self"}:
+        raise UsageError(f"--layers {items[kinds.index('')] if '' in kinds else items[0]}: expected LAYERS once, or "
+                         "cross=LAYERS and self=LAYERS")
+    return once([(kind, layers(value)) for kind, _, value in parts], "--layers")
+
+
 def timesteps(args: argparse.Namespace) -> list[int] | None:
     """Those of --timesteps."""
     try:
@@ -123,7 +140,8 @@ def over(items: list[str]) -> dict[str, list[Window]]:
     """NAME=VALUE,VALUE,... of a sweep"""
     named = [pair(item, "=", "--over", "NAME=VALUE,VALUE,...") for item in items]
     why = "give that with --cross, and values for all other words here"
-    return once([(name, [cross_of_all(v, f"--over {item}", why) for v in values.split(",")])
+    return once([(name, [layers(v) if name == "layers" else cross_of_all(v, f"--over {item}", why)
+                         for v in values.split(",")])
                  for item, (name, values) in zip(items, named)], "--over")
 
 
@@ -150,6 +168,8 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["equalizer"] = once([weight(w) for w in args.weight], "--weight")
     if args.swap:
         settings["swap"] = once([pair(p, "=", "--swap", "OLD=NEW") for p in args.swap], "--swap")
+    if args.layers:
+        settings["layers"] = _layers(args.layers)
     if args.scope:
         settings["scope"] = tuple(args.scope)
     if blend := _blend(args):

@@ -13,6 +13,7 @@ from p2p.blend import LocalBlend
 from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
+from p2p.request import layers
 from p2p.request.editing import proximal_by
 from p2p.request.schedules import SAMPLERS
 from p2p.request.source import METHODS
@@ -132,6 +133,11 @@ def _timesteps(value: Any) -> list[int]:
     return [_whole(0)(each) for each in value]
 
 
+def _layers(value: Any) -> Any:
+    layers.check(value)
+    return value
+
+
 def _editor(value: Any) -> Any:
     """Checks an editor's name, or an object with its name and fields; `find_editor` makes an editor of it."""
     _require(isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("name"), str)))
@@ -205,4 +211,5 @@ FIELDS: dict[str, Check] = {
     "local_blend": (_blend, "an object with the fields of LocalBlend"),
     "scope": (_WORDS, "a word or a list of words"),
     "aligner": _one_of("exact", "official"),
+    "layers": (_layers, layers.FORM),
 }

@@ -11,11 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from p2p.blend import Blend
 from p2p.denoise import Batch
-from p2p.edits import plan
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
-from p2p.request.ready import Ready, prepared
+from p2p.request.ready import Ready, planned_edits, prepared
 from p2p.request.start import stepper_of
 from p2p.run import Result, run
 
@@ -66,7 +65,7 @@ def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
         list(chain(*ordered([r.prompts for r in ready]))), start._replace(x=x, noise=noise), batch,
         stepper_of(model, start._replace(noise=noise)),
         _conditioned([r.empty for r in ready], ordered) if batch.guided else None, {}, [],
-        plan(tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled), tables,
+        planned_edits(model, tables, batch, sources), tables,
         _blends([r.blend for r in ready], targets), guidance_scale=scales)
 
 

@@ -21,6 +21,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.models.unet import UNet
+from p2p.request import layers
 from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
 from p2p.request.prompts import check as check_prompt
@@ -113,6 +114,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
             notes += [f'"{e.prompt}": {why}' for why in ignored]
         blends.append(scoped(source_tokens, t, e, str(e.mode), model.length).local_blend)
         _check_blend(blends[-1], source_tokens, t, model.length)
+        layers.chosen(e.layers, model.unet)
     placed(blends, model.unet, settled.shape[1:])
     return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
                        chosen, notes)
@@ -169,6 +171,8 @@ def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any])
     edits = [t if isinstance(t, Edit) else Edit(t, **settings) for t in items]
     for e in edits:
         check(e)
+        if e.layers is not None:
+            layers.check(e.layers)
     return edits
 
 

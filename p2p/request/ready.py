@@ -16,6 +16,7 @@ from p2p.edits import Edit, Tables, plan, tables
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
+from p2p.request import layers
 from p2p.request.editing import Editor, EditRequest, edit_request, proximal_by
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
@@ -63,8 +64,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     batch = _batch(request)
     if editor is None:
         edit_tables = [tables(source_tokens, t, e, e.mode, steps, length, request.schedule_steps)
-                       for e, t in request.pairs()]
-        planned = plan(edit_tables, batch, model.device, model.dtype, dense=model.compiled)
+                       ._replace(layers=layers.chosen(e.layers, model.unet)) for e, t in request.pairs()]
+        planned = planned_edits(model, edit_tables, batch)
     else:
         edit_tables, planned = [], editor.plan(model.unet, batch, steps, model.device)
     prompts = [request.source, *(e.prompt for e in request.edits)]
@@ -87,6 +88,15 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
     return Ready(prompts, start, batch, step, empty, recorded, notes, planned, edit_tables, blend, known,
                  join, start.guidance_scale, request.edits)
+
+
+def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
+                  sources: Sequence[int] | None = None) -> Plan:
+    """An edit a step, of all layers, or by site where a target is limited to some; see `plan`."""
+    planned = plan(edit_tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled)
+    if all(t.layers is None for t in edit_tables):
+        return planned
+    return [None if edit is None else layers.by_site(edit, edit_tables) for edit in planned]
 
 
 def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, float] | None]:

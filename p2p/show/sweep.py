@@ -13,6 +13,7 @@ from PIL import Image
 from p2p.edits import Edit, Window, check, window
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.request import layers
 from p2p.request.checks import finite
 from p2p.request.loading import find_model
 from p2p.request.memory import check_run
@@ -39,14 +40,20 @@ def variant(base: Edit, name: str, value: Window) -> Edit:
         return replace(base, cross_replace_steps={**base.cross_replace_steps, "default_": value})
     if name in NAMES:
         return replace(base, **{NAMES[name]: value})
+    if name == "layers":
+        return replace(base, layers=value)
     word = name.removeprefix("weight:")
     if word and word != name:
         return replace(base, equalizer={**(base.equalizer or {}), word: value})
-    raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, seed')
+    raise UsageError(f'a sweep over "{name}" is not known; known: cross, self, weight:WORD, layers, seed')
 
 
-def shown(value: Window, digits: int = 6) -> str:
-    """A number, or a window as the command line takes it."""
+def shown(value: Any, digits: int = 6) -> str:
+    """A number, a window or layers, as the command line takes them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "+".join(shown(each, digits) for each in value)
     return ":".join(f"{v:.{digits}g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -54,6 +61,9 @@ def _value(name: str, value: Any) -> int | Window:
     """Checks a value: a number, or for windows also a pair (start, end). Seeds stay exact integers."""
     if name in NAMES and isinstance(value, (tuple, list)):
         return window(value, name)
+    if name == "layers":
+        layers.check(value)
+        return value
     number = finite(f"a value of {name}", value)
     return int(value) if isinstance(value, Integral) else number
 
@@ -62,8 +72,8 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
           over: Mapping[str, Sequence[Window]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """Runs an edit with one or two settings varied, and arranges the pictures in a labelled table.
 
-    over: one or two of {"cross" | "self": shares or windows (start, end)}, {"weight:WORD": numbers} and
-    {"seed": numbers}: the first along the columns, the second along the rows (seeds always along the rows,
+    over: one or two of {"cross" | "self": shares or windows (start, end)}, {"weight:WORD": numbers},
+    {"layers": as `Edit` has them} and {"seed": numbers}: the first along the columns, the second along the rows (seeds always along the rows,
     beside another setting). Without seeds everything is one batch with one source.
     sampling: as in `edit`. Raises UsageError.
     """
@@ -79,7 +89,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
     over = {name: [_value(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
-        if len(set(values)) < len(values):
+        if len(set(map(shown, values))) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
