@@ -105,7 +105,7 @@ def test_from_the_command_line_from_a_list_in_a_sweep_and_again(tmp_path, capsys
     assert "expected LAYERS once, or cross=LAYERS" in capsys.readouterr().err
 
 
-def test_heads_are_chosen_by_a_fork_in_one_function(narrow, monkeypatch):
+def test_heads_are_chosen_by_a_fork_in_one_function(emoji, monkeypatch):
     """The plain way: replace the formula by one that keeps some heads' own result. All heads: the edit; none: no edit of text."""
     real = attention.edited_attend
 
@@ -115,11 +115,11 @@ def test_heads_are_chosen_by_a_fork_in_one_function(narrow, monkeypatch):
             return torch.where(chosen, real(q, k, v, q_src, k_src, mix, keep), attention.attend(q, k, v))
         return edited_attend
 
-    whole, found = edited(narrow, None), {}
+    whole, found = edited(emoji, None), {}
     for heads in ((), (0,), range(99)):
         monkeypatch.setattr(attention, "edited_attend", of_heads(heads))
-        found[len(heads)] = edited(narrow, None)
+        found[len(heads)] = edited(emoji, None)
     assert torch.equal(found[99], whole)
     monkeypatch.setattr(attention, "edited_attend", real)
-    assert torch.allclose(found[0], edited(narrow, None, cross_replace_steps=0.0), atol=1e-5)
-    assert all((found[1] - other).abs().max() > 1e-4 for other in (found[0], whole))
+    assert torch.allclose(found[0], edited(emoji, None, cross_replace_steps=0.0), atol=1e-4)
+    assert all((found[1] - other).abs().max() > 1e-2 for other in (found[0], whole))

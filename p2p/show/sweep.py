@@ -73,8 +73,9 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     """Runs an edit with one or two settings varied, and arranges the pictures in a labelled table.
 
     over: one or two of {"cross" | "self": shares or windows (start, end)}, {"weight:WORD": numbers},
-    {"layers": as `Edit` has them} and {"seed": numbers}: the first along the columns, the second along the rows (seeds always along the rows,
-    beside another setting). Without seeds everything is one batch with one source.
+    {"layers": as `Edit` has them} and {"seed": numbers}: the first along the columns, the second along the
+    rows (seeds always along the rows, beside another setting). Without seeds everything is one batch with one
+    source.
     sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)
