@@ -60,6 +60,8 @@ class Edit:
         the prompts.
     layers: which attention layers are injected: a part of their names ("up", "mid", "down_blocks.1"), (first,
         last) as shares of depth, a list of these, or {"cross": ..., "self": ...}; None: all.
+    emphasis: what weights in the prompt, "a (red:1.3) dog", act on: the "attention" to the words, as the
+        equalizer does, or their "embedding", by the rule of AUTOMATIC1111's web UI.
     aligner: "exact", or "official" for google/prompt-to-prompt's token mappers, faults included.
     """
 
@@ -76,6 +78,7 @@ class Edit:
     scope: Words | None = None
     aligner: Literal["exact", "official"] = "exact"
     layers: Layers | None = None
+    emphasis: Literal["attention", "embedding"] = "attention"
 
 
 def check(edit: Edit) -> None:
@@ -101,6 +104,7 @@ def check(edit: Edit) -> None:
     if edit.mode is not None:
         choice("mode", edit.mode, MODES)
     choice("aligner", edit.aligner, ("exact", "official"))
+    choice("emphasis", edit.emphasis, ("attention", "embedding"))
     choice("windows_over", edit.windows_over, ("run", "schedule"))
     whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
     flag("renormalise", edit.renormalise)

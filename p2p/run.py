@@ -23,6 +23,7 @@ from p2p.model import Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag, whole
 from p2p.request.editing import SAMPLING, Editor, check_negative
+from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
 from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
 from p2p.request.record import Record
@@ -121,7 +122,7 @@ def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
 
 
 def _conditioning(model: Model, ready: Ready) -> Conditioning:
-    return _enlarging(model, ready, model.condition(ready.prompts, *ready.start.size))
+    return _enlarging(model, ready, condition(model, ready.prompts, *ready.start.size))
 
 
 def _enlarging(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
@@ -142,7 +143,7 @@ def _loop(model: Model, ready: Ready, record: Record, conditioning: Conditioning
 
 
 def _maps(model: Model, ready: Ready, collector: Collector) -> AttentionMaps:
-    tokens = [model.tokens(p) for p in ready.prompts]
+    tokens = [prompt_tokens(model, p) for p in ready.prompts]
     height, width = ready.start.x.shape[2:]
     return collector.result(tokens, (height, width), model.length)
 

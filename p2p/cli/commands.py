@@ -19,8 +19,10 @@ from p2p.image import open_picture
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import tokenizer, tokens
 from p2p.request.editing import edit_request
+from p2p.request.emphasis import read
 from p2p.request.inverting import expected
 from p2p.request.prompts import check as check_prompt
+from p2p.request.ready import prompt_notes
 from p2p.request.start import Sampling, solver
 from p2p.run import Result
 from p2p.show.pictures import grid, heat, names, overlay, table
@@ -63,7 +65,7 @@ def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
     inversion = _invert(args, model, picture)
-    options.say([*model.notes, *model.remarks(args.source), *inversion.notes, taken(inversion)])
+    options.say([*model.notes, *prompt_notes(model, [args.source]), *inversion.notes, taken(inversion)])
     out.add("inversion.safetensors", inversion.save)
     out.picture("picture", inversion.picture)
     out.write(args.quiet)
@@ -182,7 +184,8 @@ def show_tokens(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     for prompt in args.prompts:
-        options.say(check_prompt(prompt))
+        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weigh nothing']
+        options.say([*check_prompt(prompt), *weighs])
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
     encoded = EncodedPrompts.encoded_by(tower, args.prompts)
     if not encoded.embeddings.isfinite().all():

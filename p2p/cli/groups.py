@@ -68,6 +68,9 @@ def injection(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend-middle", action="store_true", default=None,
                     help="the middle block's maps count too, as in RoyiRa's "
                     "code for SDXL")
+    ap.add_argument("--emphasis", choices=["attention", "embedding"],
+                    help='what weights in a target, "a (red:1.3) dog", act on: attention, as --weight does (the '
+                    "default), or the embedding, as in A1111 (always, in a source)")
     ap.add_argument("--layers", action="append", metavar="[cross=|self=]LAYERS",
                     help='inject into these layers alone: a part of their names ("up"), FIRST:END as shares of '
                     'depth, or several ("mid+up"); for cross- and self-attention alike, or for one')

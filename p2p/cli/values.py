@@ -161,7 +161,7 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["cross_replace_steps"] = windows[ALL] if list(windows) == [ALL] else windows
     if args.self_ is not None:
         settings["self_replace_steps"] = window(args.self_, "--self")
-    for name in ("windows_over", "aligner"):
+    for name in ("windows_over", "aligner", "emphasis"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     if args.weight:

@@ -211,5 +211,6 @@ FIELDS: dict[str, Check] = {
     "local_blend": (_blend, "an object with the fields of LocalBlend"),
     "scope": (_WORDS, "a word or a list of words"),
     "aligner": _one_of("exact", "official"),
+    "emphasis": _one_of("attention", "embedding"),
     "layers": (_layers, layers.FORM),
 }

@@ -35,6 +35,7 @@ from p2p.lists.together import edit_together
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.request.checks import finite
+from p2p.request.emphasis import escaped
 from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import stepper
@@ -186,7 +187,7 @@ def first_pictures_attention(thresholds: Sequence[float], steps: int,
 def prompt_to_prompt(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
     results = edit_together(model, [dict(
-        source=prompts.caption, targets=prompts.output, seed=d["seed"], guidance_scale=d["cfg_scale"],
+        source=escaped(prompts.caption), targets=escaped(prompts.output), seed=d["seed"], guidance_scale=d["cfg_scale"],
         steps=steps, cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"])
                                     for d in draws])
     before, after = (torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2))

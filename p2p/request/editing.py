@@ -24,6 +24,7 @@ from p2p.models.unet import UNet
 from p2p.request import layers
 from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
+from p2p.request.emphasis import faded, prompt_tokens
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.source import Inversion
@@ -101,8 +102,9 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         check_prompt(prompt)
     check_negative(sampling.negative_prompt, settled.guidance_scale, inversion)
     for other in filter(None, (sampling.negative_prompt, editor and editor.source_prompt)):
-        model.tokens(other)   # raises where only other prompts were encoded beforehand
-    tokens = [model.tokens(prompt) for prompt in (source, *(e.prompt for e in edits))]
+        prompt_tokens(model, other)   # raises where only other prompts were encoded beforehand
+    edits = [faded(model, e) for e in edits]
+    tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
     chosen = [e.mode is None for e in edits]
     edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(edits, target_tokens)]

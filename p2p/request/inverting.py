@@ -9,6 +9,7 @@ import torch
 from p2p.errors import UsageError
 from p2p.model import STEPS, Model
 from p2p.request.checks import choice, finite, share, whole
+from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import METHODS, Inversion
@@ -99,7 +100,7 @@ def _empty(model: Model, prompt: str) -> bool:
     """Whether the network reads this prompt as it reads the empty prompt of guidance."""
     if not model.text_encoders:
         return True
-    return not model.zero_negative and model.tokens(prompt).ids == model.tokens("").ids
+    return not model.zero_negative and prompt_tokens(model, prompt).ids == model.tokens("").ids
 
 
 def unguided(method: str) -> list[str]:

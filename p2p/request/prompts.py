@@ -1,11 +1,11 @@
 """Prompts in the syntax of other programs, which a text tower would read as text: refused, with
 what to write instead.
 
-What can only be syntax is refused: weights "(dog:1.4)", schedules "[dog:cat:0.4]", alternatives "[dog|cat]"
-and "{dog|cat}", nested emphasis "((dog))" and "[[dog]]", add-ons "<lora:name:1>" and "embedding:name", and
-the words BREAK and AND in capitals among words that are not (nothing is lost: CLIP reads small letters
-alone). What may also be meant as it stands, as in "a cat (photo)" or "a cat:1.4", is text, and a note says
-so; "16:9" and "(at 10:30)" are ordinary text.
+Weights in brackets are read, see `emphasis`. What else can only be syntax is refused: schedules
+"[dog:cat:0.4]", alternatives "[dog|cat]" and "{dog|cat}", other programs' weights "(dog)1.4", "(dog)++" and
+"{{dog}}", add-ons "<lora:name:1>" and "embedding:name", and the words BREAK and AND in capitals among words
+that are not (nothing is lost: CLIP reads small letters alone). What may also be meant as it stands, as in
+"a cat:1.4" or "{a cat}", is text, and a note says so; "16:9" and "10:30" are ordinary text.
 Syntax of AUTOMATIC1111's web UI, ComfyUI, NovelAI, Compel and Midjourney ("cat::2").
 """
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 
 from p2p.errors import UsageError
+from p2p.request.emphasis import read
 from p2p.weights.untrusted import brief
 
 _EMPHASIS = "write the words alone, and weigh them in an edit: --weight {0}=1.2 (equalizer={{\"{0}\": 1.2}})"
@@ -24,21 +25,19 @@ LONGEST = 20_000   # characters of a prompt
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 # Each repetition excludes the mark that ends it, so that no prompt takes more than linear time.
 _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead in (
-    (rf"\(([^():\[\]]*[^\s():\[\]])\s*:\s*({_NUMBER})\s*\)", "a weight", _WEIGHT),
     (rf"\(([^():\[\]]*[^\s():\[\]])\s*:\s*({_NUMBER})\s*$", "a weight that is not closed", _WEIGHT),
     (r"\b__[\w/-]*\w__\b", "a wildcard", "write one of the words that it stands for"),
     (rf"\(([^():\[\]]*[^\s():\[\]])\)({_NUMBER})(?![\w:/.])", "a weight", _WEIGHT),
     (r"\(([^()]+)\)(?:\+\+*|--*)(?!\w)", "a weight", _EMPHASIS),
     (rf"\[[^\[\]|:]*:(?:[^\[\]|:]*:)?\s*{_NUMBER}\s*\]", "a schedule", _SCHEDULE),
     (r"\[[^\[\]|]*\|[^\[\]]*\]|\{[^{}|]*\|[^{}]*\}", "a choice between words", _SCHEDULE),
-    (r"\(\s*\(([^()]+)\)\s*\)|\[\s*\[[^\[\]]+\]\s*\]|\{\s*\{[^{}]+\}\s*\}", "emphasis", _EMPHASIS),
+    (r"\{\s*\{[^{}]+\}\s*\}", "emphasis", _EMPHASIS),
     (r"<\s*(?:lora|lyco|locon|loha|hypernet|ti|embedding)\s*:[^<>]*>|\bembedding:\S+", "an add-on", _ADDED),
     (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction",
      "write one prompt, and the other as an edit of it"),
 ))
 _BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
-_TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|(?<!\\)\(([^()]+)(?<!\\)\)"
-                   r"|\[([^\[\]]+)\]|\{([^{}]+)\}|\\[()\[\]]")
+_TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|\{([^{}]+)\}")
 
 
 def check(prompt: object) -> list[str]:
@@ -68,13 +67,14 @@ def check(prompt: object) -> list[str]:
             raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read '
                              f'as the word: leave it out, or write "{word.lower()}" for the word')
     notes = []
-    if found := _BARE.search(prompt):
+    text = read(prompt).text
+    if found := _BARE.search(text):
         word, weight = filter(None, found.groups())
         weight = f"{float(weight):g}"
         notes.append(f'"{_short(prompt)}": {_short(found.group())} is read as text; if a weight is meant, '
                      f"write the word alone, and weigh it in an edit: --weight {word}={weight} "
                      f'(equalizer={{"{word}": {weight}}})')
-    if found := _TEXT.search(prompt):
+    if found := _TEXT.search(text):
         notes.append(f'"{_short(prompt)}": {_short(found.group())} is read as text, not as emphasis; weigh a '
                      "word with --weight WORD=1.2 (equalizer)")
     return notes

@@ -18,6 +18,8 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.request import layers
 from p2p.request.editing import Editor, EditRequest, edit_request, proximal_by
+from p2p.request.emphasis import condition, parsed
+from p2p.request.emphasis import notes as weights_notes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.remarks import remarks
@@ -150,9 +152,9 @@ def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple
     if not n:
         return None
     if negative_prompt:
-        return model.condition([negative_prompt] * n, *size)
+        return condition(model, [negative_prompt] * n, *size)
     if inversion is not None and inversion.method == "negative-prompt":
-        return model.condition([inversion.prompt] * n, *size)
+        return condition(model, [inversion.prompt] * n, *size)
     null = model.null(n, *size)
     if inversion is not None and inversion.null_context is not None:
         contexts = inversion.null_context.to(null.context)
@@ -165,7 +167,8 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
     written = {prompt: check_prompt(prompt) for prompt in prompts}
     if not model.text_encoders:   # it reads no text
         return []
-    return [note for prompt, notes in written.items() for note in [*model.remarks(prompt), *notes]]
+    return [note for prompt, notes in written.items()
+            for note in [*model.remarks(parsed(model, prompt).text), *notes, *weights_notes(model, prompt)]]
 
 
 def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -> dict[str, Any]:

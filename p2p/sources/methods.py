@@ -35,6 +35,7 @@ from p2p.image import fit as fit_picture
 from p2p.model import STEPS, Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag
+from p2p.request.emphasis import condition
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.loading import find_model
 from p2p.request.schedules import Schedule
@@ -112,7 +113,7 @@ def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Ru
     full_schedule = model.schedule(planned.steps).ending(planned.final_alpha)
     schedule = Schedule(full_schedule.timesteps[planned.skip:], full_schedule.alphas[planned.skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
-    text, null = model.condition([planned.prompt], *pixels), model.null(1, *pixels)
+    text, null = condition(model, [planned.prompt], *pixels), model.null(1, *pixels)
     with torch.no_grad():
         conditioning, both = model.read(text), model.read(Conditioning.cat([null, text]))
     return _Run(model, x_0, null, conditioning, both, schedule, progress)

@@ -16,6 +16,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import QK, Attention
 from p2p.request.checks import flag
+from p2p.request.emphasis import condition
 from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
@@ -91,7 +92,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
     if queries:
         _afford(model, steps, dtype, start.x.shape[2:])
     empty = model.null(1, *start.size) if batch.guided else None
-    loop = denoise(model, start.x, model.condition([prompt], *start.size), empty, start.schedule,
+    loop = denoise(model, start.x, condition(model, [prompt], *start.size), empty, start.schedule,
                    stepper_of(model, start), batch,
                    guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
@@ -127,7 +128,7 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     -> (T, N, h d) each, noisiest first, CPU
     """
     pixels = tuple(side * model.shrink for side in inversion.latents.shape[2:])
-    text = model.read(model.condition([inversion.prompt], *pixels))
+    text = model.read(condition(model, [inversion.prompt], *pixels))
     stored, path = {}, inversion.latents.flip(0)
     timesteps = model.schedule(inversion.steps).timesteps[inversion.skip:]
     for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False,
