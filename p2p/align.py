@@ -100,14 +100,20 @@ def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
     return out
 
 
+def name_of(prompt: Tokens, columns: list[int]) -> str | None:
+    """What `word_tokens` calls these neighbouring tokens: words that occur again are "cat#1", "cat#2". None
+    where they begin or end within a word."""
+    text = prompt.text[prompt.spans[columns[0]][0]:prompt.spans[columns[-1]][1]]
+    places = _occurrences(prompt, text)
+    if columns not in places:
+        return None
+    return text if len(places) == 1 else f"{text}#{places.index(columns) + 1}"
+
+
 def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
-    """`words` under names that `word_tokens` tells apart: a repeated word becomes "cat#1", "cat#2"."""
-    out = []
-    for word, columns in words(prompt):
-        places = _occurrences(prompt, word)
-        repeated = len(places) > 1 and columns in places
-        out.append((f"{word}#{places.index(columns) + 1}" if repeated else word, columns))
-    return out
+    """`words` under names that `word_tokens` tells apart, see `name_of`."""
+    return [(name_of(prompt, columns) or word if columns else word, columns)
+            for word, columns in words(prompt)]
 
 
 def is_swap(source: Tokens, target: Tokens) -> bool:

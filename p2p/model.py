@@ -81,7 +81,7 @@ class Model:
         return self.unet.conv_in.weight.device
 
     @contextmanager
-    def _at_work(self, *parts: nn.Module) -> Iterator[None]:
+    def at_work(self, *parts: nn.Module) -> Iterator[None]:
         """Moves offloaded parts to the device for as long as they are used."""
         if not self.offload:
             yield
@@ -161,20 +161,6 @@ class Model:
         except ValueError as error:   # not one of the prompts that were encoded beforehand
             raise UsageError(str(error)) from None
 
-    def remarks(self, prompt: str) -> list[str]:
-        """Notes on what the text tower cuts off a prompt, and on words that it does not know."""
-        t, notes = self.tokens(prompt), []
-        if len(t.ids) > self.length:
-            cut = t.text[t.spans[self.length - 1][0]:]
-            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {self.length}: cut '
-                         f'off "{cut}"')
-        with self._at_work(self.text_encoders[0]):
-            unknown = self.text_encoders[0].unknown(torch.tensor(t.ids, device=self.device)).tolist()
-        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
-        if words:
-            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
-        return notes
-
     def read(self, conditioning: Conditioning) -> Conditioning:
         """Replaces the context by what the network computes from it at every step alike, see `UNet.read`."""
         context = kind("conditioning", conditioning, Conditioning).context
@@ -228,7 +214,7 @@ class Model:
         self.latent_shape(height, width)
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
-        with self._at_work(*self.text_encoders):
+        with self.at_work(*self.text_encoders):
             encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
         pooled = encoded[-1][1]
@@ -281,7 +267,7 @@ class Model:
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.quant_conv.weight.dtype)   # one at a time: memory for one
-        with self._at_work(self.vae):
+        with self.at_work(self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
     @torch.no_grad()
@@ -298,5 +284,5 @@ class Model:
         decode = self.vae.decode
         if self.tile is not None:
             decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
-        with self._at_work(self.vae):
+        with self.at_work(self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])

@@ -75,8 +75,8 @@ def sweep(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("source")
     ap.add_argument("target")
     ap.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,...",
-                    help="cross and self (END or START:END, as --cross and --self say), weight:WORD, layers or seed; "
-                    "the first given along the columns, a second along the rows")
+                    help="cross and self (END or START:END, as --cross and --self say), weight:WORD, layers "
+                    "or seed; the first given along the columns, a second along the rows")
     groups.injection(ap)
     groups.sampling(ap)
 

@@ -26,6 +26,7 @@ from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
 from p2p.request.inverting import DEFAULT, READ_BY
+from p2p.request.ready import unread
 from p2p.request.settings import to_dict
 from p2p.request.source import METHODS
 from p2p.show.sweep import shown
@@ -174,7 +175,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
                disable=args.quiet)
     for pair, counts in bar:
-        for note in dict.fromkeys(note for prompt in pair.prompts for note in model.remarks(prompt)):
+        for note in dict.fromkeys(note for prompt in pair.prompts for note in unread(model, prompt)):
             tqdm.write(f"prompt {pair.index}: note: {printable(note)}", file=sys.stderr)
         if why := next((name for name in counts if name.startswith("failed")), None):
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)

@@ -50,7 +50,7 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         targets, sampling = prompts[1:], dict(guidance_scale=args.cfg)
         planned = expected(model, args.source, **_inversion_settings(args))
-        edit_request(model, planned, targets, **settings, **sampling)   # a mistake, before minutes of inverting
+        edit_request(model, planned, targets, **settings, **sampling)   # before minutes of inverting
         source = _invert(args, model, picture)
     else:
         source, *targets = prompts
@@ -102,7 +102,8 @@ def maps(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompt)
     shared = options.edit_settings(args) if args.targets else {}
     model, sampling = options.load_for_sampling(args)
-    steps = None if args.steps_range is None else _steps(args.steps_range, solver(model, Sampling(**options.solver(args)))[1])
+    run_steps = solver(model, Sampling(**options.solver(args)))[1]
+    steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
     layers = model.unet.text_sites()
     if args.site is not None and not any(args.site in name for name in layers):
         raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are "

@@ -69,11 +69,11 @@ def injection(ap: argparse.ArgumentParser) -> None:
                     help="the middle block's maps count too, as in RoyiRa's "
                     "code for SDXL")
     ap.add_argument("--emphasis", choices=["attention", "embedding"],
-                    help='what weights in a target, "a (red:1.3) dog", act on: attention, as --weight does (the '
-                    "default), or the embedding, as in A1111 (always, in a source)")
+                    help='what weights in a target, "a (red:1.3) dog", act on: attention, as --weight does '
+                    "(the default), or the embedding, as in A1111 (always, in a source)")
     ap.add_argument("--layers", action="append", metavar="[cross=|self=]LAYERS",
-                    help='inject into these layers alone: a part of their names ("up"), FIRST:END as shares of '
-                    'depth, or several ("mid+up"); for cross- and self-attention alike, or for one')
+                    help='inject into these layers alone: a part of their names ("up"), FIRST:END as shares '
+                    'of depth, or several ("mid+up"); for cross- and self-attention alike, or for one')
     ap.add_argument("--aligner", choices=["exact", "official"],
                     help="official: google/prompt-to-prompt's mappers")
 
@@ -93,8 +93,8 @@ def settings(ap: argparse.ArgumentParser, seed: str) -> None:
                     help="ddim, dpm++ (2M: 10 to 20 steps), or lcm and tcd for models distilled by these (4 "
                     "steps); default: what the model was made for")
     ap.add_argument("--timestep-spacing", choices=["leading", "trailing", "linspace", "karras"],
-                    help="trailing: from pure noise, for models of few steps or zero terminal SNR; karras: of "
-                    "dpm++; default: the model's own")
+                    help="trailing: from pure noise, for models of few steps or zero terminal SNR; karras: "
+                    "of dpm++; default: the model's own")
     ap.add_argument("--timesteps", metavar="T,...", help="these timesteps, falling, in place of --steps")
     ap.add_argument("--height", type=int, default=None,
                     help="of the picture, in pixels; default: what the model was made for")

@@ -46,7 +46,8 @@ def number(text: str, option: str) -> float:
 
 def layers(text: str) -> list[str | tuple[float, float]]:
     """NAME|FIRST:END, several joined by +"""
-    return [window(item, "--layers") if ":" in item else item for item in text.split("+")]   # type: ignore[misc]
+    return [window(item, "--layers") if ":" in item else item
+            for item in text.split("+")]   # type: ignore[misc]
 
 
 def _layers(items: list[str]) -> Any:
@@ -56,8 +57,8 @@ def _layers(items: list[str]) -> Any:
     if kinds == [""]:
         return layers(items[0])
     if not set(kinds) <= {"cross", "self"}:
-        raise UsageError(f"--layers {items[kinds.index('')] if '' in kinds else items[0]}: expected LAYERS once, or "
-                         "cross=LAYERS and self=LAYERS")
+        raise UsageError(f"--layers {items[kinds.index('')] if '' in kinds else items[0]}: expected LAYERS "
+                         "once, or cross=LAYERS and self=LAYERS")
     return once([(kind, layers(value)) for kind, _, value in parts], "--layers")
 
 

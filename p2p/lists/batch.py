@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from p2p.errors import UsageError
 from p2p.lists.cluster import all_ended, in_processes, on_ray
-from p2p.lists.jobs import Job, Store, groups, read
+from p2p.lists.job import groups
+from p2p.lists.jobs import Job, Store, read
 from p2p.lists.work import Batch, work
 from p2p.model import Model
 from p2p.request.loading import load

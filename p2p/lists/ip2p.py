@@ -187,8 +187,9 @@ def first_pictures_attention(thresholds: Sequence[float], steps: int,
 def prompt_to_prompt(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
     results = edit_together(model, [dict(
-        source=escaped(prompts.caption), targets=escaped(prompts.output), seed=d["seed"], guidance_scale=d["cfg_scale"],
-        steps=steps, cross_replace_steps=d["p2p_threshold"], self_replace_steps=d["p2p_threshold"])
+        source=escaped(prompts.caption), targets=escaped(prompts.output), seed=d["seed"],
+        guidance_scale=d["cfg_scale"], steps=steps, cross_replace_steps=d["p2p_threshold"],
+        self_replace_steps=d["p2p_threshold"])
                                     for d in draws])
     before, after = (torch.cat([from_pil(r.images[k]) for r in results]) / 2 + 0.5 for k in range(2))
     return before, after, [(r.images[0], r.images[1]) for r in results]

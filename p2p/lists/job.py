@@ -1,9 +1,11 @@
 """A job: one line of a list with all its settings, and the check of it before it runs."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from p2p.blend import LocalBlend
 from p2p.editors import find_editor
 from p2p.edits import Edit
 from p2p.image import check_file
@@ -67,3 +69,32 @@ def check(model: Model, job: Job, picture_exists: bool = True) -> None:
             check_file(job.image)
         source = expected(model, job.source, **job.inversion())
     edit_request(model, source, **job.editing())
+
+
+def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
+    """Groups of jobs that may share a batch, at most `together` in one. They depend on the list alone, not on
+    what is done: a run that was stopped forms the same batches again, and so the same pixels."""
+    open_: dict[tuple, list[Job]] = {}
+    out: list[list[Job]] = []
+    for job in jobs:
+        shape = _shape(job)
+        group = open_.get(shape) if shape is not None else None
+        if group is None or len(group) >= together:
+            group = []
+            out.append(group)
+            if shape is not None:
+                open_[shape] = group
+        group.append(job)
+    return out
+
+
+def _shape(job: Job) -> tuple | None:
+    """What jobs of one batch have in common; None for a job that runs by itself."""
+    if job.image is not None or {"proximal", "editor"} & job.others.keys():
+        return None
+    blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
+    levels = {(b.level, b.middle) for b in blends}
+    s = job.sampling
+    how = [str(job.others.get(k)) for k in ("sampler", "timestep_spacing", "timesteps")]
+    return (s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), *how,
+            tuple(sorted(levels)))

@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from p2p import __version__
-from p2p.blend import LocalBlend
 from p2p.edits import Edit
 from p2p.edits import check as check_edit
 from p2p.errors import UsageError
@@ -278,32 +277,3 @@ def _read(file: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
         return parse_object(read_text(file))
     return {}
-
-
-def groups(jobs: Iterable[Job], together: int) -> list[list[Job]]:
-    """Groups of jobs that may share a batch, at most `together` in one. They depend on the list alone, not on
-    what is done: a run that was stopped forms the same batches again, and so the same pixels."""
-    open_: dict[tuple, list[Job]] = {}
-    out: list[list[Job]] = []
-    for job in jobs:
-        shape = _shape(job)
-        group = open_.get(shape) if shape is not None else None
-        if group is None or len(group) >= together:
-            group = []
-            out.append(group)
-            if shape is not None:
-                open_[shape] = group
-        group.append(job)
-    return out
-
-
-def _shape(job: Job) -> tuple | None:
-    """What jobs of one batch have in common; None for a job that runs by itself."""
-    if job.image is not None or {"proximal", "editor"} & job.others.keys():
-        return None
-    blends = [e.local_blend or LocalBlend() for e in job.targets if e.local_blend or e.scope]
-    levels = {(b.level, b.middle) for b in blends}
-    s = job.sampling
-    how = [str(job.others.get(k)) for k in ("sampler", "timestep_spacing", "timesteps")]
-    return (s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), *how,
-            tuple(sorted(levels)))

@@ -27,8 +27,8 @@ from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
-from p2p.lists.job import check
-from p2p.lists.jobs import SHORT, Job, Store, check_targets, groups, parse, unread
+from p2p.lists.job import check, groups
+from p2p.lists.jobs import SHORT, Job, Store, check_targets, parse, unread
 from p2p.lists.lines import write
 from p2p.lists.metrics import CONVENTIONS, NAMES, Judges, measure
 from p2p.lists.pie_data import mask

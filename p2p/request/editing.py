@@ -145,8 +145,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
     for name in ("sampler", "timestep_spacing", "timesteps"):
         if getattr(sampling, name) not in (None, "ddim"):
-            raise UsageError(f"{name}: an inverted or traced source is sampled by DDIM, at its own timesteps; "
-                             "leave it out")
+            raise UsageError(f"{name}: an inverted or traced source is sampled by DDIM, at its own "
+                             "timesteps; leave it out")
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
     for name, stored in fixed.items():
         value = getattr(sampling, name)
@@ -156,8 +156,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     if sampling.x_T is not None:
         raise UsageError("x_T is stored in this inversion: leave it out")
     scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
-    return replace(sampling, sampler="ddim", steps=inversion.steps, eta=inversion.eta, x_T=inversion.latents[-1:],
-                   guidance_scale=scale)
+    return replace(sampling, sampler="ddim", steps=inversion.steps, eta=inversion.eta,
+                   x_T=inversion.latents[-1:], guidance_scale=scale)
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:

@@ -26,8 +26,8 @@ from p2p.weights.untrusted import brief
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 BRACKETS = 200   # text towers read 77 tokens
-PART = ("a weight is on a part of a word; put whole words into the brackets, with spaces around these, or write "
-        r"\( and \) for brackets that are text")
+PART = ("a weight is on a part of a word; put whole words into the brackets, with spaces around these, or "
+        r"write \( and \) for brackets that are text")
 _WEIGHT = r"(?:(?<!\d):\s*([-+]?\d+)|:\s*([-+]?(?:\d+\.\d*|\.\d+)))\s*\)"   # "(at 10:30)" is a time of day
 _MARK = re.compile(rf"\\[()\[\]\\]|[(\[]|{_WEIGHT}|[)\]]|[^\\()\[\]:]+|.", re.S)
 
@@ -95,7 +95,7 @@ def equalizer(prompt: Weighted, tokens: Callable[[str], Tokens]) -> dict[str, fl
     """{word: weight} of the words that are weighed, as `Edit` names them: "cat#2" is the second one."""
     whole, weights, out = tokens(prompt.text), token_weights(prompt, tokens), {}
     for word, columns in align.words(whole):
-        for weight, run in groupby(columns, lambda i: weights[i]):   # its punctuation may weigh something else
+        for weight, run in groupby(columns, lambda i: weights[i]):  # its punctuation may weigh something else
             if weight != 1:
                 name = align.name_of(whole, list(run))
                 if name is None:
@@ -113,7 +113,7 @@ def weigh(context: Tensor, weights: Sequence[float], widths: Sequence[int]) -> T
     return torch.cat([part * row * (part.mean() / (part * row).mean()) for part in parts], dim=-1)
 
 
-# --------------------------------------------------------------------------------- prompts, as a model reads them
+# ----------------------------------------------------------------------------- prompts, as a model reads them
 
 def parsed(model: Model, prompt: str) -> Weighted:
     """Of models that read their text by CLIP; to T5, brackets are text."""
@@ -144,7 +144,8 @@ def faded(model: Model, edit: Edit) -> Edit:
         return edit
     weights = equalizer(prompt, model.tokens)
     if both := sorted(weights.keys() & (edit.equalizer or {}).keys()):
-        raise UsageError(f'"{edit.prompt}" and its equalizer both weigh {", ".join(both)}: weigh each word once')
+        raise UsageError(f'"{edit.prompt}" and its equalizer both weigh {", ".join(both)}: weigh each word '
+                         "once")
     merged = {**weights, **(edit.equalizer or {})}
     return replace(edit, prompt=prompt.text, equalizer=merged or None)
 
@@ -153,6 +154,7 @@ def notes(model: Model, prompt: str) -> list[str]:
     """What the weights of a prompt whose embedding they act on are. Raises UsageError."""
     found = parsed(model, prompt)
     if found.plain:
-        return [] if read(prompt).plain else [f'"{prompt}": brackets are text to {model.name}, and weigh nothing']
+        return [] if read(prompt).plain else [f'"{prompt}": brackets are text to {model.name}, and weigh '
+                                              "nothing"]
     words = ", ".join(f"{word} x {weight:.4g}" for word, weight in equalizer(found, model.tokens).items())
     return [f'"{prompt}": the embedding is weighed: {words}']

@@ -13,8 +13,8 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.unet import UNet
 from p2p.weights.untrusted import brief
 
-FORM = ('a part of layers\' names ("up", "mid", "down_blocks.1"), (first, last) as shares of depth, a list of these, '
-        'or {"cross": ..., "self": ...}')
+FORM = ('a part of layers\' names ("up", "mid", "down_blocks.1"), (first, last) as shares of depth, a list '
+        'of these, or {"cross": ..., "self": ...}')
 
 
 def check(layers: Any) -> None:
@@ -34,7 +34,8 @@ def _items(layers: Any) -> list[Any]:
     """Parts of names, and shares of depth."""
     if isinstance(layers, str) or _is_share(layers):
         return [layers]
-    if isinstance(layers, (list, tuple)) and layers and all(isinstance(i, str) or _is_share(i) for i in layers):
+    if isinstance(layers, (list, tuple)) and layers and all(isinstance(i, str) or _is_share(i)
+                                                            for i in layers):
         return list(layers)
     raise UsageError(f"layers: {brief(layers)} is not {FORM}")
 
@@ -60,7 +61,8 @@ def chosen(layers: Any, unet: UNet) -> dict[str, tuple[bool, bool]] | None:
             raise UsageError(f"layers: no layer is chosen for {kind}-attention by {brief(wanted)}; they are "
                              f"{', '.join(sites) or 'none'}")
     if not parts[0] | parts[1]:
-        raise UsageError(f"layers: none is chosen by {brief(layers)}; they are {', '.join(unet.text_sites())}")
+        raise UsageError(f"layers: none is chosen by {brief(layers)}; they are "
+                         f"{', '.join(unet.text_sites())}")
     sites = dict.fromkeys([*unet.text_sites(), *unet.pixel_sites()])
     return {site: (site in parts[0], site in parts[1]) for site in sites}
 

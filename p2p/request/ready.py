@@ -168,7 +168,22 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
     if not model.text_encoders:   # it reads no text
         return []
     return [note for prompt, notes in written.items()
-            for note in [*model.remarks(parsed(model, prompt).text), *notes, *weights_notes(model, prompt)]]
+            for note in [*unread(model, parsed(model, prompt).text), *notes, *weights_notes(model, prompt)]]
+
+
+def unread(model: Model, prompt: str) -> list[str]:
+    """Notes on what the text tower cuts off a prompt, and on words that it does not know."""
+    t, notes, tower = model.tokens(prompt), [], model.text_encoders[0]
+    if len(t.ids) > model.length:
+        cut = t.text[t.spans[model.length - 1][0]:]
+        notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off '
+                     f'"{cut}"')
+    with model.at_work(tower):
+        unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
+    words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
+    if words:
+        notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+    return notes
 
 
 def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -> dict[str, Any]:
@@ -181,6 +196,6 @@ def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -
         "steps": start.schedule.steps, "guidance_scale": start.guidance_scale,
         "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta, "sampler": start.sampler,
         "timestep_spacing": sampling.timestep_spacing, "timesteps": sampling.timesteps,
-        "height": start.size[0], "width": start.size[1], "device": model.device.type, "torch": torch.__version__,
-        "version": __version__,
+        "height": start.size[0], "width": start.size[1], "device": model.device.type,
+        "torch": torch.__version__, "version": __version__,
     }

@@ -52,12 +52,12 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
 class Sampling:
     """How a run samples. None stands for the model's default, or for that of an inversion.
 
-    steps: 50, or 4 by "lcm" and "tcd", unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the
-    prompts are run. seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given.
-    eta: 0 for DDIM, 1 for DDPM; the step noise is shared too ("tcd": 0.3; "dpm++" and "lcm" have their own).
-    height, width: of the pictures in pixels. sampler: "ddim", "dpm++" (2M), "lcm" or "tcd". timestep_spacing:
-    "leading", "trailing" or "linspace", and of "dpm++" also "karras"; timesteps: falling, in place of evenly
-    spaced ones.
+    steps: 50, or 4 by "lcm" and "tcd", unless the source has them. guidance_scale: 7.5 for Stable Diffusion;
+    at 1 (or 0) only the prompts are run. seed: of the initial noise, shared by all rows, unless x_T (1 or B,
+    C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too ("tcd": 0.3; "dpm++" and
+    "lcm" have their own). height, width: of the pictures in pixels. sampler: "ddim", "dpm++" (2M), "lcm" or
+    "tcd". timestep_spacing: "leading", "trailing" or "linspace", and of "dpm++" also "karras"; timesteps:
+    falling, in place of evenly spaced ones.
     proximal: guidance along the large differences only, (norm, quantile), see `sampler.proximal_guide`.
     negative_prompt: what guidance leads away from, in place of the empty prompt. low: what a super-resolution
     stage enlarges, see `upscale`.
@@ -126,7 +126,8 @@ def late(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> l
     if first >= 0.9 * total or sampling.timesteps is not None:
         return []
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
-    better = next((n for n in near if model.schedule(n, sampling.sampler or model.sampler, sampling.timestep_spacing)
+    better = next((n for n in near
+                   if model.schedule(n, sampling.sampler or model.sampler, sampling.timestep_spacing)
                    .timesteps[0] >= 0.9 * total), None)
     return [f"{steps} steps start at t = {first} of {total}: spaced evenly from the end, they do not "
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
@@ -202,13 +203,15 @@ def solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
     if not isinstance(timesteps, (list, tuple)) or not all(isinstance(t, Integral) for t in timesteps):
         raise UsageError(f"timesteps: a list of whole numbers is needed, not {brief(timesteps)}")
     if sampling.steps not in (None, len(timesteps)):
-        raise UsageError(f"steps: {len(timesteps)} timesteps are given, not {sampling.steps}; leave steps out")
+        raise UsageError(f"steps: {len(timesteps)} timesteps are given, not {sampling.steps}; leave steps "
+                         "out")
     return sampler, whole("the number of timesteps", len(timesteps)), eta
 
 
 def stepper_of(model: Model, start: Start, before: tuple[Tensor, float] | None = None) -> Stepper:
     """The step function of a run, see `sampler.stepper`."""
-    return stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before, start.sampler)
+    return stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before,
+                   start.sampler)
 
 
 def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> Start:
