@@ -90,7 +90,7 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
                          "prompt")
     settled = settle(model, sampling, seeds, len(prompts), record=record)
-    check_negative(sampling.negative_prompt, settled.guidance_scale)
+    check_negative(sampling.negative_prompt, settled.guidance_scale, len(prompts))
     notes = [*model.notes, *late(model, settled.schedule, sampling), *prompt_notes(model, prompts),
              *sampling_idle(sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))

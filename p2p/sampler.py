@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -191,12 +192,12 @@ def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
     noise: one tensor a step, shared by the rows, for eta > 0 and for "lcm". before: x one level noisier than
     the first step, and its alphas_cumprod, for O-BELM's steps.
     """
-    previous = before   # what a second-order step remembers: x or x_0, and its alphas_cumprod
+    previous: Any = before   # what a second-order step remembers: x or x_0, and its alphas_cumprod
 
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal previous
         a_t, a_next = schedule.alphas[i:i + 2]
-        z = noise[i] if noise else None
+        z: Any = noise[i] if noise else None
         if before is not None:
             x_0, eps = x0_and_eps(x, out, a_t, prediction)
             (above, a_above), previous = previous, (x, a_t)

@@ -54,7 +54,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
             "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
             "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
             "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
-            "proximal": values.proximal(args), "negative_prompt": args.negative}
+            "proximal": values.proximal(args), "negative_prompt": values.negative(args)}
     return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 

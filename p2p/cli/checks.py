@@ -54,7 +54,8 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def invert(args: argparse.Namespace) -> None:
-    refuse(args, "p2p invert: it is given to the edits", ["negative"])
+    if args.negative is not None and len(args.negative) > 1:
+        raise UsageError(f"--negative: {len(args.negative)} given; p2p invert has one row")
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
     refuse(args, "p2p invert: it steps by DDIM, at timesteps of its own", SCHEDULE)
 

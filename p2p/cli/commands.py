@@ -41,7 +41,7 @@ def edit(args: argparse.Namespace) -> None:
     prompts = values.prompts(args)
     out = Output(args.out, prompts[0])
     settings = dict(**options.edit_settings(args), proximal=values.proximal(args),
-                    editor=find_editor(args.editor), negative_prompt=args.negative,
+                    editor=find_editor(args.editor), negative_prompt=values.negative(args),
                     record=options.record(args))
     if args.inversion is not None:
         source, targets = p2p.Inversion.load(args.inversion), prompts
@@ -64,15 +64,17 @@ def edit(args: argparse.Namespace) -> None:
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
-    inversion = _invert(args, model, picture)
+    inversion = _invert(args, model, picture, negative_prompt=values.negative(args))
     options.say([*model.notes, *prompt_notes(model, [args.source]), *inversion.notes, taken(inversion)])
     out.add("inversion.safetensors", inversion.save)
     out.picture("picture", inversion.picture)
     out.write(args.quiet)
 
 
-def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
-    return p2p.invert(model, picture, args.source, **_inversion_settings(args), progress=not args.quiet)
+def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
+            negative_prompt: str | None = None) -> p2p.Inversion:
+    return p2p.invert(model, picture, args.source, **_inversion_settings(args),
+                      negative_prompt=negative_prompt, progress=not args.quiet)
 
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=args.negative,
+    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=values.negative(args),
                           progress=not args.quiet)
     options.say([*result.notes, *cost(args, result)])
     for i, image in enumerate(result.images):
@@ -110,7 +112,7 @@ def maps(args: argparse.Namespace) -> None:
                              f"{', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0,
                         before=bool(args.targets))
-    sampling |= dict(record=record, negative_prompt=args.negative, progress=not args.quiet)
+    sampling |= dict(record=record, negative_prompt=values.negative(args), progress=not args.quiet)
     if args.targets:
         result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
     else:
@@ -152,7 +154,7 @@ def sweep(args: argparse.Namespace) -> None:
         args.seed = 0   # none is drawn and printed: the sweep has its own
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
-    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=args.negative,
+    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=values.negative(args),
                      progress=not args.quiet)
     options.say([*done.runs[0].notes, *cost(args, *done.runs)])
     for r in done.runs:

@@ -83,8 +83,9 @@ def settings(ap: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
                     help="0 and 1: the prompt alone; default: the "
                     "model's own")
-    ap.add_argument("--negative", metavar="PROMPT",
-                    help="what guidance leads away from, in place of the empty prompt")
+    ap.add_argument("--negative", action="append", metavar="PROMPT",
+                    help="what guidance leads away from, in place of the empty prompt: once for all "
+                    "pictures, or once for each, the source first")
     ap.add_argument("--seed", type=int, default=None, help=seed)
     ap.add_argument("--eta", type=float,
                     help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "

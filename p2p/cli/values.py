@@ -62,6 +62,11 @@ def _layers(items: list[str]) -> Any:
     return once([(kind, layers(value)) for kind, _, value in parts], "--layers")
 
 
+def negative(args: argparse.Namespace) -> str | list[str] | None:
+    """One prompt for all rows, or one for each."""
+    return args.negative[0] if args.negative and len(args.negative) == 1 else args.negative
+
+
 def timesteps(args: argparse.Namespace) -> list[int] | None:
     """Those of --timesteps."""
     try:

@@ -133,6 +133,11 @@ def _timesteps(value: Any) -> list[int]:
     return [_whole(0)(each) for each in value]
 
 
+def _prompts(value: Any) -> list[str]:
+    _require(isinstance(value, (list, tuple)) and bool(value))
+    return [_text(each) for each in value]
+
+
 def _layers(value: Any) -> Any:
     layers.check(value)
     return value
@@ -195,7 +200,7 @@ FIELDS: dict[str, Check] = {
     "path": _one_of("inverted", "resampled"),
     # what else `edit` takes
     "editor": (_editor, "an editor's name, or an object with its name and fields"),
-    "negative_prompt": (_text, "a prompt"),
+    "negative_prompt": (_either(_text, str, _prompts), "a prompt, or a list of one for each row"),
     "proximal": (_guidance, 'a pair such as ["l0", 0.7]'),
     # the fields of `Edit`
     "prompt": (_text, "a prompt"),

@@ -100,8 +100,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         without_editor(edits)
     for prompt in (source, *(e.prompt for e in edits)):
         check_prompt(prompt)
-    check_negative(sampling.negative_prompt, settled.guidance_scale, inversion)
-    for other in filter(None, (sampling.negative_prompt, editor and editor.source_prompt)):
+    check_negative(sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
+    for other in filter(None, (*negatives(sampling.negative_prompt, 1), editor and editor.source_prompt)):
         prompt_tokens(model, other)   # raises where only other prompts were encoded beforehand
     edits = [faded(model, e) for e in edits]
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
@@ -156,8 +156,11 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     if sampling.x_T is not None:
         raise UsageError("x_T is stored in this inversion: leave it out")
     scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
-    return replace(sampling, sampler="ddim", steps=inversion.steps, eta=inversion.eta,
-                   x_T=inversion.latents[-1:], guidance_scale=scale)
+    negative = sampling.negative_prompt
+    if negative is None and scale not in (0, 1):
+        negative = inversion.negative_prompt
+    return replace(sampling, sampler="ddim", negative_prompt=negative, steps=inversion.steps,
+                   eta=inversion.eta, x_T=inversion.latents[-1:], guidance_scale=scale)
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:
@@ -220,12 +223,24 @@ def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, lengt
                 align.word_tokens(prompt, word, length)
 
 
-def check_negative(negative_prompt: str | None, guidance_scale: float,
+def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[str]:
+    """One negative prompt a row; as many as are given where these are not one for all."""
+    if isinstance(negative_prompt, (list, tuple)):
+        return list(negative_prompt)
+    return [negative_prompt or ""] * rows
+
+
+def check_negative(negative_prompt: str | Sequence[str] | None, guidance_scale: float, rows: int,
                    inversion: Inversion | None = None) -> None:
     """Raises UsageError for a negative prompt that the run would not read."""
     if negative_prompt is None:
         return
-    check_prompt(negative_prompt)
+    each = negatives(negative_prompt, rows)
+    if len(each) != rows:
+        raise UsageError(f"negative_prompt: {len(each)} given for {rows} rows; give one for all, or one for "
+                         "each, the source's first")
+    for prompt in each:
+        check_prompt(prompt)
     if guidance_scale == 1:
         raise UsageError("negative_prompt: nothing leads away from it without guidance; give a "
                          "guidance_scale other than 1, or leave it out")

@@ -36,7 +36,7 @@ def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `invert` in an inversion's record, to make it again. Raises KeyError, and UsageError
     where one is missing on which its tensors depend: no default is assumed for it."""
     needed = ("steps", "skip", "guidance_scale", "inversion_guidance", "eta", "seed")
-    later = ("inner_steps", "final_alpha")   # older versions did not record these
+    later = ("inner_steps", "final_alpha", "negative_prompt")   # older versions did not record these
     settings = settings_read(record["method"], {name: record.get(name) for name in (*needed, *later)})
     if lost := [name for name in needed if settings.get(name, 0) is None]:
         raise UsageError(f"its inversion's record does not say its {', '.join(lost)}, on which the pixels "
@@ -47,8 +47,8 @@ def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
 def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
              guidance_scale: float | None = None, inversion_guidance: float | None = None,
              inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
-             final_alpha: float | None = None, height: int | None = None, width: int | None = None,
-             fit: str = "crop") -> Inversion:
+             final_alpha: float | None = None, negative_prompt: str | None = None, height: int | None = None,
+             width: int | None = None, fit: str = "crop") -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
     device). height, width: of the picture as fitted. Raises UsageError."""
     if model.unet.config.low_channels:
@@ -63,6 +63,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     schedule = schedule.ending(final_alpha)
     guidance_scale = guidance(model, guidance_scale)
     inversion_guidance = finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
+    _check_negative(method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
     seed, eta = check_seed(0 if seed is None else seed), share("eta", 1 if eta is None else eta)
@@ -85,7 +86,20 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
                      guidance_scale, inversion_guidance, inner_steps if method in INNER_STEPS else None,
                      eta if independent else 0.0, seed if method in READ_BY["seed"] else None, model.family,
                      model.prediction, model.sha256, fit=fit, final_alpha=final_alpha,
-                     overrides=model.overrides, notes=tuple(notes))
+                     overrides=model.overrides, negative_prompt=negative_prompt, notes=tuple(notes))
+
+
+def _check_negative(method: str, negative_prompt: str | None, inversion_guidance: float) -> None:
+    """Raises UsageError for a negative prompt that the method does not read."""
+    if negative_prompt is None:
+        return
+    check_prompt(negative_prompt)
+    if method in ("negative-prompt", "null-text"):
+        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, "
+                         "or invert by direct")
+    if inversion_guidance == 1 or method == "noise":
+        raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
+                         "guidance; give inversion_guidance too, or give it to the edits")
 
 
 def _check_read(method: str, **settings: object) -> None:

@@ -17,7 +17,7 @@ from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.request import layers
-from p2p.request.editing import Editor, EditRequest, edit_request, proximal_by
+from p2p.request.editing import Editor, EditRequest, edit_request, negatives, proximal_by
 from p2p.request.emphasis import condition, parsed
 from p2p.request.emphasis import notes as weights_notes
 from p2p.request.prompts import check as check_prompt
@@ -147,12 +147,16 @@ def _looked_at(request: EditRequest, blend: Blend | None) -> bool:
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],
-                  negative_prompt: str | None) -> Conditioning | list[Conditioning] | None:
+                  negative_prompt: str | Sequence[str] | None) -> Conditioning | list[Conditioning] | None:
     """The conditioning of n unconditional rows, one for all steps or one for each; None for no rows."""
     if not n:
         return None
-    if negative_prompt:
-        return condition(model, [negative_prompt] * n, *size)
+    if any(each := negatives(negative_prompt, n)[-n:]):
+        if all(each):
+            return condition(model, each, *size)
+        rows = {prompt: condition(model, [prompt], *size) if prompt else model.null(1, *size)
+                for prompt in each}
+        return Conditioning.cat([rows[prompt] for prompt in each])
     if inversion is not None and inversion.method == "negative-prompt":
         return condition(model, [inversion.prompt] * n, *size)
     null = model.null(n, *size)

@@ -6,7 +6,7 @@ from typing import Any
 
 from p2p.blend import Blend
 from p2p.edits import Tables
-from p2p.request.editing import EditRequest
+from p2p.request.editing import EditRequest, negatives
 from p2p.request.effect import blend_idle, blends_without, editor_idle, idle, self_idle, without
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
@@ -71,7 +71,7 @@ def sampling_idle(sampling: Sampling, settled: Settled, known: bool = False) -> 
         what = "nothing" if sampling.proximal[0] == "l0" else "next to nothing"
         notes.append(f"proximal {sampling.proximal[0]} changes {what}: from quantile 0 on all differences "
                      "count")
-    if sampling.negative_prompt == "":
+    if sampling.negative_prompt is not None and not any(negatives(sampling.negative_prompt, 1)):
         notes.append("negative_prompt changes nothing: guidance leads away from the empty prompt anyhow")
     if any(seed != 0 for seed in settled.seeds):
         if known:

@@ -60,6 +60,7 @@ class Inversion:
     fit: str = "crop"                      # how the picture was fitted
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
+    negative_prompt: str | None = None     # what guidance led away from
     version: str | None = __version__      # of the package that made it; None: of an older file
     notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
@@ -152,6 +153,7 @@ _NUMBER = _is(int, float), "a finite number"
 FIELDS = {
     "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT,
     "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
+    "negative_prompt": (_is(str, type(None)), "a text or null"),
     "sha256": (_is(str, type(None)), "a text or null"), "version": (_is(str, type(None)), "a text or null"),
     "steps": (lambda v: type(v) is int and 1 <= v, "a whole number from 1"),
     "rows": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),

@@ -59,7 +59,8 @@ class Sampling:
     "tcd". timestep_spacing: "leading", "trailing" or "linspace", and of "dpm++" also "karras"; timesteps:
     falling, in place of evenly spaced ones.
     proximal: guidance along the large differences only, (norm, quantile), see `sampler.proximal_guide`.
-    negative_prompt: what guidance leads away from, in place of the empty prompt. low: what a super-resolution
+    negative_prompt: what guidance leads away from, in place of the empty prompt: for all rows, or a list of
+    one for each, the source first. low: what a super-resolution
     stage enlarges, see `upscale`.
     """
 
@@ -74,7 +75,7 @@ class Sampling:
     timestep_spacing: str | None = None
     timesteps: Sequence[int] | None = None
     proximal: tuple[str, float] | None = None
-    negative_prompt: str | None = None
+    negative_prompt: str | Sequence[str] | None = None
     low: Low | None = None
 
 

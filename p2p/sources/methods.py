@@ -38,6 +38,7 @@ from p2p.request.checks import flag
 from p2p.request.emphasis import condition
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.loading import find_model
+from p2p.request.ready import empty_prompts
 from p2p.request.schedules import Schedule
 from p2p.request.source import Inversion
 from p2p.request.start import check_latents, draw, fitting
@@ -71,8 +72,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
            method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
            guidance_scale: float | None = None, inversion_guidance: float | None = None,
            inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
-           final_alpha: float | None = None, height: int | None = None, width: int | None = None,
-           fit: str | None = None, progress: bool = False) -> Inversion:
+           final_alpha: float | None = None, negative_prompt: str | None = None, height: int | None = None,
+           width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
     picture: a picture, its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where
@@ -84,8 +85,9 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the noise that noise and edit-friendly draw, 0
     where None. final_alpha: alphas_cumprod at which the picture is taken to be; None for the model's own
     (Stable Diffusion: that of its first timestep, at which it was trained to end), 1 for a picture without
-    noise, as in O-BELM's code. A setting that a method does not read is refused. Raises UsageError,
-    NumericsError.
+    noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from, in place of the
+    empty prompt; also of the edits to come, unless they have their own. A setting that a method does not read
+    is refused. Raises UsageError, NumericsError.
     """
     model = find_model(model)
     flag("progress", progress)
@@ -99,7 +101,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
         picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                      inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
-                     final_alpha=final_alpha, height=height, width=width, fit=fit_mode)
+                     final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
+                       fit=fit_mode)
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:
@@ -113,7 +116,8 @@ def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Ru
     full_schedule = model.schedule(planned.steps).ending(planned.final_alpha)
     schedule = Schedule(full_schedule.timesteps[planned.skip:], full_schedule.alphas[planned.skip:])
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
-    text, null = condition(model, [planned.prompt], *pixels), model.null(1, *pixels)
+    text = condition(model, [planned.prompt], *pixels)
+    null = empty_prompts(model, None, 1, pixels, planned.negative_prompt)
     with torch.no_grad():
         conditioning, both = model.read(text), model.read(Conditioning.cat([null, text]))
     return _Run(model, x_0, null, conditioning, both, schedule, progress)

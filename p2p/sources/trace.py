@@ -16,10 +16,12 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import QK, Attention
 from p2p.request.checks import flag
+from p2p.request.editing import check_negative, negatives
 from p2p.request.emphasis import condition
 from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
+from p2p.request.ready import empty_prompts
 from p2p.request.source import FOLLOW, Inversion
 from p2p.request.start import Sampling, begin, stepper_of
 from p2p.weights.untrusted import brief
@@ -45,11 +47,11 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
           latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
     """Computes once what edits need of their source: pass the result to `edit` in its place.
 
-    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width as in `generate`; eta 0), or
-    an inversion whose source follows its stored latents (direct, edit-friendly). An edit then runs 2 rows a
-    step for each target, one without guidance; latents_only: stores no queries, and the source's row is run.
-    dtype: of the queries and keys (None: the model's; torch.float16 halves them). `size` says beforehand how
-    many bytes. Raises UsageError.
+    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width, negative_prompt as in
+    `generate`; eta 0), or an inversion whose source follows its stored latents (direct, edit-friendly). An
+    edit then runs 2 rows a step for each target, one without guidance; latents_only: stores no queries, and
+    the source's row is run. dtype: of the queries and keys (None: the model's; torch.float16 halves them).
+    `size` says beforehand how many bytes. Raises UsageError.
     """
     model = find_model(model)
     if isinstance(source, Path):
@@ -62,7 +64,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
     if not isinstance(source, Inversion):
         check_prompt(source)
-    known = ("steps", "guidance_scale", "seed", "x_T", "height", "width")
+    known = ("steps", "guidance_scale", "seed", "x_T", "height", "width", "negative_prompt")
     known = () if isinstance(source, Inversion) else known
     if unknown := [name for name in sampling if name not in known]:
         inverted = "the trace of an inverted source: it was inverted with its own"
@@ -91,7 +93,8 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
     steps, batch = start.schedule.steps, Batch(1, 0, start.guidance_scale != 1)
     if queries:
         _afford(model, steps, dtype, start.x.shape[2:])
-    empty = model.null(1, *start.size) if batch.guided else None
+    check_negative(sampling.negative_prompt, start.guidance_scale, 1)
+    empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     loop = denoise(model, start.x, condition(model, [prompt], *start.size), empty, start.schedule,
                    stepper_of(model, start), batch,
                    guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
@@ -103,7 +106,8 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         _keep(stored, step.index, steps, step.seen, dtype)
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
-                      overrides=model.overrides)
+                      overrides=model.overrides, negative_prompt=negatives(sampling.negative_prompt, 1)[0]
+                          or None)
     return inversion, stored
 
 
