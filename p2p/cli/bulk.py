@@ -35,7 +35,7 @@ from p2p.weights.emoji import recogniser
 
 def batch(args: argparse.Namespace) -> int:
     config = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
-                 args.quiet, _defaults(args))
+                   args.quiet, _defaults(args))
     counts = run_batch(config, args.engine, args.workers)
     if not args.quiet:
         print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
@@ -49,10 +49,10 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Default settings of the jobs, with the names and types of a list."""
     defaults, edit = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
     settings = {"steps": args.steps, "guidance_scale": args.cfg, "seed": args.seed, "eta": args.eta,
-            "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
-            "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
-            "proximal": values.proximal(args), "negative_prompt": args.negative}
+                "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
+                "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
+                "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
+                "proximal": values.proximal(args), "negative_prompt": args.negative}
     return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 
@@ -127,7 +127,7 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its "
                              "own")
     changes = {field: value for field, option in OPTIONS.items()
-             if (value := getattr(args, option)) is not None}
+               if (value := getattr(args, option)) is not None}
     changes |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
     out, read = [], set()
     for name in dict.fromkeys(names):

@@ -65,8 +65,8 @@ def invert(args: argparse.Namespace) -> None:
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
     settings = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps,
-                 inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
-                 final_alpha=args.final_alpha, fit=args.fit)
+                    inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
+                    final_alpha=args.final_alpha, fit=args.fit)
     return p2p.invert(model, picture, args.source, guidance_scale=args.cfg, height=args.height,
                       width=args.width, progress=not args.quiet,
                       **{k: v for k, v in settings.items() if v is not None})
@@ -104,7 +104,7 @@ def maps(args: argparse.Namespace) -> None:
         result = p2p.generate(model, args.prompt, **sampling)
     options.say([*result.notes, *cost(args, result)])
     selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
-                                 side=None if args.side is None else _side(result, args.side))
+                                     side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
     for k, name in enumerate(names(len(result.images))[1:], 1):

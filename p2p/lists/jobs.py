@@ -1,5 +1,4 @@
-"""A list of edits and the state of each: a job is identified by its settings, and finished when its folder
-exists.
+"""A list of edits: a job is identified by its settings, and finished when its folder exists.
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
@@ -48,8 +47,7 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
          out: Path | None = None) -> list[Job]:
     """Reads the jobs of a list (see `lines.read`), one a line; lines with equal settings have the same
     identity. Paths of pictures are relative to the file. defaults: settings of lines that do not set them;
-    INVERTING applies to pictures only. out: a folder with results of the list; finished jobs are not checked
-    again.
+    INVERTING applies to pictures only. out: a folder of results, whose finished jobs are not checked again.
 
     Raises UsageError naming every invalid line, before anything is computed.
     """
@@ -154,7 +152,7 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
                          '"crop" or "pad"')
     edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
     defaults_ = {"steps": STEPS, "guidance_scale": model.guidance_scale, "seed": 0,
-             "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
+                 "eta": 1.0 if pictured else model.eta, "height": model.size[0], "width": model.size[1]}
     sampling = {k: entry.get(k, defaults_[k]) for k in SAMPLING if k not in idle}
     inverting = {k: entry.get(k, v) for k, v in INVERTING.items() if k not in idle}
     others = {k: entry[k] for k in OTHERS if k in entry}
@@ -230,7 +228,7 @@ class Store:
         """Writes all files aside, then moves them into place at once. Raises UsageError where they cannot be
         written."""
         record = job.settings() | {"id": job.id, "notes": result.notes, "rows": result.rows,
-                                 "seconds": round(seconds, 3)}
+                                   "seconds": round(seconds, 3)}
         try:
             with appearing(self.root / job.id, "job.json") as folder:
                 for name, image in zip(names(len(result.images)), result.images):

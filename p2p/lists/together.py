@@ -37,8 +37,9 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
                          "edit")
     common = [{"steps": r.start.schedule.steps, "height, width": r.start.size, "eta": r.start.eta,
-             "guidance_scale 1, or not": r.start.guidance_scale == 1,
-             "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None} for r in ready]
+               "guidance_scale 1, or not": r.start.guidance_scale == 1,
+               "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None}
+              for r in ready]
     for name in common[0] if common else ():
         values = {settings[name] for settings in common} - {None}
         if len(values) > 1:

@@ -97,8 +97,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     else:
         picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
-                     inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
-                     final_alpha=final_alpha, height=height, width=width, fit=fit_mode)
+                       inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
+                       final_alpha=final_alpha, height=height, width=width, fit=fit_mode)
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:

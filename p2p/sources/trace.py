@@ -80,7 +80,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         inversion = replace(source, rows=source.rows + (len(source.latents) - 1 if stored else 0))
     else:
         inversion, stored = _sampled(model, source, not latents_only, dtype, progress,
-                                 Sampling(eta=0.0, **sampling))
+                                     Sampling(eta=0.0, **sampling))
     return replace(inversion, queries=stored or None)
 
 
@@ -102,8 +102,8 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         rows += batch.rows
         _keep(stored, step.index, steps, step.seen, dtype)
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
-                      None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
-                      overrides=model.overrides)
+                          None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
+                          overrides=model.overrides)
     return inversion, stored
 
 
