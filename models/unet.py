@@ -159,7 +159,7 @@ class UNet(nn.Module):
 
         middle = style._replace(out_scale=c.mid_scale)
         self.mid_block = Level([ResnetBlock(dim, dim, temb, style=middle) for _ in range(2)],
-                                attentions(c.mid_attention, len(ch) - 1, 1))
+                               attentions(c.mid_attention, len(ch) - 1, 1))
 
         self.up_blocks: ModuleList[Level] = ModuleList()
         for i in reversed(range(len(ch))):

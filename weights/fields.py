@@ -159,7 +159,7 @@ def check(path: Path, config: Mapping[str, Any], fields: Fields, strangers: bool
     names."""
     unknown = [f"{k} = {short(config[k])} (supported: {', '.join(map(short, v))})"
                for k, v in fields.supported.items()
-           if k in config and not any(_same(config[k], x) for x in v)]
+               if k in config and not any(_same(config[k], x) for x in v)]
     known = {*fields.used.split(), *fields.supported, *" ".join(fields.idle).split()}
     unknown += [f"{k[:60]} = {short(v)} (not known)" for k, v in config.items() if not strangers and v
                 and k not in known]

@@ -37,7 +37,7 @@ from p2p.weights.untrusted import printable
 
 def batch(args: argparse.Namespace) -> int:
     config = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
-                 args.quiet, _defaults(args))
+                   args.quiet, _defaults(args))
     counts = run_batch(config, args.engine, args.workers)
     if not args.quiet:
         print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
@@ -129,7 +129,7 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its "
                              "own")
     changes = {field: value for field, option in OPTIONS.items()
-             if (value := getattr(args, option)) is not None}
+               if (value := getattr(args, option)) is not None}
     changes |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})
     out, read = [], set()
     for name in dict.fromkeys(names):

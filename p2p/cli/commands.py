@@ -119,7 +119,7 @@ def maps(args: argparse.Namespace) -> None:
         result = p2p.generate(model, args.prompt, **sampling)
     options.say([*result.notes, *cost(args, result)])
     selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
-                                 side=None if args.side is None else _side(result, args.side))
+                                     side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
     for k, name in enumerate(names(len(result.images))[1:], 1):

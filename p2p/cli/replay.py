@@ -70,7 +70,7 @@ def _again(model: p2p.Model, record: dict[str, Any], progress: bool) -> p2p.Inve
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
     inversion = p2p.invert(model, picture, record["prompt"], method=record["method"], height=picture.height,
-                      width=picture.width, progress=progress, **arguments)
+                           width=picture.width, progress=progress, **arguments)
     return replace(inversion, fit=choice("fit", fit, FITS))
 
 

@@ -29,7 +29,7 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
         raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject "
                              "into")
     settings = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
-                 edited=args.upscale_edited or None)
+                    edited=args.upscale_edited or None)
     return model, {k: v for k, v in settings.items() if v is not None}
 
 

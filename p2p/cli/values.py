@@ -101,7 +101,7 @@ def windows_of_all(args: argparse.Namespace) -> dict[str, Window]:
     windows = {}
     if args.cross is not None:
         windows["cross"] = cross_of_all(args.cross, "--cross",
-                                      "the prompts of a benchmark have other words each")
+                                        "the prompts of a benchmark have other words each")
     if args.self_ is not None:
         windows["self_"] = window(args.self_, "--self")
     return windows

@@ -118,7 +118,7 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             results = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store,
-                              batch.retry_failed))
+                                batch.retry_failed))
             return {"id": [job.id for job, _ in results], "error": [error or "" for _, error in results]}
 
     jobs = {job.id: job for group in todo for job in group}

@@ -1,5 +1,4 @@
-"""A list of edits and the state of each: a job is identified by its settings, and finished when its folder
-exists.
+"""A list of edits: a job is identified by its settings, and finished when its folder exists.
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
@@ -49,8 +48,7 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
          out: Path | None = None) -> list[Job]:
     """Reads the jobs of a list (see `lines.read`), one a line; lines with equal settings have the same
     identity. Paths of pictures are relative to the file. defaults: settings of lines that do not set them;
-    INVERTING applies to pictures only. out: a folder with results of the list; finished jobs are not checked
-    again.
+    INVERTING applies to pictures only. out: a folder of results, whose finished jobs are not checked again.
 
     Raises UsageError naming every invalid line, before anything is computed.
     """

@@ -82,7 +82,7 @@ class EditRequest:
 
 
 def edit_request(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-          editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
+                 editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
     """Checks the arguments of `edit`. source: also an inversion that has no latents yet, see
     `inverting.expected`. Raises UsageError."""
     _check_kinds(model, editor, record, settings)

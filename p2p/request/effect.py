@@ -53,7 +53,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
             others = _less(by_word, word)
             if word != "default_" and window(bounds, word) != other and same(cross_replace_steps=others):
                 notes.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
-                            "no attention for it, or it covers the same steps as that of the other words")
+                             "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
         notes.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
     if edit.renormalise and _rows_sum_to_one(current):
@@ -86,7 +86,7 @@ def _windows(edit: Edit, steps: int, window_steps: int) -> list[str]:
             covers[name] = int(lo * n) < min(int(hi * n), steps)
             if lo < hi and not covers[name]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
-                            f"of the {steps} steps")
+                             f"of the {steps} steps")
     limit = edit.self_max_tokens != DEFAULT["self_max_tokens"]
     share = edit.self_replace_steps != DEFAULT["self_replace_steps"]
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
@@ -118,12 +118,12 @@ def _blend(edit: Edit) -> list[str]:
     words, substruct = pair[0], pair[-1]
     if b.substruct is None and words != substruct:
         notes.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
-                    "given")
+                     "given")
     if b.words is not None and b.rivals is None and words == 0:
         notes.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
     if b.substruct is not None and substruct == 0:
         notes.append("local_blend: at threshold 0 substruct leaves nothing to be edited: all that attends to "
-                    "it is taken out")
+                     "it is taken out")
     return notes
 
 
@@ -175,7 +175,7 @@ def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list
         for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
             if getattr(e, name) != DEFAULT[name]:
                 notes.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
-                            "self-attention")
+                             "self-attention")
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0
         if sizes and injected and 0 < e.self_max_tokens < min(sizes):
             notes.append(f'"{e.prompt}": self_max_tokens {e.self_max_tokens} leaves self-attention alone: '

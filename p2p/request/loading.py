@@ -80,13 +80,18 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
             part.to("cpu")
     if compile:
         c.unet.compile()
-    load_options = {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
-                    "held": held and str(held).removeprefix("torch.")}
     return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
-                 offload=offload, tile=tile, files=files(package, vae, text), load_options=load_options,
+                 offload=offload, tile=tile, files=files(package, vae, text),
+                 load_options=_load_options(ema, clip_skip, zero_snr, held),
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
                  **_detected(package, tile is not None and c.vae is None),
                  **_family_defaults(package.family, bool(c.unet.config.low_channels)))
+
+
+def _load_options(ema: bool, clip_skip: int, zero_snr: bool, held: torch.dtype | None) -> dict[str, Any]:
+    """The arguments of `load` that decide pixels, for JSON."""
+    return {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
+            "held": held and str(held).removeprefix("torch.")}
 
 
 def _compute_dtype(dtype: torch.dtype | None, held: torch.dtype | None, device: torch.device,

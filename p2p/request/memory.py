@@ -74,8 +74,8 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     host = {"noise": noises * one, "stored latents": stored * one, "pictures": n * pixels * 3 * 5,
             "tables of the edits": 2 * 8 * targets * steps * length**2}
     on_device = {"latents": 3 * n * one, "text": rows * length * text_width * model.dtype.itemsize,
-             "the network": rows * _network(model, shape) * model.dtype.itemsize,
-             "the autoencoder": _autoencoder(model, shape, encodes)}
+                 "the network": rows * _network(model, shape) * model.dtype.itemsize,
+                 "the autoencoder": _autoencoder(model, shape, encodes)}
     if record.text or record.pixels:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
         host["maps"] = 2 * steps * numbers

@@ -104,7 +104,7 @@ def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
     """The words of a caption, and whether each is new against the source's."""
     a, b = source.split(), caption.split()
     unchanged = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
-            for j in range(m.b, m.b + m.size)}
+                 for j in range(m.b, m.b + m.size)}
     return [(word, j not in unchanged) for j, word in enumerate(b)]
 
 
