@@ -51,10 +51,10 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Default settings of the jobs, with the names and types of a list."""
     defaults, edit = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
     settings = {**options.solver(args), "guidance_scale": args.cfg, "seed": args.seed,
-            "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
-            "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-            "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
-            "proximal": values.proximal(args), "negative_prompt": values.negative(args)}
+                "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
+                "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
+                "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
+                "proximal": values.proximal(args), "negative_prompt": values.negative(args)}
     return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 
