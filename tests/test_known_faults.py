@@ -31,7 +31,7 @@ FAULTS = {   # (what a line says, what is said of it)
                                 for w, level in (("dog", 4), ("bird", 8))]}, "one level for all targets"),
     "mode": ({"mode": "replace", "targets": "a big dog on grass"}, "a word swap needs as many words"),
     "reweight": ({"mode": "reweight"}, 'mode "reweight" is for one and the same prompt'),
-    "syntax": ({"source": "a (cat:1.4) on grass"}, "in the syntax of other programs"),
+    "syntax": ({"source": "a [cat:dog:0.4] on grass"}, "in the syntax of other programs"),
     "syntax of a target": ({"targets": ["a dog on grass", "a [dog|cat]"]}, "in the syntax of other programs"),
     "beyond what is read": ({"source": "a " * 100 + "cat", "targets": "a " * 100 + "dog"}, "beyond the 32 tokens"),
     **{f"{name} {size}": ({name: size}, f"{name} must be a positive multiple of 2") for name in ("height", "width")
