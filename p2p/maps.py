@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from p2p.align import named_words, word_tokens
@@ -20,10 +21,11 @@ from p2p.models.text import Tokens
 from p2p.models.unet import UNet
 from p2p.request.checks import choice, flag, kind, place, whole
 from p2p.request.record import Record
+from p2p.show import pictures
 from p2p.weights.untrusted import brief
 
 
-@dataclass
+@dataclass(repr=False)
 class AttentionMaps:
     """The maps that `record` selects, in half precision, on the CPU.
 
@@ -38,6 +40,19 @@ class AttentionMaps:
     length: int                      # text columns
     sites: dict[str, Tensor]
     pixel_sites: frozenset[str] = frozenset()   # those of self-attention
+
+    def __repr__(self) -> str:
+        layers = [f"{name} {tuple(m.shape)}" for name, m in self.sites.items()]
+        more = f" and {len(layers) - 1} more layers" if len(layers) > 1 else ""
+        return f"<AttentionMaps of {[p.text for p in self.prompts]}: {', '.join(layers[:1])}{more}>"
+
+    def show(self, word: str, row: int = 0, picture: Image.Image | None = None,
+             **selection: Any) -> Image.Image:
+        """The map of a word or phrase in colours, 256 pixels high, or laid over its picture. selection: see
+        `mean`. Raises UsageError."""
+        found = self.word(word, row, **selection)
+        size = round(256 * found.shape[1] / found.shape[0]), 256
+        return pictures.heat(found, size) if picture is None else pictures.overlay(picture, found)
 
     def _row(self, row: int, before: bool) -> int:
         n = len(self.prompts)

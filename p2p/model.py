@@ -35,7 +35,7 @@ LARGEST = 8192   # pixels a side: larger sizes are taken for typing errors, whic
 STEPS = 50       # of a run that does not set them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A network with its text towers, autoencoder and noise schedule, as `p2p.load` gives it.
 
@@ -47,9 +47,9 @@ class Model:
     family: str
     unet: UNet
     # empty for a model without text
-    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts] = field(repr=False)
+    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts]
     vae: AutoencoderKL | None            # None: the model works on pixels
-    alphas_cumprod: Tensor = field(repr=False)
+    alphas_cumprod: Tensor
     prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # the default of runs, as are:
@@ -70,11 +70,16 @@ class Model:
     tile: int | None = None   # latents a side of the squares that the autoencoder decodes, see `decode`
     notes: tuple[str, ...] = ()          # what was detected while loading, and how
     # the files that decide pixels, see `identity`
-    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict, repr=False)
+    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     # the arguments of `load` that decide pixels
-    load_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    load_options: Mapping[str, Any] = field(default_factory=dict)
     # where "vae" and "text" were loaded from, if they were given
-    places: Mapping[str, str] = field(default_factory=dict, repr=False)
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.unet.parameters()) / 1e6
+        return (f"<Model {self.name}: {self.family}, predicts {self.prediction}, {count:.0f} M parameters, "
+                f"{self.size[1]} x {self.size[0]}, {self.dtype} on {self.device}>")
 
     @property
     def device(self) -> torch.device:

@@ -2,27 +2,28 @@
 them again."""
 from __future__ import annotations
 
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from p2p.denoise import Batch, Step, denoise
 from p2p.edits import Edit
 from p2p.errors import UsageError
-from p2p.image import from_pil, to_pil
+from p2p.image import from_pil, to_base64, to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
-from p2p.request.checks import flag, whole
-from p2p.request.editing import SAMPLING, Editor, check_negative
+from p2p.request.checks import flag, place, whole
+from p2p.request.editing import SAMPLING, Editor, check_negative, understood
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
 from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
@@ -30,10 +31,11 @@ from p2p.request.record import Record
 from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
 from p2p.request.start import Low, Sampling, begun, late, settle, stepper_of
+from p2p.show import pictures
 from p2p.weights.untrusted import brief
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """The output of a run; in an edit the source comes first."""
 
@@ -47,6 +49,39 @@ class Result:
     rows: int = 0                                    # that the UNet computed
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
     edits: list[Edit] = field(default_factory=list)  # one a target, with the modes that were chosen
+
+    def __repr__(self) -> str:
+        b, *shape = self.latents.shape
+        size = f"{self.images[0].width} x {self.images[0].height}" if self.images else "no pictures"
+        what = self.settings.get("command")
+        return f"<Result of {what}: {b} x {size}, {self.prompts}, latents {tuple(shape)}>"
+
+    def grid(self, side: int = 256) -> Image.Image:
+        """The pictures in a row, `side` pixels high, captioned by their prompts; words that the source's
+        lacks are in colour."""
+        return pictures.grid(self.images, self.prompts, whole("side", side, 8, 4096))
+
+    def _repr_html_(self) -> str:
+        """The grid, in a notebook."""
+        alt, png = escape(" | ".join(self.prompts)), to_base64(self.grid())
+        return f'<img alt="{alt}" src="data:image/png;base64,{png}">'
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes source.png, edit.png (edit-1.png, ...; of `generate` 1.png, ...), grid.png and settings.json
+        into a folder.  -> their paths. Raises UsageError where one exists: nothing is overwritten."""
+        folder = place("folder", folder)
+        edited, n = self.settings.get("command") == "edit", len(self.images)
+        stems = pictures.names(n) if edited else [str(i + 1) for i in range(n)]
+        found = {folder / f"{stem}.png": image
+                 for stem, image in zip([*stems, "grid"], [*self.images, self.grid()])}
+        files = [*found, folder / "settings.json"]
+        if there := [file.name for file in files if file.exists()]:
+            raise UsageError(f"{folder}: holds {', '.join(there)} already; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, image in found.items():
+            pictures.save_png(file, image, self.settings)
+        files[-1].write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+        return files
 
 
 def edit(model: Model | str | Path, source: str | Inversion | Path,
@@ -76,9 +111,14 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     """Generates one picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for
     all prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
     model = find_model(model)
-    if unknown := [name for name in settings if name not in SAMPLING or name == "proximal"]:
-        raise UsageError(f"{', '.join(unknown)}: no setting of generate; known: {', '.join(SAMPLING)}")
-    sampling = Sampling(**settings)
+    return run(model, generation(model, prompts, record, **settings), record, progress)
+
+
+def generation(model: Model, prompts: str | Sequence[str], record: Record = Record(),
+               **settings: Any) -> Ready:
+    """Checks the arguments of `generate`, and lays out its run. Raises UsageError."""
+    known = tuple(name for name in SAMPLING if name != "proximal")
+    sampling = Sampling(**understood(settings, known, "generate"))
     Record.check(record)
     if record.before:
         raise UsageError("record.before: maps before the edit are an edit's; leave it out")
@@ -97,9 +137,8 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     batch = Batch(len(prompts), 0, start.guidance_scale != 1)
     recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
-    ready = Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
-                  guidance_scale=start.guidance_scale)
-    return run(model, ready, record, progress)
+    return Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
+                 guidance_scale=start.guidance_scale)
 
 
 def steps(model: Model | str | Path, source: str | Inversion | Path,
@@ -160,19 +199,19 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
     encoded = time.perf_counter()
     x, mask, rows, collector = ready.start.x, None, 0, Collector(model.unet, record)
     bar = tqdm(_loop(model, ready, record, conditioning), total=ready.start.schedule.steps,
-               disable=not (progress and sys.stderr.isatty()), leave=False, unit="step")
+               disable=not progress, leave=False, unit="step")
     for step in bar:
         collector.add(step)
         if on_step is not None:
             on_step(step)
         x, mask, rows = step.x, step.mask, rows + step.batch.rows
     latents, sampled = x.cpu(), time.perf_counter()
-    pictures = to_pil(model.decode(x))
+    images = to_pil(model.decode(x))
     timings = {"text": encoded - started, "steps": sampled - encoded,
                "pictures": time.perf_counter() - sampled}
     watched = record.sites(model.unet, *x.shape[2:])
     maps = _maps(model, ready, collector) if watched else None
-    return Result(pictures, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
+    return Result(images, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, list(ready.edits))
 
 
@@ -189,12 +228,12 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     model = find_model(model)
     if not isinstance(small, Result):
         raise UsageError(f"what is enlarged is a Result, as edit and generate give it, not {brief(small)}")
-    pictures = torch.cat([from_pil(i) for i in small.images])
+    low = torch.cat([from_pil(i) for i in small.images])
     noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0,
                         len(model.alphas_cumprod) - 1)
     seed = small.settings["seed"]
     common: dict[str, Any] = dict(steps=model.steps if steps is None else steps,
-                                  guidance_scale=guidance_scale, eta=eta, low=Low(pictures, noise_level),
+                                  guidance_scale=guidance_scale, eta=eta, low=Low(low, noise_level),
                                   progress=progress)
     if not flag("edited", edited):
         large = generate(model, small.prompts, seed=0 if seed is None else seed, **common)

@@ -221,7 +221,7 @@ def test_a_run_that_stops_says_why_and_leaves_nothing(capsys, tmp_path, monkeypa
     def stop(*args, **settings):
         raise raised
 
-    monkeypatch.setattr(p2p, "edit", stop)
+    monkeypatch.setattr("p2p.cli.results.run", stop)
     done, out, err = run(capsys, *EDIT, "-o", tmp_path / "new" / "out")
     assert done == code and said in err and out == ""
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,8 @@ mistakes = [["paint"], ["edit", "a cat", "a dog", "--nope"], ["edit", "a cat"], 
             ["sweep", "a", "b", "--over", "cross=0,x"], ["sweep", "a", "b", "--over", "seed=1", "--seed", "2"],
             ["maps", "a", "--weight", "a=2"], ["maps", "a", "--at", "x"], ["batch", "j", "-o", "o", "--workers", "0"],
             ["eval", "pie", "--data", "d", "-o", "o", "--cross", "dog=0.2"], ["dataset", "p", "--recipe", "p2p", "-o", "o", "--keep", "0"],
-            ["invert", "p.png", "a cat", "--negative", "a dog"]]
+            ["invert", "p.png", "a cat", "--negative", "a dog", "--negative", "b"],
+            ["edit", "a", "b", "--timesteps", "9,x"], ["edit", "a", "b", "--layers", "x=up"]]
 helped = [["--help"], *([command, "--help"] for command in
           "edit invert generate maps sweep batch eval dataset tokens encode inspect convert".split())]
 for code, asked in [(0, argv) for argv in helped] + [(2, argv) for argv in mistakes]:

@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     data = hashlib.sha256((args.data / "mapping_file.json").read_bytes()).hexdigest()[:16]
     report = pie.evaluate(model, items, ways, args.out, judges, run=run, data=data, figures=rank == 0,
-                          progress=not args.quiet)
+                          progress=options.progress(args))
     if rank:
         return 0
     for convention in metrics.CONVENTIONS:

@@ -13,7 +13,7 @@ import p2p
 from p2p import align
 from p2p.cli import options, replay, values
 from p2p.cli.output import Output
-from p2p.cli.results import cost, enlarged, stage, taken, write_edit
+from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.editors import find_editor
 from p2p.image import open_picture
 from p2p.models.t5 import EncodedPrompts
@@ -56,7 +56,7 @@ def edit(args: argparse.Namespace) -> None:
         source, *targets = prompts
         model, sampling = options.load_for_sampling(args)
     upscaler = stage(args, model.family)
-    result = p2p.edit(model, source, targets, **settings, **sampling, progress=not args.quiet)
+    result = edited(args, model, source, targets, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
 
@@ -74,7 +74,7 @@ def invert(args: argparse.Namespace) -> None:
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
             negative_prompt: str | None = None) -> p2p.Inversion:
     return p2p.invert(model, picture, args.source, **_inversion_settings(args),
-                      negative_prompt=negative_prompt, progress=not args.quiet)
+                      negative_prompt=negative_prompt, progress=options.progress(args))
 
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,9 +89,8 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = p2p.generate(model, args.prompts, **sampling, negative_prompt=values.negative(args),
-                          progress=not args.quiet)
-    options.say([*result.notes, *cost(args, result)])
+    result = generated(args, model, args.prompts, **sampling, negative_prompt=values.negative(args))
+    options.say(cost(args, result))
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
     out.picture("grid", grid(result.images, result.prompts), result.settings)
@@ -112,12 +111,12 @@ def maps(args: argparse.Namespace) -> None:
                              f"{', '.join(layers)}")
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0,
                         before=bool(args.targets))
-    sampling |= dict(record=record, negative_prompt=values.negative(args), progress=not args.quiet)
+    sampling |= dict(record=record, negative_prompt=values.negative(args))
     if args.targets:
-        result = p2p.edit(model, args.prompt, args.targets, **shared, **sampling)
+        result = edited(args, model, args.prompt, args.targets, **shared, **sampling)
     else:
-        result = p2p.generate(model, args.prompt, **sampling)
-    options.say([*result.notes, *cost(args, result)])
+        result = generated(args, model, args.prompt, **sampling)
+    options.say(cost(args, result))
     selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
                                      side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
@@ -155,7 +154,7 @@ def sweep(args: argparse.Namespace) -> None:
     base = p2p.Edit(args.target, **options.edit_settings(args))
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=values.negative(args),
-                     progress=not args.quiet)
+                     progress=options.progress(args))
     options.say([*done.runs[0].notes, *cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""

@@ -57,6 +57,11 @@ def solver(args: argparse.Namespace) -> dict[str, Any]:
                 timesteps=values.timesteps(args))
 
 
+def progress(args: argparse.Namespace) -> bool:
+    """Bars are for terminals: a log would keep every state of theirs."""
+    return not args.quiet and sys.stderr.isatty()
+
+
 def say(notes: Sequence[str]) -> None:
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import TextIOWrapper
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
+from p2p import __version__
 from p2p.cli import arguments, checks
 from p2p.errors import CheckpointError, NumericsError, UsageError
 from p2p.lists.stop import Lasting, at_once, exit_code, stoppable
@@ -70,10 +71,17 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors without the usage, which is twenty lines."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}\n{self.prog} --help lists the options\n")
+
+
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole program's parser, and one for each command."""
-    ap = argparse.ArgumentParser(prog="p2p",
-                                 description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
+    ap = Parser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
+    ap.add_argument("--version", action="version", version=f"p2p {__version__}")
     commands = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.description))

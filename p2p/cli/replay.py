@@ -11,7 +11,7 @@ import torch
 import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
-from p2p.cli.results import Stage, enlarged, stage, write_edit
+from p2p.cli.results import Stage, edited, enlarged, stage, write_edit
 from p2p.cli.values import refuse
 from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
@@ -49,16 +49,16 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     model = _recorded(args, settings)
     arguments = dict(guidance_scale=settings["guidance_scale"], proximal=settings["proximal"],
                      editor=find_editor(settings["editor"]), negative_prompt=settings.get("negative_prompt"),
-                     record=options.record(args), progress=not args.quiet)
+                     record=options.record(args))
     upscaler = _stage(args, settings["upscale"]) if settings.get("upscale") else stage(args, model.family)
     source = None
     if settings["inversion"] is not None:
-        source = _again(model, settings["inversion"], not args.quiet)
+        source = _again(model, settings["inversion"], options.progress(args))
     else:
         arguments |= {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
         later = ("sampler", "timestep_spacing", "timesteps")   # older pictures lack them
         arguments |= {k: settings[k] for k in later if k in settings}
-    result = p2p.edit(model, settings["source"] if source is None else source, edits, **arguments)
+    result = edited(args, model, settings["source"] if source is None else source, edits, **arguments)
     return result, source, enlarged(upscaler, result, args), out
 
 

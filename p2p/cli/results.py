@@ -7,12 +7,14 @@ from typing import Any
 import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
-from p2p.run import Result
+from p2p.request.ready import prepared
+from p2p.run import Result, generation, run
 from p2p.show.leakage import leakage
 from p2p.show.pictures import grid, names
 from p2p.show.report import report
 
 UPSCALERS = {"emoji": "emoji-upscaler"}   # the super-resolution stage that ships with a family
+NOTHING = p2p.Record()                    # no maps
 Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
 
 
@@ -33,15 +35,30 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
     return model, {k: v for k, v in settings.items() if v is not None}
 
 
+def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any, **settings: Any) -> Result:
+    """`p2p.edit`, whose notes are printed before its first step."""
+    ready = prepared(model, source, targets, **settings)
+    options.say(list(dict.fromkeys(ready.notes)))
+    return run(model, ready, settings.get("record", NOTHING), options.progress(args))
+
+
+def generated(args: argparse.Namespace, model: p2p.Model, prompts: Any,
+              record: p2p.Record = NOTHING, **settings: Any) -> Result:
+    """`p2p.generate`, whose notes are printed before its first step."""
+    ready = generation(model, prompts, record, **settings)
+    options.say(list(dict.fromkeys(ready.notes)))
+    return run(model, ready, record, options.progress(args))
+
+
 def enlarged(stage: Stage | None, result: Result, args: argparse.Namespace) -> Result | None:
-    return stage and p2p.upscale(stage[0], result, **stage[1], progress=not args.quiet)
+    return stage and p2p.upscale(stage[0], result, **stage[1], progress=options.progress(args))
 
 
 def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
                large: Result | None) -> None:
     shown, n = large or result, len(result.images)
     counted = [f"{taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
-    options.say([*shown.notes, *counted, *cost(args, shown)])
+    options.say([*(note for note in shown.notes if note not in result.notes), *counted, *cost(args, shown)])
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
     for name, image in zip(names(n), shown.images):

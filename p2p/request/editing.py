@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,7 +86,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
                  editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
     """Checks the arguments of `edit`. source: also an inversion that has no latents yet, see
     `inverting.expected`. Raises UsageError."""
-    _check_kinds(model, editor, record, settings)
+    settings = understood(settings, EDITING + SAMPLING, "an edit")
+    _check_kinds(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
     if sampling.proximal is not None:
         proximal_by(sampling.proximal)
@@ -122,7 +124,26 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
                        chosen, notes)
 
 
-def _check_kinds(model: Model, editor: Editor | None, record: Record, settings: Mapping[str, Any]) -> None:
+ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
+
+
+def understood(settings: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
+    """The settings by their names here. Raises UsageError for one that is not known, with those that are
+    nearest."""
+    out = {}
+    for name, value in settings.items():
+        name_here = ALIASES.get(name, name)
+        if name_here not in known:
+            near = get_close_matches(name_here, known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise UsageError(f"{name}: no setting of {what}; {hint}")
+        if name_here in out:
+            raise UsageError(f"{name}, {name_here}: the same setting twice; leave one out")
+        out[name_here] = value
+    return out
+
+
+def _check_kinds(model: Model, editor: Editor | None, record: Record) -> None:
     """Raises UsageError."""
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
@@ -133,9 +154,6 @@ def _check_kinds(model: Model, editor: Editor | None, record: Record, settings: 
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves "
                          "those of text alone")
-    if unknown := [name for name in settings if name not in SAMPLING + EDITING]:
-        raise UsageError(f"{', '.join(unknown)}: no setting of an edit; known: "
-                         f"{', '.join(EDITING + SAMPLING)}")
 
 
 def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sampling:

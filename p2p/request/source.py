@@ -35,7 +35,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEYS = 2**12           # most tensors: a trace has two for each layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inversion:
     """A picture ready to be edited, any number of times. T: the steps that are run, less those left out."""
 
@@ -63,6 +63,12 @@ class Inversion:
     negative_prompt: str | None = None     # what guidance led away from
     version: str | None = __version__      # of the package that made it; None: of an older file
     notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
+
+    def __repr__(self) -> str:
+        t, *shape = self.latents.shape
+        traced = "" if self.queries is None else ", queries stored"
+        return (f'<Inversion by {self.method} of "{self.prompt}": {t - 1} of {self.steps} steps, latents '
+                f"{tuple(shape)}{traced}, model {str(self.sha256)[:12]}>")
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""

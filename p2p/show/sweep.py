@@ -90,7 +90,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
     over = {name: [_value(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
-        if len(set(map(shown, values))) < len(values):
+        if len({shown(value, 17) for value in values}) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")

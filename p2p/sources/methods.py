@@ -16,7 +16,6 @@ near them.
 """
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from p2p.denoise import too_large
 from p2p.errors import NumericsError, UsageError
@@ -65,7 +64,7 @@ class _Run(NamedTuple):
     def upwards(self) -> Iterable[tuple[int, float, float]]:
         """(t, alphas_cumprod after the step, alphas_cumprod before it), from the picture to the noise."""
         steps = list(self.schedule)[::-1]
-        return tqdm(steps, disable=not (self.progress and sys.stderr.isatty()), leave=False, unit="step")
+        return tqdm(steps, disable=not self.progress, leave=False, unit="step")
 
 
 def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *,
@@ -240,7 +239,7 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
     def unconditional(x: Tensor, t: int, context: Tensor) -> Tensor:
         return model.predict(x, t, null._replace(context=context.to(model.dtype)))[0]
 
-    bar = tqdm(list(run.schedule), disable=not (run.progress and sys.stderr.isatty()), leave=False,
+    bar = tqdm(list(run.schedule), disable=not run.progress, leave=False,
                unit="step")
     for i, (t, a_t, a_prev) in enumerate(bar):
         wanted = latents[-2 - i][None]

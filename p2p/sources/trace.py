@@ -2,14 +2,13 @@
 step."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from p2p.denoise import Batch, denoise
 from p2p.errors import UsageError
@@ -99,7 +98,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
                    stepper_of(model, start), batch,
                    guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
-    for step in tqdm(loop, total=steps, disable=not (progress and sys.stderr.isatty()), leave=False,
+    for step in tqdm(loop, total=steps, disable=not progress, leave=False,
                      unit="step"):
         path.append(step.x)
         rows += batch.rows
@@ -135,7 +134,7 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     text = model.read(condition(model, [inversion.prompt], *pixels))
     stored, path = {}, inversion.latents.flip(0)
     timesteps = model.schedule(inversion.steps).timesteps[inversion.skip:]
-    for i, t in enumerate(tqdm(timesteps, disable=not (progress and sys.stderr.isatty()), leave=False,
+    for i, t in enumerate(tqdm(timesteps, disable=not progress, leave=False,
                                unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]
         _keep(stored, i, len(timesteps), seen, dtype)
