@@ -34,7 +34,7 @@ LISTS = ("results.jsonl", "seeds.json")   # of what is done so far
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-pytestmark = pytest.mark.usefixtures("attended")
+pytestmark = pytest.mark.usefixtures("attended", "once")
 
 
 @pytest.fixture

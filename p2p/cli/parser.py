@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from io import TextIOWrapper
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@cache
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole program's parser, and one for each command."""
     ap = argparse.ArgumentParser(prog="p2p",
