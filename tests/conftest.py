@@ -126,8 +126,8 @@ def load_once(narrow):
     """p2p.load, which loads a bundled model once for all tests, that of pictures with the narrow network, and a file every time."""
     real = p2p.load
 
-    def load(source, *more, **asked):
-        if source not in BUNDLED:
+    def load(source="emoji", *more, **asked):
+        if not isinstance(source, str) or source not in BUNDLED:
             return real(source, *more, **asked)
         model = loaded(source, *more, **asked)
         return replace(model, unet=narrow.unet) if source == "emoji" and model.dtype == narrow.dtype else model
@@ -138,7 +138,8 @@ def load_once(narrow):
 @pytest.fixture
 def once(monkeypatch, load_once):
     """For commands."""
-    monkeypatch.setattr(p2p, "load", load_once)
+    for place in ("p2p.load", "p2p.lists.batch.load", "p2p.lists.work.load"):
+        monkeypatch.setattr(place, load_once)
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl"])
