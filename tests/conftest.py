@@ -100,6 +100,12 @@ def sd1(sd1_file):
     return p2p.load(sd1_file, family="sd1", device="cpu", dtype=torch.float32)
 
 
+@pytest.fixture
+def undecoded(monkeypatch):
+    """For tests of latents alone: no autoencoder makes pictures of them."""
+    monkeypatch.setattr(p2p.Model, "decode", lambda model, latents: torch.zeros(len(latents), 3, 8, 8))
+
+
 @pytest.fixture(scope="session")
 def emoji():
     return p2p.load("emoji", device="cpu")

@@ -125,7 +125,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("family, name", [*(("emoji", name) for name in CASES), ("sd1", "other words taken out"), ("sd1", "rivals"), ("sd1", "late")])
-def test_blend_equals_its_definition(request, family, name):
+def test_blend_equals_its_definition(request, undecoded, family, name):
     """Whole runs, windows open and closed on the way, hybrid attention (emoji) and cross-attention (sd1)."""
     model, blend = request.getfixturevalue(family), CASES[name]
     edit = p2p.Edit(SWAP, mode="replace", cross_replace_steps={"default_": 0.6, "dog": (0.2, 0.5)}, self_replace_steps=0.3,

@@ -37,7 +37,7 @@ def prompt():
 
 # -------------------------------------------------------------------------------------------------- against the original
 
-def test_inversions_of_the_original_code(sd1, golden):
+def test_inversions_of_the_original_code(sd1, golden, undecoded):
     meta, g = golden
     g = {k.removeprefix("inversion."): v for k, v in g.items() if k.startswith("inversion.")}
     common = dict(steps=4, guidance_scale=meta["cfg"])

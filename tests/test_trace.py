@@ -22,7 +22,7 @@ def model(request):
 
 @pytest.mark.parametrize("latents_only", [False, True])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
-def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, latents_only, guidance_scale):
+def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, undecoded, latents_only, guidance_scale):
     common, recorded = dict(steps=5, seed=2, height=32, width=64), p2p.Record(text=256, pixels=256, before=True)
     r = p2p.edit(model, SOURCE, EDITS, guidance_scale=guidance_scale, record=recorded, **common)
     found = p2p.trace(model, SOURCE, guidance_scale=guidance_scale, latents_only=latents_only, **common)
@@ -46,7 +46,7 @@ def test_an_inverted_picture_is_traced_too(narrow, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_size_is_known_beforehand(model, dtype):
+def test_size_is_known_beforehand(model, undecoded, dtype):
     common = dict(steps=3, seed=1, height=32, width=64)
     found = p2p.trace(model, SOURCE, dtype=dtype, **common)
     held = [found.latents, *found.queries.values()]
