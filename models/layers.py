@@ -31,13 +31,21 @@ else:
     ModuleList = nn.ModuleList
 
 
-class Linear(nn.Linear):
+class _Undrawn:
+    """Draws no first weights where there is no memory for them, as when they come from a file."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:   # type: ignore[attr-defined]
+            super().reset_parameters()   # type: ignore[misc]
+
+
+class Linear(_Undrawn, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _widened(self, x)
         return cpu.linear(x, weight, bias) if cpu.applies(x, weight) else F.linear(x, weight, bias)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(_Undrawn, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _widened(self, x)
         if cpu.one_product(self, x) and cpu.applies(x, weight):

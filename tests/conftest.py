@@ -1,4 +1,5 @@
 """Shared models: the bundled one, and a small Stable Diffusion 1 checkpoint made from the names of its tensors."""
+import gc
 import json
 import math
 import os
@@ -34,6 +35,8 @@ def pytest_cmdline_main(config):
         return
     if config.option.numprocesses is None and not config.option.usepdb and CORES > 1 and all(map(os.path.isdir, config.args)):
         config.option.numprocesses = min(4, CORES)   # a worker takes up to 2 GB
+    if config.option.numprocesses:   # malloc keeps the memory of large tensors, where it would fetch it anew for each
+        os.environ.update({"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)})
     if config.option.numprocesses and config.option.dist == "no":
         config.option.dist, config.option.loadscopereorder = "loadfile", False
 
@@ -43,6 +46,12 @@ def pytest_configure(config):
         share = max(1, CORES // config.workerinput["workercount"])
         torch.set_num_threads(share)
         os.environ["OMP_NUM_THREADS"] = str(share)
+
+
+def pytest_collection_finish():
+    """What the imports made stays: the collector need not look through it hundreds of times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -91,6 +100,12 @@ def sd1(sd1_file):
     return p2p.load(sd1_file, family="sd1", device="cpu", dtype=torch.float32)
 
 
+@pytest.fixture
+def undecoded(monkeypatch):
+    """For tests of latents alone: no autoencoder makes pictures of them."""
+    monkeypatch.setattr(p2p.Model, "decode", lambda model, latents: torch.zeros(len(latents), 3, 8, 8))
+
+
 @pytest.fixture(scope="session")
 def emoji():
     return p2p.load("emoji", device="cpu")
@@ -98,21 +113,39 @@ def emoji():
 
 @pytest.fixture(scope="session")
 def narrow(emoji):
-    """The bundled model with an untrained network, several times as fast: for what holds of any weights."""
+    """The bundled model with an untrained network, several times as fast: for what holds of any weights. Its maps are about as
+    sharp as trained ones, so that an edit changes as much of the picture, and words select a part of it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet(replace(emoji.unet.config, channels=(32, 32, 32), heads=(1, 1, 1), temb_dim=32))
-    return replace(emoji, unet=unet.eval().requires_grad_(False))
+        unet = UNet(replace(emoji.unet.config, channels=(32, 32, 32), heads=(1, 2, 2), temb_dim=32)).requires_grad_(False)
+    for name, p in unet.named_parameters():
+        if name.endswith(("to_q.weight", "to_k.weight")):
+            p *= 3
+    return replace(emoji, unet=unet.eval())
 
 
 loaded = cache(p2p.load)
 
 
-@pytest.fixture
-def once(monkeypatch):
-    """Commands load a bundled model once for all tests, and a file every time."""
+@pytest.fixture(scope="session")
+def load_once(narrow):
+    """p2p.load, which loads a bundled model once for all tests, that of pictures with the narrow network, and a file every time."""
     real = p2p.load
-    monkeypatch.setattr(p2p, "load", lambda source, *more, **asked: (loaded if source in BUNDLED else real)(source, *more, **asked))
+
+    def load(source="emoji", *more, **asked):
+        if not isinstance(source, str) or source not in BUNDLED:
+            return real(source, *more, **asked)
+        model = loaded(source, *more, **asked)
+        return replace(model, unet=narrow.unet) if source == "emoji" and model.dtype == narrow.dtype else model
+
+    return load
+
+
+@pytest.fixture
+def once(monkeypatch, load_once):
+    """For commands."""
+    for place in ("p2p.load", "p2p.lists.batch.load", "p2p.lists.work.load"):
+        monkeypatch.setattr(place, load_once)
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl"])

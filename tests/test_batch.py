@@ -16,6 +16,7 @@ from PIL import Image
 from p2p.cli.parser import main
 from p2p.lists import jobs
 
+pytestmark = pytest.mark.usefixtures("once")
 WORDS = ["cat", "dog", "house", "car", "boat", "tree", "cake", "lemon"]
 
 

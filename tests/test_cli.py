@@ -165,7 +165,7 @@ USAGE = {
     "--at 7: a step": ["maps", "a cat", "--steps", "3", "--at", "7"],
     "--blend-threshold: 'x' is not": [*EDIT, "--blend", "cat:dog", "--blend-threshold", "0.2:x"],
     "--upscale-edited: emoji-upscaler reads no text": [*EDIT, "--upscale", "--upscale-edited"],
-    "each of heads must be a whole number from 0 to 2, not 99": ["maps", "a cat", "--head", "99", "--steps", "1"],
+    "each of heads must be a whole number from 0 to 1, not 99": ["maps", "a cat", "--head", "99", "--steps", "1"],
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
     'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],
     "'much' is not a number": [*EDIT, "--weight", "red=much"], 'no word "hat"': [*EDIT, "--cross", "hat=0.5"],

@@ -38,26 +38,26 @@ def x_0(picture):
 # ------------------------------------------------------------------------------------------- settings that are read, or not
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_setting_is_read_or_refused(emoji, small, method):
+def test_a_setting_is_read_or_refused(narrow, small, method):
     """Read: the result or what comes of it differs. Refused: by name, with the methods that read it."""
-    plain = p2p.invert(emoji, small, SOURCE, method=method, steps=2, skip=0)
+    plain = p2p.invert(narrow, small, SOURCE, method=method, steps=2, skip=0)
     for name, value in VALUES.items():
         if method in READ_BY[name]:
-            other = p2p.invert(emoji, small, SOURCE, method=method, steps=2, skip=0, **{name: value})
+            other = p2p.invert(narrow, small, SOURCE, method=method, steps=2, skip=0, **{name: value})
             told = [(a.latents, a.null_context, a.offsets) for a in (plain, other)]
             assert any(a is not None and not torch.equal(a, b) for a, b in zip(*told)), name
             assert other.settings()[name] == value
         else:
             with pytest.raises(p2p.UsageError, match=f"{name}: {method} inversion does not read it"):
-                p2p.invert(emoji, small, SOURCE, method=method, steps=2, **{name: value})
+                p2p.invert(narrow, small, SOURCE, method=method, steps=2, **{name: value})
 
 
 @pytest.mark.parametrize("method", ["direct", "negative-prompt", "null-text"])
-def test_guidance_while_inverting_is_that_of_the_path(emoji, picture, method):
+def test_guidance_while_inverting_is_that_of_the_path(narrow, picture, method):
     """PnPInversion's ablation inverts with guidance: the path is then that of guided DDIM."""
     how = dict(steps=2, inversion_guidance=2.5)
-    path = p2p.invert(emoji, picture, SOURCE, method="ddim", **how).latents
-    assert torch.equal(p2p.invert(emoji, picture, SOURCE, method=method, inner_steps=1 if method == "null-text" else None,
+    path = p2p.invert(narrow, picture, SOURCE, method="ddim", **how).latents
+    assert torch.equal(p2p.invert(narrow, picture, SOURCE, method=method, inner_steps=1 if method == "null-text" else None,
                                   **how).latents, path)
 
 
@@ -93,26 +93,26 @@ def test_proximal_operators_are_those_of_their_norms():
     assert torch.allclose(rows[1], 10 * rows[0], atol=1e-12)
 
 
-def test_published_proximal_guidance_reads_the_sources_row(emoji, picture):
+def test_published_proximal_guidance_reads_the_sources_row(narrow, picture):
     """Ours needs the targets' rows alone; the published threshold is taken of the source's too."""
-    inv = p2p.invert(emoji, picture, SOURCE, method="negative-prompt", steps=STEPS)
-    ours, published = (p2p.edit(emoji, inv, TARGET, proximal=(norm, 0.7)) for norm in ("l1", "published"))
+    inv = p2p.invert(narrow, picture, SOURCE, method="negative-prompt", steps=STEPS)
+    ours, published = (p2p.edit(narrow, inv, TARGET, proximal=(norm, 0.7)) for norm in ("l1", "published"))
     assert (ours.rows, published.rows) == (3 * STEPS, 4 * STEPS)
     assert (ours.latents[1] - published.latents[1]).abs().max() > 1e-3
-    traced = p2p.trace(emoji, SOURCE, steps=STEPS)
-    assert p2p.edit(emoji, traced, TARGET, proximal=("published", 0.7)).rows == 4 * STEPS
+    traced = p2p.trace(narrow, SOURCE, steps=STEPS)
+    assert p2p.edit(narrow, traced, TARGET, proximal=("published", 0.7)).rows == 4 * STEPS
 
 
 # ----------------------------------------------------------------------------------------------------------------- blends
 
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text", "direct"])
-def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(emoji, small, method):
-    inv = p2p.invert(emoji, small, SOURCE, method=method, steps=STEPS, inner_steps=1 if method == "null-text" else None)
+def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(narrow, small, method):
+    inv = p2p.invert(narrow, small, SOURCE, method=method, steps=STEPS, inner_steps=1 if method == "null-text" else None)
     mask = torch.zeros(32, 32)
     mask[:16] = 1
     for keep in ("stored", "sampled"):
         blend = p2p.LocalBlend(mask=mask, start=0.0, keep=keep)
-        r = p2p.edit(emoji, inv, TARGET, local_blend=blend)
+        r = p2p.edit(narrow, inv, TARGET, local_blend=blend)
         outside = {"stored": small[0], "sampled": r.latents[0]}[keep]
         assert torch.equal(r.latents[1][:, 16:], outside[:, 16:])
         assert r.settings["targets"][0]["local_blend"]["keep"] == keep
@@ -120,9 +120,9 @@ def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(emoji, smal
 
 
 @torch.no_grad()
-def test_the_middle_block_counts_where_it_is_asked_for(emoji):
+def test_the_middle_block_counts_where_it_is_asked_for(narrow):
     """RoyiRa's SDXL code takes all maps of the side, the middle block's among them; the official code has none of it."""
-    s, t, unet = tokens("a cat"), tokens("a dog"), emoji.unet
+    s, t, unet = tokens("a cat"), tokens("a dog"), narrow.unet
     own = [site for site in unet.text_sites() if unet.site_pixels(64, 64)[site] == 64]
     assert len(own) == 4 and sum(site.startswith("mid_block") for site in own) == 1
     _, seen = unet(torch.randn(2, 3, 64, 64), 9, torch.randn(2, 32, 128), watch=own)
@@ -148,13 +148,13 @@ def test_windows_over_the_schedule_count_what_an_inversion_leaves_out():
         assert mix.shape[0] == steps and [bool(k.any()) for k in keep].index(True) == ends
 
 
-def test_windows_over_the_schedule_reach_self_attention(emoji, picture):
+def test_windows_over_the_schedule_reach_self_attention(narrow, picture):
     """With half of the steps left out, half of the schedule is all of the run."""
-    inv = p2p.invert(emoji, picture, SOURCE, steps=8, skip=4)
-    half, all_ = (p2p.edit(emoji, inv, p2p.Edit(TARGET, self_replace_steps=s, cross_replace_steps=0.0, windows_over=over)).latents
+    inv = p2p.invert(narrow, picture, SOURCE, steps=8, skip=4)
+    half, all_ = (p2p.edit(narrow, inv, p2p.Edit(TARGET, self_replace_steps=s, cross_replace_steps=0.0, windows_over=over)).latents
                   for s, over in ((0.5, "schedule"), (1.0, "run")))
     assert torch.equal(half, all_)
-    none = p2p.edit(emoji, inv, p2p.Edit(TARGET, self_replace_steps=0.5, cross_replace_steps=0.0)).latents
+    none = p2p.edit(narrow, inv, p2p.Edit(TARGET, self_replace_steps=0.5, cross_replace_steps=0.0)).latents
     assert (none - half)[1].abs().max() > 1e-3
 
 
@@ -213,12 +213,12 @@ def test_belm_passes_levels_that_coincide(sd1, x_0):
     assert inv.latents.isfinite().all() and (r.latents - x_0).abs().max() < 1e-3
 
 
-def test_the_level_of_the_picture_is_recorded_and_checked(emoji, picture):
-    inv = p2p.invert(emoji, picture, SOURCE, method="direct", steps=2, final_alpha=0.99995)
-    assert inv.settings()["final_alpha"] == 0.99995 and (p2p.edit(emoji, inv, TARGET).latents[0] - picture[0]).abs().max() < 1e-5
+def test_the_level_of_the_picture_is_recorded_and_checked(narrow, picture):
+    inv = p2p.invert(narrow, picture, SOURCE, method="direct", steps=2, final_alpha=0.99995)
+    assert inv.settings()["final_alpha"] == 0.99995 and (p2p.edit(narrow, inv, TARGET).latents[0] - picture[0]).abs().max() < 1e-5
     for wrong in (0, 1.5, "1"):
         with pytest.raises(p2p.UsageError, match="final_alpha must lie"):
-            p2p.invert(emoji, picture, SOURCE, method="ddim", steps=2, final_alpha=wrong)
+            p2p.invert(narrow, picture, SOURCE, method="ddim", steps=2, final_alpha=wrong)
 
 
 # --------------------------------------------------------------------------------------------------------- negative prompts
@@ -237,12 +237,12 @@ def test_a_negative_prompt_stands_in_place_of_the_empty_one(sd1):
     assert (edited.latents[0] - r.latents[0]).abs().max() < 1e-4 * want.std()
 
 
-def test_a_negative_prompt_that_cannot_act_is_refused(emoji, picture):
+def test_a_negative_prompt_that_cannot_act_is_refused(narrow, picture):
     for method in ("negative-prompt", "null-text"):
-        inv = p2p.invert(emoji, picture, SOURCE, method=method, steps=1, inner_steps=1 if method == "null-text" else None)
+        inv = p2p.invert(narrow, picture, SOURCE, method=method, steps=1, inner_steps=1 if method == "null-text" else None)
         with pytest.raises(p2p.UsageError, match="has its own in its place"):
-            p2p.edit(emoji, inv, TARGET, negative_prompt="a dog")
+            p2p.edit(narrow, inv, TARGET, negative_prompt="a dog")
     with pytest.raises(p2p.UsageError, match="without guidance"):
-        p2p.generate(emoji, SOURCE, steps=1, guidance_scale=1.0, negative_prompt="a dog")
+        p2p.generate(narrow, SOURCE, steps=1, guidance_scale=1.0, negative_prompt="a dog")
     with pytest.raises(p2p.UsageError, match="a prompt is text, not 5"):
-        p2p.generate(emoji, SOURCE, steps=1, negative_prompt=5)
+        p2p.generate(narrow, SOURCE, steps=1, negative_prompt=5)

@@ -128,7 +128,7 @@ MODEL = [["--dtype", "bfloat16"], ["--half-weights"], ["--prediction", "eps"], [
 
 
 @pytest.mark.parametrize("other", MODEL)
-def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other, monkeypatch):
+def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other, monkeypatch, once):
     """Whatever changes pixels, or which of them are kept; files that only lie elsewhere do not."""
     out, few = tmp_path / "out", ["--samples", "1", "--steps", "1", "-q"]
     assert main(command(prompts, out, *few)) == 0
@@ -143,7 +143,7 @@ def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other,
 
 
 @pytest.mark.parametrize("where", ["sampler", "judge"])
-def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts, tmp_path, capsys, monkeypatch, where):
+def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts, tmp_path, capsys, monkeypatch, where, once):
     out, few = tmp_path / "out", ["--samples", "2", "--steps", "1"]
     real = ip2p.similarities if where == "judge" else ip2p.SAMPLERS["ip2p"]
 

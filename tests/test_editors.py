@@ -104,35 +104,35 @@ def test_masactrl_of_a_known_source_has_both_its_rows(narrow, method):
     assert set(seen) == {4}
 
 
-def test_a_source_can_be_told_another_prompt_while_it_is_sampled(emoji):
-    inv = p2p.invert(emoji, render(sample(1, 5, "held out"))[0], SOURCE, method="direct", steps=4)
-    told, own, same = (p2p.edit(emoji, inv, TARGET, editor=p2p.PlugAndPlay(source_prompt=p)) for p in ("", None, SOURCE))
+def test_a_source_can_be_told_another_prompt_while_it_is_sampled(narrow):
+    inv = p2p.invert(narrow, render(sample(1, 5, "held out"))[0], SOURCE, method="direct", steps=4)
+    told, own, same = (p2p.edit(narrow, inv, TARGET, editor=p2p.PlugAndPlay(source_prompt=p)) for p in ("", None, SOURCE))
     assert torch.equal(own.latents, same.latents) and (told.latents[1] - own.latents[1]).abs().max() > 1e-3
     assert told.settings["editor"]["source_prompt"] == "" and torch.equal(told.latents[0], own.latents[0])
 
 
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda e: type(e).__name__)
-def test_the_source_is_untouched_and_its_own_prompt_changes_nothing(emoji, editor):
+def test_the_source_is_untouched_and_its_own_prompt_changes_nothing(narrow, editor):
     """With guidance Plug-and-Play's unconditional half takes the conditional source, so there only the source is untouched."""
     for scale in (3.0, 1.0):
         how = dict(steps=6, seed=1, guidance_scale=scale)
-        plain, free = (p2p.generate(emoji, prompt, **how).latents[0] for prompt in (SOURCE, TARGET))
-        source, same, edited = p2p.edit(emoji, SOURCE, [SOURCE, TARGET], editor=editor, **how).latents
+        plain, free = (p2p.generate(narrow, prompt, **how).latents[0] for prompt in (SOURCE, TARGET))
+        source, same, edited = p2p.edit(narrow, SOURCE, [SOURCE, TARGET], editor=editor, **how).latents
         assert (source - plain).abs().max() < 1e-3 and (edited - plain).abs().max() > 0.05
         assert (edited - free).abs().max() > 0.02
         if scale == 1 or isinstance(editor, p2p.MasaCtrl):
             assert (same - plain).abs().max() < 1e-3
 
 
-def test_maps_before_the_edit_are_not_an_editors(emoji):
+def test_maps_before_the_edit_are_not_an_editors(narrow):
     with pytest.raises(p2p.UsageError, match=r"record\.before"):
-        p2p.edit(emoji, SOURCE, TARGET, steps=2, editor=p2p.MasaCtrl(), record=p2p.Record(text=256, before=True))
+        p2p.edit(narrow, SOURCE, TARGET, steps=2, editor=p2p.MasaCtrl(), record=p2p.Record(text=256, before=True))
 
 
-def test_no_steps_is_no_edit(emoji):
-    free = p2p.generate(emoji, TARGET, steps=4, seed=1).latents[0]
+def test_no_steps_is_no_edit(narrow):
+    free = p2p.generate(narrow, TARGET, steps=4, seed=1).latents[0]
     for editor in (p2p.MasaCtrl(start=1.0), p2p.MasaCtrl(layers=1.0), p2p.PlugAndPlay(0.0, 0.0)):
-        assert (p2p.edit(emoji, SOURCE, TARGET, steps=4, seed=1, editor=editor).latents[1] - free).abs().max() < 1e-3
+        assert (p2p.edit(narrow, SOURCE, TARGET, steps=4, seed=1, editor=editor).latents[1] - free).abs().max() < 1e-3
 
 
 def test_layers_are_the_authors_choice(sd1):

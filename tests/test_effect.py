@@ -52,38 +52,38 @@ def said(model, target, settings, steps=10, whole=None):
 
 
 @pytest.mark.parametrize("what", IDLE)
-def test_options_that_change_nothing_are_named(emoji, what):
+def test_options_that_change_nothing_are_named(narrow, what):
     import re
     target, settings, wanted = IDLE[what]
-    found = said(emoji, target, settings)
+    found = said(narrow, target, settings)
     assert len(found) == 1 and re.search(wanted, found[0]), found
 
 
 @pytest.mark.parametrize("target, settings", ACTS)
-def test_options_that_act_are_not(emoji, target, settings):
-    assert said(emoji, target, settings) == []
+def test_options_that_act_are_not(narrow, target, settings):
+    assert said(narrow, target, settings) == []
 
 
-def test_what_is_said_is_so(emoji):
+def test_what_is_said_is_so(narrow):
     """The pictures with the option and without it are the same."""
     target, settings, _ = IDLE["weight outside of the window"]
-    with_, left = (p2p.edit(emoji, SOURCE, target, steps=3, **s) for s in (settings, {"cross_replace_steps": 0.0}))
+    with_, left = (p2p.edit(narrow, SOURCE, target, steps=3, **s) for s in (settings, {"cross_replace_steps": 0.0}))
     assert torch.equal(with_.latents, left.latents) and any('weight of "dog"' in n for n in with_.notes)
 
 
-def test_options_of_the_run_that_change_nothing_are_named(emoji):
+def test_options_of_the_run_that_change_nothing_are_named(narrow):
     common = dict(steps=1, guidance_scale=1.0)
-    assert any("proximal changes nothing" in n for n in p2p.edit(emoji, SOURCE, SWAPPED, proximal=("l0", 0.7), **common).notes)
-    assert any("seed changes nothing" in n for n in p2p.edit(emoji, SOURCE, SWAPPED, seed=5, x_T=torch.zeros(1, 3, 64, 64), **common).notes)
+    assert any("proximal changes nothing" in n for n in p2p.edit(narrow, SOURCE, SWAPPED, proximal=("l0", 0.7), **common).notes)
+    assert any("seed changes nothing" in n for n in p2p.edit(narrow, SOURCE, SWAPPED, seed=5, x_T=torch.zeros(1, 3, 64, 64), **common).notes)
     for bad, message in ((dict(record=p2p.Record(before=True)), "before"), (dict(x_T=torch.zeros(1, 3, 64, 64), height=128), "height"),
                          (dict(editor=p2p.MasaCtrl(), equalizer={"dog": 2.0}), "equalizer"),
                          (dict(editor=p2p.PlugAndPlay(), cross_replace_steps=0.2), "cross_replace_steps")):
         with pytest.raises(UsageError, match=message):
-            p2p.edit(emoji, SOURCE, SWAPPED, **bad, **common)
+            p2p.edit(narrow, SOURCE, SWAPPED, **bad, **common)
     with pytest.raises(UsageError, match="dtype"):
-        p2p.trace(emoji, SOURCE, steps=1, latents_only=True, dtype=torch.float16)
+        p2p.trace(narrow, SOURCE, steps=1, latents_only=True, dtype=torch.float16)
     with pytest.raises(UsageError, match="before"):
-        p2p.generate(emoji, SOURCE, steps=1, record=p2p.Record(text=64, before=True))
+        p2p.generate(narrow, SOURCE, steps=1, record=p2p.Record(text=64, before=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- scope
@@ -92,34 +92,34 @@ def test_options_of_the_run_that_change_nothing_are_named(emoji):
     ("a cat on grass at night", {}, "at, night"), ("a big cat on grass at night", {}, "at, night"), ("a cat with a hat on grass", {}, "with, a"),
     ("a big cat on grass", {}, None), ("a dog on grass", {}, None), ("a dog on sand", {}, "sand"), (SOURCE, dict(equalizer={"cat": 2.0}), None),
     (SOURCE, dict(equalizer={"cat": 2.0, "grass": 2.0}), "grass")])
-def test_what_a_scope_leaves_out_is_said(emoji, target, settings, noted):
-    s, t = emoji.tokens(SOURCE), emoji.tokens(target)
+def test_what_a_scope_leaves_out_is_said(narrow, target, settings, noted):
+    s, t = narrow.tokens(SOURCE), narrow.tokens(target)
     edit = p2p.Edit(target, scope="cat", **settings)
     found = left_out(s, t, edit, choose_mode(s, edit, t), L)
     assert found == [] if noted is None else noted in found[0] and "(cat)" in found[0]
 
 
 @pytest.mark.parametrize("target, settings", [("a cat on sand", {}), (SOURCE, dict(equalizer={"grass": 2.0})), ("a cat", {})])
-def test_a_scope_with_nothing_of_the_change_in_it_is_refused(emoji, target, settings):
+def test_a_scope_with_nothing_of_the_change_in_it_is_refused(narrow, target, settings):
     with pytest.raises(UsageError, match="nothing of what changes"):
-        p2p.edit(emoji, SOURCE, target, scope="cat", steps=1, **settings)
+        p2p.edit(narrow, SOURCE, target, scope="cat", steps=1, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- schedule
 
 @pytest.mark.parametrize("steps, first, better", [(400, 799, 500), (300, 898, 250), (501, 501, 500), (4, 751, 10), (1, 1, 10)])
-def test_steps_that_start_late_are_said_to(emoji, steps, first, better):
+def test_steps_that_start_late_are_said_to(narrow, steps, first, better):
     from p2p.request.start import late
-    schedule = emoji.schedule(steps)
-    (note,) = late(emoji, schedule)
+    schedule = narrow.schedule(steps)
+    (note,) = late(narrow, schedule)
     assert schedule.timesteps[0] == first and f"{steps} steps start at t = {first} of 1000" in note
-    assert note.endswith(f"; {better} do") and emoji.schedule(better).timesteps[0] >= 900
-    assert all(late(emoji, emoji.schedule(n)) == [] for n in (10, 20, 25, 50, 100, 250, 500, 1000))
+    assert note.endswith(f"; {better} do") and narrow.schedule(better).timesteps[0] >= 900
+    assert all(late(narrow, narrow.schedule(n)) == [] for n in (10, 20, 25, 50, 100, 250, 500, 1000))
 
 
-def test_every_run_says_that_it_starts_late(emoji):
-    for notes in (p2p.generate(emoji, SOURCE, steps=2).notes, p2p.edit(emoji, SOURCE, SWAPPED, steps=2).notes,
-                  p2p.invert(emoji, Image.new("RGB", (64, 64)), SOURCE, steps=2, method="noise").notes):
+def test_every_run_says_that_it_starts_late(narrow):
+    for notes in (p2p.generate(narrow, SOURCE, steps=2).notes, p2p.edit(narrow, SOURCE, SWAPPED, steps=2).notes,
+                  p2p.invert(narrow, Image.new("RGB", (64, 64)), SOURCE, steps=2, method="noise").notes):
         assert sum("2 steps start at t = 501" in n for n in notes) == 1
 
 
@@ -129,27 +129,27 @@ def picture():
 
 
 @pytest.mark.parametrize("method, acts", [("ddim", True), ("direct", False), ("edit-friendly", False), (None, False)])
-def test_what_stands_outside_of_a_blend_is_the_same_where_the_source_follows_it(emoji, picture, method, acts):
-    source = SOURCE if method is None else p2p.invert(emoji, picture, SOURCE, method=method, steps=2)
+def test_what_stands_outside_of_a_blend_is_the_same_where_the_source_follows_it(narrow, picture, method, acts):
+    source = SOURCE if method is None else p2p.invert(narrow, picture, SOURCE, method=method, steps=2)
     steps = {} if method else {"steps": 2}
-    runs = [p2p.edit(emoji, source, SWAPPED, local_blend=p2p.LocalBlend(words=("cat", "dog"), start=0.0, keep=keep), **steps)
+    runs = [p2p.edit(narrow, source, SWAPPED, local_blend=p2p.LocalBlend(words=("cat", "dog"), start=0.0, keep=keep), **steps)
             for keep in ("stored", "sampled")]
     assert any("keep changes nothing" in n for n in runs[1].notes) is not acts
     assert not any("keep changes nothing" in n for n in runs[0].notes)
     assert torch.allclose(runs[0].latents, runs[1].latents, atol=1e-5) is not acts
 
 
-def test_the_middle_block_is_named_where_it_changes_nothing(emoji, sd1):
+def test_the_middle_block_is_named_where_it_changes_nothing(narrow, sd1):
     """It counts at the side of the maps, and there beside others: else alone it counts anyhow."""
     def notes(model, level, **size):
         blend = p2p.LocalBlend(words=("cat", "dog"), start=0.0, level=level, middle=True)
         return "".join(n for n in p2p.edit(model, SOURCE, SWAPPED, steps=1, local_blend=blend, **size).notes if "middle" in n)
 
-    assert "it has no maps of 16 x 16" in notes(emoji, 4) and notes(emoji, 8) == ""
+    assert "it has no maps of 16 x 16" in notes(narrow, 4) and notes(narrow, 8) == ""
     assert "it alone has maps of 2 x 2" in notes(sd1, 8, height=128, width=128)
 
 
-def test_a_seed_beside_a_known_source_is_named(emoji, picture):
-    for source in (p2p.invert(emoji, picture, SOURCE, method="direct", steps=2), p2p.trace(emoji, SOURCE, steps=2)):
-        assert any("seed changes nothing" in n for n in p2p.edit(emoji, source, SWAPPED, seed=5).notes)
-        assert not any("seed" in n for n in p2p.edit(emoji, source, SWAPPED).notes)
+def test_a_seed_beside_a_known_source_is_named(narrow, picture):
+    for source in (p2p.invert(narrow, picture, SOURCE, method="direct", steps=2), p2p.trace(narrow, SOURCE, steps=2)):
+        assert any("seed changes nothing" in n for n in p2p.edit(narrow, source, SWAPPED, seed=5).notes)
+        assert not any("seed" in n for n in p2p.edit(narrow, source, SWAPPED).notes)

@@ -44,7 +44,7 @@ def test_autoencoder(sd1, golden):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_edit(sd1, golden, name):
+def test_edit(sd1, golden, undecoded, name):
     meta, g = golden
     case = meta["cases"][name]
     settings = dict(steps=case["steps"], guidance_scale=meta["cfg"], x_T=g[f"{name}.z_T"])

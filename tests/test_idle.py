@@ -44,14 +44,14 @@ IDLE = {   # (settings, what is the same without them, what is said)
 
 
 @pytest.mark.parametrize("what", IDLE)
-def test_it_is_said_and_so(emoji, what):
+def test_it_is_said_and_so(narrow, what):
     settings, without, wanted = IDLE[what]
-    r = edited(emoji, **settings)
+    r = edited(narrow, **settings)
     assert sum(wanted in note for note in r.notes) == 1, r.notes
     if without is None:
         assert torch.allclose(r.latents[0], r.latents[1], atol=1e-5)
         return
-    plain = edited(emoji, **without)
+    plain = edited(narrow, **without)
     assert torch.allclose(r.latents, plain.latents, atol=1e-5) and not any(wanted in note for note in plain.notes)
 
 
@@ -60,29 +60,29 @@ def test_it_is_said_and_so(emoji, what):
     dict(local_blend=replace(BLEND, threshold=0.01)), dict(equalizer={"dog": 1.01}), dict(proximal=("l1", 0.1)),
     dict(scope="cat", local_blend=p2p.LocalBlend(threshold=0.0)), dict(editor=p2p.MasaCtrl(start=0.0)), dict(editor=p2p.PlugAndPlay()),
     dict(self_max_tokens=256)])
-def test_what_acts_or_only_bounds_is_not(emoji, settings):
-    assert not [note for note in edited(emoji, **settings).notes if "nothing" in note or "none" in note or "leaves" in note]
+def test_what_acts_or_only_bounds_is_not(narrow, settings):
+    assert not [note for note in edited(narrow, **settings).notes if "nothing" in note or "none" in note or "leaves" in note]
 
 
-def test_an_editor_records_no_mode_that_it_does_not_read(emoji):
-    assert edited(emoji, editor=p2p.MasaCtrl()).settings["targets"][0]["mode"] is None
-    assert edited(emoji, editor=p2p.MasaCtrl(), scope="cat").settings["targets"][0]["mode"] == "replace"
+def test_an_editor_records_no_mode_that_it_does_not_read(narrow):
+    assert edited(narrow, editor=p2p.MasaCtrl()).settings["targets"][0]["mode"] is None
+    assert edited(narrow, editor=p2p.MasaCtrl(), scope="cat").settings["targets"][0]["mode"] == "replace"
 
 
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
-def test_what_stands_for_the_empty_prompt_is_read_by_guidance_alone(emoji, method):
+def test_what_stands_for_the_empty_prompt_is_read_by_guidance_alone(narrow, method):
     picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    made = [p2p.invert(emoji, picture, SOURCE, method=m, steps=2, guidance_scale=1.0) for m in (method, "ddim")]
-    first, second = (p2p.edit(emoji, m, TARGET) for m in made)
+    made = [p2p.invert(narrow, picture, SOURCE, method=m, steps=2, guidance_scale=1.0) for m in (method, "ddim")]
+    first, second = (p2p.edit(narrow, m, TARGET) for m in made)
     assert torch.allclose(first.latents, second.latents, atol=1e-5)
     assert sum(f"{method} inversion changes nothing at guidance_scale 1" in note for note in first.notes) == 1
-    assert not any("inversion changes nothing" in note for note in p2p.edit(emoji, made[0], TARGET, guidance_scale=3.0).notes
+    assert not any("inversion changes nothing" in note for note in p2p.edit(narrow, made[0], TARGET, guidance_scale=3.0).notes
                    if method == "negative-prompt")
 
 
-def test_guidance_of_an_inversion_by_the_empty_prompt(emoji):
+def test_guidance_of_an_inversion_by_the_empty_prompt(narrow):
     picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    plain, guided = (p2p.invert(emoji, picture, "", method="ddim", steps=2, inversion_guidance=s) for s in (1, 5))
+    plain, guided = (p2p.invert(narrow, picture, "", method="ddim", steps=2, inversion_guidance=s) for s in (1, 5))
     assert torch.allclose(plain.latents, guided.latents, atol=1e-5)
     assert any("inversion_guidance changes nothing" in note for note in guided.notes) and not any("guidance" in n for n in plain.notes)
 
@@ -119,8 +119,8 @@ def test_how_a_picture_is_fitted_is_said_once(emoji, tmp_path, capsys):
         assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_what_own_shapes_cut_off_is_not_cured_by_own_shapes(emoji):
+def test_what_own_shapes_cut_off_is_not_cured_by_own_shapes(narrow):
     strip = Image.new("RGB", (3000, 10))
-    notes = [p2p.invert(emoji, strip, SOURCE, method="noise", steps=1, fit=fit).notes for fit in ("own", "crop")]
+    notes = [p2p.invert(narrow, strip, SOURCE, method="noise", steps=1, fit=fit).notes for fit in ("own", "crop")]
     own, crop = ("".join(note for note in each if "cropped" in note) for each in notes)
     assert "--pad" in own and "--fit own" not in own and "--fit own its shape" in crop

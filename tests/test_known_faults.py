@@ -11,6 +11,7 @@ from p2p import UsageError
 from p2p.cli.parser import main
 from p2p.lists import dataset, jobs, work
 
+pytestmark = pytest.mark.usefixtures("once")
 JOB = {"source": "a cat on grass", "targets": ["a dog on grass"], "steps": 1, "cfg": 1}
 PICTURE = {"image": "fine.png", "method": "ddim"}
 FAULTS = {   # (what a line says, what is said of it)

@@ -15,6 +15,7 @@ from p2p import UsageError
 from p2p.cli.parser import main
 from p2p.lists import batch, dataset, jobs, work
 
+pytestmark = pytest.mark.usefixtures("once")
 ROOT = Path(__file__).parents[1]
 JOB = {"source": "a cat on grass", "targets": ["a dog on grass"], "steps": 1, "cfg": 1}
 PAIR = {"caption": "a cat", "edit": "make it a dog", "output": "a dog"}

@@ -9,28 +9,29 @@ from p2p.cli.parser import main
 from p2p.errors import UsageError
 from p2p.show.pictures import heat, overlay
 
+pytestmark = pytest.mark.usefixtures("once")
 SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def run(emoji):
-    return p2p.edit(emoji, SOURCE, TARGET, steps=STEPS, cross_replace_steps=0.5,
+def run(narrow):
+    return p2p.edit(narrow, SOURCE, TARGET, steps=STEPS, cross_replace_steps=0.5,
                     record=p2p.Record(text=256, pixels=256, before=True))
 
 
-def test_recording_changes_nothing(emoji, run):
-    plain = p2p.edit(emoji, SOURCE, TARGET, steps=STEPS, cross_replace_steps=0.5)
+def test_recording_changes_nothing(narrow, run):
+    plain = p2p.edit(narrow, SOURCE, TARGET, steps=STEPS, cross_replace_steps=0.5)
     assert plain.maps is None and torch.equal(plain.latents, run.latents)
 
 
-def test_every_site_step_row_and_head_is_there(emoji, run):
+def test_every_site_step_row_and_head_is_there(narrow, run):
     """16 x 16 and 8 x 8 positions; source, target, and the target again before the edit."""
     m = run.maps
     assert m.sides() == [(16, 16), (8, 8)] and m.sides("pixels") == [(16, 16), (8, 8)]
     assert len(m.timesteps) == STEPS and m.timesteps == sorted(m.timesteps, reverse=True)
     assert {v.shape[:2] for v in m.sites.values()} == {(STEPS, 3)}
-    assert all(v.shape[3] in (64, 256) and v.shape[4] in (emoji.length, v.shape[3]) for v in m.sites.values())
+    assert all(v.shape[3] in (64, 256) and v.shape[4] in (narrow.length, v.shape[3]) for v in m.sites.values())
 
 
 def test_rows_sum_to_one_over_text_and_over_pixels(run):

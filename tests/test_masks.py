@@ -15,6 +15,7 @@ from p2p.edits import Edit
 from p2p.request.settings import from_dict, from_settings, to_dict, to_settings
 from p2p.show.pictures import read_settings
 
+pytestmark = pytest.mark.usefixtures("once")
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 
 
@@ -32,22 +33,22 @@ def test_masks_of_any_size_are_decided_alike_again(height, width, rows, columns,
     assert torch.equal(fixed(again(mask, (rows, columns)), (rows, columns)), fixed(mask, (rows, columns)))
 
 
-def test_a_large_mask_is_kept_small_and_once(emoji):
+def test_a_large_mask_is_kept_small_and_once(narrow):
     """12 megapixels and three targets, two of which share it."""
     large = Image.effect_noise((4000, 3000), 200)
     blends = [p2p.LocalBlend(mask=large), p2p.LocalBlend(words=("cat", "dog"), mask=large.copy()), p2p.LocalBlend(mask=Image.new("L", (9, 9), 255))]
-    r = p2p.edit(emoji, SOURCE, [Edit(TARGET, local_blend=b) for b in blends], steps=1)
+    r = p2p.edit(narrow, SOURCE, [Edit(TARGET, local_blend=b) for b in blends], steps=1)
     text = json.dumps(r.settings)
     assert len(text) < 8000 and [t["local_blend"]["mask"] for t in r.settings["targets"]] == [0, 0, 1] and len(r.settings["masks"]) == 2
-    done = p2p.edit(emoji, SOURCE, from_settings(json.loads(text)), steps=1)
+    done = p2p.edit(narrow, SOURCE, from_settings(json.loads(text)), steps=1)
     assert torch.equal(done.latents, r.latents) and torch.equal(done.masks, r.masks) and done.settings == r.settings
 
 
 @pytest.mark.parametrize("mask", [torch.rand(7, 5, generator=torch.Generator().manual_seed(1)), torch.rand(200, 3), torch.eye(64) > 0.5,
                                   Image.new("LA", (30, 90), (255, 128)), Image.new("CMYK", (5, 5)), Image.new("1", (1, 1), 1)])
-def test_an_edit_with_a_mask_runs_again_to_the_same_latents(emoji, mask):
-    r = p2p.edit(emoji, SOURCE, TARGET, steps=1, local_blend=p2p.LocalBlend(mask=mask))
-    done = p2p.edit(emoji, SOURCE, from_settings(json.loads(json.dumps(r.settings))), steps=1)
+def test_an_edit_with_a_mask_runs_again_to_the_same_latents(narrow, mask):
+    r = p2p.edit(narrow, SOURCE, TARGET, steps=1, local_blend=p2p.LocalBlend(mask=mask))
+    done = p2p.edit(narrow, SOURCE, from_settings(json.loads(json.dumps(r.settings))), steps=1)
     assert torch.equal(done.latents, r.latents) and done.settings == r.settings
 
 
@@ -68,13 +69,13 @@ def test_what_is_no_edit_is_said(said):
         from_dict(said)
 
 
-def test_a_mask_is_padded_as_the_picture_was(emoji):
+def test_a_mask_is_padded_as_the_picture_was(narrow):
     """A wide picture and a mask of its left half: padded, the edited half is the left one, top to bottom."""
     wide, left = Image.new("RGB", (128, 64)), Image.new("L", (128, 64))
     left.paste(255, (0, 0, 64, 64))
     for how, share in (("pad", 32), ("crop", 32)):
-        inverted = p2p.invert(emoji, wide, SOURCE, method="direct", steps=1, fit=how)
-        r = p2p.edit(emoji, inverted, TARGET, local_blend=p2p.LocalBlend(mask=left, start=0.0))
+        inverted = p2p.invert(narrow, wide, SOURCE, method="direct", steps=1, fit=how)
+        r = p2p.edit(narrow, inverted, TARGET, local_blend=p2p.LocalBlend(mask=left, start=0.0))
         assert r.masks[0, 0, :, :share].all() and not r.masks[0, 0, :, share:].any()
     narrow = Image.new("L", (128, 64))
     narrow.paste(255, (0, 0, 32, 64))   # a quarter at the left: padded it is there, cropped it is gone
@@ -98,14 +99,14 @@ def test_an_upscaled_edit_with_a_mask_runs_again_to_the_same_pixels(capsys, tmp_
 @pytest.mark.parametrize("items, words", [([":dog"], ([], ["dog"])), (["cat:"], (["cat"], [])), (["cat:dog", ":grass"], (["cat"], ["dog", "grass"])),
                                           (["grass"], (["grass"], ["grass"]))])
 @pytest.mark.parametrize("option, name", [("--blend", "words"), ("--blend-without", "substruct")])
-def test_a_blend_takes_the_word_of_one_prompt_alone(emoji, capsys, tmp_path, items, words, option, name):
+def test_a_blend_takes_the_word_of_one_prompt_alone(narrow, capsys, tmp_path, items, words, option, name):
     given = [x for item in items for x in (option, item)] + (["--blend", "on"] if name == "substruct" else [])
     assert main(["edit", SOURCE, TARGET, *given, "--steps", "1", "--seed", "1", "-o", str(tmp_path), "-q"]) == 0
     (file,) = tmp_path.glob("*/edit.png")
     said = read_settings(file)["targets"][0]["local_blend"]
     assert said[name] == list(words)
     wanted = p2p.LocalBlend(**{"words": (["on"], ["on"]), name: words})
-    r = p2p.edit(emoji, SOURCE, TARGET, steps=1, seed=1, local_blend=wanted)
+    r = p2p.edit(narrow, SOURCE, TARGET, steps=1, seed=1, local_blend=wanted)
     assert np.array_equal(np.asarray(r.images[1]), np.asarray(Image.open(file)))
 
 

@@ -14,6 +14,7 @@ from p2p import UsageError
 from p2p.cli.parser import main
 from p2p.lists import metrics, pie_data
 
+pytestmark = pytest.mark.usefixtures("once")
 NONE = metrics.Judges()
 
 

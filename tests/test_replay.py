@@ -9,17 +9,20 @@ import p2p
 from p2p.cli.parser import main
 from p2p.show.pictures import CHUNK, read_settings, save_png
 
+pytestmark = pytest.mark.usefixtures("once")
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 VALUES = [None, True, -1, 10**12, 1e300, "x", [], ["x"], {"x": 1}]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, load_once):
     """The settings of an edit of a picture, cropped, with a blend and a mask, and enlarged."""
     folder = tmp_path_factory.mktemp("made")
     Image.effect_noise((160, 90), 100).save(folder / "photo.png")
-    assert main(["edit", "--image", str(folder / "photo.png"), SOURCE, TARGET, "--blend", "cat:dog", "--blend-mask", str(folder / "photo.png"),
-                 "--weight", "dog=2", "--steps", "2", "--pad", "--upscale", "--upscale-steps", "1", "-q", "-o", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(p2p, "load", load_once)
+        assert main(["edit", "--image", str(folder / "photo.png"), SOURCE, TARGET, "--blend", "cat:dog", "--blend-mask", str(folder / "photo.png"),
+                     "--weight", "dog=2", "--steps", "2", "--pad", "--upscale", "--upscale-steps", "1", "-q", "-o", str(folder)]) == 0
     (file,) = folder.glob("*/edit.png")
     return read_settings(file), file
 
@@ -50,13 +53,6 @@ def test_no_setting_of_a_stranger_ends_in_anything_but_a_refusal(made, tmp_path,
     def reached(*_, **__):
         raise Accepted
 
-    model, stage = p2p.load("emoji", device="cpu"), p2p.load("emoji-upscaler", device="cpu")
-    models = {"emoji": model, "emoji-upscaler": stage}
-
-    def load(source, *args, **kwargs):   # the same two, loaded once
-        return models[source] if isinstance(source, str) and source in models else p2p.request.loading.load(source, *args, **kwargs)
-
-    monkeypatch.setattr(p2p, "load", load)
     monkeypatch.setattr(p2p.Model, "predict", reached)
     settings, _ = made
     file, tried = tmp_path / "x.png", 0

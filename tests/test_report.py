@@ -23,8 +23,8 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(emoji):
-    return p2p.edit(emoji, "a cat on grass", ["a dog on grass", "a cat on grass at night"], steps=4, record=p2p.Record(text=256))
+def run(narrow):
+    return p2p.edit(narrow, "a cat on grass", ["a dog on grass", "a cat on grass at night"], steps=4, record=p2p.Record(text=256))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_nothing_comes_from_elsewhere(page):
     assert not re.search(r"https?:|@import|url\(|<link|<iframe", html) and "default-src 'none'" in html
 
 
-def test_prompts_are_escaped(emoji):
-    r = p2p.edit(emoji, HOSTILE, HOSTILE.replace("cat", "fox"), steps=1, record=p2p.Record(text=256))
+def test_prompts_are_escaped(narrow):
+    r = p2p.edit(narrow, HOSTILE, HOSTILE.replace("cat", "fox"), steps=1, record=p2p.Record(text=256))
     for html in (report(r), report(r, [leakage(r)])):
         parser = Tags()
         parser.feed(html)
@@ -57,8 +57,8 @@ def test_settings_timings_and_words_are_there(run, page):
     assert "&quot;seed&quot;: 0" in html and "elsewhere" in html
 
 
-def test_without_maps_there_are_no_words_to_hover(emoji):
-    assert 'class="word"' not in report(p2p.edit(emoji, "a cat", "a dog", steps=1))
+def test_without_maps_there_are_no_words_to_hover(narrow):
+    assert 'class="word"' not in report(p2p.edit(narrow, "a cat", "a dog", steps=1))
 
 
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver")

@@ -13,6 +13,7 @@ from p2p.show.leakage import leakage
 from p2p.show.pictures import read_settings
 from p2p.show.sweep import sweep, variant
 
+pytestmark = pytest.mark.usefixtures("once")
 SOURCE, TARGET = "a cat next to a red cat on grass", "a cat next to a red dog on grass"
 L = 32
 
@@ -28,14 +29,14 @@ L = 32
     ("a cat on grass", "a big dog on grass", dict(swap={"cat": "dog"}), (["cat"], ["big", "dog"])),
     ("a cat on grass", "a cat", {}, (["on", "grass"], [])),
 ])
-def test_what_an_edit_is_about(emoji, source, target, settings, wanted):
-    s, t = emoji.tokens(source), emoji.tokens(target)
+def test_what_an_edit_is_about(narrow, source, target, settings, wanted):
+    s, t = narrow.tokens(source), narrow.tokens(target)
     edit = p2p.Edit(target, **settings)
     assert subject(s, t, edit, choose_mode(s, edit, t), L) == wanted
 
 
-def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(emoji):
-    s, t = emoji.tokens(SOURCE), emoji.tokens(TARGET)
+def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(narrow):
+    s, t = narrow.tokens(SOURCE), narrow.tokens(TARGET)
     e = scoped(s, t, p2p.Edit(TARGET, scope="cat#2", cross_replace_steps=0.5, local_blend=p2p.LocalBlend(threshold=0.2)), "replace", L)
     assert e.scope is None and e.cross_replace_steps == 0.5
     assert e.local_blend == p2p.LocalBlend(words=(["cat#2"], ["dog"]), threshold=0.2, rivals=(
@@ -44,9 +45,9 @@ def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(emoji):
     assert scoped(s, t, p2p.Edit(TARGET, scope="cat#2", local_blend=own), "replace", L).local_blend == own
 
 
-def test_swap_and_refine_in_one_edit(emoji):
+def test_swap_and_refine_in_one_edit(narrow):
     """The new word takes the old one's column, added words keep their own, the rest is aligned."""
-    s, t = emoji.tokens("a cat on grass"), emoji.tokens("a big dog on snowy grass")
+    s, t = narrow.tokens("a cat on grass"), narrow.tokens("a big dog on snowy grass")
     mix, keep, *_ = tables(s, t, p2p.Edit(t.text, swap={"cat": "dog"}, cross_replace_steps=1.0), "refine", 2, L)
     partner = {j: int(mix[0, :, j].argmax()) for j in range(8) if mix[0, :, j].any()}
     assert partner == {0: 0, 1: 1, 3: 2, 4: 3, 6: 4, 7: 5} and keep[0, [2, 5]].tolist() == [1, 1] and keep[0].sum() == 2 + 0
@@ -54,20 +55,20 @@ def test_swap_and_refine_in_one_edit(emoji):
         tables(s, t, p2p.Edit(t.text, swap={"bird": "dog"}), "refine", 2, L)
 
 
-def test_everything_in_one_edit(emoji):
+def test_everything_in_one_edit(narrow):
     """Swap, refinement, two weights, windows by word and a blend: runs, and differs from each left out."""
     full = dict(mode="refine", swap={"cat": "dog"}, equalizer={"red": 2.0, "grass": -1.0},
                 cross_replace_steps={"default_": 0.8, "dog": 0.4}, local_blend=p2p.LocalBlend(words=("cat", "red dog"), threshold=0.2))
     edits = [p2p.Edit("a red dog on grass", **full)]
     edits += [p2p.Edit("a red dog on grass", **{k: v for k, v in full.items() if k != name}) for name in full if name != "mode"]
-    r = p2p.edit(emoji, "a cat on grass", edits, steps=8, seed=1)
+    r = p2p.edit(narrow, "a cat on grass", edits, steps=8, seed=1)
     assert all((r.latents[1] - r.latents[k]).abs().max() > 1e-3 for k in range(2, len(edits) + 1))
 
 
 @pytest.fixture(scope="module")
-def pair(emoji):
+def pair(narrow):
     """The same swap without and with a scope."""
-    return p2p.edit(emoji, SOURCE, [p2p.Edit(TARGET, cross_replace_steps=0.3), p2p.Edit(TARGET, cross_replace_steps=0.3, scope="cat#2")],
+    return p2p.edit(narrow, SOURCE, [p2p.Edit(TARGET, cross_replace_steps=0.3), p2p.Edit(TARGET, cross_replace_steps=0.3, scope="cat#2")],
                     steps=10, seed=2, record=p2p.Record(text=256))
 
 
@@ -89,23 +90,23 @@ def test_leakage_counts_what_it_should(pair):
         leakage(replace(pair, maps=None))
 
 
-def test_sweep_shares_its_source_and_lays_out_its_table(emoji):
+def test_sweep_shares_its_source_and_lays_out_its_table(narrow):
     """Values of the first setting along the columns, of the second along the rows; the source at the left."""
-    done = sweep(emoji, SOURCE, TARGET, {"cross": [0.2, 0.8], "weight:red": [-1, 0, 2]}, steps=2)
+    done = sweep(narrow, SOURCE, TARGET, {"cross": [0.2, 0.8], "weight:red": [-1, 0, 2]}, steps=2)
     assert len(done.runs) == 1 and done.runs[0].latents.shape[0] == 7
     assert done.variants[:3] == [{"weight:red": -1, "cross": 0.2}, {"weight:red": -1, "cross": 0.8}, {"weight:red": 0, "cross": 0.2}]
-    alone = p2p.edit(emoji, SOURCE, TARGET, cross_replace_steps=0.8, equalizer={"red": -1.0}, steps=2)
+    alone = p2p.edit(narrow, SOURCE, TARGET, cross_replace_steps=0.8, equalizer={"red": -1.0}, steps=2)
     assert (alone.latents[1] - done.runs[0].latents[2]).abs().max() < 1e-3
-    seeds = sweep(emoji, SOURCE, TARGET, {"seed": [3, 4], "self": [0, 0.5, 1]}, steps=2)
+    seeds = sweep(narrow, SOURCE, TARGET, {"seed": [3, 4], "self": [0, 0.5, 1]}, steps=2)
     assert [r.settings["seed"] for r in seeds.runs] == [3, 4]
     assert seeds.table.width > done.table.width and seeds.table.height < done.table.height   # 4 columns, 2 rows; 3 and 3
 
 
 @pytest.mark.parametrize("over, message", [({}, "one or two"), ({"cross": []}, "at least one"), ({"size": [1]}, '"size" is not known'),
                                            ({"cross": [1], "self": [1], "seed": [1]}, "one or two"), ({"cross": [2.0]}, "within 0 and 1")])
-def test_bad_sweeps_are_named(emoji, over, message):
+def test_bad_sweeps_are_named(narrow, over, message):
     with pytest.raises(UsageError, match=message):
-        sweep(emoji, SOURCE, TARGET, over, steps=1)
+        sweep(narrow, SOURCE, TARGET, over, steps=1)
 
 
 def test_sweep_and_scope_commands(capsys, tmp_path):

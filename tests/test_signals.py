@@ -9,7 +9,6 @@ import signal
 import pytest
 from PIL import Image
 
-import p2p
 from p2p.cli.parser import main
 from p2p.weights import aside
 
@@ -34,16 +33,13 @@ LISTS = ("results.jsonl", "seeds.json")   # of what is done so far
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-pytestmark = pytest.mark.usefixtures("attended")
+pytestmark = pytest.mark.usefixtures("attended", "once")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, emoji, sd1_file):
-    """A folder with what the commands read, and the model loaded once.  -> runs a command"""
+def here(tmp_path, monkeypatch, sd1_file):
+    """A folder with what the commands read.  -> runs a command"""
     monkeypatch.chdir(tmp_path)
-    loaded = p2p.load
-    for place in ("p2p.load", "p2p.lists.batch.load", "p2p.lists.work.load"):
-        monkeypatch.setattr(place, lambda source=None, *a, **k: loaded(source, *a, **k) if source not in (None, "emoji") else emoji)
     Image.effect_noise((64, 64), 90).save("x.png")
     jobs = [{"source": "a cat", "targets": "a dog", "seed": i, "steps": 1, "cfg": 1 + i} for i in range(2)]
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))

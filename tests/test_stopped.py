@@ -22,7 +22,7 @@ from p2p.lists import dataset
 from p2p.lists.lines import write
 from p2p.weights import aside
 
-pytestmark = pytest.mark.usefixtures("attended")
+pytestmark = pytest.mark.usefixtures("attended", "once")
 FULL = OSError(28, "No space left on device")
 PROMPTS = [{"caption": "a cat on grass", "edit": "make it a dog", "output": "a dog on grass"},
            {"caption": "a red car", "edit": "make it blue", "output": "a blue car"}]

@@ -28,7 +28,7 @@ def runs(model):
     ]
 
 
-@pytest.mark.parametrize("family", ["emoji", "sd1"])
+@pytest.mark.parametrize("family", ["narrow", "sd1"])
 def test_threads_on_one_model_get_the_pixels_of_runs_alone(request, family):
     model = request.getfixturevalue(family)
     alone = [run() for run in runs(model)]

@@ -16,28 +16,28 @@ JOBS = [
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("chosen", [(0, 1), (0, 2, 1, 3)])
-def test_each_is_as_it_is_alone(emoji, chosen, eta):
+def test_each_is_as_it_is_alone(narrow, chosen, eta):
     jobs = [JOBS[i] | dict(steps=4, eta=eta, height=32, width=32) for i in chosen]
-    for job, together in zip(jobs, edit_together(emoji, jobs)):
-        alone = p2p.edit(emoji, **job)
+    for job, together in zip(jobs, edit_together(narrow, jobs)):
+        alone = p2p.edit(narrow, **job)
         assert (together.latents - alone.latents).abs().max() < 1e-4 and together.settings == alone.settings
         assert (together.prompts, together.notes, together.rows) == (alone.prompts, alone.notes, alone.rows)
         assert (together.masks is None) == (alone.masks is None)
         assert alone.masks is None or torch.equal(together.masks, alone.masks)
 
 
-def test_no_guidance_is_half_the_rows(emoji):
-    r = edit_together(emoji, [job | dict(steps=2, guidance_scale=1.0) for job in JOBS[:2]])
+def test_no_guidance_is_half_the_rows(narrow):
+    r = edit_together(narrow, [job | dict(steps=2, guidance_scale=1.0) for job in JOBS[:2]])
     assert [x.rows for x in r] == [6, 4]
 
 
 @pytest.mark.parametrize("other, what", [(dict(steps=3), "steps"), (dict(height=96), "height"), (dict(eta=1.0), "eta"),
                                          (dict(guidance_scale=1.0), "guidance_scale")])
-def test_what_cannot_share_a_batch_is_said(emoji, other, what):
+def test_what_cannot_share_a_batch_is_said(narrow, other, what):
     with pytest.raises(p2p.UsageError, match=what):
-        edit_together(emoji, [JOBS[0] | dict(steps=2), JOBS[0] | dict(steps=2) | other])
+        edit_together(narrow, [JOBS[0] | dict(steps=2), JOBS[0] | dict(steps=2) | other])
 
 
-def test_maps_are_not_recorded_together(emoji):
+def test_maps_are_not_recorded_together(narrow):
     with pytest.raises(p2p.UsageError, match="record no maps"):
-        edit_together(emoji, [JOBS[0] | dict(steps=2, record=p2p.Record(text=256))])
+        edit_together(narrow, [JOBS[0] | dict(steps=2, record=p2p.Record(text=256))])

@@ -1,4 +1,6 @@
 """The emoji world: scenes, captions, pictures and the recogniser that reads them."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from PIL import Image
 import p2p
 from p2p.request.start import Low
 from p2p.weights.emoji import recogniser
+from p2p.weights.emoji import train as training
 from p2p.weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
 from p2p.weights.emoji.train import main as train
 from p2p.weights.emoji.upscale import main as train_upscaler
@@ -123,8 +126,18 @@ def test_schedule_of_the_bundled_model(emoji):
     assert (abar.diff() < 0).all() and 0 < abar.min() < abar.max() < 1
 
 
-def test_training_resumes_where_it_stopped(tmp_path, capsys):
-    """Two pictures a step: four steps at once, or two and two, give the same weights."""
+@pytest.fixture
+def denormals():
+    """Training flushes them to zero, in the whole process."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("denormals")
+def test_training_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
+    """Two pictures a step: four steps at once, or two and two, give the same weights. The network may be of any size."""
+    monkeypatch.setattr(training, "EMOJI", replace(training.EMOJI, channels=(32, 32, 32), heads=(1, 2, 2)))
+    monkeypatch.setattr(training, "SAMPLES", training.SAMPLES[:2])
     for folder, stops in (("once", [8]), ("twice", [4, 8])):
         for stop in stops:
             train([str(tmp_path / folder), "--pictures", "8", "--stop", str(stop), "--batch", "2", "--every", "1",
@@ -136,6 +149,7 @@ def test_training_resumes_where_it_stopped(tmp_path, capsys):
     assert (tmp_path / "twice" / "samples" / "0001-a-cat-on-grass" / "grid.png").exists()
 
 
+@pytest.mark.usefixtures("denormals")
 def test_training_of_the_upscaler_resumes(tmp_path):
     """Two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
     for folder, stops in (("once", [2]), ("twice", [1, 2])):

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
@@ -78,6 +79,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}\n{self.prog} --help lists the options\n")
 
 
+@cache
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole program's parser, and one for each command."""
     ap = Parser(prog="p2p", description="Edit a picture by editing its prompt (Prompt-to-Prompt).")
