@@ -34,13 +34,26 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
+def guidance_embedding(scale: Tensor, dim: int) -> Tensor:
+    """Sinusoids of a guidance scale, sines first, for models that were distilled with guidance (Meng et al.
+    2023, as latent consistency models have it).  (B,) -> (B, dim) float32"""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10_000) * torch.arange(half, device=scale.device) / (half - 1))
+    angles = 1000 * (scale[:, None].float() - 1) * freqs
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
+
+
 class TimestepMLP(nn.Module):
-    def __init__(self, dim: int, out: int, act: str = "silu"):
+    def __init__(self, dim: int, out: int, act: str = "silu", guidance_dim: int | None = None):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(dim, out), Linear(out, out)
+        if guidance_dim:
+            self.cond_proj = Linear(guidance_dim, dim, bias=False)
         self.act = ACTIVATIONS[act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if guidance is not None:
+            x = x + self.cond_proj(guidance)
         return self.linear_2(self.act(self.linear_1(x)))
 
 

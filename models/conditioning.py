@@ -29,6 +29,7 @@ class Conditioning(NamedTuple):
     # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
     low: Tensor | None = None
     level: Tensor | None = None      # (B,): the timestep of its noise
+    guidance: Tensor | None = None   # (B,): the guidance scale, of models that were distilled with one
 
     def rows(self, first: int) -> Conditioning:
         """The rows from `first` on."""

@@ -19,6 +19,7 @@ from p2p.models.blocks import (
     SpatialTransformer,
     TextPooling,
     TimestepMLP,
+    guidance_embedding,
     resampler,
     timestep_embedding,
 )
@@ -45,6 +46,7 @@ class UNetConfig:
     context_dim: int = 768
     linear_projection: bool = False                # proj_in, proj_out: linear (SD 2, SDXL) or 1x1 convolution
     vector_dim: int | None = None   # width of a vector added to the timestep's (SDXL: pooled text, sizes)
+    guidance_dim: int | None = None  # sinusoids of the guidance scale that the model was distilled with (LCM)
     upcast_attention: bool = False   # attention in float32 whatever the model's precision (SD 2.1)
     ff_mult: int = 4                               # width of the feed-forward, times that of the level
     patch: int = 1   # pixels per side that one position of the first level holds
@@ -111,7 +113,7 @@ class UNet(nn.Module):
         self.config = c = config
         ch, temb = c.channels, c.temb_dim or 4 * c.channels[0]
         self.conv_in = Conv2d((c.in_channels + c.low_channels) * c.patch**2, ch[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(ch[0], temb, c.act)
+        self.time_embedding = TimestepMLP(ch[0], temb, c.act, c.guidance_dim)
         self.add_embedding: TimestepMLP | TextPooling
         if c.vector_dim:
             self.add_embedding = TimestepMLP(c.vector_dim, temb, c.act)
@@ -208,9 +210,13 @@ class UNet(nn.Module):
         return Text({m.site: m.text(context) for m in self.layers(CrossAttention)}, pooled)
 
     def _time(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, vector: Tensor | None,
-              level: Tensor | None) -> Time:
+              level: Tensor | None, guidance: Tensor | None) -> Time:
         """What each residual block adds for timesteps t.  (..., 1 or B) -> (..., 1 or B, out) each"""
-        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
+        scale = None
+        if self.config.guidance_dim:
+            guidance = torch.ones(1, device=t.device) if guidance is None else guidance
+            scale = guidance_embedding(guidance, self.config.guidance_dim).to(dtype)
+        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype), scale)
         if self.config.vector_dim:
             temb = temb + self.add_embedding(vector)
         if pooled is not None:
@@ -222,9 +228,9 @@ class UNet(nn.Module):
         return {m.site: m.time(temb) for m in self.layers(ResnetBlock)}
 
     def times(self, t: Tensor, text: Text, dtype: torch.dtype, vector: Tensor | None = None,
-              level: Tensor | None = None) -> list[Time]:
+              level: Tensor | None = None, guidance: Tensor | None = None) -> list[Time]:
         """Computes what depends on the timesteps (T,), not on x: an entry a step, for `forward`."""
-        by_site = self._time(t[:, None], dtype, text.pooled, vector, level)     # (T, 1 or B, out) each
+        by_site = self._time(t[:, None], dtype, text.pooled, vector, level, guidance)  # (T, 1 or B, out) each
         return [{name: added[i] for name, added in by_site.items()} for i in range(len(t))]
 
     def _first_features(self, x: Tensor, low: Tensor | None) -> Tensor:
@@ -236,19 +242,19 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: int | Tensor | Time, context: Tensor | Text,
                 edit: Edits | Mapping[str, Any] = None, watch: Collection[str] = (),
                 vector: Tensor | None = None, low: Tensor | None = None,
-                level: Tensor | None = None) -> tuple[Tensor, dict[str, QK]]:
+                level: Tensor | None = None, guidance: Tensor | None = None) -> tuple[Tensor, dict[str, QK]]:
         """x (B, C, H, W), t int or (B,) or from `times`, context (B, L, D) or from `read`
         ->  prediction (B, C', H, W), queries and keys of the attention layers that are watched, by site.
 
         edit: of all attention layers, or by site; then by site of a residual block too: (B,) long,
         the rows whose residual each row adds. Only for models that take them: vector (B, vector_dim);
         low (B, low_channels, H, W), the low-resolution picture at this size, and level (B,), the
-        timestep of its noise.
+        timestep of its noise; guidance (B,), the scale with which the model was distilled.
         """
         c = self.config
         text = self.read(context) if isinstance(context, Tensor) else context
         time = t if isinstance(t, dict) else self._time(
-            torch.as_tensor(t, device=x.device).reshape(-1), x.dtype, text.pooled, vector, level)
+            torch.as_tensor(t, device=x.device).reshape(-1), x.dtype, text.pooled, vector, level, guidance)
         features: Mapping[str, Any] = edit if isinstance(edit, Mapping) else {}
         seen: Seen = dict.fromkeys(watch)
 

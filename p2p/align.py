@@ -30,11 +30,12 @@ def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     """
     if not isinstance(phrase, str):
         raise UsageError(f"a word or phrase is needed, not {brief(phrase)}")
-    places = _occurrences(prompt, phrase)
     word, _, number = phrase.strip().rpartition("#")
-    if not places and word and number.isdecimal():
-        occurrences = _occurrences(prompt, word)
-        if occurrences and not 1 <= int(number) <= len(occurrences):
+    occurrences = _occurrences(prompt, word) if word and number.isdecimal() else []
+    if not occurrences or phrase.strip().lower() in prompt.text:   # a "#" of the text's own
+        places = _occurrences(prompt, phrase)
+    else:
+        if not 1 <= int(number) <= len(occurrences):
             raise UsageError(f'"{phrase}": the prompt "{prompt.text}" holds "{word}" {len(occurrences)} '
                              "times")
         places = occurrences[int(number) - 1:int(number)]

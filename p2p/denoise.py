@@ -81,10 +81,11 @@ class Step:
 
     def changed(self, before: Tensor) -> Tensor:
         """x, in the place of `before`. Raises UsageError for one that does not fit there."""
-        if not isinstance(self.x, Tensor) or self.x.shape != before.shape:
+        fits = isinstance(self.x, Tensor) and self.x.is_floating_point() and not self.x.is_meta
+        if not fits or self.x.shape != before.shape:
             raise UsageError(f"step.x is replaced by {brief(getattr(self.x, 'shape', self.x))}; a tensor "
                              f"{tuple(before.shape)} is needed")
-        return self.x.to(before)
+        return self.x.detach().to(before)
 
 
 class Known(NamedTuple):

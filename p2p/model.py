@@ -179,7 +179,11 @@ class Model:
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
         return self.unet.times(timesteps, cast(Text, context), self.dtype, conditioning.vector,
-                               conditioning.level)
+                               conditioning.level, conditioning.guidance)
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a run takes unconditional rows: not where the scale is one of the network's inputs."""
+        return guidance_scale != 1 and not self.unet.config.guidance_dim
 
     def predict(self, x: Tensor, t: int | Tensor | Time, conditioning: Conditioning, edit: Any = None,
                 watch: Collection[str] = ()) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
@@ -256,6 +260,9 @@ class Model:
         schedule = sampler_schedule(sampler, self.alphas_cumprod, whole("steps", steps), offset=self.offset,
                                     final_alpha=self.final_alpha, timesteps=timesteps, eta=eta,
                                     spacing=timestep_spacing or self.timestep_spacing)
+        if sampler == "dpm++" and not schedule.alphas[0] > 0:
+            raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
+                             "SNR), where dpm++ cannot begin; sample by ddim")
         if self.prediction == "eps" and not schedule.alphas[0] > 0:
             raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
                              "SNR): a model that predicts the noise cannot begin there; leave out "

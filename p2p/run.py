@@ -23,7 +23,7 @@ from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag, place, whole
-from p2p.request.editing import SAMPLING, Editor, check_negative, understood
+from p2p.request.editing import SAMPLING, Editor, check_negative, negatives, understood
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
 from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
@@ -130,11 +130,12 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
         raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
                          "prompt")
     settled = settle(model, sampling, seeds, len(prompts), record=record)
-    check_negative(sampling.negative_prompt, settled.guidance_scale, len(prompts))
-    notes = [*model.notes, *late(model, settled.schedule, sampling), *prompt_notes(model, prompts),
+    check_negative(model, sampling.negative_prompt, settled.guidance_scale, len(prompts))
+    notes = [*model.notes, *late(model, settled.schedule, sampling),
+             *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
              *sampling_idle(sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))
-    batch = Batch(len(prompts), 0, start.guidance_scale != 1)
+    batch = Batch(len(prompts), 0, model.guided(start.guidance_scale))
     recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     return Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
@@ -161,7 +162,11 @@ def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
 
 
 def _conditioning(model: Model, ready: Ready) -> Conditioning:
-    return _enlarging(model, ready, condition(model, ready.prompts, *ready.start.size))
+    conditioning = condition(model, ready.prompts, *ready.start.size)
+    if model.unet.config.guidance_dim:
+        scales = torch.as_tensor(ready.guidance_scale, device=model.device).flatten()
+        conditioning = conditioning._replace(guidance=scales.expand(len(ready.prompts)))
+    return _enlarging(model, ready, conditioning)
 
 
 def _enlarging(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
@@ -202,9 +207,13 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
                disable=not progress, leave=False, unit="step")
     for step in bar:
         collector.add(step)
-        if on_step is not None:
-            on_step(step)
         x, mask, rows = step.x, step.mask, rows + step.batch.rows
+        if on_step is not None:
+            version = x._version
+            on_step(step)
+            if step.x is not x or x._version != version:
+                ready.settings["changed_between_steps"] = True   # not replayed: by what is not recorded
+            x = step.changed(x)
     latents, sampled = x.cpu(), time.perf_counter()
     images = to_pil(model.decode(x))
     timings = {"text": encoded - started, "steps": sampled - encoded,

@@ -128,7 +128,7 @@ def test_brackets_of_a_text_are_written_with_a_backslash(narrow):
 
 
 def test_a_word_is_weighed_once(narrow):
-    with pytest.raises(UsageError, match="both weigh dog"):
+    with pytest.raises(UsageError, match="both weight dog"):
         p2p.edit(narrow, "a cat", p2p.Edit("a (dog:2)", equalizer={"dog": 3}), **EASY)
 
 
@@ -136,7 +136,7 @@ def test_weights_are_noted_recorded_and_replayed(tmp_path, capsys):
     argv = ["edit", "a (red:1.4) cat", "a (red:1.2) dog", "--emphasis", "embedding", "--steps", "2", "--seed", "1", "-o", str(tmp_path)]
     assert main(argv) == 0
     out, err = capsys.readouterr()
-    assert '"a (red:1.2) dog": the embedding is weighed: red x 1.2' in err
+    assert '"a (red:1.2) dog": weights on the embedding: red x 1.2' in err
     made = out.split()[1]
     assert main(["edit", "--from", made, "-o", str(tmp_path)]) == 0
     assert open_picture(made).tobytes() == open_picture(capsys.readouterr().out.split()[1]).tobytes()

@@ -36,8 +36,6 @@ NAMES = {   # tensors' names and shapes -> what the message calls them
     "a tiny autoencoder": [
         {"0.weight": (64, 3, 3, 3), "0.bias": (64,), "1.conv.0.weight": (64, 64, 3, 3), "1.skip.weight": (64, 64, 1, 1)},
         {"encoder.layers.0.weight": (64, 3, 3, 3), "decoder.layers.1.weight": (64, 4, 3, 3), "decoder.layers.1.bias": (64,)}],
-    "a latent consistency model": [{"time_embedding.cond_proj.weight": (9, 256), "down_blocks.0.resnets.0.conv1.weight": (9, 9, 3, 3)},
-                                   {U + "time_embed.cond_proj.weight": (9, 256), U + "input_blocks.0.0.weight": (9, 4, 3, 3)}],
     "an SDXL refiner": [{U + "label_emb.0.0.weight": (9, 2560), keys.TEXT_SGM2 + "token_embedding.weight": (9, 9)}],
     "a Kandinsky model": [{"add_embedding.image_proj.weight": (9, 9), "encoder_hid_proj.image_embeds.weight": (9, 9)},
                           {"input_blocks.0.0.weight": (9, 4, 3, 3), "ln_model_n.weight": (9,), "clip_to_seq.weight": (9, 9)}],

@@ -28,7 +28,7 @@ def test_names_shares_and_lists_choose_layers(emoji):
     assert on(emoji, (0, 0.5), 0) == text[:(len(text) + 1) // 2]   # the layer in the middle has the depth 1/2
     assert on(emoji, (0.0, 1.0), 0) == text
     assert on(emoji, ["mid", (0.9, 1.0)], 0) == [s for s in text if s.startswith("mid") or s == text[-1]]
-    assert set(on(emoji, {"cross": "up"}, 1)) == set(emoji.unet.pixel_sites())
+    assert set(on(emoji, {"cross": "up"}, 1)) == {m.site for m in emoji.unet.layers(attention.SelfAttention)}
 
 
 @pytest.mark.parametrize("name", ["sd1", "narrow"])
@@ -63,11 +63,11 @@ def test_a_layer_that_is_not_chosen_is_not_edited(narrow, monkeypatch):
 
 
 def test_targets_have_their_own_layers(narrow):
-    edits = [p2p.Edit(TARGET, layers="up"), p2p.Edit(TARGET), p2p.Edit(TARGET, layers={"self": "mid"})]
+    edits = [p2p.Edit(TARGET, layers="up"), p2p.Edit(TARGET), p2p.Edit(TARGET, layers={"self": "down_blocks.2"})]
     together = p2p.edit(narrow, SOURCE, edits, **EASY).latents
     for e, x in zip(edits, together[1:]):
-        assert torch.allclose(p2p.edit(narrow, SOURCE, e, **EASY).latents[1], x, atol=1e-5)
-    assert torch.allclose(together[0], p2p.generate(narrow, SOURCE, **EASY).latents[0], atol=1e-5)
+        assert torch.allclose(p2p.edit(narrow, SOURCE, e, **EASY).latents[1], x, atol=1e-4)
+    assert torch.allclose(together[0], p2p.generate(narrow, SOURCE, **EASY).latents[0], atol=1e-4)
 
 
 def test_a_traced_source_serves_them(narrow):
@@ -81,7 +81,8 @@ def test_a_traced_source_serves_them(narrow):
 
 @pytest.mark.parametrize("bad, message", [
     ("nowhere", "none is chosen by 'nowhere'"), ((0.9, 0.1), "start not after the end"), (3, "is not a part of"), ([], "is not a part of"),
-    ({"both": "up"}, "is not a part of"), ("", "is not a part of"), ({"cross": "nowhere"}, "no layer is chosen for cross"), ((0, 2), "within 0 and 1")])
+    ({"both": "up"}, "is not a part of"), ("", "is not a part of"), ({"cross": "nowhere"}, "no layer is chosen for cross"),
+    ({"self": "up"}, "no layer is chosen for self"), ((0, 2), "within 0 and 1")])
 def test_others_are_refused(narrow, bad, message):
     with pytest.raises(UsageError, match=message):
         edited(narrow, bad)

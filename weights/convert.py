@@ -114,7 +114,8 @@ def _folder(package: Package, out: Path, half: bool) -> None:
     family, xl = package.family, package.family == "sdxl"
     version = {"_diffusers_version": "0.30.0"}
     index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", **version,
-             "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+             "scheduler": ["diffusers", scheduler.config(package.sampling)["_class_name"]],
+             "unet": ["diffusers", "UNet2DConditionModel"],
              "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
              "tokenizer": ["transformers", "CLIPTokenizer"]}
     if xl:
@@ -180,6 +181,8 @@ def _unet_config(package: Package) -> dict[str, Any]:
         pooled = package.text[-1].config.pooled_dim
         out |= {"addition_embed_type": "text_time", "addition_time_embed_dim": (c.vector_dim - pooled) // 6,
                 "projection_class_embeddings_input_dim": c.vector_dim}
+    if c.guidance_dim:
+        out["time_cond_proj_dim"] = c.guidance_dim
     return out
 
 

@@ -227,6 +227,7 @@ def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
         up_attention=kinds, depth=tuple(max(1, blocks[0][1]) for blocks in levels),
         heads=tuple(8 if family == "sd1" else max(1, c // 64) for c in channels), context_dim=context,
         linear_projection=linear, vector_dim=shapes.get(keys.UNET + "label_emb.0.0.weight", (0, None))[1],
+        guidance_dim=shapes.get(keys.UNET + "time_embed.cond_proj.weight", (0, None))[1],
         upcast_attention=family == "sd2",
     )
 

@@ -30,7 +30,7 @@ UNET = Fields(
     "sample_size in_channels out_channels block_out_channels down_block_types up_block_types "
     "layers_per_block transformer_layers_per_block cross_attention_dim attention_head_dim "
     "num_attention_heads use_linear_projection upcast_attention addition_time_embed_dim "
-    "projection_class_embeddings_input_dim",
+    "projection_class_embeddings_input_dim time_cond_proj_dim",
     {
         "act_fn": ("silu",), "addition_embed_type": (None, "text_time"),
         "addition_embed_type_num_heads": (64,), "attention_type": ("default",),
@@ -42,9 +42,8 @@ UNET = Fields(
         "mid_block_type": ("UNetMidBlock2DCrossAttn",), "norm_eps": (1e-5,), "norm_num_groups": (32,),
         "num_class_embeds": (None,), "only_cross_attention": (False,), "resnet_out_scale_factor": (1.0,),
         "resnet_skip_time_act": (False,), "resnet_time_scale_shift": ("default",),
-        "reverse_transformer_layers_per_block": (None,), "time_cond_proj_dim": (None,),
-        "time_embedding_act_fn": (None,), "time_embedding_dim": (None,),
-        "time_embedding_type": ("positional",), "timestep_post_act": (None,),
+        "reverse_transformer_layers_per_block": (None,), "time_embedding_act_fn": (None,),
+        "time_embedding_dim": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
         "_class_name": ("UNet2DConditionModel",),
     },
     {**ANY, "dropout": "acts in training alone"})
@@ -122,15 +121,15 @@ TOKENIZER = Fields(
 
 SCHEDULER = Fields(
     "_class_name beta_start beta_end beta_schedule trained_betas prediction_type timestep_spacing "
-    "steps_offset set_alpha_to_one rescale_betas_zero_snr clip_sample clip_sample_range thresholding "
-    "dynamic_thresholding_ratio sample_max_value variance_type",
+    "original_inference_steps timestep_scaling steps_offset set_alpha_to_one rescale_betas_zero_snr "
+    "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value variance_type",
     {"num_train_timesteps": (1000,), "timestep_type": ("discrete",), "use_flow_sigmas": (False,),
      "use_dynamic_shifting": (False,)},
     {**ANY, "tensor_format": "of diffusers before 0.3",
      "skip_prk_steps interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas "
      "use_lu_lambdas sigma_min sigma_max final_sigmas_type solver_order algorithm_type solver_type "
      "lower_order_final euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p "
-     "noise_sampler_seed flow_shift shift_terminal time_shift_type original_inference_steps timestep_scaling "
+     "noise_sampler_seed flow_shift shift_terminal time_shift_type "
      "corrector_order predictor_order tau_func":
      "of samplers in whose place DDIM samples, which a note says"})
 

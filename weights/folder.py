@@ -208,6 +208,7 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
         down_attention=tuple(kinds), mid_attention="cross", up_attention=tuple(kinds),
         depth=depth, heads=heads, context_dim=c.get("cross_attention_dim", 1280),
         linear_projection=bool(c.get("use_linear_projection", False)), vector_dim=vector,
+        guidance_dim=c.get("time_cond_proj_dim"),
         upcast_attention=bool(c.get("upcast_attention")) or family == "sd2",
     )
 

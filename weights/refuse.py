@@ -51,9 +51,6 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
      "a stage of Stable Cascade, whose networks are others"),
     (("time_stack.", "time_mixer."),
      "a model of films (Stable Video Diffusion or the like); use a model of pictures"),
-    (("cond_proj.",),
-     "a latent consistency model, whose network takes the guidance scale as an input; use the model that it "
-     "was distilled from"),
     (("emb_params", "string_to_param", "string_to_token", "clip_g$", "clip_l$"), EMBEDDING),
     (("embedder.model.visual", "noise_augmentor."),
      "an unCLIP model, driven by pictures; use the text-to-image model that it was made from"),

@@ -24,9 +24,8 @@ ALIKE = {f"{name}Scheduler" for name in (
     "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
     "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
     "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "IPNDM")}
+DISTILLED = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}   # of models that these steps were distilled into
 OTHERS = {
-    "LCMScheduler": "of a model that consistency distillation made for few steps",
-    "TCDScheduler": "of a model that trajectory consistency distillation made for few steps",
     "EDMEulerScheduler": "of an EDM model, whose noise levels this project does not know",
     "EDMDPMSolverMultistepScheduler": "of an EDM model, whose noise levels this project does not know",
     "FlowMatchEulerDiscreteScheduler": "of a flow model, which predicts velocities between picture and noise",
@@ -46,6 +45,7 @@ class Sampling:
     final_alpha: float | None = None               # see `ddim_schedule`
     clip: float | tuple[float, float] | None = None    # bound of x_0, see `p2p.sampler.bounded`
     learned_variance: bool = True                  # of the channels beyond eps, where there are any
+    sampler: str = "ddim"                          # or "lcm", "tcd"
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,7 +81,14 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
     notes: list[str] = []
     sampler = "DDPM" if family == "if" else "DDIM"
     own_class = check_class(where, c.get("_class_name"))
-    if not (used := kind or own_class or sampler).startswith(sampler):
+    used = kind or own_class or sampler
+    distilled = DISTILLED.get(used)
+    if distilled:
+        for name, usual in (("original_inference_steps", 50), ("timestep_scaling", 10.0)):
+            if c.get(name, usual) != usual:
+                raise CheckpointError(f"{where}: {name} {fields.short(c[name])}; supported: {usual}.")
+        notes.append(f"{distilled} samples (the folder's {used})")
+    elif not used.startswith(sampler):
         notes.append(f"the folder's sampler is {used}; {sampler} samples here")
     abar = _alphas(where, c, family, notes)
     if c.get("rescale_betas_zero_snr"):
@@ -102,7 +109,7 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
-                    _clip(where, c, family), learned, notes)
+                    _clip(where, c, family), learned, distilled or "ddim", notes)
 
 
 def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tuple[str, ...]) -> str:
@@ -114,7 +121,7 @@ def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tup
 def check_class(where: Path, kind: Any) -> str | None:
     """A scheduler's class, as the file `where` names it. Raises CheckpointError for those not in ALIKE."""
     named = isinstance(kind, str)
-    if kind is not None and not (named and kind in ALIKE):
+    if kind is not None and not (named and kind in (*ALIKE, *DISTILLED)):
         why = OTHERS.get(kind, "which this project does not know") if named else "which is no name"
         raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. DDIM (of IF: DDPM) samples here: if "
                               "that is what you want, put that file of the base model in its place.")
@@ -170,7 +177,8 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
 def config(s: Sampling) -> dict[str, Any]:
     """The scheduler_config.json of a sampling without a bound of x_0."""
     names = {v: k for k, v in PREDICTION_NAMES.items()}
-    out = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    classes = {sampler: name for name, sampler in DISTILLED.items()}
+    out = {"_class_name": classes.get(s.sampler, "DDIMScheduler"), "beta_start": 0.00085, "beta_end": 0.012,
            "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
            "prediction_type": names[s.prediction], "set_alpha_to_one": s.final_alpha is not None,
            "steps_offset": s.offset}
@@ -192,4 +200,5 @@ def metadata(s: Sampling) -> dict[str, str]:
     model."""
     settings, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
     more = settings.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
-    return {} if usual.items() <= settings.items() and not more else {METADATA: json.dumps(settings)}
+    plain = usual.items() <= settings.items() and not more and s.sampler == "ddim"
+    return {} if plain else {METADATA: json.dumps(settings)}

@@ -19,7 +19,7 @@ _WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head
            "channels context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size "
            "in_channels intermediate_size latent_channels max_position_embeddings num_attention_heads "
            "num_heads out_channels pool_heads projection_class_embeddings_input_dim projection_dim "
-           "sample_size temb_dim text_dim time_embedding_dim vector_dim")
+           "guidance_dim sample_size temb_dim text_dim time_embedding_dim vector_dim")
 _DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers patch"
 _MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,

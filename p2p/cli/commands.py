@@ -48,6 +48,7 @@ def edit(args: argparse.Namespace) -> None:
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
+        upscaler = stage(args, model.family)
         targets, sampling = prompts[1:], dict(guidance_scale=args.cfg)
         planned = expected(model, args.source, **_inversion_settings(args))
         edit_request(model, planned, targets, **settings, **sampling)   # before minutes of inverting
@@ -55,7 +56,8 @@ def edit(args: argparse.Namespace) -> None:
     else:
         source, *targets = prompts
         model, sampling = options.load_for_sampling(args)
-    upscaler = stage(args, model.family)
+    if args.image is None:
+        upscaler = stage(args, model.family)
     result = edited(args, model, source, targets, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
@@ -169,7 +171,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def show_tokens(args: argparse.Namespace) -> None:
-    split = [tokens(p) for p in args.prompts]
+    split = [tokens(read(p).text) for p in args.prompts]
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
@@ -186,7 +188,7 @@ def show_tokens(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     for prompt in args.prompts:
-        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weigh nothing']
+        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weight nothing']
         options.say([*check_prompt(prompt), *weighs])
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
     encoded = EncodedPrompts.encoded_by(tower, args.prompts)

@@ -44,6 +44,9 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
         raise p2p.UsageError(f'made by "p2p {settings["command"]}", not by an edit')
     if settings["seed"] is None and settings["inversion"] is None:
         raise p2p.UsageError("made from a noise tensor given in Python, which is not recorded")
+    if settings.get("changed_between_steps"):
+        raise p2p.UsageError("its latents were changed between steps by a function in Python, which is not "
+                             "recorded")
     edits = from_settings(settings)
     out = Output(args.out, str(settings["source"]))
     model = _recorded(args, settings)

@@ -36,7 +36,8 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
            or r.start.low is not None for r in ready):
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
                          "edit")
-    common = [{"timesteps": r.start.schedule.timesteps, "sampler": r.start.sampler,
+    common = [{"timesteps": r.start.schedule.timesteps, "noise levels": r.start.schedule.alphas,
+               "sampler": r.start.sampler,
                "height, width": r.start.size, "eta": r.start.eta,
                "guidance_scale 1, or not": r.start.guidance_scale == 1,
                "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None}

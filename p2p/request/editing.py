@@ -26,6 +26,7 @@ from p2p.request import layers
 from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
 from p2p.request.emphasis import faded, prompt_tokens
+from p2p.request.emphasis import notes as weight_notes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.source import Inversion
@@ -98,19 +99,23 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
     settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
     edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
-    if editor is not None:
-        without_editor(edits)
     for prompt in (source, *(e.prompt for e in edits)):
         check_prompt(prompt)
-    check_negative(sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
+    check_negative(model, sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
     for other in filter(None, (*negatives(sampling.negative_prompt, 1), editor and editor.source_prompt)):
         prompt_tokens(model, other)   # raises where only other prompts were encoded beforehand
-    edits = [faded(model, e) for e in edits]
+    written, edits = edits, [faded(model, e) for e in edits]
+    if editor is not None:
+        without_editor(edits)
+    for prompt in (source, *(e.prompt for e in edits), *negatives(sampling.negative_prompt, 1)):
+        weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
     chosen = [e.mode is None for e in edits]
     edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(edits, target_tokens)]
-    blends, notes = [], []
+    blends: list[LocalBlend | None] = []
+    notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt
+             for note in check_prompt(raw.prompt)]
     for e, t in zip(edits, target_tokens):
         _check_words(e, source_tokens, t, model.length, windows=editor is None)
         if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):
@@ -162,7 +167,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
     for name in ("sampler", "timestep_spacing", "timesteps"):
-        if getattr(sampling, name) not in (None, "ddim"):
+        value = getattr(sampling, name)
+        if value is not None and not (isinstance(value, str) and value == "ddim"):
             raise UsageError(f"{name}: an inverted or traced source is sampled by DDIM, at its own "
                              "timesteps; leave it out")
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
@@ -248,8 +254,8 @@ def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[st
     return [negative_prompt or ""] * rows
 
 
-def check_negative(negative_prompt: str | Sequence[str] | None, guidance_scale: float, rows: int,
-                   inversion: Inversion | None = None) -> None:
+def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, guidance_scale: float,
+                   rows: int, inversion: Inversion | None = None) -> None:
     """Raises UsageError for a negative prompt that the run would not read."""
     if negative_prompt is None:
         return
@@ -259,9 +265,10 @@ def check_negative(negative_prompt: str | Sequence[str] | None, guidance_scale: 
                          "each, the source's first")
     for prompt in each:
         check_prompt(prompt)
-    if guidance_scale == 1:
-        raise UsageError("negative_prompt: nothing leads away from it without guidance; give a "
-                         "guidance_scale other than 1, or leave it out")
+    if not model.guided(guidance_scale):
+        why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
+            "give a guidance_scale other than 1, or leave it out"
+        raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
     method = None if inversion is None else inversion.method
     if method in ("negative-prompt", "null-text"):
         raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "

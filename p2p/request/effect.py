@@ -16,6 +16,9 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import SelfAttention
 from p2p.models.text import Tokens
+from p2p.models.unet import UNet
+from p2p.request import layers
+from p2p.request.emphasis import read
 from p2p.scope import added, subject
 
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
@@ -180,6 +183,23 @@ def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list
         if sizes and injected and 0 < e.self_max_tokens < min(sizes):
             notes.append(f'"{e.prompt}": self_max_tokens {e.self_max_tokens} leaves self-attention alone: '
                          f"its smallest maps are of {min(sizes)} pixels here")
+    return notes
+
+
+def layers_idle(edits: Sequence[Edit], unet: UNet) -> list[str]:
+    """Notes on layers and emphasis that change nothing."""
+    notes = []
+    for e in edits:
+        windows = {"cross": e.cross_replace_steps, "self": e.self_replace_steps}
+        sites = layers.chosen(e.layers, unet)
+        if sites is not None and sites == layers.chosen((0.0, 1.0), unet):
+            notes.append(f'"{e.prompt}": layers changes nothing: all layers are chosen')
+        for kind in e.layers if isinstance(e.layers, Mapping) else ():
+            if windows[kind] in (0, (0, 0)):
+                notes.append(f'"{e.prompt}": layers of {kind}-attention change nothing: its window covers no '
+                             "step")
+        if e.emphasis != DEFAULT["emphasis"] and read(e.prompt).plain:
+            notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
     return notes
 
 

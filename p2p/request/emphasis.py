@@ -6,6 +6,7 @@ for it, it is on the text's embedding, by that program's rule.
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -51,7 +52,7 @@ def read(prompt: str) -> Weighted:
     """(x) weighs 1.1, [x] 1 / 1.1, (x:w) w; what is nested is multiplied; a bracket that is not closed holds
     to the end, and one that was not opened is text. Raises UsageError for too many."""
     if prompt.count("(") + prompt.count("[") > BRACKETS:
-        raise UsageError(f"{brief(prompt)}: more than {BRACKETS} brackets; weigh fewer words")
+        raise UsageError(f"{brief(prompt)}: more than {BRACKETS} brackets; weight fewer words")
     parts: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}   # the parts from which open brackets hold
 
@@ -71,6 +72,8 @@ def read(prompt: str) -> Weighted:
     for bracket, weight in (("(", ROUND), ("[", SQUARE)):
         for first in opened[bracket]:
             scale(first, weight)
+    if not all(math.isfinite(weight) for _, weight in parts):
+        raise UsageError(f"{brief(prompt)}: a weight is not finite")
     joined = [("".join(text for text, _ in same), w) for w, same in groupby(parts, lambda part: part[1])]
     return Weighted(tuple(joined))
 
@@ -116,9 +119,9 @@ def weigh(context: Tensor, weights: Sequence[float], widths: Sequence[int]) -> T
 # ----------------------------------------------------------------------------- prompts, as a model reads them
 
 def parsed(model: Model, prompt: str) -> Weighted:
-    """Of models that read their text by CLIP; to T5, brackets are text."""
-    clip = all(isinstance(tower, TextEncoder) for tower in model.text_encoders)
-    return read(prompt) if clip else Weighted(((prompt, 1.0),))
+    """Of models that read their text by CLIP; to others, brackets are text."""
+    clip = [isinstance(tower, TextEncoder) for tower in model.text_encoders]
+    return read(prompt) if clip and all(clip) else Weighted(((prompt, 1.0),))
 
 
 def prompt_tokens(model: Model, prompt: str) -> Tokens:
@@ -144,10 +147,10 @@ def faded(model: Model, edit: Edit) -> Edit:
         return edit
     weights = equalizer(prompt, model.tokens)
     if both := sorted(weights.keys() & (edit.equalizer or {}).keys()):
-        raise UsageError(f'"{edit.prompt}" and its equalizer both weigh {", ".join(both)}: weigh each word '
+        raise UsageError(f'"{edit.prompt}" and its equalizer both weight {", ".join(both)}: weigh each word '
                          "once")
     merged = {**weights, **(edit.equalizer or {})}
-    return replace(edit, prompt=prompt.text, equalizer=merged or None)
+    return replace(edit, prompt=escaped(prompt.text), equalizer=merged or None)
 
 
 def notes(model: Model, prompt: str) -> list[str]:
@@ -157,4 +160,4 @@ def notes(model: Model, prompt: str) -> list[str]:
         return [] if read(prompt).plain else [f'"{prompt}": brackets are text to {model.name}, and weigh '
                                               "nothing"]
     words = ", ".join(f"{word} x {weight:.4g}" for word, weight in equalizer(found, model.tokens).items())
-    return [f'"{prompt}": the embedding is weighed: {words}']
+    return [f'"{prompt}": weights on the embedding: {words}']

@@ -9,11 +9,12 @@ import torch
 from p2p.errors import UsageError
 from p2p.model import STEPS, Model
 from p2p.request.checks import choice, finite, share, whole
+from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import METHODS, Inversion
-from p2p.request.start import check_seed, guidance, late
+from p2p.request.start import by_ddim, check_seed, guidance, late
 from p2p.sampler import BELM_FROM_NOISE
 
 READ_BY = {   # settings that only some methods read; the others refuse them
@@ -54,9 +55,12 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     if model.unet.config.low_channels:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
                          "model, see `upscale`")
+    by_ddim(model, "a picture is inverted")
     choice("inversion method", method, METHODS)
     _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed)
     notes = check_prompt(prompt)
+    for each in filter(None, (prompt, negative_prompt)):
+        weight_notes(model, each)   # raises where a part of a word is weighed
     schedule = model.schedule(whole("steps", steps))
     if final_alpha is not None and share("final_alpha", final_alpha) == 0:
         raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")

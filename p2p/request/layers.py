@@ -9,7 +9,7 @@ import torch
 
 from p2p.edits import Tables, window
 from p2p.errors import UsageError
-from p2p.models.attention import AttentionEdit
+from p2p.models.attention import AttentionEdit, SelfAttention
 from p2p.models.unet import UNet
 from p2p.weights.untrusted import brief
 
@@ -54,7 +54,8 @@ def chosen(layers: Any, unet: UNet) -> dict[str, tuple[bool, bool]] | None:
         return None
     kinds = layers if isinstance(layers, Mapping) else {"cross": layers, "self": layers}
     parts = []
-    for kind, sites in (("cross", unet.text_sites()), ("self", unet.pixel_sites())):
+    pixel_sites = [layer.site for layer in unet.layers(SelfAttention)]   # hybrid layers' pixels are their own
+    for kind, sites in (("cross", unet.text_sites()), ("self", pixel_sites)):
         wanted = kinds.get(kind)
         parts.append(set(sites) if wanted is None else _found(_items(wanted), sites))
         if wanted is not None and not parts[-1] and isinstance(layers, Mapping):
@@ -63,7 +64,7 @@ def chosen(layers: Any, unet: UNet) -> dict[str, tuple[bool, bool]] | None:
     if not parts[0] | parts[1]:
         raise UsageError(f"layers: none is chosen by {brief(layers)}; they are "
                          f"{', '.join(unet.text_sites())}")
-    sites = dict.fromkeys([*unet.text_sites(), *unet.pixel_sites()])
+    sites = dict.fromkeys([*unet.text_sites(), *pixel_sites])
     return {site: (site in parts[0], site in parts[1]) for site in sites}
 
 

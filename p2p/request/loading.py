@@ -8,7 +8,10 @@ import torch
 
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.models.unet import UNet
 from p2p.request.checks import flag, whole
+from p2p.request.schedules import DISTILLED
+from p2p.request.start import FEW
 from p2p.weights import load as loading
 from p2p.weights.detect import FAMILY_RULE, Package
 from p2p.weights.fill import stored
@@ -85,7 +88,7 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
                  load_options=_load_options(ema, clip_skip, zero_snr, held),
                  places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
                  **_detected(package, tile is not None and c.vae is None),
-                 **_family_defaults(package.family, bool(c.unet.config.low_channels)))
+                 **_defaults(package, c.unet))
 
 
 def _load_options(ema: bool, clip_skip: int, zero_snr: bool, held: torch.dtype | None) -> dict[str, Any]:
@@ -113,11 +116,14 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
     return dict(alphas_cumprod=s.alphas_cumprod, prediction=s.prediction, size=package.size, offset=s.offset,
                 final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
                 learned_variance=s.learned_variance, latent_scale=package.latent_scale,
-                zero_negative=package.zero_negative, notes=tuple(notes))
+                zero_negative=package.zero_negative, sampler=s.sampler, notes=tuple(notes))
 
 
-def _family_defaults(family: str, enlarges: bool) -> dict[str, Any]:
-    """Defaults of runs that differ in this family. enlarges: a super-resolution stage."""
+def _defaults(package: Package, unet: UNet) -> dict[str, Any]:
+    """Defaults of runs that differ from Stable Diffusion's."""
+    family, enlarges = package.family, bool(unet.config.low_channels)
+    if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it
+        return dict(steps=FEW) | ({} if unet.config.guidance_dim else dict(guidance_scale=1.0))
     if family == "if":
         return dict(guidance_scale=4.0 if enlarges else 7.0, eta=1.0)
     if family == "emoji" and enlarges:

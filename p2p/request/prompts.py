@@ -66,8 +66,16 @@ def check(prompt: object) -> list[str]:
         if word in ("BREAK", "AND") and any(w != w.upper() for w in beside):
             raise UsageError(f'"{_short(prompt)}": {word} joins prompts in other programs, and would be read '
                              f'as the word: leave it out, or write "{word.lower()}" for the word')
+    return _text_notes(prompt)
+
+
+def _text_notes(prompt: str) -> list[str]:
+    """Notes on what may be meant as syntax, and is read as text."""
     notes = []
     text = read(prompt).text
+    if colons := [part for part, weight in read(prompt).parts if weight != 1 and ":" in part]:
+        notes.append(f'"{_short(prompt)}": {_short(colons[0])} is weighted by its brackets alone, and its '
+                     'colon is text; a weight is written "(word:1.3)"')
     if found := _BARE.search(text):
         word, weight = filter(None, found.groups())
         weight = f"{float(weight):g}"

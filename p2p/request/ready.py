@@ -13,6 +13,7 @@ from p2p import __version__
 from p2p.blend import Blend, prepare
 from p2p.denoise import Batch, Known
 from p2p.edits import Edit, Tables, plan, tables
+from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
@@ -28,6 +29,7 @@ from p2p.request.settings import to_settings
 from p2p.request.source import FOLLOW, Inversion, Queries
 from p2p.request.start import Sampling, Start, begun, stepper_of
 from p2p.sampler import Stepper, guide
+from p2p.weights.untrusted import brief
 
 Plan = Sequence[AttentionEdit | Mapping[str, Any] | None]
 
@@ -71,7 +73,9 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     else:
         edit_tables, planned = [], editor.plan(model.unet, batch, steps, model.device)
     prompts = [request.source, *(e.prompt for e in request.edits)]
-    notes = [*model.notes, *(() if inversion is None else inversion.notes), *prompt_notes(model, prompts),
+    _check_source_negative(sampling, batch)
+    notes = [*model.notes, *(() if inversion is None else inversion.notes),
+             *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
              *remarks(request, start, edit_tables, blend, planned)]
     if inversion is not None and inversion.queries is not None and batch.absent:
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
@@ -132,7 +136,16 @@ def _batch(request: EditRequest) -> Batch:
     lone = apart and inversion.method in (*FOLLOW, "negative-prompt") \
         and not (editor is not None and editor.guided_source)
     absent = apart and inversion.queries is not None and editor is None
-    return Batch(1, len(request.edits), request.settled.guidance_scale != 1, lone, absent)
+    return Batch(1, len(request.edits), request.model.guided(request.settled.guidance_scale), lone, absent)
+
+
+def _check_source_negative(sampling: Sampling, batch: Batch) -> None:
+    """Raises UsageError for a negative prompt of a source that is not guided."""
+    each = sampling.negative_prompt
+    if isinstance(each, (list, tuple)) and each[0] and batch.guided and batch.unconditional < batch.prompts:
+        raise UsageError(f"negative_prompt: {brief(each[0])} is given for the source, whose stored latents "
+                         "are followed without guidance here; give "
+                         '"" for it')
 
 
 def _reads(edit_tables: Sequence[Tables]) -> list[bool]:
@@ -199,7 +212,8 @@ def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -
         "command": command, "model": model.name, "places": dict(model.places), **model.identity(),
         "steps": start.schedule.steps, "guidance_scale": start.guidance_scale,
         "negative_prompt": sampling.negative_prompt, "seed": seed, "eta": start.eta, "sampler": start.sampler,
-        "timestep_spacing": sampling.timestep_spacing, "timesteps": sampling.timesteps,
+        "timestep_spacing": sampling.timestep_spacing,
+        "timesteps": None if sampling.timesteps is None else [int(t) for t in sampling.timesteps],
         "height": start.size[0], "width": start.size[1], "device": model.device.type,
         "torch": torch.__version__, "version": __version__,
     }

@@ -7,7 +7,16 @@ from typing import Any
 from p2p.blend import Blend
 from p2p.edits import Tables
 from p2p.request.editing import EditRequest, negatives
-from p2p.request.effect import blend_idle, blends_without, editor_idle, idle, self_idle, without
+from p2p.request.effect import (
+    blend_idle,
+    blends_without,
+    editor_idle,
+    idle,
+    layers_idle,
+    self_idle,
+    without,
+)
+from p2p.request.emphasis import read
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late
@@ -28,6 +37,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
     notes += request.notes
     if request.editor is None:
         notes += self_idle(request.edits, request.model, shape)
+        notes += layers_idle(request.edits, request.model.unet)
     if blend is not None:
         idle_blends = zip(request.edits, blend_idle(request.blends, blend, steps))
         notes += [f'"{e.prompt}": {why}' for e, why in idle_blends if why]
@@ -41,7 +51,8 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
     for current, (e, t), chosen in zip(edit_tables, request.pairs(), request.chosen):
         if chosen:
             notes.append(f'"{e.prompt}": mode {e.mode} (chosen from the prompts)')
-        if source.ids == t.ids and idle(current):
+        plain = read(request.source).plain and read(e.prompt).plain
+        if source.ids == t.ids and plain and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
         idle_options = without(current, source, t, e, e.mode, steps, request.model.length,
@@ -71,7 +82,7 @@ def sampling_idle(sampling: Sampling, settled: Settled, known: bool = False) -> 
         what = "nothing" if sampling.proximal[0] == "l0" else "next to nothing"
         notes.append(f"proximal {sampling.proximal[0]} changes {what}: from quantile 0 on all differences "
                      "count")
-    if sampling.negative_prompt is not None and not any(negatives(sampling.negative_prompt, 1)):
+    if sampling.negative_prompt is not None and not known and not any(negatives(sampling.negative_prompt, 1)):
         notes.append("negative_prompt changes nothing: guidance leads away from the empty prompt anyhow")
     if any(seed != 0 for seed in settled.seeds):
         if known:

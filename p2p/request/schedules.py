@@ -108,6 +108,9 @@ def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: s
         sigmas = np.linspace(high, low, steps) ** 7
         timesteps = np.interp(np.log(sigmas), log_sigmas.numpy(), np.arange(total)).round()
         return Schedule(tuple(int(t) for t in timesteps), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+    if spacing in ("leading", "linspace") and steps == total:
+        raise UsageError(f"steps must be from 1 to {total - 1} by dpm++ with {spacing} timesteps, not "
+                         f"{steps}")
     if spacing == "leading":
         rising = np.arange(1, steps + 1) * (total // (steps + 1)) + offset
     elif spacing == "linspace":

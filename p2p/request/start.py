@@ -124,8 +124,10 @@ def late(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> l
     """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
     a picture of that level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
-    if first >= 0.9 * total or sampling.timesteps is not None:
+    if first >= 0.9 * total:
         return []
+    if sampling.timesteps is not None:
+        return [f"the first timestep is {first} of {total}: pure noise is taken for a picture of that level"]
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
     better = next((n for n in near
                    if model.schedule(n, sampling.sampler or model.sampler, sampling.timestep_spacing)
@@ -154,6 +156,13 @@ def guidance(model: Model, scale: float | None) -> float:
     return model.guidance_scale if scale is None else finite("guidance_scale", scale) or 1.0
 
 
+def by_ddim(model: Model, what: str) -> None:
+    """Raises UsageError for a model that other steps than DDIM's were distilled into."""
+    if model.sampler in DISTILLED:
+        raise UsageError(f"{what} by DDIM, in small steps; {model.name} was distilled for those of "
+                         f"{model.sampler}: use the model that it was made from")
+
+
 class Settled(NamedTuple):
     """The part of a run that is decided before any noise is drawn."""
 
@@ -179,7 +188,7 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta)
     shape = model.latent_shape(*_sides(model, sampling, n))
     drawn = [check_seed(seed) for seed in seeds]
-    check_run(model, n, shape, steps, guided=guidance_scale != 1, targets=targets, record=record,
+    check_run(model, n, shape, steps, guided=model.guided(guidance_scale), targets=targets, record=record,
               noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))
     return Settled(schedule, guidance_scale, eta, sampler, shape, drawn)
 

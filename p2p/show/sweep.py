@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,11 +50,14 @@ def variant(base: Edit, name: str, value: Window) -> Edit:
 
 def shown(value: Any, digits: int = 6) -> str:
     """A number, a window or layers, as the command line takes them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "+".join(shown(each, digits) for each in value)
-    return ":".join(f"{v:.{digits}g}" for v in (value if isinstance(value, tuple) else (value,)))
+    if value is None or isinstance(value, str):
+        return value or "all"
+    if isinstance(value, Mapping):
+        return " ".join(f"{kind}={shown(each, digits)}" for kind, each in value.items())
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    if all(isinstance(v, Real) for v in numbers):
+        return ":".join(f"{v:.{digits}g}" for v in numbers)
+    return "+".join(shown(each, digits) for each in numbers)
 
 
 def _value(name: str, value: Any) -> int | Window:
@@ -62,7 +65,8 @@ def _value(name: str, value: Any) -> int | Window:
     if name in NAMES and isinstance(value, (tuple, list)):
         return window(value, name)
     if name == "layers":
-        layers.check(value)
+        if value is not None:
+            layers.check(value)
         return value
     number = finite(f"a value of {name}", value)
     return int(value) if isinstance(value, Integral) else number
@@ -101,6 +105,8 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
         raise UsageError("seed: the sweep is over seeds; leave it out")
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
+    if "layers" in over and base.layers is not None:
+        raise UsageError("layers: the sweep is over layers; leave them out of the edit")
     seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
     variants: list[dict[str, Window]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest

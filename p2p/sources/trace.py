@@ -22,7 +22,7 @@ from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import empty_prompts
 from p2p.request.source import FOLLOW, Inversion
-from p2p.request.start import Sampling, begin, stepper_of
+from p2p.request.start import Sampling, begin, by_ddim, stepper_of
 from p2p.weights.untrusted import brief
 
 
@@ -53,6 +53,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
     `size` says beforehand how many bytes. Raises UsageError.
     """
     model = find_model(model)
+    by_ddim(model, "a source is traced")
     if isinstance(source, Path):
         source = Inversion.load(source)
     if flag("latents_only", latents_only) and dtype is not None:
@@ -89,10 +90,10 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
              ) -> tuple[Inversion, dict[str, Tensor]]:
     """The latents of a generated picture at every step as an inversion, and its queries and keys."""
     start = begin(model, sampling, [sampling.seed], 1)
-    steps, batch = start.schedule.steps, Batch(1, 0, start.guidance_scale != 1)
+    steps, batch = start.schedule.steps, Batch(1, 0, model.guided(start.guidance_scale))
     if queries:
         _afford(model, steps, dtype, start.x.shape[2:])
-    check_negative(sampling.negative_prompt, start.guidance_scale, 1)
+    check_negative(model, sampling.negative_prompt, start.guidance_scale, 1)
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     loop = denoise(model, start.x, condition(model, [prompt], *start.size), empty, start.schedule,
                    stepper_of(model, start), batch,

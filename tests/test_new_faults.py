@@ -1,0 +1,124 @@
+"""Faults that an examiner found in weights, layers, samplers, negative prompts and steps: each its right value."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import p2p
+from p2p import align
+from p2p.cli.parser import main
+from p2p.editors import find_editor
+from p2p.errors import UsageError
+from p2p.lists.together import edit_together
+from p2p.models.text import tokens
+from p2p.request.emphasis import equalizer, read
+from p2p.show.pictures import save_png
+from p2p.show.sweep import sweep
+
+EASY = dict(steps=2, seed=1)
+
+
+def test_escaped_brackets_of_a_target_are_text_and_replay(narrow, tmp_path, capsys):
+    r = p2p.edit(narrow, "a cat on grass", r"a \(dog\) on (grass:1.5)", **EASY)
+    assert r.edits[0].equalizer == {"grass": 1.5} and not any("weights on" in note for note in r.notes)
+    plain = narrow.condition(["a (dog) on grass"]).context
+    assert torch.allclose(p2p.request.emphasis.condition(narrow, [r.edits[0].prompt], 64, 64).context, plain, atol=1e-6)
+    assert main(["edit", "a cat", r"a \(dog\)", "--steps", "1", "--seed", "1", "-o", str(tmp_path)]) == 0
+    made = capsys.readouterr().out.split()[1]
+    assert main(["edit", "--from", made, "-o", str(tmp_path)]) == 0
+    assert Image.open(made).tobytes() == Image.open(capsys.readouterr().out.split()[1]).tobytes()
+
+
+def test_weights_are_refused_beside_other_editors(narrow):
+    with pytest.raises(UsageError, match="equalizer: of Prompt-to-Prompt"):
+        p2p.edit(narrow, "a cat", "a (dog:1.5)", editor=find_editor("masactrl"), **EASY)
+
+
+@pytest.mark.parametrize("prompt", ["cat 2 and a (cat:3)", "route 2 and (route:1.4) 66", "day 1, (day:1.3) 2"])
+def test_a_weight_lands_on_its_own_word(prompt):
+    t = tokens(read(prompt).text)
+    (name, _), = equalizer(read(prompt), tokens).items()
+    word = name.partition("#")[0]
+    second = [i for i, (s, e) in enumerate(t.spans) if t.text[s:e] == word][1]
+    assert align.word_tokens(t, name, 77) == [second]
+    assert align.word_tokens(tokens("room #2 and room #3"), "room #2", 77) == align.word_tokens(tokens("room #2 and room #3"), "room #2", 77)
+
+
+def test_a_negative_prompt_that_no_row_of_the_source_reads_is_refused(narrow):
+    inv = p2p.invert(narrow, torch.zeros(1, 3, 64, 64), "a cat", method="direct", steps=2)
+    with pytest.raises(UsageError, match="given for the source"):
+        p2p.edit(narrow, inv, "a dog", negative_prompt=["a bird", "a tree"])
+    p2p.edit(narrow, inv, "a dog", negative_prompt=["", "a tree"])
+
+
+@pytest.mark.parametrize("change", [lambda s: setattr(s, "x", s.x + 0.3), lambda s: s.x.add_(0.3)])
+def test_steps_changed_in_python_are_recorded_and_not_replayed(narrow, tmp_path, capsys, change):
+    r = p2p.edit(narrow, "a cat", "a dog", on_step=change, **EASY)
+    save_png(tmp_path / "a.png", r.images[1], r.settings)
+    assert main(["edit", "--from", str(tmp_path / "a.png"), "-o", str(tmp_path)]) == 2
+    assert "changed between steps" in capsys.readouterr().err
+    assert "changed_between_steps" not in p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: None, **EASY).settings
+
+
+def test_a_last_step_is_as_the_others(narrow):
+    r = p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: setattr(s, "x", s.x.double().requires_grad_()), **EASY)
+    assert r.latents.dtype == torch.float32 and not r.latents.requires_grad
+    for bad in (torch.zeros(2, 3, 64, 64, dtype=torch.long), torch.zeros(2, 3, 64, 64, device="meta")):
+        with pytest.raises(UsageError, match="step.x is replaced"):
+            p2p.edit(narrow, "a cat", "a dog", on_step=lambda s, bad=bad: setattr(s, "x", bad), **EASY)
+
+
+def test_other_noise_levels_are_not_run_together(narrow):
+    karras = dict(source="a cat", targets="a dog", sampler="dpm++", timestep_spacing="karras", steps=4)
+    listed = dict(source="a cat", targets="a dog", sampler="dpm++", timesteps=list(narrow.schedule(4, "dpm++", "karras").timesteps))
+    with pytest.raises(UsageError, match="same noise levels"):
+        edit_together(narrow, [karras, listed])
+
+
+def test_dpm_cannot_begin_where_there_is_nothing_but_noise():
+    model = p2p.load("emoji", device="cpu", zero_snr=True)
+    with pytest.raises(UsageError, match="dpm.. cannot begin"):
+        p2p.generate(model, "a cat", sampler="dpm++", timestep_spacing="trailing", steps=2)
+
+
+def test_a_stage_without_text_enlarges_weighted_prompts(narrow):
+    small = p2p.generate(narrow, "a (cat:1.5)", **EASY)
+    assert p2p.upscale("emoji-upscaler", small, steps=1).images[0].width == 4 * small.images[0].width
+
+
+def test_sweeps_over_layers_in_every_form(narrow):
+    forms = [None, ("up", "mid"), {"cross": "up"}, (0, 0.5), "down"]
+    assert len(sweep(narrow, "a cat", "a dog", {"layers": forms}, steps=1).runs[0].images) == 6
+    with pytest.raises(UsageError, match="the sweep is over layers"):
+        sweep(narrow, "a cat", p2p.Edit("a dog", layers="up"), {"layers": ["mid"]}, steps=1)
+
+
+def test_timesteps_of_numpy_are_recorded(narrow):
+    r = p2p.generate(narrow, "a cat", timesteps=[np.int64(900), np.int64(20)])
+    assert json.loads(json.dumps(r.settings))["timesteps"] == [900, 20]
+
+
+@pytest.mark.parametrize("prompts", [["a (ca)t", "a dog"], ["a cat", "a (do)g", "--emphasis", "embedding"],
+                                     ["a cat", "a dog", "--negative", "(ug)ly"]])
+def test_parts_of_words_are_refused_before_a_picture_is_inverted(tmp_path, monkeypatch, capsys, prompts):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    assert main(["edit", *prompts, "--image", str(tmp_path / "a.png"), "-o", str(tmp_path)]) == 2
+    assert "part of a word" in capsys.readouterr().err
+
+
+def noted(model, *args, **settings):
+    return " ".join(p2p.edit(model, *args, **EASY | settings).notes)
+
+
+def test_notes_are_true(narrow):
+    assert "changes nothing" not in noted(narrow, "a (cat:1.5) on grass", "a cat on grass")
+    assert "changes nothing" not in noted(narrow, "a cat on grass", p2p.Edit("a (cat:1.5) on grass", emphasis="embedding"))
+    assert "emphasis changes nothing" in noted(narrow, "a cat", p2p.Edit("a dog", emphasis="embedding"))
+    assert "layers changes nothing: all layers are chosen" in noted(narrow, "a cat", "a dog", layers=(0.0, 1.0))
+    assert "its window covers no step" in noted(narrow, "a cat", "a dog", layers={"cross": "up"}, cross_replace_steps=0.0)
+    assert "has never seen zebra" in noted(narrow, "a cat", "a dog", negative_prompt="a zebra")
+    assert 'a weight is written "(word:1.3)"' in noted(narrow, "a cat", "a (dog:1e3)")
+    assert "pure noise is taken for a picture of that level" in " ".join(p2p.generate(narrow, "a cat", timesteps=[100, 50]).notes)
