@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -55,9 +56,9 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first, so that no worker is left with one when the others are done."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with the most slow tests first, so that no worker is left with one when the others are done."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def made_weight(name: str, shape: list[int], seed: int) -> torch.Tensor:
@@ -115,13 +116,24 @@ def emoji():
 def narrow(emoji):
     """The bundled model with an untrained network, several times as fast: for what holds of any weights. Its maps are about as
     sharp as trained ones, so that an edit changes as much of the picture, and words select a part of it."""
+    return replace(emoji, unet=untrained(replace(emoji.unet.config, channels=(32, 32, 32), heads=(1, 2, 2), temb_dim=32)))
+
+
+@pytest.fixture(scope="session")
+def shallow(narrow):
+    """The same with two levels: for what takes as long as there are layers."""
+    return replace(narrow, unet=untrained(replace(narrow.unet.config, channels=(32, 32), heads=(1, 2), depth=(1, 1),
+                                                  down_attention=(None, "cross"), up_attention=(None, "hybrid"))))
+
+
+def untrained(config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet(replace(emoji.unet.config, channels=(32, 32, 32), heads=(1, 2, 2), temb_dim=32)).requires_grad_(False)
+        unet = UNet(config).requires_grad_(False)
     for name, p in unet.named_parameters():
         if name.endswith(("to_q.weight", "to_k.weight")):
             p *= 3
-    return replace(emoji, unet=unet.eval())
+    return unet.eval()
 
 
 loaded = cache(p2p.load)

@@ -1,4 +1,5 @@
 """The command line, as a user meets it."""
+import io
 import json
 import os
 import re
@@ -276,10 +277,10 @@ def test_what_cannot_be_printed_is_no_traceback(command, code):
     assert code == 0 or "No space left" in done.stderr
 
 
-def test_letters_that_a_terminal_lacks_are_escaped():
-    done = subprocess.run([sys.executable, "-m", "p2p", "tokens", "a \u732b"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stdout.startswith("a \\u732b")
+def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["tokens", "a \u732b"]) == 0 and shown.getvalue().startswith(b"a \\u732b")
 
 
 def test_settings_survive_any_text(tmp_path):

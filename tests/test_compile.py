@@ -8,7 +8,6 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import p2p
-from p2p.models.unet import UNet
 
 SOURCE = "a cat on grass"
 EDITS = [
@@ -18,19 +17,9 @@ EDITS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shallow(narrow):
-    """A model of two levels: to capture a network takes as long as it has layers."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet(replace(narrow.unet.config, channels=(32, 32), heads=(1, 2), depth=(1, 1), down_attention=(None, "cross"),
-                            up_attention=(None, "hybrid")))
-    return replace(narrow, unet=unet.eval().requires_grad_(False))
-
-
 @pytest.fixture
 def traced(shallow):
-    """Its UNet captured by torch.compile and run as it is: no code is generated, so this takes seconds."""
+    """A model whose UNet is captured by torch.compile and run as it is: no code is generated, so this takes seconds."""
     torch._dynamo.reset()
     counters.clear()
     unet = copy.deepcopy(shallow.unet)

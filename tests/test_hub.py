@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import families
@@ -93,7 +94,7 @@ def hub(tmp_path_factory):
     for n in "ab":
         (root / "several" / f"{n}.safetensors").write_bytes(b"0")
     return Stub({"org/both": both, "org/shards": root / "shards", "org/several": root / "several", "org/gated": both,
-                 "org/vae": root / "vae"})
+                 "org/vae": root / "vae", "org/whole": both})
 
 
 INSPECT = """
@@ -107,45 +108,66 @@ def run(repo):
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         return main(["inspect", *repo.split()]), out.getvalue(), err.getvalue()
 
-print(json.dumps([run(repo) for repo in sys.argv[1:]]))
+for repo in sys.stdin:
+    print(json.dumps(run(repo)), flush=True)
 """
 
 
-def inspect(hub, repos, home, **env):
-    """(exit code, output, errors) of `p2p inspect` for each repository, in a process of their own: the Hub's settings are
-    read when huggingface_hub is imported."""
+@contextmanager
+def asking(hub, home, **env):
+    """-> asks for (exit code, output, errors) of `p2p inspect` for each of some repositories, in a process of their own: the
+    Hub's settings are read when huggingface_hub is imported."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | env
-    done = subprocess.run([sys.executable, "-c", INSPECT, *repos], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", INSPECT], text=True, env=env, **pipes) as process:
+        def ask(repos):
+            for repo in repos:
+                print(repo, file=process.stdin, flush=True)
+                yield json.loads(process.stdout.readline())
+
+        yield lambda repos: list(ask(repos))
+        process.stdin.close()
+    assert process.returncode == 0
 
 
-def test_only_what_is_needed_is_downloaded_and_then_cached(hub, tmp_path):
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def inspect(hub, home):
+    with asking(hub, home) as ask:
+        yield ask
+
+
+def test_only_what_is_needed_is_downloaded_and_then_cached(hub, home, inspect):
     once = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
             "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"]
     hub.asked.clear()
-    (code, said, wrong), again = inspect(hub, ["org/both", "org/both"], tmp_path)
+    (code, said, wrong), again = inspect(["org/both", "org/both"])
     assert code == 0 and "family      sd1" in said, wrong
     assert again[:2] == [code, said] and sorted(hub.asked) == sorted(once)
     for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": UNREACHABLE}):   # what is cached is used, what is not is refused
-        here, absent = inspect(hub, ["org/both", "org/shards"], tmp_path, **env)
+        with asking(hub, home, **env) as ask:
+            here, absent = ask(["org/both", "org/several"])
         assert here[0] == 0 and "family      sd1" in here[1], here[2]
         refused(absent, "cannot be reached", "not in the local cache")
 
 
-def test_shards_are_followed(hub, tmp_path):
+def test_shards_are_followed(hub, inspect):
     hub.asked.clear()
-    [(code, _, wrong)] = inspect(hub, ["org/shards"], tmp_path)
+    [(code, _, wrong)] = inspect(["org/shards"])
     assert code == 0, wrong
     assert sum("-of-" in f and f.startswith("unet") for f in hub.asked) > 1
 
 
-def test_of_an_autoencoder_no_more_is_fetched(hub, tmp_path, sd1_file):
+def test_of_an_autoencoder_no_more_is_fetched(hub, inspect, sd1_file):
     """From a repository of one, or that of a whole model."""
     hub.asked.clear()
-    repos = ("org/vae", "org/both")
-    for repo, (code, out, wrong) in zip(repos, inspect(hub, [f"{sd1_file} --vae {repo}" for repo in repos], tmp_path), strict=True):
+    repos = ("org/vae", "org/whole")
+    for repo, (code, out, wrong) in zip(repos, inspect([f"{sd1_file} --vae {repo}" for repo in repos]), strict=True):
         assert code == 0 and f"autoencoder from {repo}" in out, wrong
     assert sorted(hub.asked) == [f"{part}{name}" for part in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")]
 
@@ -155,12 +177,12 @@ def refused(answer, *messages):
     assert code == 3 and all(m in wrong for m in messages) and "Traceback" not in wrong, wrong
 
 
-def test_every_failure_has_its_message(hub, tmp_path):
+def test_every_failure_has_its_message(hub, inspect):
     hub.gated = {"org/gated"}
     messages = {
         "org/absent": "no such model on the Hub", "org/gated": "gated. Accept its licence", "org/several":
         "a.safetensors, b.safetensors", "./org/both": "no such file", "org/both.safetensors": "no such file"}
-    for answer, message in zip(inspect(hub, list(messages), tmp_path), messages.values(), strict=True):
+    for answer, message in zip(inspect(messages), messages.values(), strict=True):
         refused(answer, message)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import p2p
 from p2p.errors import UsageError
 from p2p.image import fit, from_pil
+from p2p.request.inverting import READ_BY
 from p2p.request.source import METHODS
 from p2p.sampler import belm_step, belm_step_up, guide, proximal_guide
 from p2p.weights.emoji.world import caption, render, sample
@@ -31,6 +32,11 @@ def picture(emoji):
 def small():
     """The same, (1, 3, 32, 32): for what holds at any size."""
     return render(sample(1, 5, "held out"), 32)[0]
+
+
+def few(method):
+    """Inner steps for what holds of any number of them."""
+    return {"inner_steps": 2} if method in READ_BY["inner_steps"] else {}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +147,7 @@ EDITS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_inversion_starts_every_edit(narrow, small, method):
-    inv = p2p.invert(narrow, small, SOURCE, method=method, steps=3, skip=1 if method in ("noise", "edit-friendly") else 0)
+    inv = p2p.invert(narrow, small, SOURCE, method=method, steps=3, skip=1 if method in ("noise", "edit-friendly") else 0, **few(method))
     assert inv.latents.shape == (3 + 1 - inv.skip, 3, 32, 32) and torch.equal(inv.latents[0], small[0])
     for name, settings in EDITS.items():
         r = p2p.edit(narrow, inv, **settings)
@@ -161,7 +167,7 @@ def test_outside_of_a_blend_the_picture_itself_comes_back(narrow, small):
     mask = torch.zeros(32, 32)
     mask[:, :15] = 1
     for method in METHODS:
-        inv = p2p.invert(narrow, small, SOURCE, method=method, steps=4)
+        inv = p2p.invert(narrow, small, SOURCE, method=method, steps=4, **few(method))
         r = p2p.edit(narrow, inv, TARGET, local_blend=p2p.LocalBlend(mask=mask, start=0.5))
         assert torch.equal(r.latents[1][:, :, 15:], small[0][:, :, 15:])
 
@@ -193,7 +199,7 @@ def test_a_source_that_nothing_reads_is_left_out(narrow, small):
 def test_saved_and_loaded_it_is_the_same(narrow, small, tmp_path):
     image = Image.fromarray(((small[0].permute(1, 2, 0) + 1) * 127.5).byte().numpy())
     for method in METHODS:
-        inv = p2p.invert(narrow, image, SOURCE, method=method, steps=3, height=32, width=32)
+        inv = p2p.invert(narrow, image, SOURCE, method=method, steps=3, height=32, width=32, **few(method))
         inv.save(tmp_path / "inv.safetensors")
         again = p2p.Inversion.load(tmp_path / "inv.safetensors")
         assert again.settings() == inv.settings() and again.picture.tobytes() == image.tobytes()
@@ -211,9 +217,9 @@ def test_a_file_from_before_versions_were_recorded_is_read(narrow, tmp_path):
     assert p2p.Inversion.load(file).version is None
 
 
-def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(narrow):
+def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(shallow):
     """The official rate, 0.01 (1 - i / 100), is negative from the 102nd step on, which Adam refuses."""
-    inv = p2p.invert(narrow, torch.zeros(1, 3, 16, 16), SOURCE, method="null-text", steps=103, inner_steps=1)
+    inv = p2p.invert(shallow, torch.zeros(1, 3, 16, 16), SOURCE, method="null-text", steps=103, inner_steps=1)
     assert len(inv.null_context) == 103 and torch.equal(inv.null_context[102], inv.null_context[100])
 
 

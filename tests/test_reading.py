@@ -48,7 +48,7 @@ def sd2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layers", ["23", "24, trained", "24, zeros", "2 of 24", "2 and one of zeros"])
-def test_the_layers_of_sd2_that_are_used(sd2, made, tmp_path, layers):
+def test_the_layers_of_sd2_that_are_used(sd2, tmp_path, layers):
     """The 24th is idle, whatever it holds; any other is used, as in diffusers and ComfyUI, unless it is zero."""
     parts, _, state = sd2
     if layers.startswith("2 "):
