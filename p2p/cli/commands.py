@@ -107,10 +107,7 @@ def maps(args: argparse.Namespace) -> None:
     model, sampling = options.load_for_sampling(args)
     run_steps = solver(model, Sampling(**options.solver(args)))[1]
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
-    layers = model.unet.text_sites()
-    if args.site is not None and not any(args.site in name for name in layers):
-        raise p2p.UsageError(f"--site {args.site}: no layer that attends to text is named so; they are "
-                             f"{', '.join(layers)}")
+    _check_site(model, args.site)
     record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0,
                         before=bool(args.targets))
     sampling |= dict(record=record, negative_prompt=values.negative(args))
@@ -146,6 +143,14 @@ def maps(args: argparse.Namespace) -> None:
         out.add("maps.npz", result.maps.save)
     out.json("settings.json", result.settings)
     out.write(args.quiet)
+
+
+def _check_site(model: p2p.Model, site: str | None) -> None:
+    """Raises UsageError for a name of no layer."""
+    layers = model.unet.text_sites()
+    if site is not None and not any(site in name for name in layers):
+        raise p2p.UsageError(f"--site {site}: no layer that attends to text is named so; they are "
+                             f"{', '.join(layers)}")
 
 
 def sweep(args: argparse.Namespace) -> None:

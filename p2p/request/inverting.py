@@ -58,9 +58,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     by_ddim(model, "a picture is inverted")
     choice("inversion method", method, METHODS)
     _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed)
-    notes = check_prompt(prompt)
-    for each in filter(None, (prompt, negative_prompt)):
-        weight_notes(model, each)   # raises where a part of a word is weighed
+    notes = _check_prompts(model, prompt, negative_prompt)
     schedule = model.schedule(whole("steps", steps))
     if final_alpha is not None and share("final_alpha", final_alpha) == 0:
         raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
@@ -91,6 +89,14 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
                      eta if independent else 0.0, seed if method in READ_BY["seed"] else None, model.family,
                      model.prediction, model.sha256, fit=fit, final_alpha=final_alpha,
                      overrides=model.overrides, negative_prompt=negative_prompt, notes=tuple(notes))
+
+
+def _check_prompts(model: Model, prompt: str, negative_prompt: str | None) -> list[str]:
+    """Notes. Raises UsageError for what is not a prompt, and for weights on parts of words."""
+    notes = check_prompt(prompt)
+    for each in filter(None, (prompt, negative_prompt)):
+        weight_notes(model, each)
+    return notes
 
 
 def _check_negative(method: str, negative_prompt: str | None, inversion_guidance: float) -> None:
