@@ -72,6 +72,22 @@ def _value(name: str, value: Any) -> int | Window:
     return int(value) if isinstance(value, Integral) else number
 
 
+def _checked(over: Mapping[str, Sequence[Any]], inverted: bool, seed: int) -> dict[str, list[Any]]:
+    """The values of each setting. inverted: the source has its noise. Raises UsageError."""
+    over = {name: [_value(name, value) for value in values] for name, values in over.items()}
+    for name, values in over.items():
+        if len({shown(value, 17) for value in values}) < len(values):
+            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
+    if not all(float(s).is_integer() for s in over.get("seed", ())):
+        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
+    if "seed" in over and inverted:
+        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
+                         "noise")
+    if "seed" in over and seed != 0:
+        raise UsageError("seed: the sweep is over seeds; leave it out")
+    return over
+
+
 def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str | Edit,
           over: Mapping[str, Sequence[Window]], *, seed: int = 0, **sampling: Any) -> Sweep:
     """Runs an edit with one or two settings varied, and arranges the pictures in a labelled table.
@@ -92,17 +108,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
         raise UsageError("a sweep varies one or two settings, with at least one value each")
     count = prod(len(values) for name, values in over.items() if name != "seed")
     check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
-    over = {name: [_value(name, value) for value in values] for name, values in over.items()}
-    for name, values in over.items():
-        if len({shown(value, 17) for value in values}) < len(values):
-            raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
-    if not all(float(s).is_integer() for s in over.get("seed", ())):
-        raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
-    if "seed" in over and isinstance(source, (Inversion, Path)):
-        raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
-                         "noise")
-    if "seed" in over and seed != 0:
-        raise UsageError("seed: the sweep is over seeds; leave it out")
+    over = _checked(over, isinstance(source, (Inversion, Path)), seed)
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
     if "layers" in over and base.layers is not None:
