@@ -1,7 +1,8 @@
 """Attention with the edit as an argument: all of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
 
-Notation of the paper: M = softmax(Q K^T / sqrt(d)) (Eq. 1); rows are pixels, columns are text tokens. Here P
-is the map of an edited row and P_src that of its source. Every edit of the paper is linear in their columns:
+Notation of the paper: a map M = softmax(Q K^T / sqrt(d)) (Eq. 1) has a row for each pixel and a column for
+each text token. Here P is the map of a target and P_src that of its source, two rows of the batch. Every edit
+of the paper is linear in the columns (`p2p.edits` has mix and keep of each), and (P mix) V = P (mix V):
 
     P'   = P_src . mix + P . diag(keep)
     P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)
@@ -25,16 +26,16 @@ QKV = tuple[Tensor, Tensor, Tensor]   # and values, (B, K, h d)
 
 
 class AttentionEdit(NamedTuple):
-    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch. What is None is not edited."""
+    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch. None stands for no edit."""
 
     source: Tensor                      # (E,) long: the row whose text columns each edited row borrows
     mix: Tensor | None = None           # (E, L, L): source columns -> own columns
     keep: Tensor | None = None          # (E, L): share of the own columns that stays
-    renormalise: Tensor | None = None   # (E,) bool: divide by the row sums of P', which an edit may move
-                                        # away from 1; where weights are negative, by those of their sizes
+    renormalise: Tensor | None = None   # (E,) bool: divide P' V by the sums of each pixel's P', which an edit
+                                        # moves away from 1 (of its absolute values: weights may be negative)
     pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... in self-attention, at sites of at most so many
-                                        # pixels; None: at every site, in hybrid attention too
+    max_pixels: Tensor | None = None    # (E,) long: ... in self-attention only, at sites of at most this many
+                                        # pixels; None: at every site, and in hybrid attention too
     cached: Mapping[str, QK] | None = None   # by site: q and k of rows numbered after the batch's last
 
 
@@ -150,9 +151,6 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Pixels attend to text (paper section 3.1, i)."""
 
-    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False):
-        super().__init__(dim, context_dim, heads, head_dim, upcast)
-
     def text(self, context: Tensor) -> TextKV:
         """(B, L, C) -> keys and values (B, L, h d)"""
         return TextKV(self.to_k(context), self.to_v(context))
@@ -181,7 +179,7 @@ class CrossAttention(Attention):
 class HybridAttention(CrossAttention):
     """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); text columns are edited."""
 
-    text_only = False   # no to_k and to_v, no columns of pixels: cross-attention by another name
+    text_only = False   # of a subclass without to_k and to_v: no columns of pixels, so cross-attention
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False,
                  bias: bool = False):

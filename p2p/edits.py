@@ -218,7 +218,7 @@ class Tables(NamedTuple):
     layers: Mapping[str, tuple[bool, bool]] | None = None   # by site: edits text, borrows pixels; None: all
 
     def reads_text(self) -> Tensor:
-        """(T,) bool: the steps at which any of its text columns is the source's."""
+        """(T,) bool: the steps at which any column of its text is edited."""
         return self.mix.flatten(1).any(1) | (self.keep != 1).any(1)
 
 

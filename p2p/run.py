@@ -30,7 +30,7 @@ from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_
 from p2p.request.record import Record
 from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
-from p2p.request.start import Low, Sampling, begun, late, settle, stepper_of
+from p2p.request.start import Low, Sampling, begun, late_start, settle, stepper_of
 from p2p.show import pictures
 from p2p.weights.untrusted import brief
 
@@ -131,7 +131,7 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
                          "prompt")
     settled = settle(model, sampling, seeds, len(prompts), record=record)
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, len(prompts))
-    notes = [*model.notes, *late(model, settled.schedule, sampling),
+    notes = [*model.notes, *late_start(model, settled.schedule, sampling),
              *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
              *sampling_idle(sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))

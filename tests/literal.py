@@ -1,7 +1,8 @@
 """Algorithm 1 of Prompt-to-Prompt (Hertz et al. 2022) as the paper has it, with every attention map written out.
 
-No cleverness: read this first. `python -m tests.literal` edits a picture of the bundled model with it, and the tests hold
-the package against it. Lines 7 and 8 are one pass of the network, as in the authors' code: M* is what that pass forms.
+Read this first. `python -m tests.literal` edits a picture of the bundled model with it, and the tests hold the package
+against it, on models of transformer blocks (the bundled one, Stable Diffusion). Lines 7 to 9 are one pass of the network,
+as in the authors' code: M* is what that pass forms.
 """
 from contextlib import ExitStack
 from unittest.mock import patch

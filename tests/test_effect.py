@@ -109,12 +109,12 @@ def test_a_scope_with_nothing_of_the_change_in_it_is_refused(narrow, target, set
 
 @pytest.mark.parametrize("steps, first, better", [(400, 799, 500), (300, 898, 250), (501, 501, 500), (4, 751, 10), (1, 1, 10)])
 def test_steps_that_start_late_are_said_to(narrow, steps, first, better):
-    from p2p.request.start import late
+    from p2p.request.start import late_start
     schedule = narrow.schedule(steps)
-    (note,) = late(narrow, schedule)
+    (note,) = late_start(narrow, schedule)
     assert schedule.timesteps[0] == first and f"{steps} steps start at t = {first} of 1000" in note
     assert note.endswith(f"; {better} do") and narrow.schedule(better).timesteps[0] >= 900
-    assert all(late(narrow, narrow.schedule(n)) == [] for n in (10, 20, 25, 50, 100, 250, 500, 1000))
+    assert all(late_start(narrow, narrow.schedule(n)) == [] for n in (10, 20, 25, 50, 100, 250, 500, 1000))
 
 
 def test_every_run_says_that_it_starts_late(narrow):

@@ -97,8 +97,8 @@ def test_elsewhere_it_is_on_the_embedding(narrow):
     assert not torch.equal(whole[0], whole[1])
     r = p2p.edit(narrow, "a (red:1.5) cat", p2p.Edit("a (red:1.5) dog", emphasis="embedding"), **EASY)
     assert torch.allclose(r.latents[0], whole[0], atol=1e-5)
-    faded = p2p.edit(narrow, "a (red:1.5) cat", "a (red:1.5) dog", **EASY)
-    assert not torch.equal(r.latents[1], faded.latents[1])
+    weights_as_equalizer = p2p.edit(narrow, "a (red:1.5) cat", "a (red:1.5) dog", **EASY)
+    assert not torch.equal(r.latents[1], weights_as_equalizer.latents[1])
     lead = [p2p.generate(narrow, "a cat", negative_prompt=n, **EASY).latents for n in ("a bird", "a (bird:1.9)")]
     assert not torch.equal(*lead)
 

@@ -25,7 +25,7 @@ from p2p.lists.fields import checked
 from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
 from p2p.lists.lines import present, write
 from p2p.model import STEPS, Model
-from p2p.request.editing import EDITING, without_editor
+from p2p.request.editing import EDITING, refuse_p2p_settings
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.source import METHODS
 from p2p.request.start import Sampling, solver
@@ -118,7 +118,7 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
 def check_targets(job: Job) -> Job:
     """Returns the job. Raises UsageError for settings of its targets that its editor does not read."""
     if "editor" in job.others:
-        without_editor(job.targets)
+        refuse_p2p_settings(job.targets)
     return job
 
 

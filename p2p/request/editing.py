@@ -25,8 +25,8 @@ from p2p.models.unet import UNet
 from p2p.request import layers
 from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
-from p2p.request.emphasis import faded, prompt_tokens
 from p2p.request.emphasis import notes as weight_notes
+from p2p.request.emphasis import prompt_tokens, weights_as_equalizer
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.source import Inversion
@@ -104,9 +104,9 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
     for other in filter(None, (*negatives(sampling.negative_prompt, 1), editor and editor.source_prompt)):
         prompt_tokens(model, other)   # raises where only other prompts were encoded beforehand
-    written, edits = edits, [faded(model, e) for e in edits]
+    written, edits = edits, [weights_as_equalizer(model, e) for e in edits]
     if editor is not None:
-        without_editor(edits)
+        refuse_p2p_settings(edits)
     for prompt in (source, *(e.prompt for e in edits), *negatives(sampling.negative_prompt, 1)):
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
@@ -205,7 +205,7 @@ def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any])
     return edits
 
 
-def without_editor(edits: Sequence[Edit]) -> None:
+def refuse_p2p_settings(edits: Sequence[Edit]) -> None:
     """Raises UsageError for settings of an edit that Prompt-to-Prompt alone reads, and another editor would
     ignore."""
     read = ("prompt", "mode", "local_blend", "scope")

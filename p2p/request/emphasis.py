@@ -140,7 +140,7 @@ def condition(model: Model, prompts: Sequence[str], height: int, width: int) -> 
     return made._replace(context=torch.stack(rows))
 
 
-def faded(model: Model, edit: Edit) -> Edit:
+def weights_as_equalizer(model: Model, edit: Edit) -> Edit:
     """The weights of a target's prompt as its equalizer, where they are on attention. Raises UsageError."""
     prompt = parsed(model, edit.prompt)
     if edit.emphasis == "embedding" or (prompt.plain and prompt.text == edit.prompt):

@@ -14,7 +14,7 @@ from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
 from p2p.request.source import METHODS, Inversion
-from p2p.request.start import by_ddim, check_seed, guidance, late
+from p2p.request.start import by_ddim, check_seed, guidance, late_start
 from p2p.sampler import BELM_FROM_NOISE
 
 READ_BY = {   # settings that only some methods read; the others refuse them
@@ -79,7 +79,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
     check_run(model, 1, shape, run_steps, guided=inversion_guidance != 1, encodes=True,
               noises=1 + run_steps * independent, stored=(2 + independent) * (run_steps + 1))
-    notes += late(model, schedule)
+    notes += late_start(model, schedule)
     if method == "null-text" and guidance_scale == 1:
         notes += unguided(method)
     if inversion_guidance != 1 and _empty(model, prompt):

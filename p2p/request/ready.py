@@ -79,8 +79,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
              *remarks(request, start, edit_tables, blend, planned)]
     if inversion is not None and inversion.queries is not None and batch.absent:
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
-    elif known is not None and known.follow and not _looked_at(request, blend):   # run it where it is read
-        reads = _reads(edit_tables) if editor is None else [bool(step) for step in planned]
+    elif known is not None and known.follow and not _source_is_watched(request, blend):   # run it where it is read
+        reads = _source_is_read(edit_tables) if editor is None else [bool(step) for step in planned]
         planned = [step if read else None for step, read in zip(planned, reads)]
         known = known._replace(run=reads)
     recorded = run_settings(model, "edit", start, sampling) | {
@@ -125,14 +125,14 @@ def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, t
     return start, known, before
 
 
-def _whole_batch(sampling: Sampling) -> bool:
+def _guidance_mixes_rows(sampling: Sampling) -> bool:
     """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
     return sampling.proximal is not None and sampling.proximal[0].startswith("published")
 
 
 def _batch(request: EditRequest) -> Batch:
     inversion, editor = request.inversion, request.editor
-    apart = inversion is not None and not _whole_batch(request.sampling)
+    apart = inversion is not None and not _guidance_mixes_rows(request.sampling)
     lone = apart and inversion.method in (*FOLLOW, "negative-prompt") \
         and not (editor is not None and editor.guided_source)
     absent = apart and inversion.queries is not None and editor is None
@@ -148,15 +148,15 @@ def _check_source_negative(sampling: Sampling, batch: Batch) -> None:
                          '"" for it')
 
 
-def _reads(edit_tables: Sequence[Tables]) -> list[bool]:
+def _source_is_read(edit_tables: Sequence[Tables]) -> list[bool]:
     """For each step, whether any target reads the source's attention."""
     return torch.stack([t.reads_text() | t.inject for t in edit_tables]).any(0).tolist()
 
 
-def _looked_at(request: EditRequest, blend: Blend | None) -> bool:
+def _source_is_watched(request: EditRequest, blend: Blend | None) -> bool:
     """Whether anything beside the edits reads the source's row at every step."""
     maps = request.record.text or request.record.pixels or (blend is not None and blend.sites)
-    return bool(maps) or _whole_batch(request.sampling)
+    return bool(maps) or _guidance_mixes_rows(request.sampling)
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],

@@ -19,14 +19,14 @@ from p2p.request.effect import (
 from p2p.request.emphasis import read
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
-from p2p.request.start import Sampling, Settled, Start, late
+from p2p.request.start import Sampling, Settled, Start, late_start
 
 
 def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
             planned: Sequence[Any]) -> list[str]:
     """All notes on a run. edit_tables: of Prompt-to-Prompt's edits, from which the run was planned."""
     steps, shape, inversion = start.schedule.steps, start.x.shape[1:], request.inversion
-    notes = [] if inversion is not None else late(request.model, start.schedule, request.sampling)
+    notes = [] if inversion is not None else late_start(request.model, start.schedule, request.sampling)
     if request.editor is None:
         notes += _of_tables(request, edit_tables, steps)
     else:

@@ -120,7 +120,7 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
     return picture, (height, width), notes
 
 
-def late(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
+def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
     """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
     a picture of that level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
