@@ -168,9 +168,9 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
         else:
             batch = batch._replace(absent=False)
         t_in, text = inputs(i, batch)
-        out, variance, seen = model.predict(batch.spread(x), t_in, text, edit, sites)   # lines 6 to 9: the network,
+        out, variance, seen = model.predict(batch.spread(x), t_in, text, edit, sites)   # lines 6 to 9
         out = batch.joined(out, lambda uncond, cond: guide(uncond, cond, guidance_scale))
-        x, x_0 = step(i, x, out, None if variance is None else variance[-len(x):])      # and its steps
+        x, x_0 = step(i, x, out, None if variance is None else variance[-len(x):])
         x = x if known is None else known.corrected(x, i, batch.targets)
         check(i, x)
         if blend is not None:

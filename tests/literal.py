@@ -1,8 +1,7 @@
 """Algorithm 1 of Prompt-to-Prompt (Hertz et al. 2022) as the paper has it, with every attention map written out.
 
-Read this first. `python -m tests.literal` edits a picture of the bundled model with it, and the tests hold the package
-against it, on models of transformer blocks (the bundled one, Stable Diffusion). Lines 7 to 9 are one pass of the network,
-as in the authors' code: M* is what that pass forms.
+Read this first. `python -m tests.literal` edits a picture of the bundled model with it; the tests hold the package against
+it. Lines 7 to 9 are one pass of the network, whose maps are M*, as in the authors' code. For models of transformer blocks.
 """
 from contextlib import ExitStack
 from unittest.mock import patch
