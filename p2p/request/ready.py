@@ -79,7 +79,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
              *remarks(request, start, edit_tables, blend, planned)]
     if inversion is not None and inversion.queries is not None and batch.absent:
         known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
-    elif known is not None and known.follow and not _source_is_watched(request, blend):   # run it where it is read
+    # run it where it is read
+    elif known is not None and known.follow and not _source_is_watched(request, blend):
         reads = _source_is_read(edit_tables) if editor is None else [bool(step) for step in planned]
         planned = [step if read else None for step, read in zip(planned, reads)]
         known = known._replace(run=reads)
