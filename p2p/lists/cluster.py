@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -80,7 +81,8 @@ def all_ended() -> None:
     with a failure, as a rank with a failed job does. When a rank dies, torchrun sends the others SIGTERM."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:   # started by another launcher, which may set no address
         return
-    store, _, world = next(iter(torch.distributed.rendezvous("env://")))
+    # torchrun holds the store: if a minute finds none, it was killed (PyTorch would try for half an hour)
+    store, _, world = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(minutes=1))))
     key = f"p2p-ended-{next(_CALLS)}"
     store.add(key, 1)
     while store.add(key, 0) < world:
