@@ -1,7 +1,9 @@
 """CLIP's text towers, with explicit padding, and open_clip's tokenizer."""
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import SourceFileLoader
@@ -66,17 +68,39 @@ class Tokens(NamedTuple):
     spans: list[tuple[int, int]]   # the characters of `text` that each token belongs to; (0, 0) for the ends
 
 
-def tokens(prompt: str) -> Tokens:
-    """Splits a prompt as `tokenizer().encode` does, keeping where each token came from."""
-    bpe = tokenizer()
-    text = bpe.clean_fn(prompt)
-    ids, spans = [START], [(0, 0)]
-    for piece in bpe.pat.finditer(text):
+def tokens(prompt: str, added: Mapping[str, Sequence[int]] | None = None) -> Tokens:
+    """Splits a prompt as `tokenizer().encode` does, keeping where each token came from. added: words beside
+    CLIP's, with their ids."""
+    text, added = tokenizer().clean_fn(prompt), added or {}
+    found: list[tuple[int, tuple[int, int]]] = []   # ids and spans
+    end = 0
+    for word in _occurrences(text, added):
+        found += _pieces(text, end, word.start())
+        found += [(i, word.span()) for i in added[word.group()]]
+        end = word.end()
+    found += _pieces(text, end, len(text))
+    return Tokens(text, [START, *(i for i, _ in found), END], [(0, 0), *(span for _, span in found), (0, 0)])
+
+
+def _occurrences(text: str, words: Collection[str]) -> list[re.Match[str]]:
+    """Finds words in a text, the longest where several match. A word that begins or ends with a letter
+    matches whole words alone."""
+    if not words:
+        return []
+    before, after = r"(?<!\w)", r"(?!\w)"
+    patterns = ((before if w[0].isalnum() else "") + re.escape(w) + (after if w[-1].isalnum() else "")
+                for w in sorted(words, key=len, reverse=True))
+    return list(re.finditer("|".join(patterns), text))
+
+
+def _pieces(text: str, start: int, end: int) -> list[tuple[int, tuple[int, int]]]:
+    """CLIP's tokens of text[start:end]: their ids and spans."""
+    bpe, out = tokenizer(), []
+    for piece in bpe.pat.finditer(text[start:end]):
         encoded = "".join(bpe.byte_encoder[b] for b in piece.group().encode())
-        pieces = [bpe.encoder[p] for p in bpe.bpe(encoded).split(" ")]
-        ids += pieces
-        spans += [piece.span()] * len(pieces)
-    return Tokens(text, [*ids, END], [*spans, (0, 0)])
+        span = start + piece.start(), start + piece.end()
+        out += [(bpe.encoder[p], span) for p in bpe.bpe(encoded).split(" ")]
+    return out
 
 
 @dataclass(frozen=True)
@@ -155,16 +179,29 @@ class TextEncoder(nn.Module):
         if c.compact:
             # (V,) sorted token ids
             self.register_buffer("vocab", torch.zeros(c.vocab_size, dtype=torch.long))
+        self.words: dict[str, range] = {}   # words added to CLIP's, with their ids, which follow CLIP's
+
+    def add_words(self, words: Mapping[str, Tensor]) -> None:
+        """Adds words, written as `Tokens.text`, of n tokens each, which are embedded by these vectors
+        (n, C)."""
+        table = self.token_embedding.weight
+        first = new = END + 1 + sum(map(len, self.words.values()))
+        for word, vectors in words.items():
+            self.words[word] = range(new, new := new + len(vectors))
+        self.token_embedding = nn.Embedding.from_pretrained(
+            torch.cat([table, *(v.to(table) for v in words.values())]))
+        if self.config.compact:
+            self.vocab = torch.cat([self.vocab, torch.arange(first, new).to(self.vocab)])
 
     def tokens(self, prompt: str) -> Tokens:
-        return tokens(prompt)
+        return tokens(prompt, self.words)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one END) and padded as this tower was trained."""
         length = self.config.context_length
         ids = torch.full((len(prompts), length), self.config.pad_id)
         for row, prompt in zip(ids, prompts):
-            encoded = tokens(prompt).ids
+            encoded = self.tokens(prompt).ids
             encoded = encoded if len(encoded) <= length else [*encoded[: length - 1], END]
             row[: len(encoded)] = torch.tensor(encoded)
         return ids

@@ -73,8 +73,8 @@ class Model:
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     # the arguments of `load` that decide pixels
     load_options: Mapping[str, Any] = field(default_factory=dict)
-    # where "vae" and "text" were loaded from, if they were given
-    places: Mapping[str, str] = field(default_factory=dict)
+    # where "vae", "text", "lora" and "embeddings" were loaded from, if they were given
+    places: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.unet.parameters()) / 1e6

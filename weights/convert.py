@@ -21,7 +21,7 @@ from p2p.weights import keys, scheduler
 from p2p.weights.aside import aside, settle, sweep
 from p2p.weights.detect import ENCODED_EMPTY, Package, Part
 from p2p.weights.errors import CheckpointError
-from p2p.weights.fill import read_tensors
+from p2p.weights.fill import read_tensors, stored
 from p2p.weights.keys import Source
 from p2p.weights.tokenizer import merges, vocabulary
 
@@ -68,7 +68,9 @@ def _whole(part: Part, family: str, pooled: bool) -> Part:
 
 
 def _tensors(part: Part, build: Any, half: bool) -> Iterator[tuple[str, Tensor]]:
+    kept = stored(part)   # what add-ons changed comes in float32
     for name, tensor in read_tensors(part, build):
+        tensor = tensor.to(kept) if name in part.changes else tensor
         yield name, tensor.half() if half and tensor.is_floating_point() else tensor
 
 

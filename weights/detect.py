@@ -4,10 +4,10 @@ Only headers and configs are read here. Files that are recognised but not suppor
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,16 @@ class Part:
     naming: str                          # "ldm", "hf", "open_clip", "own", "own, old", "deepfloyd"
     config: Any                          # UNetConfig, TextConfig or VAEConfig
     ignored: tuple[str, ...] = ()        # prefixes, after `prefix`
+    # functions that change tensors as they are read, in turn, by the tensors' names in the module
+    changes: dict[str, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
+
+
+class Added(NamedTuple):
+    """An add-on to a model: the path that was given, its files by name, and its weight or its words."""
+
+    path: Path
+    files: dict[str, Path]
+    value: Any
 
 
 @dataclass
@@ -59,6 +69,9 @@ class Package:
     zero_negative: bool = False          # the empty prompt is all zeros
     # the configs that were read, which decide pixels as the parts' files do
     configs: list[Path] = field(default_factory=list)
+    lora: list[Added] = field(default_factory=list)
+    embeddings: list[Added] = field(default_factory=list)
+    words: dict[str, Any] = field(default_factory=dict)   # of embeddings: each word's vectors, by text tower
 
     @property
     def prediction(self) -> str:

@@ -142,9 +142,9 @@ class ShardedFile(TensorFile):
 class PickledFile(_MappedFile):
     """A PyTorch pickle; see `p2p.weights.pickles`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, inside: str | None = None):
         self.path = path
-        self._stored, self.metadata = pickles.read(path)
+        self._stored, self.metadata = pickles.read(path, inside)
         self._open()
         self.shapes = {k: s.shape for k, s in self._stored.items()}
         self.dtypes = {k: str(s.dtype).removeprefix("torch.") for k, s in self._stored.items()}
@@ -184,8 +184,9 @@ class Renamed(TensorFile):
         return self._file[self._names[key]]
 
 
-def open_file(path: Path) -> TensorFile:
-    """The reader for a file, chosen by its first bytes; its name must agree. Raises CheckpointError."""
+def open_file(path: Path, inside: str | None = None) -> TensorFile:
+    """The reader for a file, chosen by its first bytes; its name must agree. inside: see `pickles.read`.
+    Raises CheckpointError."""
     if _is_index(path.name):
         return ShardedFile(path)
     kind = _sniff(path)
@@ -197,7 +198,7 @@ def open_file(path: Path) -> TensorFile:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path}: not a safetensors file but a PyTorch pickle; if it comes from a "
                               f"source you trust, rename it to {path.with_suffix('.ckpt').name}.")
-    return PickledFile(path)
+    return PickledFile(path, inside)
 
 
 def _is_index(name: str) -> bool:

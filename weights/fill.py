@@ -53,7 +53,7 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     they compute.
     """
     with torch.device("meta"):
-        module = _built(part, build)
+        module = built(part, build)
     large, state = widened_names(module), {}
     for name, tensor in read_tensors(part, lambda _: module, what):
         wanted = held if held and name in large else dtype
@@ -62,7 +62,7 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     return module.eval().requires_grad_(False)
 
 
-def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
+def built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
     if part.config is not None:
         check_bill(part.file.path, part.config, sum(k.startswith(part.prefix) for k in part.file.shapes))
     try:
@@ -75,11 +75,11 @@ def _built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
 
 def read_tensors(part: Part, build: Callable[..., nn.Module],
                  what: str = "model") -> Iterator[tuple[str, Tensor]]:
-    """Own name and tensor, one at a time, after names and shapes of all were checked. Raises
-    CheckpointError."""
+    """Own name and tensor, one at a time, after names and shapes of all were checked; tensors that
+    add-ons change (see `p2p.weights.lora`) in float32 or wider. Raises CheckpointError."""
     path, shapes = part.file.path, part.file.shapes
     with torch.device("meta"):
-        want = _built(part, build).state_dict()
+        want = built(part, build).state_dict()
     plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys))
             for name, s in sources(part, list(want)).items()}
     read = {k for s in plan.values() for k in s.keys}
@@ -96,12 +96,15 @@ def read_tensors(part: Part, build: Callable[..., nn.Module],
     for name, s in plan.items():
         parts = [shapes[k] for k in s.keys]
         shape = (sum(p[0] for p in parts) // s.share[1], *parts[0][1:]) if parts[0] else parts[0]
-        if _squeezed(shape[::-1] if s.transposed else shape) != _squeezed(tuple(want[name].shape)):
+        if squeezed(shape[::-1] if s.transposed else shape) != squeezed(tuple(want[name].shape)):
             wrong.append(f"{s.keys[0]} is {list(shape)}, expected {list(want[name].shape)}")
     if wrong:
         raise CheckpointError(f"{path}: its {what} does not fit: {listed('shapes', wrong)}")
     for name, s in plan.items():
-        yield name, _tensor(part, s, want[name])
+        tensor = _tensor(part, s, want[name])
+        for change in part.changes.get(name, ()):
+            tensor = change(tensor)
+        yield name, tensor
 
 
 def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
@@ -119,6 +122,6 @@ def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """1x1 convolutions and linear layers hold the same numbers; files mix them."""
     return shape[:2] if len(shape) > 2 and math.prod(shape[2:]) == 1 else shape

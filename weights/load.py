@@ -2,7 +2,7 @@
 one."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -17,11 +17,13 @@ from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.weights import averages, deepfloyd, hub, keys, refuse
 from p2p.weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, usual_size
+from p2p.weights.embeddings import add_words, attach_words
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
 from p2p.weights.files import open_file
 from p2p.weights.fill import fill, stored
 from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
+from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
 
@@ -43,11 +45,13 @@ class Checkpoint:
 
 def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
          vae: str | Path | None = None, ema: bool = False, clip_skip: int = 0,
-         zero_snr: bool = False) -> Package:
+         zero_snr: bool = False, lora: Sequence[tuple[Path, float]] = (),
+         embeddings: Sequence[tuple[Path, str | None]] = ()) -> Package:
     """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or
     an "org/name" of the Hub (which is downloaded), without loading it.
 
-    The other arguments override what is recognised; see `p2p.load`. Raises CheckpointError.
+    The other arguments override what is recognised; see `p2p.load`. lora: files with their weights.
+    embeddings: files with their words (None: the file's own). Raises CheckpointError.
     """
     if family is not None and family not in FAMILIES:
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
@@ -78,6 +82,8 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
                               "leave out vae.")
     if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
+    attach_loras(package, lora)
+    attach_words(package, embeddings)
     package.size = package.size or usual_size(package)
     return package
 
@@ -210,6 +216,7 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
     elif text_from is not None:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text "
                               f"tower, not {text_from}.")
+    add_words(package.words, text)
     part = package.vae
     vae = fill("autoencoder", part, AutoencoderKL, device, vae_dtype or stored(part)) if part else None
     return Checkpoint(package, unet, text, vae)

@@ -44,7 +44,9 @@ class Tensor(NamedTuple):
 
 
 class Object:
-    """Placeholder for any other object that a file would build."""
+    """Placeholder for any other object that a file would build, with the state that it would be given."""
+
+    state: Any = None
 
 
 _CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_LIST": list,
@@ -81,14 +83,22 @@ def followed(stream: io.BytesIO, names: set[str], storages: dict[str, Storage]) 
             memo[len(memo) if op == "MEMOIZE" else arg] = stack[-1]
         elif op in ("GET", "BINGET", "LONG_BINGET", "DUP"):
             stack.append(stack[-1] if op == "DUP" else memo[arg])
-        elif op in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
-            if type(stack[-1]) is list:
-                stack[-1].extend(taken)
-            elif type(stack[-1]) is dict:
-                stack[-1].update(_entries(taken))
-        elif op not in ("PROTO", "FRAME", "POP", "POP_MARK", "BUILD", "ADDITEMS"):
+        elif op in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+            _fill(stack[-1], op, taken)
+        elif op not in ("PROTO", "FRAME", "POP", "POP_MARK", "ADDITEMS"):
             stack.append(_pushed(op, arg, taken, names, storages))
     raise ValueError("it does not end")
+
+
+def _fill(value: Any, op: str, taken: list[Any]) -> None:
+    """Gives a list its items, a dictionary its entries, a placeholder its state; others keep none."""
+    if op == "BUILD":
+        if type(value) is Object:
+            value.state = taken[0]
+    elif type(value) is list:
+        value.extend(taken)
+    elif type(value) is dict:
+        value.update(_entries(taken))
 
 
 def _pushed(op: str, arg: Any, taken: list[Any], names: set[str], storages: dict[str, Storage]) -> Any:

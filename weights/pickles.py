@@ -18,7 +18,7 @@ import torch
 
 from p2p.weights import refuse
 from p2p.weights.errors import CheckpointError
-from p2p.weights.opcodes import DTYPES, KINDS, STORAGES, Storage, Tensor, followed
+from p2p.weights.opcodes import DTYPES, KINDS, STORAGES, Object, Storage, Tensor, followed
 from p2p.weights.untrusted import kind_of
 
 BYTES = 2**24      # most of a pickle: Stable Diffusion XL with averages takes a tenth
@@ -51,14 +51,20 @@ class Stored(NamedTuple):
 Starts = dict[str, tuple[int, int]]   # of storages, by their keys: first byte and number of bytes
 
 
-def read(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a checkpoint, and its count of training steps if it says one. Raises CheckpointError."""
+def read(path: Path, inside: str | None = None) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a checkpoint, and what it says in plain numbers: its count of training steps, a LoRA's
+    alphas.
+
+    inside: the name of a dictionary (or ParameterDict) in it: if there is one, its tensors alone are read,
+    named "inside.key". Raises CheckpointError.
+    """
     names: set[str] = set()
     try:
         with _Bounded(io.FileIO(path)) as f:
             state, starts = (_archive if f.peek(2)[:2] == b"PK" else _in_a_row)(f, names)
         _refuse(path, names)
-        tensors, metadata = _state_dict(path, state)
+        inner = _inside(state, inside)
+        tensors, metadata = _state_dict(path, state if inner is None else inner)
         return {k: _placed(path, k, t, starts) for k, t in tensors.items()}, metadata
     except CheckpointError:
         raise
@@ -80,6 +86,13 @@ def _refuse(path: Path, names: set[str]) -> None:
                               "be malicious and was not loaded. Ask its author for a .safetensors file.")
 
 
+def _inside(state: Any, name: str | None) -> dict[str, Any] | None:
+    inner = state.get(name) if isinstance(state, dict) and name is not None else None
+    if isinstance(inner, Object) and isinstance(inner.state, dict):   # a module, as ParameterDict
+        inner = inner.state.get("_parameters")
+    return {f"{name}.{k}": v for k, v in inner.items()} if isinstance(inner, dict) else None
+
+
 def _state_dict(path: Path, state: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = {}
     for _ in range(3):
@@ -91,6 +104,8 @@ def _state_dict(path: Path, state: Any) -> tuple[dict[str, Tensor], dict[str, st
         raise CheckpointError(f"{path}: holds {kind_of(state)}, not a dictionary of tensors.")
     if kind := refuse.by_structure(state):
         raise CheckpointError(f"{path}: {kind}.")
+    numbers = ((k, v) for k, v in state.items() if type(k) is str and type(v) in (int, float))
+    metadata |= {k: str(v) for k, v in numbers if k.endswith(".alpha")}   # of a LoRA, which saves tensors
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}, metadata
 
 

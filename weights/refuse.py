@@ -11,7 +11,7 @@ from p2p.weights.errors import CheckpointError
 Shapes = Mapping[str, tuple[int, ...]]
 
 FP8 = "its weights are fp8; use the fp16 or fp32 file of the same model"
-EMBEDDING = "a textual-inversion embedding; use a whole model"
+EMBEDDING = "a textual-inversion embedding; give it beside a model, with embeddings (--embedding)"
 T2I_ADAPTER = "a T2I-Adapter; use the Stable Diffusion model that it steers"
 HYPERNETWORK = "a hypernetwork, which changes the keys and values of a model and is none; use a whole model"
 PHOTOMAKER = ("a PhotoMaker, which steers a model by pictures of a face; use the Stable Diffusion model that "
@@ -19,6 +19,7 @@ PHOTOMAKER = ("a PhotoMaker, which steers a model by pictures of a face; use the
 IP_ADAPTER = "an IP-Adapter, which steers a model by a picture; this project does not"
 
 # Parts of tensors' names ("$": their ends) -> the kind of file. The first row that matches counts.
+BESIDE = ": it changes a model and is none; give it beside its base model, with lora (--lora)"
 MERGE = ": it changes a model and is none; merge it into its base model first"
 NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scaled_fp8",), FP8),
@@ -33,16 +34,16 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("adapter.body.", "adapter.conv_in"), T2I_ADAPTER),
     (("motion_modules.", "temporal_transformer."),
      "a motion module (AnimateDiff), which makes films; use the plain model"),
-    (("hada_w1",), "a LoHa (a kind of LoRA)" + MERGE),
-    (("lokr_w",), "a LoKr (a kind of LoRA)" + MERGE),
+    (("hada_w1",), "a LoHa (a kind of LoRA)" + BESIDE),
+    (("lokr_w",), "a LoKr (a kind of LoRA)" + BESIDE),
     (("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_"), "an OFT (turns of a model's weights)" + MERGE),
     (("ia3_l", "on_input"), "an (IA)3 (scales of a model's activations)" + MERGE),
     (("vera_lambda", "vera_A", "vera_B"), "a VeRA (a kind of LoRA)" + MERGE),
     (("vblora_", "fourierft_", "hra_u"), "an adapter of PEFT" + MERGE),
     ((".a1.weight", ".b1.weight"), "a GLoRA" + MERGE),
     (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
-      "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + MERGE),
-    ((".diff$", ".diff_b$", ".w_norm$"), "full differences from a model, as LyCORIS saves them" + MERGE),
+      "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + BESIDE),
+    ((".diff$", ".diff_b$", ".w_norm$"), "full differences from a model, as LyCORIS saves them" + BESIDE),
     (("joint_blocks.", "double_blocks.", "single_transformer_blocks.", "attn.add_q_proj"),
      "a transformer model (Stable Diffusion 3, FLUX or the like); this project has UNets only"),
     (("adaln_single.", "t_block.1.", "double_layers.", "cap_embedder.", "blocks.0.adaLN_modulation"),

@@ -16,8 +16,9 @@ SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source h
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # Options that --from allows: the model's files, where and how it runs, and the output. All others are
 # recorded in the picture.
-REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "device", "compile", "offload",
-          "upscale", "upscaler", *ENLARGED, "report", "leakage", "out", "verbose", "quiet"}
+REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "lora", "embedding", "device",
+          "compile", "offload", "upscale", "upscaler", *ENLARGED, "report", "leakage", "out", "verbose",
+          "quiet"}
 # of `eval`, read by rows of --methods
 ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")
 

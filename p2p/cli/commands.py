@@ -18,6 +18,7 @@ from p2p.editors import find_editor
 from p2p.image import open_picture
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import tokenizer, tokens
+from p2p.request import add_ons
 from p2p.request.editing import edit_request
 from p2p.request.emphasis import read
 from p2p.request.inverting import expected
@@ -205,12 +206,13 @@ def encode(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema,
-                     zero_snr=args.zero_snr)
+                     zero_snr=args.zero_snr, lora=add_ons.loras(values.loras(args)))
     print("\n".join(map(printable, lines)))
 
 
 def convert(args: argparse.Namespace) -> None:
-    package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr)
+    package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr,
+                   lora=add_ons.loras(values.loras(args)))
     run_convert(package, args.out, args.half)
     print(args.out)
 

@@ -122,6 +122,9 @@ def model(ap: argparse.ArgumentParser) -> None:
     checkpoint(ap)
     ap.add_argument("--text", type=Path, metavar="FILE|FOLDER",
                     help="of DeepFloyd IF: prompts from p2p encode, or where T5 lies")
+    ap.add_argument("--embedding", action="append", metavar="FILE[:WORD]",
+                    help="a textual inversion, and its word in prompts (as the file says, or the file's "
+                    "name); may be given more than once")
     ap.add_argument("--clip-skip", type=int, metavar="N",
                     help="read the text N layers earlier (0), as diffusers counts: 1 is "
                     "A1111's \"Clip skip: 2\"")
@@ -146,6 +149,9 @@ def checkpoint(ap: argparse.ArgumentParser) -> None:
                     help="what the model predicts, where that was guessed wrongly")
     ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or "
                     "of a whole model), or org/name on the Hub")
+    ap.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]",
+                    help="merge a LoRA, LoHa, LoKr or the like into the model (1); may be given more than "
+                    "once")
     ap.add_argument("--ema", action="store_true",
                     help="the averaged weights (EMA) of a file, or a folder (unet_ema), that "
                     "holds plain ones too")

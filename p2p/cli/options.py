@@ -31,7 +31,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     return dict(source="emoji" if args.model is None else args.model, family=args.family,
                 prediction=args.prediction, dtype=getattr(torch, args.dtype) if args.dtype else None,
                 vae=args.vae, text=args.text, ema=args.ema, clip_skip=args.clip_skip, zero_snr=args.zero_snr,
-                **memory(args))
+                lora=values.loras(args), embeddings=values.embeddings(args), **memory(args))
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:

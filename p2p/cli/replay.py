@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 import p2p
-from p2p.cli import options
+from p2p.cli import options, values
 from p2p.cli.output import Output
 from p2p.cli.results import Stage, edited, enlarged, stage, write_edit
 from p2p.cli.values import refuse
 from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
+from p2p.request import add_ons
 from p2p.request.checks import choice
 from p2p.request.inverting import settings_recorded
 from p2p.request.settings import from_settings
@@ -91,7 +92,7 @@ def _recorded(args: argparse.Namespace, settings: dict[str, Any]) -> p2p.Model:
         read["ema"] = True
     model = p2p.load(where, args.family, settings["prediction"], options.device(args),
                      getattr(torch, str(settings["dtype"]), None), held=held, compile=args.compile,
-                     offload=args.offload, **files, **read)
+                     offload=args.offload, **files, **read, **_added(args, settings))
     _same_model(args, model, settings)
     return model
 
@@ -109,6 +110,17 @@ def _place(args: argparse.Namespace, option: str, recorded: str | None) -> str |
     raise p2p.CheckpointError(f"{recorded}: no such file. {wanted}")
 
 
+def _added(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, tuple[add_ons.Pair, ...]]:
+    """The add-ons that a picture records. Raises UsageError, CheckpointError."""
+    added = {}
+    for name, given in (("lora", values.loras(args)), ("embeddings", values.embeddings(args))):
+        added[name] = add_ons.recorded(name, settings, given)
+        if lost := [path for path, _ in added[name] if not given and not Path(path).exists()]:
+            raise p2p.CheckpointError(f"{lost[0]}: no such file. It is of the {name} recorded in "
+                                      f"{args.replay}: say with {add_ons.OPTIONS[name]} where it lies.")
+    return added
+
+
 def _same_model(args: argparse.Namespace, model: p2p.Model, settings: dict[str, Any],
                 option: str = "model") -> None:
     """Raises CheckpointError unless the model is the recorded one, as far as it is recorded."""
@@ -124,6 +136,12 @@ def _same_model(args: argparse.Namespace, model: p2p.Model, settings: dict[str, 
             raise p2p.CheckpointError(f"{where}: not the {part} that made {args.replay} (sha256 "
                                       f"{str(identity[name])[:12]}, recorded {str(settings[name])[:12]}); "
                                       f"give the right one with --{file_option}")
+    for name, option in add_ons.OPTIONS.items():
+        for path, was, now in zip(model.places.get(name, ()), settings.get(name, ()), identity.get(name, ())):
+            if was != now:
+                raise p2p.CheckpointError(f"{path}: not the file that made {args.replay} (sha256 "
+                                          f"{str(now['sha256'])[:12]}, recorded {str(was['sha256'])[:12]}); "
+                                          f"give the right one with {option}")
     changed = [f"{name} {settings[name]!r}, here {identity[name]!r}" for name in identity
                if name in settings and identity[name] != settings[name]]
     if changed:

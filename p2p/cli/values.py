@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from p2p.errors import UsageError
@@ -60,6 +61,24 @@ def _layers(items: list[str]) -> Any:
         raise UsageError(f"--layers {items[kinds.index('')] if '' in kinds else items[0]}: expected LAYERS "
                          "once, or cross=LAYERS and self=LAYERS")
     return once([(kind, layers(value)) for kind, _, value in parts], "--layers")
+
+
+def add_on(text: str, convert: Callable[[str], Any]) -> tuple[str, Any]:
+    """FILE or FILE:VALUE; a file that exists under the whole text, or a VALUE that is none, leaves it all to
+    the path."""
+    path, colon, value = text.rpartition(":")
+    try:
+        return (text, None) if not colon or Path(text).exists() else (path, convert(value))
+    except ValueError:
+        return text, None
+
+
+def loras(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    return tuple(add_on(text, float) for text in args.lora or ())
+
+
+def embeddings(args: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    return tuple(add_on(text, str) for text in args.embedding or ())
 
 
 def negative(args: argparse.Namespace) -> str | list[str] | None:

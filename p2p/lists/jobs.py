@@ -43,6 +43,11 @@ RESULT = ("id", "notes", "rows", "seconds")   # the keys of job.json besides the
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}
 
+# settings of the model, and the command's options for them
+MODEL = {name: f"--{name.replace('_', '-')}" for name in (
+    "model", "family", "prediction", "vae", "text", "ema", "clip_skip", "zero_snr", "dtype", "lora",
+    "embedding")} | {"embeddings": "--embedding"}
+
 
 def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
          out: Path | None = None) -> list[Job]:
@@ -183,7 +188,12 @@ def _full_names(entry: Mapping[str, Any], known: Collection[str], owner: str) ->
     if both := [f"{short} and {name}" for short, name in SHORT.items() if short in entry and name in entry]:
         raise UsageError(f"{', '.join(both)}: two names of one setting; give one")
     entry = {SHORT.get(k, k): v for k, v in entry.items()}
-    if unknown := sorted(set(entry) - set(known)):
+    unknown = sorted(set(entry) - set(known))
+    if of_model := [name for name in unknown if name in MODEL]:
+        options = ", ".join(dict.fromkeys(MODEL[name] for name in of_model))
+        raise UsageError(f"{', '.join(of_model)}: of the model, which is loaded once for the whole list; "
+                         f"give {options} to the command instead")
+    if unknown:
         raise UsageError(f"{', '.join(brief(name)[1:-1] for name in unknown)}: no setting of {owner}; known: "
                          f"{', '.join(sorted(known))}")
     return entry

@@ -9,6 +9,7 @@ import torch
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.unet import UNet
+from p2p.request import add_ons
 from p2p.request.checks import flag, whole
 from p2p.request.schedules import DISTILLED
 from p2p.request.start import FEW
@@ -48,7 +49,8 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
          device: str | torch.device | None = None, dtype: torch.dtype | None = None,
          vae: str | Path | None = None, text: str | Path | None = None, compile: bool = False,
          held: torch.dtype | None = None, offload: bool = False, tile: int | None = None, ema: bool = False,
-         clip_skip: int | None = None, zero_snr: bool = False) -> Model:
+         clip_skip: int | None = None, zero_snr: bool = False, lora: Any = None,
+         embeddings: Any = None) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a
     .safetensors or .ckpt file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers
     folder, or a file in its own naming).
@@ -67,28 +69,39 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
     which pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of
     text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of
     other programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters
-    where t = 999 is visited. Raises CheckpointError, and UsageError for arguments of the wrong kind and
-    devices that are not available.
+    where t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight), or a list of these,
+    merged into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual inversion (see
+    `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are their own.
+    Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
     """
     _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype,
                      held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
     tile = None if tile is None else whole("tile, in latents,", tile, least=8)
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device)
-    package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr)
+    package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr, add_ons.loras(lora),
+                           add_ons.words(embeddings))
     dtype = _compute_dtype(dtype, held, device, package)
     c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
+    _prepare(c, offload, compile)
+    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
+                 offload=offload, tile=tile, files=files(package, vae, text),
+                 load_options=_load_options(ema, clip_skip, zero_snr, held) | add_ons.identity(package),
+                 places=_places(vae=vae, text=text) | add_ons.places(package),
+                 **_detected(package, tile is not None and c.vae is None),
+                 **_defaults(package, c.unet))
+
+
+def _prepare(c: loading.Checkpoint, offload: bool, compile: bool) -> None:
     if offload:
         for part in filter(None, [*c.text, c.vae]):
             part.to("cpu")
     if compile:
         c.unet.compile()
-    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
-                 offload=offload, tile=tile, files=files(package, vae, text),
-                 load_options=_load_options(ema, clip_skip, zero_snr, held),
-                 places={k: str(v) for k, v in (("vae", vae), ("text", text)) if v is not None},
-                 **_detected(package, tile is not None and c.vae is None),
-                 **_defaults(package, c.unet))
+
+
+def _places(**files: str | Path | None) -> dict[str, Any]:
+    return {name: str(file) for name, file in files.items() if file is not None}
 
 
 def _load_options(ema: bool, clip_skip: int, zero_snr: bool, held: torch.dtype | None) -> dict[str, Any]:

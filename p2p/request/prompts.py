@@ -20,7 +20,8 @@ _EMPHASIS = "write the words alone, and weigh them in an edit: --weight {0}=1.2 
 _WEIGHT = "write the words alone, and weigh them in an edit: --weight {0}={1} (equalizer={{\"{0}\": {1}}})"
 _SCHEDULE = ("write one of the words, and the other in an edit of that prompt; --cross WORD=0.4 "
              "(cross_replace_steps) says from when on the new word acts")
-_ADDED = "add-ons are not read from prompts"
+_ADDED = ("add-ons are given with the model: a LoRA with --lora FILE:WEIGHT (lora), an embedding with "
+          "--embedding FILE:WORD (embeddings), whose word is then written as it is")
 LONGEST = 20_000   # characters of a prompt
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 # Each repetition excludes the mark that ends it, so that no prompt takes more than linear time.
