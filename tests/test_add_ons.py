@@ -53,6 +53,7 @@ def merge(folder, path):
     return dict(read_tensors(find(folder, lora=[(path, 1.0)]).unet, UNet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_files_are_merged(folders, weights, tmp_path, family, kind):
@@ -251,6 +252,7 @@ def run(folders, out, capsys, *options, source="a <w> on grass"):
     return [Path(p) for p in capsys.readouterr().out.split()]
 
 
+@pytest.mark.slow
 def test_what_was_added_is_recorded_and_done_again(folders, files, tmp_path, capsys):
     one, words = files
     plain = run(folders, tmp_path, capsys)
@@ -267,6 +269,7 @@ def test_what_was_added_is_recorded_and_done_again(folders, files, tmp_path, cap
     assert models[0].overrides == {} and models[1].overrides == {name: s[name] for name in ("lora", "embeddings")}
 
 
+@pytest.mark.slow
 def test_another_file_is_not_taken_for_the_recorded_one(folders, files, tmp_path, capsys):
     one, words = (shutil.copy(file, tmp_path / f"{i}.safetensors") for i, file in enumerate(files))
     picture = run(folders, tmp_path, capsys, "--lora", f"{one}:0.5", "--embedding", f"{words}:<w>")[1]

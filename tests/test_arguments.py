@@ -119,6 +119,7 @@ def test_the_message_names_the_argument(emoji, name, value):
         edited(emoji, **{name: value})
 
 
+@pytest.mark.slow
 def test_names_stand_for_models_pictures_and_inversions(emoji, tmp_path, monkeypatch):
     monkeypatch.setattr("p2p.request.loading.load", lambda source: emoji if source == "emoji" else pytest.fail(source))
     assert p2p.generate("emoji", SOURCE, steps=1).images[0].size == (64, 64)

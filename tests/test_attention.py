@@ -238,6 +238,7 @@ def test_hybrid_attention_is_one_softmax_over_pixels_and_text():
     assert (site() - wanted).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_edit_is_one_graph_for_all_steps():
     """Only tensors change from step to step, so a compiled module is traced once without and once with an edit."""
     import torch._dynamo as dynamo

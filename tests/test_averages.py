@@ -28,6 +28,7 @@ def state(sd1_file):
     return load_file(sd1_file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "vae.{}", "model/{}"])
 def test_averages_under_unknown_names_are_noted(state, tmp_path, form):
     extra = {"model_ema." + form.format(k): v.clone() for k, v in state.items() if k.endswith("conv_in.bias")}
@@ -68,6 +69,7 @@ def test_a_file_that_lacks_the_unet_is_no_autoencoder_alone(state, tmp_path):
         find(tmp_path / "vae.safetensors")
 
 
+@pytest.mark.slow
 def test_averages_in_a_folder(made, tmp_path):
     """As diffusers' training scripts save them: unet_ema beside unet, with the average's own fields in its config."""
     import families  # diffusers and transformers take seconds to import

@@ -92,6 +92,7 @@ def engines(tmp_path_factory):
         yield {e: pool.submit(killed_three_times, tmp_path_factory.mktemp("killed"), e) for e in reversed(ENGINES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_three_times_it_ends_in_the_same_files(engines, whole, engine):
     out, before = engines[engine].result()
@@ -99,6 +100,7 @@ def test_killed_three_times_it_ends_in_the_same_files(engines, whole, engine):
     assert [json.loads(line)["line"] for line in (out / "results.jsonl").read_text().splitlines()] == list(range(1, N + 1))
 
 
+@pytest.mark.slow
 def test_pictures_do_not_depend_on_the_batch(tmp_path, capsys):
     file = listed(tmp_path / "jobs.jsonl", 5)
     for together in (1, 3):
@@ -153,6 +155,7 @@ def test_identity_is_what_is_asked_for(emoji, tmp_path):
     assert len({identity(), *others}) == 1 + len(others)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, capsys, monkeypatch):
     file, out = listed(tmp_path / "jobs.jsonl", 6), tmp_path / "out"
     real, count = jobs.save_png, []

@@ -124,6 +124,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, name", [*(("emoji", name) for name in CASES), ("sd1", "other words taken out"), ("sd1", "rivals"), ("sd1", "late")])
 def test_blend_equals_its_definition(request, undecoded, family, name):
     """Whole runs, windows open and closed on the way, hybrid attention (emoji) and cross-attention (sd1)."""
@@ -136,6 +137,7 @@ def test_blend_equals_its_definition(request, undecoded, family, name):
     assert (r.latents - wanted).abs().max() <= 1e-3 * wanted.std()
 
 
+@pytest.mark.slow
 def test_targets_blend_each_in_its_own_way(emoji):
     edits = [p2p.Edit(SWAP, mode="replace", local_blend=CASES["words"]), p2p.Edit(REFINED, mode="refine"),
              p2p.Edit(SWAP, mode="replace", local_blend=CASES["late"])]
@@ -145,7 +147,12 @@ def test_targets_blend_each_in_its_own_way(emoji):
         assert (found - wanted).abs().max() <= 1e-3 * wanted.std()
 
 
+<<<<<<< Updated upstream
 def test_outside_the_mask_the_picture_is_the_source(emoji):
+=======
+@pytest.mark.slow
+def test_outside_the_mask_the_picture_is_the_source(narrow):
+>>>>>>> Stashed changes
     """To the bit, whatever the start: the last step copies the source's pixels."""
     mask = torch.zeros(64, 64)
     mask[20:50, 10:40] = 1
@@ -154,7 +161,12 @@ def test_outside_the_mask_the_picture_is_the_source(emoji):
     assert same[mask == 0].all() and not same[mask == 1].all() and torch.equal(r.masks[0, 0], mask > 0)
 
 
+<<<<<<< Updated upstream
 def test_a_mask_limits_the_words(emoji):
+=======
+@pytest.mark.slow
+def test_a_mask_limits_the_words(narrow):
+>>>>>>> Stashed changes
     """Words alone, a mask alone, and both: both is where the two agree."""
     words = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2)
     where = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=STEPS).masks[0, 0]
@@ -178,6 +190,7 @@ def test_bad_blends_are_named(emoji, blend, message):
         p2p.edit(emoji, SOURCE, SWAP, local_blend=blend, steps=2)
 
 
+@pytest.mark.slow
 def test_maps_of_pixels_are_not_taken_for_maps_of_text(emoji):
     """At 4 x 8 positions there are as many pixels as tokens: recording self-attention changes no mask, and no mean."""
     words, size = p2p.LocalBlend(words=("cat", "dog"), start=0.0, level=8), dict(height=32, width=64)
@@ -195,6 +208,7 @@ def test_maps_that_a_blend_alone_reads_are_not_recorded(emoji):
         p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=2, record=p2p.Record(text=10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(66, 64), (64, 70), (62, 58)])
 def test_blends_at_sizes_that_no_level_divides(emoji, height, width):
     """The maps are a quarter of the picture's sides, rounded up."""
@@ -203,6 +217,7 @@ def test_blends_at_sizes_that_no_level_divides(emoji, height, width):
     assert r.masks.shape == (1, 1, height, width) and kept.any() and torch.equal(r.latents[1][:, kept], r.latents[0][:, kept])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [-2.0, -0.5, 0.0])
 def test_a_negative_weight_does_not_turn_the_mask_inside_out(emoji, weight):
     words = p2p.LocalBlend(words=("cat", "cat"), start=0.0)

@@ -50,6 +50,7 @@ def test_prompts_and_lists_have_a_bound(tmp_path, monkeypatch):
         lines.read(tmp_path / "x", lambda said, _: said, "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [
     archive(text("m" * (1 << 20)) + b"q\0" + b"0" + b"".join(b"h\0\x8c\x01a\x930" for _ in range(260_000)) + dictionary(weight=tensor())),
     archive(b"\x8b" + struct.pack("<i", 8 << 20) + b"\1" * ((8 << 20) - 1) + b"\x81" + b"q\0}" + b"h\0Ns" * 300_000 + b"0"

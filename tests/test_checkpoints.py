@@ -63,6 +63,7 @@ def test_text_towers_at_full_size():
         assert len(set(names)) == len(names) == len(state) + 4 * config.layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_ldm_names_are_those_that_diffusers_reads(family, tmp_path):
     """diffusers' own converters take our single file back to the tensors that we began with."""
@@ -88,6 +89,7 @@ def test_ldm_names_are_those_that_diffusers_reads(family, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- formats, equal tensors
 
+@pytest.mark.slow
 def test_single_file_and_back(made, single, plain, tmp_path):
     family, _, folder = made
     equal(plain, load(folder))
@@ -97,6 +99,7 @@ def test_single_file_and_back(made, single, plain, tmp_path):
     assert plain.family == back.family == family
 
 
+@pytest.mark.slow
 def test_diffusers_opens_a_converted_folder(made, single, plain, tmp_path):
     """With tokenizers, since a pipeline cannot do without them."""
     family, parts, _ = made
@@ -159,6 +162,7 @@ def test_pickles(single, plain, tmp_path, depth):
     equal(load(tmp_path / "model.ckpt"), plain)
 
 
+@pytest.mark.slow
 def test_lightning_pickle_with_its_leftovers(single, plain, tmp_path):
     """A callback's class, numpy numbers and optimizer states, in today's and in the oldest file format."""
     import sys
@@ -182,6 +186,7 @@ def test_lightning_pickle_with_its_leftovers(single, plain, tmp_path):
         equal(load(tmp_path / f"{new}.ckpt"), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("less", ["model.", "", keys.UNET])
 @pytest.mark.parametrize("dots", [False, True])
 def test_averaged_weights_are_taken_when_asked_for(single, plain, tmp_path, dots, less):
@@ -266,6 +271,7 @@ def test_text_is_theirs(made, plain):
         close(c.vector[:, : families.POOLED], pooled)
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_transformers(single, plain, tmp_path):
     """On everything but what is documented: ftfy's repairs, and `!` where it is the padding's name (SD 2, SDXL's second)."""
     convert(find(single), tmp_path / "back")
@@ -319,6 +325,7 @@ def test_sizes_that_do_not_fit(plain):
         p2p.generate(plain, "a cat", steps=1, height=60)
 
 
+@pytest.mark.slow
 def test_half_precision_with_float32_where_it_would_overflow(made, single, plain):
     """SD 2's attention and SDXL's autoencoder run in float32 in a half-precision model."""
     family = made[0]

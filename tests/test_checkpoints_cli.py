@@ -26,6 +26,7 @@ def load(path, **kw):
     return p2p.load(path, device="cpu", dtype=torch.float32, **kw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_edits_from_the_command_line(made, single, tmp_path, capsys, prediction):
     """The edits of the bundled model, on every family: swap, refine and weights, non-square, source = source alone."""
@@ -43,6 +44,7 @@ def test_edits_from_the_command_line(made, single, tmp_path, capsys, prediction)
     assert (tmp_path / again[0]).read_bytes() == (tmp_path / files[0]).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_inversions_from_the_command_line(made, single, tmp_path, capsys, prediction, method):

@@ -54,6 +54,7 @@ def test_nothing_is_overwritten_and_a_drawn_seed_is_said_and_recorded(capsys, tm
     assert len(set(seeds)) == 2 and sorted(p.name[:4] for p in tmp_path.iterdir()) == ["0001", "0002"]
 
 
+@pytest.mark.slow
 def test_from_runs_an_edit_again_to_the_same_pixels(capsys, tmp_path):
     options = ["--cross", "0.6", "--cross", "dog=0.2:0.9", "--self", "0:0.5", "--weight", "red=1.5", "--cfg", "2.5", "--eta", "0.3"]
     _, first, _ = run(capsys, *EDIT, *options, "-o", tmp_path)
@@ -75,6 +76,7 @@ def test_several_targets_and_generate(capsys, tmp_path):
     assert code == 2 and "generate" in err
 
 
+@pytest.mark.slow
 def test_an_edit_ends_in_large_pictures_and_can_be_made_again(capsys, tmp_path):
     code, out, _ = run(capsys, *EDIT, "--seed", 5, "--upscale", "--upscale-steps", 2, "-o", tmp_path)
     large = out.split()[:2]
@@ -91,6 +93,7 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
+@pytest.mark.slow
 def test_a_picture_is_edited_at_once_or_from_its_inversion(capsys, tmp_path, photo):
     """The same pixels on both ways, and from the settings inside the result; the rows of the network are said."""
     common, out = ["--cross", "0.5", "-o", tmp_path / "out"], tmp_path / "out"
@@ -114,6 +117,7 @@ ROWS = {"every prompt and its empty one, every step": (12, EDIT), "guidance 1: n
 SMALL = ["--height", "32", "--width", "32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ROWS)
 def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tmp_path, what):
     rows, argv = ROWS[what]
@@ -139,6 +143,7 @@ def test_an_edit_of_a_picture_of_another_size_is_made_again(capsys, tmp_path, ph
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(out.split(), again.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["null-text", "edit-friendly", "belm", "noise"])
 def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method):
     own = {"noise": ["--skip", "1"], "null-text": ["--inner-steps", "2"]}.get(method, [])
@@ -239,6 +244,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(capsys, tmp_path, monkeypatc
     assert code == 2 and "No space left on device" in err and out == "" and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_that_moved_is_asked_for(capsys, tmp_path, sd1_file):
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(Path(sd1_file).read_bytes())
@@ -263,12 +269,14 @@ def test_foreign_pictures_hold_no_settings(capsys, tmp_path):
         assert code == 2 and message in err
 
 
+@pytest.mark.slow
 def test_module_and_pipe():
     """`python -m p2p` is the same program; without a terminal there is no progress bar."""
     done = subprocess.run([sys.executable, "-m", "p2p", "tokens", "a cat"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("a cat\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, code", [("| head -n 1", 0), ("> /dev/full", 2)])
 def test_what_cannot_be_printed_is_no_traceback(command, code):
     shell = f"set -o pipefail; {sys.executable} -m p2p tokens {'word ' * 9000} {command}"

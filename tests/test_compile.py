@@ -28,6 +28,7 @@ def traced(shallow):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_edits_and_windows(traced, shallow):
     for edit in EDITS:
         got = p2p.edit(traced, SOURCE, edit, steps=4, seed=1).latents
@@ -35,6 +36,7 @@ def test_one_graph_for_all_edits_and_windows(traced, shallow):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_blend_adds_no_graph_of_its_own(traced):
     blend = p2p.LocalBlend(words=("cat", "dog"), start=0.5)
     for words in ("a dog on grass", "a cat at night"):
@@ -43,6 +45,7 @@ def test_a_blend_adds_no_graph_of_its_own(traced):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_an_inversion_is_one_graph(traced):
     p2p.invert(traced, Image.new("RGB", (64, 64), "green"), SOURCE, method="ddim", steps=3)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

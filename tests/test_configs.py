@@ -201,6 +201,7 @@ def sd1_folder(tmp_path_factory):
     return families.save(parts, tmp_path_factory.mktemp("sd1") / "folder", "sd1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", SAID)
 def test_a_folder_is_sampled_as_its_scheduler_config_says(sd1_folder, tmp_path, said):
     """Read by diffusers' DDIMScheduler: timesteps, levels and predictions at every step count; and once more when converted."""
@@ -241,6 +242,7 @@ def test_empty_prompts_of_sdxl_are_zeros_only_where_its_index_says_so(tmp_path):
         assert find(changed(folder, "model_index.json", force_zeros_for_empty_prompt=said)).zero_negative is said
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_that_is_encoded_stays_so_when_converted(made, tmp_path):
     family, _, folder = made
     folder = changed(shutil.copytree(folder, tmp_path / "m"), "model_index.json", force_zeros_for_empty_prompt=False)

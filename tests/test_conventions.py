@@ -37,6 +37,7 @@ def x_0(picture):
 
 # ------------------------------------------------------------------------------------------- settings that are read, or not
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_is_read_or_refused(narrow, small, method):
     """Read: the result or what comes of it differs. Refused: by name, with the methods that read it."""
@@ -93,6 +94,7 @@ def test_proximal_operators_are_those_of_their_norms():
     assert torch.allclose(rows[1], 10 * rows[0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_published_proximal_guidance_reads_the_sources_row(narrow, picture):
     """Ours needs the targets' rows alone; the published threshold is taken of the source's too."""
     inv = p2p.invert(narrow, picture, SOURCE, method="negative-prompt", steps=STEPS)
@@ -105,6 +107,7 @@ def test_published_proximal_guidance_reads_the_sources_row(narrow, picture):
 
 # ----------------------------------------------------------------------------------------------------------------- blends
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ddim", "negative-prompt", "null-text", "direct"])
 def test_outside_of_a_blend_stands_the_picture_or_the_sampled_source(narrow, small, method):
     inv = p2p.invert(narrow, small, SOURCE, method=method, steps=STEPS, inner_steps=1 if method == "null-text" else None)
@@ -148,6 +151,7 @@ def test_windows_over_the_schedule_count_what_an_inversion_leaves_out():
         assert mix.shape[0] == steps and [bool(k.any()) for k in keep].index(True) == ends
 
 
+@pytest.mark.slow
 def test_windows_over_the_schedule_reach_self_attention(narrow, picture):
     """With half of the steps left out, half of the schedule is all of the run."""
     inv = p2p.invert(narrow, picture, SOURCE, steps=8, skip=4)
@@ -177,6 +181,7 @@ def belm_published(model, x_T, steps, told):
     return xs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_belm_ends_where_it_is_told(sd1, x_0):
     """With final_alpha 1 each step up is the inverse of the published step down; without, the picture is at alphas_cumprod[0]."""
@@ -203,6 +208,7 @@ def test_belm_ends_where_it_is_told(sd1, x_0):
     assert (other.latents[-1] - inv.latents[-1]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_belm_passes_levels_that_coincide(sd1, x_0):
     """1000 steps visit t = 0, whose level is where Stable Diffusion's picture stands: a step of no length."""

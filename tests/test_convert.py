@@ -122,6 +122,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path, sd1_file):
     assert left(tmp_path) == [living, "out.safetensors"]
 
 
+@pytest.mark.slow
 def test_modes_are_those_of_any_file(tmp_path, sd1_file):
     before = os.umask(0o022)
     try:

@@ -257,6 +257,7 @@ def valid(tmp_path_factory, sd1_tensors):
     return path, data, 8 + struct.unpack("<Q", data[:8])[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["flip", "cut", "insert", "remove"]), where=st.floats(0, 1), near_header=st.booleans(),
        value=st.integers(0, 255), count=st.integers(1, 64))

@@ -55,6 +55,7 @@ def test_words_that_the_model_does_not_know_are_named(tmp_path, capsys):
     assert 'prompt 0: note: "a zebra on grass": this model has never seen zebra' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pairs_are_kept_as_the_original_lays_them_out(prompts, finished):
     out, said = finished
     seeds = json.loads((out / "seeds.json").read_text())
@@ -77,6 +78,7 @@ def test_pairs_are_kept_as_the_original_lays_them_out(prompts, finished):
         assert Image.open(io.BytesIO(tar.extractfile(names[1]).read())).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_files(prompts, finished, tmp_path, capsys):
     whole, out = finished[0], tmp_path / "out"
     real = dataset._put
@@ -115,6 +117,7 @@ def test_filters_are_cosines():
     assert ip2p.dropped(good, recipe) is None and ip2p.dropped(good | {"clip_sim_1": float("nan")}, recipe) == "clip_sim_1"
 
 
+@pytest.mark.slow
 def test_prompt_to_prompts_own_pairs_stop_early_and_mix_with_no_others(prompts, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(prompts, out, recipe="p2p")) == 0
@@ -142,6 +145,7 @@ def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other,
     assert (tree(out), (out / "recipe.json").read_bytes()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["sampler", "judge"])
 def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts, tmp_path, capsys, monkeypatch, where, once):
     out, few = tmp_path / "out", ["--samples", "2", "--steps", "1"]
@@ -170,6 +174,7 @@ def test_pure_noise_has_no_sigma(prompts, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_parquet_holds_the_same_pairs(prompts, finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "out")
     assert main(command(prompts, out, "--format", "parquet", "-q")) == 0

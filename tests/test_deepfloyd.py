@@ -241,6 +241,7 @@ def t_range(t, word):
     return [i for i, (s, e) in enumerate(t.spans) if start <= s and e <= start + len(word) and e]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, settings", [
     ("a red dog on grass", dict(mode="replace")), ("a big red cat on grass", dict(mode="refine")),
     ("a red cat on grass", dict(mode="reweight", equalizer={"red": -1.5})),
@@ -278,6 +279,7 @@ def test_fused_is_explicit(stages):
     assert (maps[2:] - edited[..., 16:]).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, capsys):
     prompts = ["a red cat on grass", "a red dog on grass"]
     assert main(["encode", *prompts, "--model", str(stages[0]), "-o", str(tmp_path)]) == 0
@@ -298,6 +300,7 @@ def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, cap
 
 # ----------------------------------------------------------------------------------------------------------------- cascade
 
+@pytest.mark.slow
 def test_cascade(stages):
     """Four times larger, prompts and noise shared: equal small pictures stay equal, and so do their neighbours' pixels."""
     model, upscaler = p2p.load(stages[0], device="cpu"), p2p.load(stages[1], device="cpu")
@@ -338,6 +341,7 @@ def test_low_resolution_picture_is_noised_as_said(stages):
                 assert abs(told.low.std() - 1) < 0.1 and (told.low - seen["x"]).std() > 1
 
 
+@pytest.mark.slow
 def test_cascade_from_the_command_line(stages, tmp_path, capsys):
     one, two = map(str, stages)
     argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", one, "--steps", "2", "--height", "16", "--width", "16",

@@ -36,6 +36,7 @@ def test_no_window_is_no_edit(narrow):
     close(r.latents[1:], p2p.generate(narrow, PAIR[1], **SETTINGS).latents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair, mode, edits", [
     (PAIR, "replace", literal.word_swap), (("a red cat on grass", "a big red cat on snowy grass"), "refine", literal.refinement)])
 def test_edits_are_algorithm_1_written_out(narrow, pair, mode, edits):
@@ -79,6 +80,7 @@ def test_weight_one_changes_nothing_and_two_does(narrow):
     assert (r.latents[2] - r.latents[0]).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_targets_do_not_touch_each_other(narrow, edited):
     """A target's picture is the same alone, among others, and in another order."""
     others = [p2p.Edit("a red cat on grass at night", cross_replace_steps=0.5), p2p.Edit(PAIR[0], equalizer={"red": -2})]

@@ -25,6 +25,7 @@ def started(folder, n, others=None, **extra):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_ends_no_other_ranks_work(tmp_path):
     """Its rank has nothing else to do, and ends long before the other."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n not")
@@ -34,6 +35,7 @@ def test_a_job_that_fails_ends_no_other_ranks_work(tmp_path):
     assert rows(tmp_path / "out") == ["failed", "done"] and not list((tmp_path / "out").rglob(".p2p-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["a rank is killed", "Ctrl-C"])
 def test_ranks_end_together_and_another_run_goes_on(tmp_path, stop):

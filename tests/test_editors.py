@@ -62,6 +62,7 @@ def rows_of(sd1):
     return net, rows
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [3, 2, 0])
 def test_plug_and_play_is_the_authors_injection(rows_of, guided):
@@ -79,6 +80,7 @@ def test_plug_and_play_is_the_authors_injection(rows_of, guided):
     assert (out[source] - own).abs().max() < 1e-9 * out.std() and (out - net(x, 500, context)[0])[targets].abs().max() > 0.1 * out.std()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("guided", [3, 0])
 def test_masactrl_asks_the_source_of_its_own_half(rows_of, guided):
@@ -104,6 +106,7 @@ def test_masactrl_of_a_known_source_has_both_its_rows(narrow, method):
     assert set(seen) == {4}
 
 
+@pytest.mark.slow
 def test_a_source_can_be_told_another_prompt_while_it_is_sampled(narrow):
     inv = p2p.invert(narrow, render(sample(1, 5, "held out"))[0], SOURCE, method="direct", steps=4)
     told, own, same = (p2p.edit(narrow, inv, TARGET, editor=p2p.PlugAndPlay(source_prompt=p)) for p in ("", None, SOURCE))
@@ -111,6 +114,7 @@ def test_a_source_can_be_told_another_prompt_while_it_is_sampled(narrow):
     assert told.settings["editor"]["source_prompt"] == "" and torch.equal(told.latents[0], own.latents[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda e: type(e).__name__)
 def test_the_source_is_untouched_and_its_own_prompt_changes_nothing(narrow, editor):
     """With guidance Plug-and-Play's unconditional half takes the conditional source, so there only the source is untouched."""
@@ -129,6 +133,7 @@ def test_maps_before_the_edit_are_not_an_editors(narrow):
         p2p.edit(narrow, SOURCE, TARGET, steps=2, editor=p2p.MasaCtrl(), record=p2p.Record(text=256, before=True))
 
 
+@pytest.mark.slow
 def test_no_steps_is_no_edit(narrow):
     free = p2p.generate(narrow, TARGET, steps=4, seed=1).latents[0]
     for editor in (p2p.MasaCtrl(start=1.0), p2p.MasaCtrl(layers=1.0), p2p.PlugAndPlay(0.0, 0.0)):

@@ -139,6 +139,7 @@ def test_what_stands_outside_of_a_blend_is_the_same_where_the_source_follows_it(
     assert torch.allclose(runs[0].latents, runs[1].latents, atol=1e-5) is not acts
 
 
+@pytest.mark.slow
 def test_the_middle_block_is_named_where_it_changes_nothing(narrow, sd1):
     """It counts at the side of the maps, and there beside others: else alone it counts anyhow."""
     def notes(model, level, **size):
@@ -149,6 +150,7 @@ def test_the_middle_block_is_named_where_it_changes_nothing(narrow, sd1):
     assert "it alone has maps of 2 x 2" in notes(sd1, 8, height=128, width=128)
 
 
+@pytest.mark.slow
 def test_a_seed_beside_a_known_source_is_named(narrow, picture):
     for source in (p2p.invert(narrow, picture, SOURCE, method="direct", steps=2), p2p.trace(narrow, SOURCE, steps=2)):
         assert any("seed changes nothing" in n for n in p2p.edit(narrow, source, SWAPPED, seed=5).notes)

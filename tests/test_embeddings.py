@@ -66,6 +66,7 @@ def expected(made, tmp_path_factory):
         return pipe.encode_prompt(lowered, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_contexts_are_those_of_diffusers(made, expected, tmp_path, layout):
     files = LAYOUTS[layout](tmp_path, vectors(WIDTHS[made[0]]))
@@ -74,6 +75,7 @@ def test_contexts_are_those_of_diffusers(made, expected, tmp_path, layout):
     assert not torch.allclose(load(made[2]).text(PROMPTS[:1]), expected[:1], atol=0.1)
 
 
+@pytest.mark.slow
 def test_words_are_the_files_own_unless_they_are_given(made, tmp_path):
     v = vectors(WIDTHS[made[0]])
     own, named = (LAYOUTS[layout](tmp_path, v) for layout in ("diffusers", "clip_l, clip_g" if len(v) > 1 else "emb_params"))
@@ -116,6 +118,7 @@ def test_several_vectors_are_one_word_of_several_tokens(emoji_words):
     assert m[2:5, 2].tolist() == [1, 1, 1] and m[5, 3] == m[7, 5] == 1
 
 
+@pytest.mark.slow
 def test_weights_windows_blends_and_maps_know_the_word(emoji_words):
     blend = p2p.LocalBlend(words=("<beast>", "dog"))
     r = p2p.edit(emoji_words, "a <beast> on grass", p2p.Edit("a dog on grass", local_blend=blend), steps=2, record=p2p.Record(text=256))
@@ -125,6 +128,7 @@ def test_weights_windows_blends_and_maps_know_the_word(emoji_words):
     assert r.settings["embeddings"][0]["words"] == ["<beast>", "<hue>"] and len(r.settings["embeddings"][0]["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_weights_in_a_prompt_are_on_the_whole_word(emoji_words):
     """All its tokens weigh the same: in a target as the word's fader, elsewhere in the embedding."""
     prompt, size = "a (<beast>:1.5) on grass", (64, 64)
@@ -191,6 +195,7 @@ def test_a_word_needs_as_many_vectors_in_each_tower(made, tmp_path):
         refused(made, [(other, None), (first[0], None)], "has 3 and 2 vectors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, state", [
     ("not finite", {"<w>": torch.full((1, 128), float("nan"))}), ("76 vectors", {"<w>": torch.zeros(76, 64)}),
     ("0 vectors", {"<w>": torch.zeros(0, 64)}), ("no embedding", {"a.weight": torch.zeros(64, 64)}), ("no embedding", {}),

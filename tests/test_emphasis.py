@@ -87,6 +87,7 @@ def test_a_weight_in_a_target_is_its_equalizer(narrow):
     assert a.settings["targets"] == b.settings["targets"]
 
 
+@pytest.mark.slow
 def test_elsewhere_it_is_on_the_embedding(narrow):
     """In a source, in `generate`, in what guidance leads away from, and in a target that asks for it."""
     weighted = narrow.condition(["a red cat"]).context[0]
@@ -132,6 +133,7 @@ def test_a_word_is_weighed_once(narrow):
         p2p.edit(narrow, "a cat", p2p.Edit("a (dog:2)", equalizer={"dog": 3}), **EASY)
 
 
+@pytest.mark.slow
 def test_weights_are_noted_recorded_and_replayed(tmp_path, capsys):
     argv = ["edit", "a (red:1.4) cat", "a (red:1.2) dog", "--emphasis", "embedding", "--steps", "2", "--seed", "1", "-o", str(tmp_path)]
     assert main(argv) == 0

@@ -33,6 +33,7 @@ def folder_of(tmp_path, scheduler):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_diffusers_pipeline(lcm, monkeypatch):
     model = p2p.load(lcm, device="cpu")
     assert (model.sampler, model.steps, model.guidance_scale) == ("lcm", 4, 7.5) and "lcm samples" in " ".join(model.notes)
@@ -48,6 +49,7 @@ def test_a_run_is_that_of_diffusers_pipeline(lcm, monkeypatch):
     assert (r.latents - theirs).abs().max() < 1e-4 * theirs.std() and r.rows == 4
 
 
+@pytest.mark.slow
 def test_an_edit_runs_as_many_rows_as_there_are_prompts(lcm):
     model = p2p.load(lcm, device="cpu")
     size = dict(height=64, width=64, seed=1)
@@ -62,6 +64,7 @@ def test_an_edit_runs_as_many_rows_as_there_are_prompts(lcm):
             call()
 
 
+@pytest.mark.slow
 def test_converted_both_ways_it_is_the_same(lcm, tmp_path):
     convert(find(lcm), tmp_path / "one.safetensors")
     convert(find(tmp_path / "one.safetensors"), tmp_path / "back")
@@ -83,6 +86,7 @@ FEW = {   # a folder's scheduler, and what it is sampled by: the sampler, steps,
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_a_word_swap_from_the_command_line(tmp_path, capsys, name):
     """The source's row is the source alone."""

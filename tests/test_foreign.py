@@ -98,6 +98,7 @@ def test_formats_of_other_programs_are_named(tmp_path, name, head, kind):
     refuse(tmp_path / name, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["no middle", "other depths"])
 def test_distilled_networks_are_named(made, single, tmp_path, how):
     """SSD-1B and its kin lack layers of SDXL: in the middle, or more going down than going up."""

@@ -43,6 +43,7 @@ def test_autoencoder(sd1, golden):
     close(sd1.decode(g["parts.vae_mean"]), g["parts.vae_decoded"], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_edit(sd1, golden, undecoded, name):
     meta, g = golden

@@ -366,6 +366,7 @@ def outcomes(tmp_path_factory):
     return {names[file]: (said, seconds) for file, said, seconds in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_refused_in_words_and_in_time(outcomes, case):
     said, seconds = outcomes[case]

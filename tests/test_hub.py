@@ -142,6 +142,7 @@ def inspect(hub, home):
         yield ask
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_downloaded_and_then_cached(hub, home, inspect):
     once = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
             "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"]
@@ -186,6 +187,7 @@ def test_every_failure_has_its_message(hub, inspect):
         refused(answer, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, want", [
     ("org/name", True), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("./org/name", False), ("/org/name", False),
     ("../org/name", False), ("name", False), ("org/name/more", False), ("org/model.safetensors", False), ("org/model.CKPT", False),

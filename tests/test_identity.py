@@ -115,6 +115,7 @@ def test_many_may_ask_at_once(tmp_path, monkeypatch):
     assert [len(p.read_text()) for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [64]
 
 
+@pytest.mark.slow
 def test_a_single_file_is_known_by_its_own_sha256(file, vae, capsys):
     """As `sha256sum` gives it, so that pictures made before are made again; a separate autoencoder has a line of its own."""
     want = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (file, vae)]
@@ -141,6 +142,7 @@ DECIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DECIDES)
 def test_every_file_of_a_folder_that_decides_pixels_is_hashed(folder, tmp_path, what, capsys):
     """A picture of it is then not made again, and a list of jobs is another one; the same folder elsewhere is the same."""
@@ -166,6 +168,7 @@ ASKED = {"vae": ["--vae", "VAE"], "ema": ["--ema"], "clip_skip": ["--clip-skip",
          "held": ["--half-weights"], "tile": ["--tile", "8"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_what_was_asked_of_a_model_is_recorded_and_done_again(file, vae, tmp_path, capsys, name):
     """With other pixels than without it; and it is part of a job's identity."""
@@ -191,6 +194,7 @@ def test_what_was_asked_of_a_model_is_recorded_and_done_again(file, vae, tmp_pat
         assert f"{options[0]}: not with --from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_autoencoder_is_not_taken_for_the_recorded_one(file, vae, folder, tmp_path, capsys):
     argv = [*EDIT, "--model", str(file), "-o", str(tmp_path)]
     assert main(argv) == main([*argv, "--vae", str(vae)]) == 0
@@ -215,6 +219,7 @@ def test_pictures_made_before_are_made_again(file, tmp_path, capsys):
     assert Image.open(capsys.readouterr().out.split()[1]).tobytes() == Image.open(picture).tobytes()
 
 
+@pytest.mark.slow
 def test_pictures_made_before_of_averages_are_made_of_them_again(file, tmp_path, capsys):
     """The versions that record no "ema" took the averages wherever a file had them under LDM's names."""
     state = {k.replace(".", "").replace("model_ema", "model_ema.") if k.startswith("model_ema.") else k: v
@@ -232,6 +237,7 @@ def test_pictures_made_before_of_averages_are_made_of_them_again(file, tmp_path,
     assert "old.png is of a version that took the averaged weights" in err
 
 
+@pytest.mark.slow
 def test_an_inversion_is_edited_with_the_model_that_it_was_made_with(file, vae, tmp_path):
     plain, other = load(file), load(file, vae=vae)
     inv = p2p.invert(other, Image.new("RGB", (16, 16), "red"), "a cat", method="ddim", steps=2, height=16, width=16)

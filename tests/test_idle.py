@@ -69,6 +69,7 @@ def test_an_editor_records_no_mode_that_it_does_not_read(narrow):
     assert edited(narrow, editor=p2p.MasaCtrl(), scope="cat").settings["targets"][0]["mode"] == "replace"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["null-text", "negative-prompt"])
 def test_what_stands_for_the_empty_prompt_is_read_by_guidance_alone(narrow, method):
     picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_users_own_folders_are_left_alone(tmp_path):
     for name in ("models", "weights", "tests"):
         (tmp_path / name).mkdir()

@@ -46,6 +46,7 @@ def prompt():
 
 # -------------------------------------------------------------------------------------------------- against the original
 
+@pytest.mark.slow
 def test_inversions_of_the_original_code(sd1, golden, undecoded):
     meta, g = golden
     g = {k.removeprefix("inversion."): v for k, v in g.items() if k.startswith("inversion.")}
@@ -67,6 +68,7 @@ def test_inversions_of_the_original_code(sd1, golden, undecoded):
 
 # ------------------------------------------------------------------------------------------------------------ round trips
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "edit-friendly"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 def test_source_is_exact_at_any_guidance(emoji, picture, prompt, method, guidance_scale):
@@ -76,6 +78,7 @@ def test_source_is_exact_at_any_guidance(emoji, picture, prompt, method, guidanc
     assert (r.latents[2] - picture[0]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_edit_friendly_noise_leads_an_unguided_target_back_too(emoji, picture, prompt):
     """The offsets are what the network misses: the same prompt without guidance comes to the picture's latents one step from
     the end, and then to what the network makes of them."""
@@ -92,6 +95,7 @@ def test_belm_is_its_own_inverse():
     assert torch.allclose(belm_step_up(belm_step(x, y, eps, 0.3, 0.5, 0.7), y, eps, 0.7, 0.5, 0.3), x, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["emoji", "sd1"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_belm_reconstructs_in_float64(request, family, guidance_scale, small):
@@ -104,6 +108,7 @@ def test_belm_reconstructs_in_float64(request, family, guidance_scale, small):
     assert (r.latents - x_0).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_fixed_point_undoes_a_step_better_than_a_guess(emoji, prompt, small):
     """Reconstruction without guidance, by the number of iterations."""
     @cache
@@ -115,6 +120,7 @@ def test_fixed_point_undoes_a_step_better_than_a_guess(emoji, prompt, small):
     assert error("fixed-point", inner_steps=5) < error("ddim") < error("noise") * 10
 
 
+@pytest.mark.slow
 def test_guidance_breaks_ddim_and_null_text_repairs_it(emoji, picture, prompt):
     """The paper's figure 11, and what came after it."""
     @cache
@@ -128,6 +134,7 @@ def test_guidance_breaks_ddim_and_null_text_repairs_it(emoji, picture, prompt):
     assert error("negative-prompt", 8.0) == pytest.approx(error("ddim", 1.0), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_null_text_touches_no_weight(emoji, small, prompt):
     before = {k: v.clone() for k, v in emoji.unet.state_dict().items()}
     inv = p2p.invert(emoji, small, prompt, method="null-text", steps=2, inner_steps=2)
@@ -145,6 +152,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_inversion_starts_every_edit(narrow, small, method):
     inv = p2p.invert(narrow, small, SOURCE, method=method, steps=3, skip=1 if method in ("noise", "edit-friendly") else 0, **few(method))
@@ -154,6 +162,7 @@ def test_every_inversion_starts_every_edit(narrow, small, method):
         assert r.latents.isfinite().all() and (r.latents[1] - r.latents[0]).abs().max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_the_default_leaves_out_a_quarter_of_the_steps(narrow, small):
     """Edit-friendly inversion as in its PIE-Bench runs, 12 of 50; each other step but the last takes one row."""
     inv = p2p.invert(narrow, small, SOURCE, steps=10)
@@ -162,6 +171,7 @@ def test_the_default_leaves_out_a_quarter_of_the_steps(narrow, small):
     assert p2p.invert(narrow, small, SOURCE, steps=10, method="direct").skip == 0
 
 
+@pytest.mark.slow
 def test_outside_of_a_blend_the_picture_itself_comes_back(narrow, small):
     """Not its reconstruction: the stored latents (paper, section 4 and figure 12)."""
     mask = torch.zeros(32, 32)
@@ -172,6 +182,7 @@ def test_outside_of_a_blend_the_picture_itself_comes_back(narrow, small):
         assert torch.equal(r.latents[1][:, :, 15:], small[0][:, :, 15:])
 
 
+@pytest.mark.slow
 def test_rows_are_those_that_matter(narrow, small):
     """Direct inversion: one row a step to invert; in an edit three where the target reads the source, else two; a source that
     is sampled anew costs a fourth, to the end."""
@@ -186,6 +197,7 @@ def test_rows_are_those_that_matter(narrow, small):
     assert p2p.edit(narrow, replace(inv, method="ddim"), TARGET).rows == 40
 
 
+@pytest.mark.slow
 def test_a_source_that_nothing_reads_is_left_out(narrow, small):
     """The pictures are those of a run that computes it to the end."""
     inv = p2p.invert(narrow, small, SOURCE, method="direct", steps=6)
@@ -196,6 +208,7 @@ def test_a_source_that_nothing_reads_is_left_out(narrow, small):
         assert short.rows < whole.rows and (short.latents - whole.latents).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_the_same(narrow, small, tmp_path):
     image = Image.fromarray(((small[0].permute(1, 2, 0) + 1) * 127.5).byte().numpy())
     for method in METHODS:
@@ -217,6 +230,7 @@ def test_a_file_from_before_versions_were_recorded_is_read(narrow, tmp_path):
     assert p2p.Inversion.load(file).version is None
 
 
+@pytest.mark.slow
 def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(shallow):
     """The official rate, 0.01 (1 - i / 100), is negative from the 102nd step on, which Adam refuses."""
     inv = p2p.invert(shallow, torch.zeros(1, 3, 16, 16), SOURCE, method="null-text", steps=103, inner_steps=1)

@@ -74,6 +74,7 @@ def written_out(model, prompts, seed, threshold, scale, steps):
     return (model.decode(x.float()) / 2 + 0.5).clamp(0, 1), sum(copying)
 
 
+@pytest.mark.slow
 def test_pairs_are_the_authors(sd1):
     """Each sample of a batch has a seed, a share and a guidance of its own; self-attention at every size, in both halves."""
     sd1 = replace(sd1, size=(128, 128))

@@ -96,6 +96,7 @@ def test_all_are_named_and_nothing_is_written(emoji, folder, capsys):
     assert all(f"line {i}: " in err for i in range(2, 2 + len(FAULTS))) and "line 1: " not in err and not (folder / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [
     {"targets": ["a dog on grass", "a cat on grass"], "weight": {"grass": 2}}, {"scope": "cat"}, {"height": 32, "width": 96},
     {"cross": {"dog": 0.1}, "swap": {"cat": "dog"}}, {"local_blend": {"words": [[], "dog"]}}, PICTURE | {"fit": "own"},
@@ -106,6 +107,7 @@ def test_what_would_run_is_read(emoji, folder, said):
     assert work._ready(emoji, job).prompts
 
 
+@pytest.mark.slow
 def test_no_picture_is_decoded_and_a_thousand_lines_take_about_a_second(emoji, folder, monkeypatch):
     for name in ("open", "new"):
         monkeypatch.setattr(Image, name, None)

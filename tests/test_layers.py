@@ -31,6 +31,7 @@ def test_names_shares_and_lists_choose_layers(emoji):
     assert set(on(emoji, {"cross": "up"}, 1)) == {m.site for m in emoji.unet.layers(attention.SelfAttention)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "narrow"])
 def test_all_layers_are_the_edit_and_no_text_layer_is_none(request, name):
     """Every layer by name or by share is the edit itself; where none is chosen for either kind of attention, the target is itself."""
@@ -42,6 +43,7 @@ def test_all_layers_are_the_edit_and_no_text_layer_is_none(request, name):
     assert not torch.equal(edited(model, "mid", **size), whole)
 
 
+@pytest.mark.slow
 def test_each_kind_has_its_own(sd1):
     """Self-attention limited to a layer whose window is empty, cross-attention everywhere: as self 0."""
     size = dict(height=32, width=32)
@@ -62,6 +64,7 @@ def test_a_layer_that_is_not_chosen_is_not_edited(narrow, monkeypatch):
     assert whole == len(text) * EASY["steps"] and len(calls) == EASY["steps"]
 
 
+@pytest.mark.slow
 def test_targets_have_their_own_layers(narrow):
     edits = [p2p.Edit(TARGET, layers="up"), p2p.Edit(TARGET), p2p.Edit(TARGET, layers={"self": "down_blocks.2"})]
     together = p2p.edit(narrow, SOURCE, edits, **EASY).latents
@@ -88,6 +91,7 @@ def test_others_are_refused(narrow, bad, message):
         edited(narrow, bad)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_from_a_list_in_a_sweep_and_again(tmp_path, capsys):
     how = ["--steps", "2", "--seed", "1", "-o", str(tmp_path)]
     assert main(["edit", SOURCE, TARGET, "--layers", "cross=mid+0.8:1", *how]) == 0
@@ -106,6 +110,7 @@ def test_from_the_command_line_from_a_list_in_a_sweep_and_again(tmp_path, capsys
     assert "expected LAYERS once, or cross=LAYERS" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_heads_are_chosen_by_a_fork_in_one_function(emoji, monkeypatch):
     """The plain way: replace the formula by one that keeps some heads' own result. All heads: the edit; none: no edit of text."""
     real = attention.edited_attend

@@ -83,6 +83,7 @@ def adapted(made, tmp_path_factory):
     return with_adapters(made, tmp_path_factory.mktemp("adapted") / "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"weight": 0.6}, {"dora": True}, {"dora": True, "weight": 0.6}], ids=str)
 def test_what_peft_saves_is_merged_as_peft_merges_it(made, plain, tmp_path, how):
     state, merged = with_adapters(made, tmp_path / "merged", **how)
@@ -92,6 +93,7 @@ def test_what_peft_saves_is_merged_as_peft_merges_it(made, plain, tmp_path, how)
     assert any(not torch.equal(v, plain[k]) for k, v in want.unet.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, rslora", [("metadata", False), ("adapter_config.json", True)])
 def test_alpha_is_read_where_peft_keeps_it(made, tmp_path, where, rslora):
     """It is not among the tensors of such a file."""
@@ -123,6 +125,7 @@ def processors(key):
     return key.replace("self_attn.processor.", "self_attn.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OLD, "processors"])
 def test_older_names_mean_the_same(made, adapted, tmp_path, name):
     state, merged = adapted
@@ -132,6 +135,7 @@ def test_older_names_mean_the_same(made, adapted, tmp_path, name):
     same(load(made[2], lora=tmp_path / "l.bin"), load(merged))
 
 
+@pytest.mark.slow
 def test_kohya_names_of_the_text_towers(made, adapted, tmp_path):
     """lora_te_, or lora_te1_ and lora_te2_ of XL; the towers' fused queries, keys and values take each its third."""
     state, merged = adapted
@@ -207,6 +211,7 @@ def test_differences_of_biases_and_norms(made, plain, tmp_path):
         assert torch.equal(found[name], plain[name] + diff)
 
 
+@pytest.mark.slow
 def test_both_namings_of_a_unet_mean_the_same(made, plain, tmp_path):
     """kohya's scripts name the layers of XL as single files do, others as diffusers; dots for "_" where ComfyUI saves."""
     g, table = generator(), LAYERS[made[0]]
@@ -258,11 +263,13 @@ def test_a_network_held_in_half_is_merged_before_it_is_rounded(made, one):
     assert torch.equal(half.unet.state_dict()[name], merged_weights(made[2], one)[name].half())
 
 
+@pytest.mark.slow
 def test_a_single_file_takes_what_its_folder_takes(made, single, one):
     found = merged_weights(single, one)
     assert all(torch.equal(found[k], v) for k, v in merged_weights(made[2], one).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["m.safetensors", "folder"])
 def test_the_merged_model_may_be_written(made, one, tmp_path, form):
     convert(find(made[2], lora=[(one, 0.8)]), tmp_path / form)

@@ -98,6 +98,7 @@ def test_heat_grows_brighter_and_survives_nothing():
     assert overlay(Image.new("RGB", (32, 48)), torch.rand(4, 4)).size == (32, 48)
 
 
+@pytest.mark.slow
 def test_maps_command(capsys, tmp_path):
     argv = ["maps", SOURCE, TARGET, "--steps", "2", "--seed", "0", "--ends", "--components", "--arrays", "-o", str(tmp_path)]
     assert main(argv) == 0

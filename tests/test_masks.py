@@ -33,6 +33,7 @@ def test_masks_of_any_size_are_decided_alike_again(height, width, rows, columns,
     assert torch.equal(fixed(again(mask, (rows, columns)), (rows, columns)), fixed(mask, (rows, columns)))
 
 
+@pytest.mark.slow
 def test_a_large_mask_is_kept_small_and_once(narrow):
     """12 megapixels and three targets, two of which share it."""
     large = Image.effect_noise((4000, 3000), 200)
@@ -83,6 +84,7 @@ def test_a_mask_is_padded_as_the_picture_was(narrow):
         assert fixed(narrow, (64, 64), how)[0].all(0).sum() == kept
 
 
+@pytest.mark.slow
 def test_an_upscaled_edit_with_a_mask_runs_again_to_the_same_pixels(capsys, tmp_path):
     Image.effect_noise((300, 200), 200).save(tmp_path / "mask.png")
     asked = ["edit", SOURCE, TARGET, "--blend-mask", str(tmp_path / "mask.png"), "--steps", "1", "--seed", "1", "-o", str(tmp_path),

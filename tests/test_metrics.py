@@ -98,6 +98,7 @@ def asked(judges, a, b, masks, source="a cat", target="a dog on grass"):
     return metrics.measure(picture, made, masks, target, judges, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edited", ["part", "everything", "nothing"])
 def test_official_figures_are_the_evaluators(files, judges, pictures, edited):
     a, b, runs = pictures
@@ -110,6 +111,7 @@ def test_official_figures_are_the_evaluators(files, judges, pictures, edited):
         assert found[name] == pytest.approx(value, rel=2e-3, abs=0.05 if "clip" in name else 1e-7, nan_ok=True), name
 
 
+@pytest.mark.slow
 def test_the_official_structure_has_the_evaluators_slip_and_the_corrected_one_has_not(judges, pictures):
     a, b, runs = pictures
     found = asked(judges, a, b, {"official": pie_data.mask(runs, 96, 96), "corrected": pie_data.mask(runs, 96, 96, border=False)})
@@ -119,6 +121,7 @@ def test_the_official_structure_has_the_evaluators_slip_and_the_corrected_one_ha
     assert abs(found["official"]["structure"] / found["corrected"]["structure"] - 1) > 0.05
 
 
+@pytest.mark.slow
 def test_corrected_parts_do_not_see_what_lies_outside_them(judges, pictures):
     a, b, runs = pictures
     edited = pie_data.mask(runs, 96, 96, border=False)

@@ -17,6 +17,7 @@ from p2p.weights.load import find
 EASY = dict(steps=3, guidance_scale=5.0, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_latents_are_those_of_diffusers_pipelines(tmp_path, family):
     """The empty prompt of SDXL is zeros; a negative prompt is not."""
@@ -34,6 +35,7 @@ def test_latents_are_those_of_diffusers_pipelines(tmp_path, family):
         assert (ours - theirs).abs().max() < 1e-3 * theirs.std()
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_and_the_empty_one_is_none(narrow):
     each = ["", "a bird", "a tree"]
     r = p2p.edit(narrow, "a cat", ["a dog", "a fox"], negative_prompt=each, **EASY)
@@ -44,6 +46,7 @@ def test_each_row_has_its_own_and_the_empty_one_is_none(narrow):
     assert r.settings["negative_prompt"] == each
 
 
+@pytest.mark.slow
 def test_inversions_with_guidance_and_traces_keep_theirs(narrow, tmp_path):
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     plain, led = (p2p.invert(narrow, x, "a cat", method="direct", steps=3, inversion_guidance=3, negative_prompt=n) for n in (None, "a bird"))
@@ -76,6 +79,7 @@ def test_runs_that_cannot_read_it_refuse_it(narrow, settings, message):
         p2p.edit(narrow, "a cat", "a dog", **EASY | settings)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_from_a_list_and_again(tmp_path, capsys):
     argv = ["edit", "a cat", "a dog", "--negative", "", "--negative", "a bird", "--steps", "2", "--seed", "1", "-o", str(tmp_path / "a")]
     assert main(argv) == 0

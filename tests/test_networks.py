@@ -137,6 +137,7 @@ def test_ldm_names_are_a_bijection(part, golden):
         prefix + "embeddings.position_ids"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("size", [(16, 16), (24, 8)])
 def test_unet_is_that_of_diffusers(linear, size):

@@ -20,6 +20,7 @@ from p2p.show.sweep import sweep
 EASY = dict(steps=2, seed=1)
 
 
+@pytest.mark.slow
 def test_escaped_brackets_of_a_target_are_text_and_replay(narrow, tmp_path, capsys):
     r = p2p.edit(narrow, "a cat on grass", r"a \(dog\) on (grass:1.5)", **EASY)
     assert r.edits[0].equalizer == {"grass": 1.5} and not any("weights on" in note for note in r.notes)
@@ -113,6 +114,7 @@ def noted(model, *args, **settings):
     return " ".join(p2p.edit(model, *args, **EASY | settings).notes)
 
 
+@pytest.mark.slow
 def test_notes_are_true(narrow):
     assert "changes nothing" not in noted(narrow, "a (cat:1.5) on grass", "a cat on grass")
     assert "changes nothing" not in noted(narrow, "a cat on grass", p2p.Edit("a (cat:1.5) on grass", emphasis="embedding"))

@@ -60,6 +60,7 @@ def test_a_word_where_none_can_be_named_is_refused(capsys, argv):
     assert main(argv) == 2 and "a window of 'dog' alone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_over_windows(emoji):
     done = sweep(emoji, *PROMPTS, {"cross": [(0.5, 1), 0.0], "self": [[0, 0.5]]}, steps=2)
     assert [v["cross"] for v in done.variants] == [(0.5, 1.0), 0.0] and done.variants[0]["self"] == (0.0, 0.5)
@@ -107,6 +108,7 @@ class Watched(argparse.Namespace):
         return super().__getattribute__(name)
 
 
+@pytest.mark.slow
 def test_what_from_does_not_refuse_is_read(capsys, tmp_path):
     assert main(["edit", *PROMPTS, "--steps", "1", "--seed", "1", "-o", str(tmp_path)]) == 0
     picture = capsys.readouterr().out.split()[0]
@@ -115,6 +117,7 @@ def test_what_from_does_not_refuse_is_read(capsys, tmp_path):
     assert checks.REPLAY - {"source", "targets"} <= args._seen and not args._seen - checks.REPLAY - {"scope"}
 
 
+@pytest.mark.slow
 def test_an_enlarged_picture_is_not_made_again_in_another_way(capsys, tmp_path):
     assert main(["edit", *PROMPTS, "--steps", "1", "--seed", "1", "--upscale", "--upscale-steps", "1", "-o", str(tmp_path)]) == 0
     picture = capsys.readouterr().out.split()[0]

@@ -20,11 +20,13 @@ def nets():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_diffusers_on_the_same_weights_gives_our_step(nets):
     *_, plain, again = nets
     assert (plain - again).abs().max() < 1e-6 * plain.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", peers.KINDS)
 def test_the_official_way_gives_our_edit(nets, kind):
     net, theirs, (x, t, context), plain, _ = nets

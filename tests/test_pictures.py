@@ -203,6 +203,7 @@ def test_a_model_encodes_what_is_shown(emoji, sd1):
 
 # -------------------------------------------------------------------------------------------------- what does not fit is said
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, fit_, said, made", [
     ((1600, 900), None, "1600 x 900 is cropped to the 900 x 900", (64, 64)), ((900, 1600), "crop", "cropped to the 900 x 900", (64, 64)),
     ((1600, 900), "pad", None, (64, 64)), ((1600, 900), "own", None, (86, 48)), ((64, 64), None, None, (64, 64)),

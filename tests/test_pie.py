@@ -106,6 +106,7 @@ def test_lpips_reads_the_networks_file(pictures, tmp_path):
         metrics.lpips(tmp_path / "not.pth")
 
 
+@pytest.mark.slow
 def test_structure_is_the_distance_of_dinos_keys(pictures, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.pth")
@@ -113,6 +114,7 @@ def test_structure_is_the_distance_of_dinos_keys(pictures, tmp_path):
     assert f(pictures[0], pictures[0]) == 0 < f(*pictures) and f(*pictures) == pytest.approx(f(*pictures[::-1]))
 
 
+@pytest.mark.slow
 def test_clip_is_a_hundred_times_the_cosine(pictures, tmp_path):
     torch.manual_seed(0)
     net = open_clip.create_model("ViT-S-32-alt", pretrained=None)
@@ -127,6 +129,7 @@ def test_clip_is_a_hundred_times_the_cosine(pictures, tmp_path):
         metrics.clip(tmp_path / "nofile.pt", "ViT-S-32-alt")
 
 
+@pytest.mark.slow
 def test_the_command_runs_methods_over_a_folder(tmp_path, capsys):
     make(tmp_path / "pie", 4)
     mapping = json.loads((tmp_path / "pie" / "mapping_file.json").read_text())

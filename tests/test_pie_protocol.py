@@ -128,6 +128,7 @@ def test_pictures_are_fitted_as_load_512_does():
         assert np.array_equal(np.asarray(protocol.square(Image.fromarray(a), (64, 64))), wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_resampled_path_is_the_published_list(emoji):
     """extract_latents: inverted with the prompt, sampled again without guidance, reversed; step i is given entry -1 - i of a list
@@ -157,7 +158,12 @@ def rows_of(out):
         return list(csv.DictReader(f))
 
 
+<<<<<<< Updated upstream
 def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys):
+=======
+@pytest.mark.slow
+def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys, once):
+>>>>>>> Stashed changes
     out = tmp_path / "out"
     assert main(command(data, out, "--methods", "noise", "--steps", "2")) == 0
     first = [r for r in rows_of(out)]
@@ -171,7 +177,12 @@ def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys):
     assert "### official, by editing type" in (out / "pie.md").read_text()
 
 
+<<<<<<< Updated upstream
 def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data, tmp_path, capsys, monkeypatch):
+=======
+@pytest.mark.slow
+def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data, tmp_path, capsys, once, monkeypatch):
+>>>>>>> Stashed changes
     out = tmp_path / "out"
     asked = command(data, out, "--methods", "noise", "--limit", "2")
     assert main([*asked, "--steps", "2"]) == 0
@@ -232,6 +243,7 @@ def test_pictures_of_another_program_and_strips(data, tmp_path, capsys):
     assert report["copies"]["official"]["PSNR"] == [None] * 3 and len(report["panels"]["failed"]) == 1
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_rows(data, tmp_path, capsys):
     here, there = tmp_path / "here", tmp_path / "there"
     asked = ("--methods", "noise", "--steps", "2", "--limit", "2")
@@ -273,6 +285,7 @@ def test_settings_that_no_picture_can_have_are_refused_before_anything_is_writte
     assert main([*asked, *more]) == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [["--methods", "noise", "--steps", "2"], ["--pictures", "copies=PICTURES"]])
 def test_pictures_that_were_exchanged_are_refused(data, tmp_path, capsys, row):
     """Figures of a row stay those of the pictures that it was made of, whichever of them a run is about."""

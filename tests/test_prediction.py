@@ -11,6 +11,7 @@ from p2p.weights.detect import scaled_linear, zero_terminal_snr
 from p2p.weights.load import find
 
 
+@pytest.mark.slow
 def test_prediction_by_order(single, tmp_path):
     """argument > yaml beside it > marker tensor > metadata > guess; a guess is said."""
     state = load_file(single)
@@ -31,6 +32,7 @@ def test_prediction_by_order(single, tmp_path):
     assert find(path, prediction="v").prediction == "v"
 
 
+@pytest.mark.slow
 def test_guess_for_sd2_follows_one_bias(tmp_path):
     parts = families.build("sd2")
     state = single_file(find(families.save(parts, tmp_path / "folder", "sd2")))

@@ -267,6 +267,7 @@ def agree(found, wanted, *others):
         assert (found - other).abs().max() > 0.1 * deviation
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name, told", [
     ("ddim+p2p", dict(scale=7.5)), ("directinversion+p2p", dict(scale=7.5, direct=True)),
@@ -282,6 +283,7 @@ def test_rows_of_run_editing_p2p(model, picture, run, name, told, target, blende
     agree(ours(model, picture, name, target, blended), wanted, plain)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_words_of_neither_prompt_make_the_source_of_it(model, picture, run):
     """0 / 0 > 0.3 nowhere: after int(0.2 N) steps the target is the source's row."""
@@ -291,6 +293,7 @@ def test_words_of_neither_prompt_make_the_source_of_it(model, picture, run):
     assert (found - run.path[0]).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("target, mode, side", [(TARGET, "replace", 160), (LONGER, "refine", 128)])
 def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode, side):
@@ -300,6 +303,7 @@ def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode, 
     agree(ours(model, picture, "edit-friendly-inversion+p2p", target, "cat dog"), run.edit_friendly(control, target))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("direct", [False, True])
 def test_rows_of_run_editing_masactrl(model, picture, inverted, direct):
@@ -307,6 +311,7 @@ def test_rows_of_run_editing_masactrl(model, picture, inverted, direct):
     agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+masactrl", TARGET, "cat dog"), wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("direct", [False, True])
 def test_rows_of_run_editing_pnp(model, picture, pnp, direct):
@@ -314,6 +319,7 @@ def test_rows_of_run_editing_pnp(model, picture, pnp, direct):
     agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+pnp", TARGET, "cat dog"), wanted, other)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_guidance_grid_inverts_with_guidance(model, picture, run):
     run = copy.copy(run)

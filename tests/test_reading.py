@@ -47,6 +47,7 @@ def sd2(tmp_path_factory):
     return parts, folder, single_file(find(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["23", "24, trained", "24, zeros", "2 of 24", "2 and one of zeros"])
 def test_the_layers_of_sd2_that_are_used(sd2, tmp_path, layers):
     """The 24th is idle, whatever it holds; any other is used, as in diffusers and ComfyUI, unless it is zero."""
@@ -73,6 +74,7 @@ def test_the_layers_of_sd2_that_are_used(sd2, tmp_path, layers):
 
 # -------------------------------------------------------------------------------------------------------------- precisions
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["half UNet, full tower", "some layers full", "full UNet, half tower", "bfloat16 and half"])
 def test_parts_of_different_precisions_work_together(single, tmp_path, how):
     """As on a GPU, where the default is the precision that is stored: the UNet's larger part decides for it and the text."""
@@ -100,6 +102,7 @@ def test_parts_of_different_precisions_work_together(single, tmp_path, how):
 
 # ------------------------------------------------------------------------------------------------------------- autoencoders
 
+@pytest.mark.slow
 def test_a_checkpoint_without_autoencoder_takes_another(made, single, plain, tmp_path):
     """From a file, a whole file, a folder, a whole folder; of a diffusers folder the file in it."""
     _, _, folder = made
@@ -196,6 +199,7 @@ def test_zero_terminal_snr_can_be_asked_for(single):
     assert all(torch.equal(a, b) for a, b in zip(model.unet.state_dict().values(), plain.unet.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_guessed_prediction_is_said_in_every_run(made, single, tmp_path, capsys):
     """Of a file that does not say it; ours do, in their metadata."""
     family, _, folder = made
@@ -213,6 +217,7 @@ def test_the_size_of_sd2_follows_the_prediction_that_was_asked_for(sd2, tmp_path
     assert [find(tmp_path / "m.safetensors", prediction=p).size[0] for p in ("eps", "v")] == [512, 768]
 
 
+@pytest.mark.slow
 def test_guidance_0_is_the_prompt_alone(single, plain, tmp_path, capsys):
     """As 1 is, and as elsewhere: other prompts give other pictures, and no other row of the network is run."""
     model = plain

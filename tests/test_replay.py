@@ -36,6 +36,7 @@ def places(value, at=()):
         yield from places(v, (*at, k))
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_padded_picture_runs_again_to_the_same_pixels(made, tmp_path, capsys):
     settings, file = made
     assert settings["inversion"]["fit"] == "pad"
@@ -45,6 +46,7 @@ def test_an_edit_of_a_padded_picture_runs_again_to_the_same_pixels(made, tmp_pat
         assert a.read_bytes() == b.read_bytes(), a.name
 
 
+@pytest.mark.slow
 def test_no_setting_of_a_stranger_ends_in_anything_but_a_refusal(made, tmp_path, capsys, monkeypatch):
     """Each value replaced by each of many, or left out: the run is refused, or is the network's to do."""
     class Accepted(Exception):

@@ -61,6 +61,7 @@ def test_without_maps_there_are_no_words_to_hover(narrow):
     assert 'class="word"' not in report(p2p.edit(narrow, "a cat", "a dog", steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver")
 def test_in_a_browser(page, tmp_path, monkeypatch):
     """The slider moves the edge between source and edit; a word shows its map while the mouse is on it."""

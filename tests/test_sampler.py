@@ -107,6 +107,7 @@ def from_noise(sd1_file):
     return dataclasses.replace(model, timestep_spacing="trailing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_inversions_end_in_pure_noise_or_say_why_not(from_noise, method):
     """No division by what is left of the picture there, which is 0."""
@@ -120,6 +121,7 @@ def test_inversions_end_in_pure_noise_or_say_why_not(from_noise, method):
     assert p2p.edit(from_noise, inv, "a dog").latents.isfinite().all()
 
 
+@pytest.mark.slow
 def test_steps_from_pure_noise_divide_by_nothing(from_noise):
     for eta in (0.0, 0.5, 1.0):
         assert p2p.generate(from_noise, "a cat", steps=2, eta=eta, height=64, width=64).latents.isfinite().all()

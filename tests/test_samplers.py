@@ -37,6 +37,7 @@ PEERS = {   # our settings, and diffusers' scheduler, with what `step` takes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PEERS)
 def test_a_run_is_that_of_diffusers(sd1, monkeypatch, case):
     ours, name, settings, extra = PEERS[case]
@@ -60,6 +61,7 @@ def test_a_run_is_that_of_diffusers(sd1, monkeypatch, case):
     assert (r.latents - x).abs().max() < 1e-4 * x.std()
 
 
+@pytest.mark.slow
 def test_turbo_is_ddim_with_fresh_noise_on_trailing_timesteps(sd1, monkeypatch):
     """Euler ancestral, which Turbo models are sampled by, is eta 1."""
     peer = diffusers.EulerAncestralDiscreteScheduler(**TRAINED, timestep_spacing="trailing")
@@ -110,6 +112,7 @@ def test_an_inverted_source_has_its_own(narrow):
         p2p.edit(narrow, inv, "a dog", sampler="dpm++")
 
 
+@pytest.mark.slow
 def test_from_the_command_line_from_a_list_and_again(tmp_path, capsys):
     how = ["--sampler", "dpm++", "--timestep-spacing", "karras", "--steps", "3", "--seed", "1"]
     assert main(["edit", "a cat", "a dog", *how, "-o", str(tmp_path / "a")]) == 0
@@ -134,6 +137,7 @@ def test_options_that_do_not_fit_are_refused(capsys, argv, message):
     assert main(argv) == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_prompts_run_together_keep_their_own_negatives(narrow):
     from p2p.lists.together import edit_together
     jobs = [dict(source="a cat", targets="a dog", negative_prompt=n, **EASY) for n in ("a bird", None)]

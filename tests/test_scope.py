@@ -55,6 +55,7 @@ def test_swap_and_refine_in_one_edit(narrow):
         tables(s, t, p2p.Edit(t.text, swap={"bird": "dog"}), "refine", 2, L)
 
 
+@pytest.mark.slow
 def test_everything_in_one_edit(narrow):
     """Swap, refinement, two weights, windows by word and a blend: runs, and differs from each left out."""
     full = dict(mode="refine", swap={"cat": "dog"}, equalizer={"red": 2.0, "grass": -1.0},
@@ -72,6 +73,7 @@ def pair(narrow):
                     steps=10, seed=2, record=p2p.Record(text=256))
 
 
+@pytest.mark.slow
 def test_scope_keeps_the_rest(pair):
     free, kept = leakage(pair, 1), leakage(pair, 2)
     assert free.about == kept.about == ["cat#2", "dog"]
@@ -90,6 +92,7 @@ def test_leakage_counts_what_it_should(pair):
         leakage(replace(pair, maps=None))
 
 
+@pytest.mark.slow
 def test_sweep_shares_its_source_and_lays_out_its_table(narrow):
     """Values of the first setting along the columns, of the second along the rows; the source at the left."""
     done = sweep(narrow, SOURCE, TARGET, {"cross": [0.2, 0.8], "weight:red": [-1, 0, 2]}, steps=2)
@@ -109,6 +112,7 @@ def test_bad_sweeps_are_named(narrow, over, message):
         sweep(narrow, SOURCE, TARGET, over, steps=1)
 
 
+@pytest.mark.slow
 def test_sweep_and_scope_commands(capsys, tmp_path):
     short = ["--steps", "2", "--seed", "1", "-o", str(tmp_path)]
     assert main(["sweep", SOURCE, TARGET, "--over", "cross=0,1", "--over", "seed=1,2", *short[:2], *short[4:]]) == 0

@@ -78,6 +78,7 @@ def moves(monkeypatch, when, do):
         monkeypatch.setattr(os, name, move)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, -1, 3], ids=["before it moves", "after", "later"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_signal_leaves_nothing_half_done(here, tmp_path, monkeypatch, capsys, name, when):
@@ -94,6 +95,7 @@ def test_a_signal_leaves_nothing_half_done(here, tmp_path, monkeypatch, capsys, 
     assert all(after.get(file) == content for file, content in before.items() if not file.endswith(LISTS)) and len(after) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk_is_said_and_costs_nothing_earlier(here, tmp_path, capsys, name):
     """No file grows beyond 3 kB (of a sample, which is smaller, 300 bytes), as when that is all there is."""

@@ -49,6 +49,7 @@ assert not unused, unused
 """
 
 
+@pytest.mark.slow
 def test_help_mistakes_and_the_import_load_nothing_slow_and_the_bundled_model_nothing_unused():
     done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_submodules_are_found_and_what_is_absent_is_not(monkeypatch):
             getattr(p2p, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("at", ["numpy", "torch._utils", "p2p.model"])
 def test_a_start_that_is_interrupted_says_so_and_no_more(tmp_path, attended, at, number, code):

@@ -75,6 +75,7 @@ def test_what_dead_owners_left_is_swept_and_nothing_else(tmp_path):
     aside.sweep(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_cleared_away_by_the_next(tmp_path):
     code = f"""
 import os, signal
@@ -260,6 +261,7 @@ def ended(pids, seconds=60):
     return not any(map(alive, pids))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="processes are looked up in /proc")
 def test_workers_end_with_their_run(tmp_path):
     """Ctrl-C, with more jobs than any pipe holds, and then the next run killed: it says how far it came; nobody stays behind."""

@@ -89,6 +89,7 @@ def test_every_field_of_transformers_config_is_in_a_table():
     assert {k for k, v in transformers.T5Config().to_dict().items() if v} <= known
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.floats(0, 1), count=st.integers(1, 40), put=st.binary(max_size=6))
 def test_a_damaged_tokenizer_is_read_or_refused(folder, at, count, put):

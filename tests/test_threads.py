@@ -28,6 +28,7 @@ def runs(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["narrow", "sd1"])
 def test_threads_on_one_model_get_the_pixels_of_runs_alone(request, family):
     model = request.getfixturevalue(family)

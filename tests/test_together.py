@@ -14,6 +14,7 @@ JOBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("chosen", [(0, 1), (0, 2, 1, 3)])
 def test_each_is_as_it_is_alone(narrow, chosen, eta):

@@ -29,6 +29,7 @@ def theirs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_ours_are_the_tokens_of_transformers(theirs):
     clip = transformers.CLIPTokenizer.from_pretrained(theirs)
     assert clip.get_vocab() == vocabulary() and len(merges()) == 48894

@@ -20,6 +20,7 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latents_only", [False, True])
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, undecoded, latents_only, guidance_scale):
@@ -34,6 +35,7 @@ def test_edits_of_a_traced_source_are_those_of_the_whole_batch(model, undecoded,
     assert again.rows == 5 * (halves * len(EDITS) + latents_only) and r.rows == 5 * halves * (1 + len(EDITS))
 
 
+@pytest.mark.slow
 def test_an_inverted_picture_is_traced_too(narrow, tmp_path):
     """At 50 steps: 100 rows for each further edit of a direct inversion, where the published code runs 650."""
     inverted = p2p.invert(narrow, torch.rand(1, 3, 64, 64) * 2 - 1, SOURCE, method="direct", steps=5)
@@ -45,6 +47,7 @@ def test_an_inverted_picture_is_traced_too(narrow, tmp_path):
         p2p.trace(narrow, p2p.invert(narrow, inverted.latents[:1], SOURCE, method="ddim", steps=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_size_is_known_beforehand(model, undecoded, dtype):
     common = dict(steps=3, seed=1, height=32, width=64)

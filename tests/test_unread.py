@@ -43,6 +43,7 @@ def test_a_job_holds_what_its_method_reads(emoji, folder, method):
                 read(folder, emoji, said, **{name: value})
 
 
+@pytest.mark.slow
 def test_defaults_that_nothing_reads_are_refused_before_anything_runs(folder, capsys):
     file, out = folder / "jobs.jsonl", folder / "out"
     file.write_text(json.dumps(BASE | PICTURE | {"method": "direct"}) + "\n")

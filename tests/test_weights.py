@@ -52,6 +52,7 @@ def test_kernels_and_what_comes_out_are_contiguous(sd1):
         assert got.is_contiguous() or got[:1].is_contiguous()                          # the mean is half of the channels
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_call_is_as_exact_as_contiguous_convolutions_of_aten(sd1, emoji, monkeypatch):
     """Rounding against double precision, beside ATen's own layers as diffusers calls them; kernels with their channels last, which
@@ -88,6 +89,7 @@ def test_what_was_read_of_a_file_is_let_go(suffix, sd1_tensors, tmp_path, monkey
     assert 1 < len(opened) <= size / 2**20
 
 
+@pytest.mark.slow
 def test_weights_wait_in_half_precision(sd1_file, sd1):
     """The file holds halves, so widening them layer by layer gives the very same pictures."""
     held = p2p.load(sd1_file, device="cpu", dtype=torch.float32, held=torch.float16)
@@ -99,6 +101,7 @@ def test_weights_wait_in_half_precision(sd1_file, sd1):
         p2p.load(sd1_file, device="cpu", dtype=torch.float16, held=torch.float16)
 
 
+@pytest.mark.slow
 def test_idle_parts_wait_on_the_cpu(sd1_file, sd1, monkeypatch):
     """Each comes to the device, works, and goes back; the pictures are the same."""
     model, moves, to = p2p.load(sd1_file, device="cpu", dtype=torch.float32, offload=True), [], torch.nn.Module.to
@@ -109,6 +112,7 @@ def test_idle_parts_wait_on_the_cpu(sd1_file, sd1, monkeypatch):
     assert torch.equal(r.latents, p2p.generate(sd1, "a cat", steps=1, height=64, width=64).latents)
 
 
+@pytest.mark.slow
 def test_pictures_are_decoded_in_tiles(sd1_file, sd1):
     z = torch.randn(1, 4, 24, 20, generator=torch.Generator().manual_seed(0))
     small, large = (p2p.load(sd1_file, device="cpu", dtype=torch.float32, tile=tile) for tile in (8, 64))
@@ -126,6 +130,7 @@ def test_precision_is_as_asked(sd1_file, dtype):
     assert {p.dtype for p in model.unet.parameters()} == {dtype} and model.text(["a cat"]).dtype == dtype
 
 
+@pytest.mark.slow
 def test_ignored_extras_and_the_files_own_schedule(sd1_tensors, tmp_path):
     """Schedule tables, averaged twins and position_ids do not disturb; alphas_cumprod is taken from the file."""
     abar = torch.linspace(0.99, 0.01, 1000)

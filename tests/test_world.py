@@ -106,12 +106,14 @@ def test_boxes():
     assert recogniser.iou(torch.tensor([0, 0, 1, 1.0]), torch.tensor([0.5, 0, 1.5, 1.0])).item() == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_recogniser_reads_held_out_renders():
     """The yardstick: at least 97 % of objects, colours, places and styles (the card has the figures for 2,000)."""
     seen = recogniser.judge(recogniser.load(), n=500)
     assert all(share >= 0.97 for share in seen.values()), seen
 
 
+@pytest.mark.slow
 def test_extent_is_the_true_size():
     """What the size faders are measured by: cells of objects, a few in a hundred off the renderer's own masks."""
     pictures, masks = render(sample(100, 5, "held out"))
@@ -133,6 +135,7 @@ def denormals():
     torch.set_flush_denormal(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("denormals")
 def test_training_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
     """Two pictures a step: four steps at once, or two and two, give the same weights. The network may be of any size."""
@@ -149,6 +152,7 @@ def test_training_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "twice" / "samples" / "0001-a-cat-on-grass" / "grid.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("denormals")
 def test_training_of_the_upscaler_resumes(tmp_path):
     """Two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
@@ -162,6 +166,7 @@ def test_training_of_the_upscaler_resumes(tmp_path):
     assert stage.unet.config.low_channels == 3 and stage.text_encoders == [] and stage.size == (256, 256)
 
 
+@pytest.mark.slow
 def test_the_bundled_upscaler_beats_bicubic():
     """By 2 dB on eight held-out renders (the card has the figure for 500), and they show the same."""
     scene = sample(8, 6, "held out")
