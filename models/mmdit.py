@@ -45,7 +45,7 @@ class MMDiTConfig:
     single: int = 0            # blocks after those, in which they share them
     mlp: int = 4               # width of the feed-forward, times dim
     context_dim: int = 4096
-    vector_dim: int = 2048     # of the pooled text
+    vector_dim: int | None = 2048   # of the pooled text; None: it has no input of its own
     qk_norm: bool = False
     table: int = 192           # side of the table of positions (Stable Diffusion 3)
     dual: tuple[int, ...] = ()   # blocks with a second attention, between pixels alone
@@ -60,6 +60,9 @@ SD35_MEDIUM = MMDiTConfig(qk_norm=True, table=384, dual=tuple(range(13)))
 SD35_LARGE = MMDiTConfig(dim=2432, heads=38, double=38, qk_norm=True)   # and Large Turbo
 FLUX_SCHNELL = MMDiTConfig(dim=3072, double=19, single=38, vector_dim=768, qk_norm=True, axes=(16, 56, 56))
 FLUX_DEV = replace(FLUX_SCHNELL, guidance=True)
+# The bundled one is a FLUX in miniature whose text is heard through attention alone.
+EMOJI_FLOW = MMDiTConfig(in_channels=3, out_channels=3, patch=4, dim=192, heads=3, double=2, single=7, mlp=3,
+                         context_dim=128, vector_dim=None, qk_norm=True, axes=(8, 28, 28), theta=100.0)
 
 
 class ReadText(NamedTuple):
@@ -73,7 +76,7 @@ class Parts(NamedTuple):
 
     text: nn.Module                          # these four embed
     time: nn.Module
-    vector: nn.Module
+    vector: nn.Module | None
     guidance: nn.Module | None
     double: Iterable[DoubleBlock]
     single: Iterable[SingleBlock] = ()
@@ -132,14 +135,17 @@ class MMDiT(nn.Module):
     def _time(self, t: Tensor, dtype: torch.dtype, vector: Tensor | None,
               guidance: float | Tensor | None) -> Time:
         """(..., 1 or B) -> (..., 1 or B, n, 1, D) each"""
-        if vector is None or (guidance is None) == self.config.guidance:
-            raise ValueError(f"this transformer takes a vector and {'a' if self.config.guidance else 'no'} "
-                             "guidance scale")
+        c = self.config
+        if (vector is None) != (c.vector_dim is None) or (guidance is None) == c.guidance:
+            raise ValueError(f"this transformer takes {'no' if c.vector_dim is None else 'a'} vector and "
+                             f"{'a' if c.guidance else 'no'} guidance scale")
 
         def sinusoids(x: Tensor) -> Tensor:
             return timestep_embedding(x, SINUSOIDS).to(dtype)
 
-        embedding = self.parts.time(sinusoids(t)) + self.parts.vector(vector)    # (..., B, D)
+        embedding = self.parts.time(sinusoids(t))                                # (..., 1 or B, D)
+        if vector is not None and self.parts.vector is not None:
+            embedding = embedding + self.parts.vector(vector)
         if guidance is not None and self.parts.guidance is not None:
             scale = torch.as_tensor(guidance, device=t.device).reshape(-1)
             embedding = embedding + self.parts.guidance(sinusoids(1000 * scale))
@@ -198,6 +204,7 @@ class StableDiffusion3(MMDiT):
         self.x_embedder = _named("proj", Conv2d(c.in_channels, c.dim, c.patch, c.patch))
         self.register_buffer("pos_embed", torch.zeros(1, c.table**2, c.dim))
         self.t_embedder = _named("mlp", perceptron(SINUSOIDS, c.dim, c.dim, names, nn.SiLU()))
+        assert c.vector_dim is not None
         self.y_embedder = _named("mlp", perceptron(c.vector_dim, c.dim, c.dim, names, nn.SiLU()))
         self.context_embedder = Linear(c.context_dim, c.dim)
         self.joint_blocks: ModuleList[DoubleBlock] = ModuleList(
@@ -233,7 +240,7 @@ class Flux(MMDiT):
         c, names = config, ("in_layer", "out_layer")
         self.img_in, self.txt_in = Linear(c.patch**2 * c.in_channels, c.dim), Linear(c.context_dim, c.dim)
         self.time_in = perceptron(SINUSOIDS, c.dim, c.dim, names, nn.SiLU())
-        self.vector_in = perceptron(c.vector_dim, c.dim, c.dim, names, nn.SiLU())
+        self.vector_in = perceptron(c.vector_dim, c.dim, c.dim, names, nn.SiLU()) if c.vector_dim else None
         self.guidance_in = perceptron(SINUSOIDS, c.dim, c.dim, names, nn.SiLU()) if c.guidance else None
         self.double_blocks: ModuleList[DoubleBlock] = ModuleList(
             FluxBlock(c.dim, c.heads, c.mlp) for _ in range(c.double))

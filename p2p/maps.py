@@ -15,6 +15,7 @@ from torch import Tensor
 from p2p.align import named_words, word_tokens
 from p2p.denoise import Step
 from p2p.errors import UsageError
+from p2p.image import as_picture
 from p2p.models.attention import SelfAttention
 from p2p.models.maps import site_maps
 from p2p.models.text import Tokens
@@ -52,7 +53,7 @@ class AttentionMaps:
         `mean`. Raises UsageError."""
         found = self.word(word, row, **selection)
         size = round(256 * found.shape[1] / found.shape[0]), 256
-        return pictures.heat(found, size) if picture is None else pictures.overlay(picture, found)
+        return pictures.heat(found, size) if picture is None else pictures.overlay(as_picture(picture), found)
 
     def _row(self, row: int, before: bool) -> int:
         n = len(self.prompts)

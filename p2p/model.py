@@ -24,7 +24,7 @@ from p2p.models.text import TextEncoder, Tokens
 from p2p.models.tiles import tiled
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.request.checks import kind, tensor, whole
+from p2p.request.checks import finite, kind, tensor, whole
 from p2p.request.schedules import Schedule, sampler_schedule
 from p2p.sampler import Clip
 from p2p.weights.digest import together
@@ -86,7 +86,7 @@ class Model:
         return self.unet.conv_in.weight.device
 
     @contextmanager
-    def at_work(self, *parts: nn.Module) -> Iterator[None]:
+    def _at_work(self, *parts: nn.Module) -> Iterator[None]:
         """Moves offloaded parts to the device for as long as they are used."""
         if not self.offload:
             yield
@@ -183,7 +183,7 @@ class Model:
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether a run takes unconditional rows: not where the scale is one of the network's inputs."""
-        return guidance_scale != 1 and not self.unet.config.guidance_dim
+        return finite("guidance_scale", guidance_scale) != 1 and not self.unet.config.guidance_dim
 
     def predict(self, x: Tensor, t: int | Tensor | Time, conditioning: Conditioning, edit: Any = None,
                 watch: Collection[str] = ()) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
@@ -223,7 +223,7 @@ class Model:
         self.latent_shape(height, width)
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
-        with self.at_work(*self.text_encoders):
+        with self._at_work(*self.text_encoders):
             encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
         pooled = encoded[-1][1]
@@ -259,10 +259,7 @@ class Model:
         """The timesteps that a run of that many steps visits, see `schedules`. Raises UsageError."""
         schedule = sampler_schedule(sampler, self.alphas_cumprod, whole("steps", steps), offset=self.offset,
                                     final_alpha=self.final_alpha, timesteps=timesteps, eta=eta,
-                                    spacing=timestep_spacing or self.timestep_spacing)
-        if sampler == "dpm++" and not schedule.alphas[0] > 0:
-            raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
-                             "SNR), where dpm++ cannot begin; sample by ddim")
+                                    spacing=timestep_spacing, usual_spacing=self.timestep_spacing)
         if self.prediction == "eps" and not schedule.alphas[0] > 0:
             raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
                              "SNR): a model that predicts the noise cannot begin there; leave out "
@@ -279,7 +276,7 @@ class Model:
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.dtype)   # one at a time: memory for one
-        with self.at_work(self.vae):
+        with self._at_work(self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
     @torch.no_grad()
@@ -296,5 +293,5 @@ class Model:
         decode = self.vae.decode
         if self.tile is not None:
             decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
-        with self.at_work(self.vae):
+        with self._at_work(self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])

@@ -244,5 +244,5 @@ def test_a_negative_prompt_that_cannot_act_is_refused(narrow, picture):
             p2p.edit(narrow, inv, TARGET, negative_prompt="a dog")
     with pytest.raises(p2p.UsageError, match="without guidance"):
         p2p.generate(narrow, SOURCE, steps=1, guidance_scale=1.0, negative_prompt="a dog")
-    with pytest.raises(p2p.UsageError, match="a prompt is text, not 5"):
+    with pytest.raises(p2p.UsageError, match="a list of one for each row, is needed, not 5"):
         p2p.generate(narrow, SOURCE, steps=1, negative_prompt=5)

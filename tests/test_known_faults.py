@@ -40,7 +40,7 @@ FAULTS = {   # (what a line says, what is said of it)
     "steps": ({"steps": 1001}, "steps must be from 1 to 1000"),
     **{f"guidance {x:g}": ({"cfg": x}, "guidance_scale must be a finite number") for x in (1e308, -1e30)},
     "negative prompt": ({"negative_prompt": "grey"}, "nothing leads away from it"),
-    "syntax of the negative prompt": ({"negative_prompt": "(grey:2)", "cfg": 2}, "in the syntax of other programs"),
+    "syntax of the negative prompt": ({"negative_prompt": "[grey|red]", "cfg": 2}, "in the syntax of other programs"),
     "skip": (PICTURE | {"skip": 1}, "skip, which leaves steps to run, must be a whole number from 0 to 0, not 1"),
     "eta": (PICTURE | {"method": "edit-friendly", "eta": 0}, "eta must lie within 0 and 1, above 0"),
     "final alpha": (PICTURE | {"final_alpha": 0.5}, "final_alpha 0.5"),
@@ -150,7 +150,7 @@ def test_a_fault_of_a_line_that_is_done_does_not_stop_the_others(folder, monkeyp
 
 def test_prompts_of_a_data_set_are_checked_as_others_are(tmp_path):
     pair = {"caption": "a cat", "edit": "make it a dog", "output": "a dog"}
-    (tmp_path / "x").write_text("\n".join(json.dumps(pair | more) for more in ({}, {"caption": "a (cat:1.4)"}, {"output": "a [dog|cat]"})))
+    (tmp_path / "x").write_text("\n".join(json.dumps(pair | more) for more in ({}, {"caption": "a [cat:dog:0.4]"}, {"output": "a [dog|cat]"})))
     with pytest.raises(UsageError) as error:
         dataset.read(tmp_path / "x")
     assert all(f"line {i}: " in str(error.value) for i in (2, 3)) and "line 1: " not in str(error.value)

@@ -37,6 +37,7 @@ METHODS = [(kind, name, parameter) for kind, cls in KINDS.items() for name, meth
 def called(things, kind, name, given):
     thing, usual = things[kind]
     method = getattr(thing, name)
+    usual = {k: v for k, v in usual.items() if (name, k) != ("schedule", "timesteps")} | {"guidance_scale": 2.0}
     usual = usual | ({"conditioning": thing.read(usual["conditioning"])} if name == "times" else {})
     known = inspect.signature(method).parameters
     return method(**{k: v for k, v in usual.items() if k in known} | given)

@@ -51,7 +51,7 @@ def test_parts_that_wait_elsewhere_are_moved_by_one_thread_at_a_time(sd1):
 
     def work(_):
         nonlocal inside, most
-        with model.at_work(part):
+        with model._at_work(part):
             with lock:
                 inside += 1
                 most = max(most, inside)
@@ -62,5 +62,5 @@ def test_parts_that_wait_elsewhere_are_moved_by_one_thread_at_a_time(sd1):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
     assert most == 1
-    with model.at_work(part), model.at_work(part):   # one thread may need two at once
+    with model._at_work(part), model._at_work(part):   # one thread may need two at once
         pass

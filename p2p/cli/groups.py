@@ -5,14 +5,16 @@ import argparse
 from pathlib import Path
 
 
-def engine(ap: argparse.ArgumentParser) -> None:
+def engine(parser: argparse.ArgumentParser) -> None:
+    ap = parser.add_argument_group("where it runs")
     ap.add_argument("--engine", choices=["local", "torchrun", "ray"], default="local",
                     help="processes of this machine, ranks of torchrun, or actors of a Ray cluster")
     ap.add_argument("--workers", type=int, metavar="N", help="processes or actors (one a GPU)")
     ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
 
 
-def inversion(ap: argparse.ArgumentParser) -> None:
+def inversion(parser: argparse.ArgumentParser) -> None:
+    ap = parser.add_argument_group("real pictures")
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt",
                                          "null-text", "direct", "edit-friendly"],
                     help="how a picture is inverted (edit-friendly)")
@@ -31,7 +33,8 @@ def inversion(ap: argparse.ArgumentParser) -> None:
     fit.add_argument("--pad", dest="fit", action="store_const", const="pad", help="--fit pad")
 
 
-def injection(ap: argparse.ArgumentParser) -> None:
+def injection(parser: argparse.ArgumentParser) -> None:
+    ap = parser.add_argument_group("what is injected")
     ap.add_argument("--mode", choices=["replace", "refine", "reweight"],
                     help="default: chosen from the prompts")
     ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
@@ -78,7 +81,8 @@ def injection(ap: argparse.ArgumentParser) -> None:
                     help="official: google/prompt-to-prompt's mappers")
 
 
-def settings(ap: argparse.ArgumentParser, seed: str) -> None:
+def settings(parser: argparse.ArgumentParser, seed: str) -> None:
+    ap = parser.add_argument_group("sampling")
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50; 4 by lcm and tcd")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
                     help="0 and 1: the prompt alone; default: the "
@@ -114,8 +118,9 @@ def sampling(ap: argparse.ArgumentParser) -> None:
                       help="print neither progress nor files, only notes and a drawn seed")
 
 
-def model(ap: argparse.ArgumentParser) -> None:
+def model(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it runs."""
+    ap = parser.add_argument_group("the model")
     ap.add_argument("--model", default=None,
                     help='"emoji" (bundled, the default), a Stable Diffusion file or folder, or '
                     "org/name on the Hub")
@@ -143,7 +148,7 @@ def model(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--device", default=None)
 
 
-def checkpoint(ap: argparse.ArgumentParser) -> None:
+def checkpoint(ap: argparse._ActionsContainer) -> None:
     ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "if", "emoji"], help="insist on this family")
     ap.add_argument("--prediction", choices=["eps", "v", "x0"],
                     help="what the model predicts, where that was guessed wrongly")

@@ -38,7 +38,7 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS
                                               if m not in ("negative-prompt", "null-text"))}
-RESULT = ("id", "notes", "rows", "seconds")   # the keys of job.json besides the settings
+RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
          "self": "self_replace_steps", "weight": "equalizer", "inversion_cfg": "inversion_guidance"}

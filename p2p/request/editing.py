@@ -259,6 +259,9 @@ def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, gu
     """Raises UsageError for a negative prompt that the run would not read."""
     if negative_prompt is None:
         return
+    if not isinstance(negative_prompt, (str, list, tuple)):
+        raise UsageError(f"negative_prompt: a text, or a list of one for each row, is needed, not "
+                         f"{brief(negative_prompt)}")
     each = negatives(negative_prompt, rows)
     if len(each) != rows:
         raise UsageError(f"negative_prompt: {len(each)} given for {rows} rows; give one for all, or one for "

@@ -196,7 +196,7 @@ def unread(model: Model, prompt: str) -> list[str]:
         cut = t.text[t.spans[model.length - 1][0]:]
         notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off '
                      f'"{cut}"')
-    with model.at_work(tower):
+    with model._at_work(tower):
         unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
     words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
     if words:

@@ -1,18 +1,21 @@
 """Which timesteps a run visits, by name of the spacing or one by one; float64 numbers of no device."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
+from p2p.request.checks import choice
 from p2p.weights.untrusted import brief
 
 SAMPLERS = ("ddim", "dpm++", "lcm", "tcd")
+SPACINGS = ("leading", "trailing", "linspace", "karras")
 DISTILLED = ("lcm", "tcd")   # they visit timesteps that their models were distilled at
 
 
@@ -39,11 +42,25 @@ class Schedule:
         return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
 
 
+def check_schedule(sampler: object, spacing: object, timesteps: object) -> None:
+    """Raises UsageError for what is of the wrong kind."""
+    choice("sampler", sampler, SAMPLERS)
+    if spacing is not None:
+        choice("timestep_spacing", spacing, SPACINGS)
+    fits = isinstance(timesteps, (list, tuple)) and all(isinstance(t, Integral) for t in timesteps)
+    if timesteps is not None and not fits:
+        raise UsageError(f"timesteps: a list of whole numbers is needed, not {brief(timesteps)}")
+
+
 def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset: int = 1,
-                     final_alpha: float | None = None, spacing: str = "leading",
-                     timesteps: Iterable[int] | None = None, eta: float = 0.0) -> Schedule:
-    """The schedule that one of `SAMPLERS` runs through. timesteps: in place of evenly spaced ones. eta: of
-    TCD, whose steps it makes go lower before noise is added. Raises UsageError."""
+                     final_alpha: float | None = None, spacing: str | None = None,
+                     usual_spacing: str = "leading", timesteps: Sequence[int] | None = None,
+                     eta: float = 0.0) -> Schedule:
+    """The schedule that one of `SAMPLERS` runs through. spacing: None for the usual one. timesteps: in place
+    of evenly spaced ones. eta: of TCD, whose steps it makes go lower before noise is added. Raises
+    UsageError."""
+    check_schedule(sampler, spacing, timesteps)
+    spacing = usual_spacing if spacing is None else spacing
     if sampler in DISTILLED:
         found = consistency_schedule(alphas_cumprod, steps) if timesteps is None else \
             listed_schedule(alphas_cumprod, timesteps)
@@ -51,11 +68,16 @@ def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset
             return found.ending(1.0)
         table, ends = alphas_cumprod.tolist(), (*found.timesteps[1:], 0)
         return replace(found, lower=tuple(table[int((1 - eta) * t)] for t in ends))
-    if timesteps is not None:
-        return listed_schedule(alphas_cumprod, timesteps, 1.0 if sampler == "dpm++" else final_alpha)
-    if sampler == "dpm++":
-        return dpm_schedule(alphas_cumprod, steps, offset, spacing)
-    return ddim_schedule(alphas_cumprod, steps, offset, final_alpha, spacing)
+    if sampler == "ddim":
+        if timesteps is not None:
+            return listed_schedule(alphas_cumprod, timesteps, final_alpha)
+        return ddim_schedule(alphas_cumprod, steps, offset, final_alpha, spacing)
+    found = dpm_schedule(alphas_cumprod, steps, offset, spacing) if timesteps is None else \
+        listed_schedule(alphas_cumprod, timesteps, 1.0)
+    if not found.alphas[0] > 0:
+        raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR), where "
+                         "dpm++ cannot begin; sample by ddim")
+    return found
 
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,

@@ -18,7 +18,7 @@ from p2p.model import LARGEST, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
-from p2p.request.schedules import DISTILLED, SAMPLERS, Schedule
+from p2p.request.schedules import DISTILLED, SAMPLERS, Schedule, check_schedule
 from p2p.sampler import Stepper, stepper
 from p2p.weights.untrusted import brief
 
@@ -203,6 +203,7 @@ def solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
         noise = "adds no noise" if sampler == "dpm++" else "draws all of its noise anew"
         raise UsageError(f"eta {eta:g}: {sampler} {noise}; leave eta out, or sample by ddim or tcd")
     spacing, timesteps = sampling.timestep_spacing, sampling.timesteps
+    check_schedule(sampler, spacing, timesteps)
     if spacing is not None and (timesteps is not None or sampler in DISTILLED):
         why = "timesteps are given one by one" if timesteps is not None else \
             f"{sampler} visits the timesteps that its model was distilled at"
@@ -210,8 +211,6 @@ def solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
     usual_steps = model.steps if sampler == model.sampler or sampler not in DISTILLED else FEW
     if timesteps is None:
         return sampler, whole("steps", usual_steps if sampling.steps is None else sampling.steps), eta
-    if not isinstance(timesteps, (list, tuple)) or not all(isinstance(t, Integral) for t in timesteps):
-        raise UsageError(f"timesteps: a list of whole numbers is needed, not {brief(timesteps)}")
     if sampling.steps not in (None, len(timesteps)):
         raise UsageError(f"steps: {len(timesteps)} timesteps are given, not {sampling.steps}; leave steps "
                          "out")
