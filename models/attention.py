@@ -121,6 +121,7 @@ class Attention(nn.Module):
         if edit.cached is None:
             return q, k
         more_q, more_k = edit.cached[self.site]
+        more_k = more_k[:, :k.shape[1]]   # k may be of pixels alone, which stand before the text
         return torch.cat([q, more_q.to(q)]), torch.cat([k, more_k.to(k)])
 
     def borrow(self, edit: AttentionEdit | None, q: Tensor, k: Tensor, v: Tensor) -> QKV:
@@ -141,11 +142,15 @@ class SelfAttention(Attention):
     def __init__(self, dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast)
 
-    def forward(self, x: Tensor, edit: Edits = None, seen: Seen | None = None) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, edit: Edits, seen: Seen | None) -> Tensor:
+        """(B, N, h d) each -> (B, h, N, d)"""
         if seen is not None and self.site in seen:
             seen[self.site] = q, k
-        return self.join(attend(*self.split(*self.borrow(self.site_edit(edit), q, k, v))), x.dtype)
+        return attend(*self.split(*self.borrow(self.site_edit(edit), q, k, v)))
+
+    def forward(self, x: Tensor, edit: Edits = None, seen: Seen | None = None) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
+        return self.join(self.attended(q, k, v, edit, seen), x.dtype)
 
 
 class CrossAttention(Attention):
@@ -159,13 +164,13 @@ class CrossAttention(Attention):
         """Queries, and all keys and values that they are compared with: (B, N, h d) and (B, K, h d)"""
         return self.to_q(x), text.k, text.v
 
-    def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
-        edit = self.site_edit(edit)
-        q, k, v = self.columns(x, texts[self.site], edit)
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit | None,
+                 seen: Seen | None) -> Tensor:
+        """What pixels read, P' V; the last columns are the text's.  (B, N or K, h d) -> (B, h, N, d)"""
         if seen is not None and self.site in seen:
             seen[self.site] = q, k
         if edit is None or edit.mix is None or edit.keep is None:
-            return self.join(attend(*self.split(q, k, v)), x.dtype)
+            return attend(*self.split(q, k, v))
         q_src, k_src = self.split(*(rows.index_select(0, edit.source) for rows in self.rows(edit, q, k)))
         q, k, v = self.split(q, k, v)                                            # (B, h, N, d), (B, h, K, d)
         out = edited_attend(q, k, v, q_src, k_src, edit.mix, edit.keep)          # P' V
@@ -173,7 +178,11 @@ class CrossAttention(Attention):
             sums = edited_attend(q, k, torch.ones_like(v), q_src, k_src, edit.mix.abs(), edit.keep.abs())
             some = F.pad(edit.renormalise, (len(q) - len(edit.source), 0))
             out = torch.where(some[:, None, None, None], out / sums, out)
-        return self.join(out, x.dtype)
+        return out
+
+    def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
+        edit = self.site_edit(edit)
+        return self.join(self.attended(*self.columns(x, texts[self.site], edit), edit, seen), x.dtype)
 
 
 class HybridAttention(CrossAttention):
@@ -196,3 +205,28 @@ class HybridAttention(CrossAttention):
         if edit is not None and edit.max_pixels is None:
             q, k, v = self.borrow(edit, q, k, v)
         return q, torch.cat([k, text.k], dim=1), torch.cat([v, text.v], dim=1)   # (B, N + L, h d)
+
+
+class JointAttention(HybridAttention):
+    """Pixels and text attend to both in one softmax (MM-DiT): hybrid attention whose text has queries too.
+
+    The edit is of the pixels' rows; the text's are each row's own. Projections, norms and rotary positions
+    are its block's, and come before it.
+    """
+
+    def __init__(self, heads: int):
+        nn.Module.__init__(self)
+        self.heads, self.upcast = heads, False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pixels: int,   # type: ignore[override]
+                edit: Edits = None, seen: Seen | None = None) -> Tensor:
+        """q (B, N or N + L, h d), k, v (B, N + L, h d), N pixels before L tokens of text  ->  as q"""
+        edit, q, q_text = self.site_edit(edit), q[:, :pixels], q[:, pixels:]
+        if edit is not None and edit.pixels is not None:
+            own = k[:, pixels:], v[:, pixels:]
+            q, k, v = self.borrow(edit, q, k, v)                                 # new tensors
+            k[:, pixels:], v[:, pixels:] = own
+        out = [self.attended(q, k, v, edit, seen)]                               # (B, h, N, d)
+        if q_text.shape[1]:
+            out.append(attend(*self.split(q_text, k, v)))                        # (B, h, L, d)
+        return torch.cat([rearrange(x, "b h n d -> b n (h d)") for x in out], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,9 +21,13 @@ class VAEConfig:
     latent_channels: int = 4
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
+    quant_conv: bool = True   # 1 x 1 convolutions between encoder, latents and decoder
+    shift: float = 0.0        # of the latents, subtracted in encoding
 
 
 SD = VAEConfig()
+SD3 = VAEConfig(latent_channels=16, quant_conv=False, shift=0.0609)
+FLUX = VAEConfig(latent_channels=16, quant_conv=False, shift=0.1159)
 
 
 class PixelAttention(nn.Module):
@@ -113,19 +118,25 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Module names are those of diffusers' AutoencoderKL. Latents here are not scaled; the sampler's are."""
+    """Module names are those of diffusers' AutoencoderKL. Latents here are shifted, not
+    scaled; the sampler's are both."""
 
     def __init__(self, config: VAEConfig = SD):
         super().__init__()
         self.config, z = config, config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv, self.post_quant_conv = Conv2d(2 * z, 2 * z, 1), Conv2d(z, z, 1)
+        self.quant_conv, self.post_quant_conv = (Conv2d(n, n, 1) if config.quant_conv else nn.Identity()
+                                                 for n in (2 * z, z))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, z, H/8, W/8)"""
         mean, logvar = self.quant_conv(self.encoder(x)).contiguous().chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return mean - self.config.shift, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, z, H/8, W/8) -> (B, 3, H, W), about [-1, 1]"""
-        return self.decoder(self.post_quant_conv(z)).contiguous()
+        return self.decoder(self.post_quant_conv(z + self.config.shift)).contiguous()

@@ -275,7 +275,7 @@ class Model:
         self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
-        x = x.to(self.device, self.vae.quant_conv.weight.dtype)   # one at a time: memory for one
+        x = x.to(self.device, self.vae.dtype)   # one at a time: memory for one
         with self._at_work(self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
@@ -289,7 +289,7 @@ class Model:
         x = tensor("latents", latents, "B", self.unet.config.in_channels, "H", "W").to(self.device)
         if self.vae is None:
             return x.float()
-        x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
+        x = (x / self.latent_scale).to(self.vae.dtype)
         decode = self.vae.decode
         if self.tile is not None:
             decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)

@@ -80,7 +80,9 @@ def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], pre
     for name, tensor in state:
         source = sources[name]
         tensor = tensor.T if source.transposed else tensor
-        for key, piece in zip(source.keys, tensor.chunk(len(source.keys))):
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if source.swapped else tensor
+        pieces = tensor.split(source.rows) if source.rows else tensor.chunk(len(source.keys))
+        for key, piece in zip(source.keys, pieces):
             out[prefix + key] = piece.contiguous().clone()
     return out
 

@@ -247,12 +247,13 @@ def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
 
 def ldm_vae_config(shapes: Shapes, prefix: str) -> VAEConfig:
     p = prefix + "encoder."
+    z = shapes[p + "conv_out.weight"][0] // 2
     return VAEConfig(
-        in_channels=shapes[p + "conv_in.weight"][1],
-        latent_channels=shapes[prefix + "post_quant_conv.weight"][0],
+        in_channels=shapes[p + "conv_in.weight"][1], latent_channels=z,
         channels=tuple(shapes[f"{p}down.{i}.block.0.conv2.weight"][0]
                        for i in range(count(shapes, p + "down."))),
         layers_per_block=count(shapes, p + "down.0.block."),
+        quant_conv=z == 4 or prefix + "quant_conv.weight" in shapes,   # Stable Diffusion's own always has it
     )
 
 

@@ -16,6 +16,7 @@ from p2p.weights.detect import Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.keys import Source
+from p2p.weights.keys_mmdit import diffusers_sources
 from p2p.weights.sizes import check_bill
 
 # safetensors' words for torch's
@@ -41,6 +42,7 @@ def sources(part: Part, names: list[str]) -> dict[str, Source]:
         "hf": lambda: keys.hf_sources(names), "open_clip": lambda: keys.same_sources(names),
         "own": lambda: keys.same_sources(names), "own, old": lambda: keys.old_vae_sources(names),
         "deepfloyd": lambda: keys.deepfloyd_sources(names, part.config),
+        "diffusers": lambda: diffusers_sources(names, part.config),
     }[part.naming]()
 
 
@@ -95,8 +97,9 @@ def read_tensors(part: Part, build: Callable[..., nn.Module],
     wrong = []
     for name, s in plan.items():
         parts = [shapes[k] for k in s.keys]
-        shape = (sum(p[0] for p in parts) // s.share[1], *parts[0][1:]) if parts[0] else parts[0]
-        if squeezed(shape[::-1] if s.transposed else shape) != squeezed(tuple(want[name].shape)):
+        fit = [p[:1] for p in parts] == ([(n,) for n in s.rows] or [parts[0][:1]] * len(parts))
+        shape = (sum(p[0] for p in parts) // s.share[1], *parts[0][1:]) if fit and parts[0] else parts[0]
+        if not fit or squeezed(shape[::-1] if s.transposed else shape) != squeezed(tuple(want[name].shape)):
             wrong.append(f"{s.keys[0]} is {list(shape)}, expected {list(want[name].shape)}")
     if wrong:
         raise CheckpointError(f"{path}: its {what} does not fit: {listed('shapes', wrong)}")
@@ -113,6 +116,8 @@ def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
     if source.share[1] > 1:
         k, n, dim = source.share
         tensor = tensor.unflatten(0, (-1, n, dim))[:, k].flatten(0, 1)
+    if source.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
     tensor = (tensor.T if source.transposed else tensor).reshape(want.shape)
     if tensor.is_floating_point() != want.is_floating_point():
         raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds {tensor.dtype}.")

@@ -40,6 +40,8 @@ class Source(NamedTuple):
     transposed: bool = False
     # (k, n, d): rows come in chunks of d for n parameters in turn; those of the k-th
     share: tuple[int, int, int] = (0, 1, 1)
+    rows: tuple[int, ...] = ()   # of each key, where they are not equally many
+    swapped: bool = False        # the halves of dimension 0 stand the other way round
 
 
 def _replace(name: str, prefixes: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from p2p.models.mmdit import MMDiTConfig
 from p2p.models.text import TextConfig
 from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
@@ -103,11 +104,13 @@ def _whole(value: Any, least: int, most: int) -> bool:
     return 0 < len(values) <= LEVELS and all(type(v) is int and least <= v <= most for v in values)
 
 
-def check_bill(path: Path, config: UNetConfig | VAEConfig | TextConfig, tensors: int) -> None:
+def check_bill(path: Path, config: UNetConfig | MMDiTConfig | VAEConfig | TextConfig, tensors: int) -> None:
     """Raises CheckpointError where a network of this config has more blocks than its file has tensors: it
     would be built, layer by layer, before its names could be compared."""
     if isinstance(config, UNetConfig):
         blocks = sum(n * (1 + depth) for n, depth in zip(config.layers, config.depth))
+    elif isinstance(config, MMDiTConfig):
+        blocks = config.double + config.single
     elif isinstance(config, VAEConfig):
         blocks = config.layers_per_block * len(config.channels)
     else:
