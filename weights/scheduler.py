@@ -33,11 +33,21 @@ OTHERS = {
 }
 
 
+@dataclass(frozen=True)
+class Flow:
+    """How a flow's noise levels are spaced, see `p2p.request.schedules.flow_schedule`."""
+
+    shift: float = 1.0
+    twice: bool = False   # the last of the levels is shifted too, before they are spaced (Stable Diffusion 3)
+    # FLUX.1 dev: logarithms of the shift at a number of tokens: (tokens, log shift) twice, linear between
+    dynamic: tuple[tuple[float, float], tuple[float, float]] | None = None
+
+
 @dataclass
 class Sampling:
     """How a model is sampled, as far as its files say. The defaults are Stable Diffusion's."""
 
-    alphas_cumprod: Tensor                         # (1000,) float64
+    alphas_cumprod: Tensor                         # (1000,) float64; of a flow, (0,)
     prediction: str = "eps"
     why: str = "scheduler_config.json"
     timestep_spacing: str = "leading"              # see `p2p.request.schedules.ddim_schedule`
@@ -46,6 +56,7 @@ class Sampling:
     clip: float | tuple[float, float] | None = None    # bound of x_0, see `p2p.sampler.bounded`
     learned_variance: bool = True                  # of the channels beyond eps, where there are any
     sampler: str = "ddim"                          # or "lcm", "tcd"
+    flow: Flow | None = None                       # of models that predict velocities; no alphas_cumprod
     notes: list[str] = field(default_factory=list)
 
 
