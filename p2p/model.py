@@ -260,7 +260,7 @@ class Model:
         schedule = sampler_schedule(sampler, self.alphas_cumprod, whole("steps", steps), offset=self.offset,
                                     final_alpha=self.final_alpha, timesteps=timesteps, eta=eta,
                                     spacing=timestep_spacing, usual_spacing=self.timestep_spacing)
-        if self.prediction == "eps" and not schedule.alphas[0] > 0:
+        if self.prediction == "eps" and not schedule.levels[0].alpha > 0:
             raise UsageError(f"at t = {schedule.timesteps[0]} there is nothing but noise (zero terminal "
                              "SNR): a model that predicts the noise cannot begin there; leave out "
                              "zero_snr, or give prediction, v or x0, if it was guessed wrongly")

@@ -1,6 +1,7 @@
-"""The numbers of one step: pure functions of tensors from one timestep to the next.
+"""The numbers of one step: pure functions of tensors from one noise level to the next.
 
-a_t is the product of alphas up to t (alphas_cumprod, DDIM's alpha_t).
+A level (alpha, sigma) says what x holds of picture and noise: x_t = alpha x_0 + sigma eps. In DDPM and DDIM
+alpha^2 is alphas_cumprod and sigma^2 the rest; in a flow alpha and sigma sum to 1.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.request.schedules import Schedule
+from p2p.request.schedules import Level, Schedule
 
 
 def guide(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
@@ -34,52 +35,57 @@ def bounded(x_0: Tensor, clip: Clip) -> Tensor:
     return x_0 if clip is None else x_0.clamp(-clip, clip)
 
 
-def x0_and_eps(x_t: Tensor, out: Tensor, a_t: float, prediction: str = "eps",
+def x0_and_eps(x_t: Tensor, out: Tensor, level: Level, prediction: str = "eps",
                clip: Clip = None) -> tuple[Tensor, Tensor]:
-    """Converts the network's prediction ("eps", "v" or "x0") to picture and noise of
-
-        x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps
+    """Converts the network's prediction ("eps", "v", "x0" or "flow") to picture and noise of x_t.
 
     clip: bound of x_0 in pixel models, see `bounded` (the noise is then recomputed from the bounded picture).
     """
-    alpha, sigma = a_t**0.5, (1 - a_t) ** 0.5
+    alpha, sigma = level
     if prediction == "eps":
         x_0, eps = (x_t - sigma * out) / alpha, out                     # DDIM Eq. 9
     elif prediction == "v":
         x_0, eps = alpha * x_t - sigma * out, alpha * out + sigma * x_t  # Salimans and Ho 2022, appendix D
+    elif prediction == "flow":
+        x_0, eps = x_t - sigma * out, x_t + alpha * out                 # out = eps - x_0, alpha + sigma = 1
     elif prediction == "x0":
         x_0, eps = out, (x_t - alpha * out) / sigma
     else:
-        raise ValueError(f"prediction {prediction!r}: eps, v or x0")
+        raise ValueError(f"prediction {prediction!r}: eps, v, x0 or flow")
     if clip is not None:
         x_0 = bounded(x_0, clip)
         eps = (x_t - alpha * x_0) / sigma
     return x_0, eps
 
 
-def ddim_step(x_0: Tensor, eps: Tensor, a_t: float, a_prev: float, eta: float = 0.0,
+def _added(level: Level, after: Level) -> float:
+    """The variance of the noise that comes in between `after` and the noisier `level` (DDPM's beta_t)."""
+    return max(level.sigma**2 - (level.alpha / after.alpha * after.sigma) ** 2, 0.0)
+
+
+def ddim_step(x_0: Tensor, eps: Tensor, level: Level, after: Level, eta: float = 0.0,
               noise: Tensor | None = None) -> Tensor:
-    """x_{t-1} from x_t's picture and noise (DDIM Eq. 12). eta 0: deterministic, and a_prev < a_t steps back
-    towards noise; eta 1: DDPM; eta > 0 needs `noise`."""
-    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5 if eta else 0.0   # Eq. 16
-    x = a_prev**0.5 * x_0 + max(1 - a_prev - sigma**2, 0.0) ** 0.5 * eps
-    if not sigma > 0:
+    """x after the step from the picture and noise of x before it (DDIM Eq. 12). eta 0: deterministic, of a
+    flow Euler's step, and with a noisier `after` a step back towards noise; eta 1: DDPM; eta > 0 needs
+    `noise`."""
+    fresh = eta * after.sigma / level.sigma * _added(level, after) ** 0.5 if eta else 0.0   # Eq. 16
+    x = after.alpha * x_0 + max(after.sigma**2 - fresh**2, 0.0) ** 0.5 * eps
+    if not fresh > 0:
         return x
     assert noise is not None
-    return x + sigma * noise
+    return x + fresh * noise
 
 
-def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor,
+def ddpm_step(x_t: Tensor, x_0: Tensor, level: Level, after: Level, noise: Tensor,
               v: Tensor | None = None) -> Tensor:
     """x_{t-1} ~ q(x_{t-1} | x_t, x_0) (DDPM Eq. 6 and 7), with the alphas of a strided schedule.
 
     v: a learned variance, from -1 for that of q to 1 for beta, between them in the logarithm (Nichol and
-    Dhariwal 2021, Eq. 15). The step to the clean picture (a_prev 1) has no noise.
+    Dhariwal 2021, Eq. 15). The step to the clean picture has no noise.
     """
-    alpha = a_t / a_prev
-    beta = 1 - alpha
-    mean = a_prev**0.5 * beta / (1 - a_t) * x_0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * x_t
-    variance = (1 - a_prev) / (1 - a_t) * beta
+    beta, kept = _added(level, after), (after.sigma / level.sigma) ** 2
+    mean = after.alpha * beta / level.sigma**2 * x_0 + level.alpha / after.alpha * kept * x_t
+    variance = kept * beta
     if variance <= 0:
         return mean
     if v is None:
@@ -88,61 +94,63 @@ def ddpm_step(x_t: Tensor, x_0: Tensor, a_t: float, a_prev: float, noise: Tensor
     return mean + (0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))).exp() * noise
 
 
-def dpmpp_step(x_t: Tensor, x_0: Tensor, a_t: float, a_next: float,
-               before: tuple[Tensor, float] | None = None) -> Tensor:
-    """x_{t-1} by DPM-Solver++ (Lu et al. 2022, algorithm 2, "2M"). before: x_0 of the step before and its
-    alphas_cumprod, None for first order."""
-    if a_next >= 1:
+def dpmpp_step(x_t: Tensor, x_0: Tensor, level: Level, after: Level,
+               before: tuple[Tensor, Level] | None = None) -> Tensor:
+    """x after the step by DPM-Solver++ (Lu et al. 2022, algorithm 2, "2M"). before: x_0 of the step before
+    and its level, None for first order."""
+    if after.sigma <= 0:
         return x_0
-    log_snr = lambda a: math.log(a / (1 - a)) / 2  # noqa: E731
-    h = log_snr(a_next) - log_snr(a_t)
+    log_snr = lambda level: math.log(level.alpha / level.sigma)  # noqa: E731
+    h = log_snr(after) - log_snr(level)
     if before is not None:
-        x_0 = x_0 + (x_0 - before[0]) * (h / (log_snr(a_t) - log_snr(before[1])) / 2)
-    return ((1 - a_next) / (1 - a_t)) ** 0.5 * x_t - a_next**0.5 * math.expm1(-h) * x_0
+        x_0 = x_0 + (x_0 - before[0]) * (h / (log_snr(level) - log_snr(before[1])) / 2)
+    return after.sigma / level.sigma * x_t - after.alpha * math.expm1(-h) * x_0
 
 
-def lcm_step(x_t: Tensor, x_0: Tensor, t: float, a_next: float, noise: Tensor) -> Tensor:
+def lcm_step(x_t: Tensor, x_0: Tensor, t: float, after: Level, noise: Tensor) -> Tensor:
     """A step of latent consistency models (Luo et al. 2023): the picture with fresh noise, or without noise
-    where a_next is 1. The boundary condition's coefficients are those of the authors' code (sigma_data 1/2,
-    timesteps scaled by 10)."""
+    where `after` has none. The boundary condition's coefficients are those of the authors' code (sigma_data
+    1/2, timesteps scaled by 10)."""
     skip = 0.25 / ((10 * t) ** 2 + 0.25)
     picture = skip * x_t + 10 * t / ((10 * t) ** 2 + 0.25) ** 0.5 * x_0
-    return picture if a_next >= 1 else a_next**0.5 * picture + (1 - a_next) ** 0.5 * noise
+    return picture if after.sigma <= 0 else after.alpha * picture + after.sigma * noise
 
 
-def tcd_step(x_0: Tensor, eps: Tensor, a_s: float, a_next: float, noise: Tensor | None) -> Tensor:
-    """A step of trajectory consistency distillation (Zheng et al. 2024, algorithm 4): down to the level a_s,
-    then noise up to a_next. noise None: the last step, which ends at a_s."""
-    x_s = a_s**0.5 * x_0 + (1 - a_s) ** 0.5 * eps
-    return x_s if noise is None else (a_next / a_s) ** 0.5 * x_s + max(1 - a_next / a_s, 0.0) ** 0.5 * noise
+def tcd_step(x_0: Tensor, eps: Tensor, lower: Level, after: Level, noise: Tensor | None) -> Tensor:
+    """A step of trajectory consistency distillation (Zheng et al. 2024, algorithm 4): down to a lower level,
+    then noise up to `after`. noise None: the last step, which ends at the lower level."""
+    x_s = lower.alpha * x_0 + lower.sigma * eps
+    return x_s if noise is None else after.alpha / lower.alpha * x_s + _added(after, lower) ** 0.5 * noise
 
 
 BELM_FROM_NOISE = ("belm cannot begin where there is nothing but noise (zero terminal SNR): it divides by "
                    "what is left of the picture; give skip 1 or more, or another method")
 
 
-def _belm(a_next: float, a_t: float, a_prev: float) -> tuple[float, float, float]:
-    """Coefficients of x_{t+1}, x_t and eps in O-BELM (Wang et al. 2024); h are steps of sigma / alpha."""
-    if not a_next > 0:
+def _belm(above: Level, level: Level, after: Level) -> tuple[float, float, float]:
+    """Coefficients of x one level above, x and eps in O-BELM (Wang et al. 2024); h are steps of
+    sigma / alpha."""
+    if not above.alpha > 0:
         raise UsageError(BELM_FROM_NOISE)
-    ratio = lambda a: ((1 - a) / a) ** 0.5  # noqa: E731
-    h_next, h = ratio(a_next) - ratio(a_t), ratio(a_t) - ratio(a_prev)
-    w = (h / h_next) ** 2
-    slope = -h * (h_next + h) / h_next * a_prev**0.5
-    return w * (a_prev / a_next) ** 0.5, (1 - w) * (a_prev / a_t) ** 0.5, slope
+    ratio = lambda level: level.sigma / level.alpha  # noqa: E731
+    h_above, h = ratio(above) - ratio(level), ratio(level) - ratio(after)
+    w = (h / h_above) ** 2
+    slope = -h * (h_above + h) / h_above * after.alpha
+    return w * after.alpha / above.alpha, (1 - w) * after.alpha / level.alpha, slope
 
 
-def belm_step(x_next: Tensor, x_t: Tensor, eps: Tensor, a_next: float, a_t: float, a_prev: float) -> Tensor:
-    """x_{t-1} from the two levels above it: second order, one prediction a step, and exactly invertible."""
-    far, near, slope = _belm(a_next, a_t, a_prev)
-    return far * x_next + near * x_t + slope * eps
+def belm_step(x_above: Tensor, x_t: Tensor, eps: Tensor, above: Level, level: Level, after: Level) -> Tensor:
+    """x after the step from the two levels above: second order, one prediction a step, and exactly
+    invertible."""
+    far, near, slope = _belm(above, level, after)
+    return far * x_above + near * x_t + slope * eps
 
 
-def belm_step_up(x_prev: Tensor, x_t: Tensor, eps: Tensor, a_prev: float, a_t: float,
-                 a_next: float) -> Tensor:
-    """x_{t+1}: the inverse of `belm_step`."""
-    far, near, slope = _belm(a_next, a_t, a_prev)
-    return (x_prev - near * x_t - slope * eps) / far
+def belm_step_up(x_after: Tensor, x_t: Tensor, eps: Tensor, after: Level, level: Level,
+                 above: Level) -> Tensor:
+    """x one level above: the inverse of `belm_step`."""
+    far, near, slope = _belm(above, level, after)
+    return (x_after - near * x_t - slope * eps) / far
 
 
 def _quantile(sizes: Tensor, share: float) -> Tensor:
@@ -184,36 +192,36 @@ Stepper = Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
-            noise: Sequence[Tensor] | None = None, before: tuple[Tensor, float] | None = None,
+            noise: Sequence[Tensor] | None = None, before: tuple[Tensor, Level] | None = None,
             sampler: str = "ddim") -> Stepper:
     """The step function of a run by one of `schedules.SAMPLERS`; "ddim" is DDPM where eta is 1 and the
     network predicts a variance.
 
     noise: one tensor a step, shared by the rows, for eta > 0 and for "lcm". before: x one level noisier than
-    the first step, and its alphas_cumprod, for O-BELM's steps.
+    the first step, and its level, for O-BELM's steps.
     """
-    previous: Any = before   # what a second-order step remembers: x or x_0, and its alphas_cumprod
+    previous: Any = before   # what a second-order step remembers: x or x_0, and its level
 
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal previous
-        a_t, a_next = schedule.alphas[i:i + 2]
+        level, after = schedule.levels[i:i + 2]
         z: Any = noise[i] if noise else None
         if before is not None:
-            x_0, eps = x0_and_eps(x, out, a_t, prediction)
-            (above, a_above), previous = previous, (x, a_t)
-            return belm_step(above[-len(x):], x, eps, a_above, a_t, a_next), x_0
-        x_0, eps = x0_and_eps(x, out, a_t, prediction, clip)
+            x_0, eps = x0_and_eps(x, out, level, prediction)
+            (x_above, above), previous = previous, (x, level)
+            return belm_step(x_above[-len(x):], x, eps, above, level, after), x_0
+        x_0, eps = x0_and_eps(x, out, level, prediction, clip)
         if sampler == "dpm++":
-            x, previous = dpmpp_step(x, x_0, a_t, a_next, previous), (x_0, a_t)
+            x, previous = dpmpp_step(x, x_0, level, after, previous), (x_0, level)
         elif sampler == "lcm":
-            x = lcm_step(x, x_0, schedule.timesteps[i], a_next, z)
+            x = lcm_step(x, x_0, schedule.timesteps[i], after, z)
         elif sampler == "tcd":
             last = i + 1 == schedule.steps
-            x = tcd_step(x_0, eps, schedule.lower[i], a_next, None if last else z)
+            x = tcd_step(x_0, eps, schedule.lower[i], after, None if last else z)
         elif variance is not None and eta == 1 and noise:
-            x = ddpm_step(x, x_0, a_t, a_next, z, variance)
+            x = ddpm_step(x, x_0, level, after, z, variance)
         else:
-            x = ddim_step(x_0, eps, a_t, a_next, eta, z)
+            x = ddim_step(x_0, eps, level, after, eta, z)
         return x, x_0
 
     return step

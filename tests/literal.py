@@ -55,7 +55,7 @@ def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size
     P, P_star, empty = (model.text([prompt]) for prompt in (source, target, ""))
     shape = (1, *model.latent_shape(*(size or model.size)))
     z = z_star = torch.randn(shape, generator=torch.Generator().manual_seed(seed))               # lines 3 and 4
-    for i, (t, a_t, a_prev) in enumerate(model.schedule(steps)):                               # line 5
+    for i, (t, level, after) in enumerate(model.schedule(steps)):                               # line 5
         maps, maps_star = {}, {}
 
         def look(site, M, pixels, maps=maps):
@@ -66,10 +66,10 @@ def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size
                 return maps[site] if i < self_steps and M.shape[2] <= 32 * 32 else M
             return maps_star.setdefault(site, edited(maps[site], M, pixels, edits[i]))
 
-        def step(z, context, change, t=t, a_t=a_t, a_prev=a_prev):
+        def step(z, context, change, t=t, level=level, after=after):
             uncond, cond = DM(model, z, t, empty), DM(model, z, t, context, change)
             out = uncond + model.guidance_scale * (cond - uncond)
-            return ddim_step(*x0_and_eps(z, out, a_t, model.prediction, model.clip), a_t, a_prev)
+            return ddim_step(*x0_and_eps(z, out, level, model.prediction, model.clip), level, after)
 
         z, z_star = step(z, P, look), step(z_star, P_star, inject)                             # lines 6 to 9
         if local_blend is not None:                                                            # section 4

@@ -193,14 +193,14 @@ def test_belm_ends_where_it_is_told(sd1, x_0):
     noisy = [*inv.latents.flip(0)[:, None]]
     schedule = model.schedule(6).ending(1.0)
     for i in range(1, 6):       # the published formula from the two levels above, at every step
-        a = schedule.alphas
+        a = schedule.levels
         eps = model.predict(noisy[i], schedule.timesteps[i], told)[0]
         want = p2p.sampler.belm_step(noisy[i - 1], noisy[i], eps, a[i - 1], a[i], a[i + 1])
         assert (want - noisy[i + 1]).abs().max() < 1e-6 * noisy[i + 1].abs().max()
     xs, own = belm_published(model, noisy[0], 6, told), [noisy[0]]
     for i in range(6):
         eps = model.predict(own[-1], schedule.timesteps[i], told)[0]
-        a = schedule.alphas
+        a = schedule.levels
         own.append(p2p.sampler.ddim_step(*p2p.sampler.x0_and_eps(own[-1], eps, a[i]), a[i], a[i + 1]) if i == 0 else
                    p2p.sampler.belm_step(own[-2], own[-1], eps, a[i - 1], a[i], a[i + 1]))
     assert (xs[-1] - own[-1]).abs().max() < 1e-9 * xs[-1].abs().max()
@@ -213,7 +213,7 @@ def test_belm_ends_where_it_is_told(sd1, x_0):
 def test_belm_passes_levels_that_coincide(sd1, x_0):
     """1000 steps visit t = 0, whose level is where Stable Diffusion's picture stands: a step of no length."""
     schedule = sd1.schedule(1000)
-    assert schedule.timesteps == tuple(range(999, -1, -1)) and schedule.alphas[-1] == schedule.alphas[-2]
+    assert schedule.timesteps == tuple(range(999, -1, -1)) and schedule.levels[-1] == schedule.levels[-2]
     inv = p2p.invert(sd1, x_0, SOURCE, method="belm", steps=1000, skip=992)
     r = p2p.edit(sd1, inv, SOURCE, guidance_scale=1.0, cross_replace_steps=0.0, self_replace_steps=0.0)
     assert inv.latents.isfinite().all() and (r.latents - x_0).abs().max() < 1e-3
@@ -234,10 +234,10 @@ def test_a_negative_prompt_stands_in_place_of_the_empty_one(sd1):
     g = torch.Generator().manual_seed(1)
     x_T = torch.randn(1, 4, 8, 8, generator=g)
     r = p2p.generate(sd1, "a cat", steps=1, guidance_scale=7.5, x_T=x_T, negative_prompt="a blurry dog")
-    t, a_t, a_prev = next(iter(sd1.schedule(1)))
+    t, level, after = next(iter(sd1.schedule(1)))
     bad, good = (sd1.unet(x_T, t, sd1.text([p]))[0] for p in ("a blurry dog", "a cat"))
     eps = bad + 7.5 * (good - bad)
-    want = a_prev**0.5 * (x_T - (1 - a_t) ** 0.5 * eps) / a_t**0.5 + (1 - a_prev) ** 0.5 * eps
+    want = after.alpha * (x_T - level.sigma * eps) / level.alpha + after.sigma * eps
     assert (r.latents - want).abs().max() < 1e-4 * want.std() and r.settings["negative_prompt"] == "a blurry dog"
     edited = p2p.edit(sd1, "a cat", "a dog", steps=1, x_T=x_T, negative_prompt="a blurry dog")
     assert (edited.latents[0] - r.latents[0]).abs().max() < 1e-4 * want.std()

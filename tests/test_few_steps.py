@@ -112,6 +112,6 @@ def test_a_unet_that_predicts_the_picture(tmp_path):
     r = p2p.generate(model, "a cat", steps=1, guidance_scale=0, seed=1, height=64, width=64)
     x = draw(model.latent_shape(64, 64), [1], 1)[0]
     x_0 = model.predict(x, 999, model.read(model.condition(["a cat"])))[0]
-    a, b = (float(model.alphas_cumprod[999]), float(model.schedule(1).alphas[-1]))
-    eps = (x - a**0.5 * x_0) / (1 - a) ** 0.5
-    assert model.prediction == "x0" and (r.latents - (b**0.5 * x_0 + (1 - b) ** 0.5 * eps)).abs().max() < 1e-4
+    first, last = model.schedule(1).levels
+    eps = (x - first.alpha * x_0) / first.sigma
+    assert model.prediction == "x0" and (r.latents - (last.alpha * x_0 + last.sigma * eps)).abs().max() < 1e-4

@@ -14,6 +14,7 @@ import p2p
 from p2p.errors import UsageError
 from p2p.image import fit, from_pil
 from p2p.request.inverting import READ_BY
+from p2p.request.schedules import Level
 from p2p.request.source import METHODS
 from p2p.sampler import belm_step, belm_step_up, guide, proximal_guide
 from p2p.weights.emoji.world import caption, render, sample
@@ -92,7 +93,8 @@ def test_edit_friendly_noise_leads_an_unguided_target_back_too(emoji, picture, p
 def test_belm_is_its_own_inverse():
     g = torch.Generator().manual_seed(0)
     x, y, eps = (torch.randn(1, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(3))
-    assert torch.allclose(belm_step_up(belm_step(x, y, eps, 0.3, 0.5, 0.7), y, eps, 0.7, 0.5, 0.3), x, atol=1e-12)
+    levels = [Level.of(a) for a in (0.3, 0.5, 0.7)]
+    assert torch.allclose(belm_step_up(belm_step(x, y, eps, *levels), y, eps, *levels[::-1]), x, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from p2p.lists import ip2p
-from p2p.request.schedules import sigma_schedule
+from p2p.request.schedules import Level, sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import ddim_step, x0_and_eps
 
@@ -27,7 +27,7 @@ def test_the_schedule_is_k_diffusions(sd1):
         sigmas, t = sigmas_of(sd1, steps)
         schedule = sigma_schedule(sd1.alphas_cumprod, steps)
         assert schedule.timesteps == pytest.approx(t.tolist())
-        assert schedule.alphas == pytest.approx((1 / (1 + sigmas**2)).tolist(), rel=1e-9) and schedule.alphas[-1] == 1
+        assert [sigma / alpha for alpha, sigma in schedule.levels] == pytest.approx(sigmas.tolist(), rel=1e-9)
 
 
 def test_euler_ancestral_is_ddim_with_eta_1():
@@ -39,8 +39,8 @@ def test_euler_ancestral_is_ddim_with_eta_1():
         up = min(after, (after**2 * (before**2 - after**2) / before**2) ** 0.5)
         down = (after**2 - up**2) ** 0.5
         wanted = x + (x - denoised) / before * (down - before) + (z * up if after > 0 else 0)
-        a, b = 1 / (1 + before**2), 1 / (1 + after**2)
-        found = ddim_step(*x0_and_eps(x * a**0.5, out, a), a, b, 1.0, z) / b**0.5
+        a, b = Level.of(1 / (1 + before**2)), Level.of(1 / (1 + after**2))
+        found = ddim_step(*x0_and_eps(x * a.alpha, out, a), a, b, 1.0, z) / b.alpha
         assert (found - wanted).abs().max() < 1e-12 * wanted.abs().max()
 
 

@@ -140,7 +140,7 @@ class Published:
 
     @staticmethod
     def ddim(x, eps, a, b):
-        return b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+        return b.alpha * (x - a.sigma * eps) / a.alpha + b.sigma * eps
 
     def both(self, x, t, null, text, scale):
         u, c = self.eps(torch.cat([x, x]), t, torch.cat([null, text])).chunk(2)
@@ -166,13 +166,14 @@ class Published:
 
     def edit_friendly(self, control, target, scale=7.5):
         noise = draw(self.path[0].shape[1:], [1234], 1 + STEPS)
-        levels = [self.path[0]] + [a**0.5 * self.path[0] + (1 - a) ** 0.5 * z
+        levels = [self.path[0]] + [a.alpha * self.path[0] + a.sigma * z
                                    for (_, a, _), z in zip(self.schedule[::-1], noise[1:])]
         text, zs = self.text(SOURCE), {}
 
         def mean(x, eps, a, b):
-            variance = (1 - b) / (1 - a) * (1 - a / b)
-            return b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b - variance) ** 0.5 * eps, variance**0.5
+            variance = (b.sigma / a.sigma) ** 2 * (1 - (a.alpha / b.alpha) ** 2)
+            x_0 = (x - a.sigma * eps) / a.alpha
+            return b.alpha * x_0 + (b.sigma**2 - variance) ** 0.5 * eps, variance**0.5
 
         for i, (t, a, b) in enumerate(self.schedule):
             x = levels[STEPS - i]

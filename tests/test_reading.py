@@ -195,7 +195,7 @@ def test_models_without_clip_have_nothing_to_skip(sd1_file):
 def test_zero_terminal_snr_can_be_asked_for(single):
     plain, model = load(single, prediction="v"), load(single, prediction="v", zero_snr=True)
     assert torch.equal(model.alphas_cumprod, zero_terminal_snr(plain.alphas_cumprod)) and model.alphas_cumprod[-1] == 0
-    assert model.schedule(7).timesteps == plain.schedule(7).timesteps and model.schedule(7).alphas != plain.schedule(7).alphas
+    assert model.schedule(7).timesteps == plain.schedule(7).timesteps and model.schedule(7).levels != plain.schedule(7).levels
     assert all(torch.equal(a, b) for a, b in zip(model.unet.state_dict().values(), plain.unet.state_dict().values()))
 
 

@@ -7,7 +7,7 @@ import p2p
 from p2p import sampler
 from p2p.errors import UsageError
 from p2p.request import schedules
-from p2p.request.schedules import ddim_schedule
+from p2p.request.schedules import Level, ddim_schedule
 from p2p.request.source import METHODS
 from p2p.sampler import ddim_step, ddpm_step, guide, x0_and_eps
 from p2p.weights.detect import scaled_linear
@@ -35,10 +35,10 @@ def test_timesteps_are_those_of_diffusers(steps):
 def test_published_ends_of_the_schedule():
     s = ddim_schedule(ABAR, 50)
     assert s.timesteps[0] == 981 and s.timesteps[-1] == 1 and s.steps == 50
-    assert s.alphas[-1] == ABAR[0] == pytest.approx(0.99915) and ABAR[-1] == pytest.approx(0.0047, abs=1e-4)
+    assert s.levels[-1] == Level.of(float(ABAR[0])) and ABAR[0] == pytest.approx(0.99915) and ABAR[-1] == pytest.approx(0.0047, abs=1e-4)
     assert ddim_schedule(ABAR, 50, offset=0).timesteps[0] == 980
-    assert ddim_schedule(ABAR, 50, final_alpha=1.0).alphas[-1] == 1
-    assert all(isinstance(a, float) for a in s.alphas)
+    assert ddim_schedule(ABAR, 50, final_alpha=1.0).levels[-1] == (1, 0)
+    assert all(isinstance(x, float) for level in s.levels for x in level)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -53,43 +53,43 @@ def test_impossible_step_counts(steps):
 def test_ddim_steps_are_those_of_diffusers(prediction, eta, to_one):
     reference = oracle("DDIMScheduler", 5, prediction, set_alpha_to_one=to_one)
     x, out, noise = rand(1), rand(2), rand(3)
-    for t, a_t, a_prev in ddim_schedule(ABAR, 5, final_alpha=1.0 if to_one else None):
+    for t, level, after in ddim_schedule(ABAR, 5, final_alpha=1.0 if to_one else None):
         wanted = reference.step(out, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
-        got = ddim_step(*x0_and_eps(x, out, a_t, prediction), a_t, a_prev, eta, noise)
+        got = ddim_step(*x0_and_eps(x, out, level, prediction), level, after, eta, noise)
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max(), f"t = {t}"
         x = wanted
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])
 def test_predictions_say_the_same(prediction):
-    """x_t = sqrt(a) x_0 + sqrt(1 - a) eps whatever the network predicts."""
-    x, out, a = rand(1), rand(2), 0.3
-    x_0, eps = x0_and_eps(x, out, a, prediction)
-    assert (a**0.5 * x_0 + (1 - a) ** 0.5 * eps - x).abs().max() < 1e-12
-    v = a**0.5 * eps - (1 - a) ** 0.5 * x_0
-    assert ({"eps": eps, "v": v, "x0": x_0}[prediction] - out).abs().max() < 1e-12
+    """x_t = alpha x_0 + sigma eps whatever the network predicts."""
+    x, out, level = rand(1), rand(2), Level(0.7, 0.3) if prediction == "flow" else Level.of(0.3)
+    x_0, eps = x0_and_eps(x, out, level, prediction)
+    assert (level.alpha * x_0 + level.sigma * eps - x).abs().max() < 1e-12
+    said = {"eps": eps, "v": level.alpha * eps - level.sigma * x_0, "x0": x_0, "flow": eps - x_0}
+    assert (said[prediction] - out).abs().max() < 1e-12
 
 
 def test_clipped_picture_keeps_its_noisy_picture():
-    x, out, a = rand(1), 3 * rand(2), 0.3
-    x_0, eps = x0_and_eps(x, out, a, "x0", clip=1.0)
-    assert x_0.abs().max() == 1 and (a**0.5 * x_0 + (1 - a) ** 0.5 * eps - x).abs().max() < 1e-12
+    x, out, level = rand(1), 3 * rand(2), Level.of(0.3)
+    x_0, eps = x0_and_eps(x, out, level, "x0", clip=1.0)
+    assert x_0.abs().max() == 1 and (level.alpha * x_0 + level.sigma * eps - x).abs().max() < 1e-12
 
 
 def test_ddpm_is_ddim_with_eta_one():
     x, out, noise = rand(1), rand(2), rand(3)
-    for _, a_t, a_prev in ddim_schedule(ABAR, 5):
-        x_0, eps = x0_and_eps(x, out, a_t)
-        assert (ddpm_step(x, x_0, a_t, a_prev, noise) - ddim_step(x_0, eps, a_t, a_prev, 1.0, noise)).abs().max() < 1e-12
+    for _, level, after in ddim_schedule(ABAR, 5):
+        x_0, eps = x0_and_eps(x, out, level)
+        assert (ddpm_step(x, x_0, level, after, noise) - ddim_step(x_0, eps, level, after, 1.0, noise)).abs().max() < 1e-12
 
 
 def test_a_ddim_step_can_be_undone():
     """With the same noise estimate the deterministic step is invertible."""
-    x, eps, a_t, a_prev = rand(1), rand(2), 0.3, 0.5
-    x_0, _ = x0_and_eps(x, eps, a_t)
-    y = ddim_step(x_0, eps, a_t, a_prev)
-    back, _ = x0_and_eps(y, eps, a_prev)
-    assert (ddim_step(back, eps, a_prev, a_t) - x).abs().max() < 1e-12
+    x, eps, level, after = rand(1), rand(2), Level.of(0.3), Level.of(0.5)
+    x_0, _ = x0_and_eps(x, eps, level)
+    y = ddim_step(x_0, eps, level, after)
+    back, _ = x0_and_eps(y, eps, after)
+    assert (ddim_step(back, eps, after, level) - x).abs().max() < 1e-12
 
 
 def test_guidance():
@@ -128,4 +128,4 @@ def test_steps_from_pure_noise_divide_by_nothing(from_noise):
     with pytest.raises(p2p.UsageError, match="at t = 999 there is nothing but noise.*no sigma is so large"):
         schedules.sigma_schedule(from_noise.alphas_cumprod, 3)
     with pytest.raises(p2p.UsageError, match="belm cannot begin"):
-        sampler.belm_step(*[torch.zeros(1)] * 3, 0.0, 0.5, 0.9)
+        sampler.belm_step(*[torch.zeros(1)] * 3, *map(Level.of, (0.0, 0.5, 0.9)))

@@ -80,7 +80,7 @@ def test_steps_can_be_looked_at_and_changed(narrow):
 def test_x_0_is_what_x_leads_to(narrow):
     """The bundled model's last step ends in the picture that was predicted, without noise."""
     first, last = p2p.steps(narrow, "a cat", "a dog", **EASY)
-    assert narrow.schedule(2).alphas[-1] == 1 and torch.equal(last.x, last.x_0) and not torch.equal(first.x, first.x_0)
+    assert narrow.schedule(2).levels[-1].sigma == 0 and torch.equal(last.x, last.x_0) and not torch.equal(first.x, first.x_0)
 
 
 def test_a_preview_is_called_with_every_step(narrow):

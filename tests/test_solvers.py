@@ -4,7 +4,7 @@ import torch
 from oracles import diffusers
 
 from p2p.errors import UsageError
-from p2p.request.schedules import consistency_schedule, ddim_schedule, dpm_schedule, listed_schedule
+from p2p.request.schedules import Level, consistency_schedule, ddim_schedule, dpm_schedule, listed_schedule
 from p2p.sampler import dpmpp_step, lcm_step, tcd_step, x0_and_eps
 from p2p.weights.detect import scaled_linear
 
@@ -38,9 +38,9 @@ def test_dpmpp_is_that_of_diffusers(steps, spacing):
     assert list(schedule.timesteps) == peer.timesteps.tolist()
     x, before = rand(1), None
     wanted = whole_run(peer, x)
-    for t, a_t, a_next in schedule:
-        x_0, _ = x0_and_eps(x, network(x, t), a_t)
-        x, before = dpmpp_step(x, x_0, a_t, a_next, before), (x_0, a_t)
+    for t, level, after in schedule:
+        x_0, _ = x0_and_eps(x, network(x, t), level)
+        x, before = dpmpp_step(x, x_0, level, after, before), (x_0, level)
     assert (x - wanted).abs().max() < 1e-5 * wanted.std()
 
 
@@ -59,8 +59,8 @@ def test_lcm_is_that_of_diffusers(steps, monkeypatch):
     x, noises = rand(1), [rand(10 + i) for i in range(steps)]
     patched(monkeypatch, "scheduling_lcm", noises)
     wanted = whole_run(peer, x)
-    for (t, a_t, a_next), noise in zip(schedule.ending(1.0), noises):
-        x = lcm_step(x, x0_and_eps(x, network(x, t), a_t)[0], t, a_next, noise)
+    for (t, level, after), noise in zip(schedule.ending(1.0), noises):
+        x = lcm_step(x, x0_and_eps(x, network(x, t), level)[0], t, after, noise)
     assert (x - wanted).abs().max() < 1e-5 * wanted.std()
 
 
@@ -74,10 +74,10 @@ def test_tcd_is_that_of_diffusers(steps, eta, monkeypatch):
     x, noises = rand(1), [rand(10 + i) for i in range(steps)]
     patched(monkeypatch, "scheduling_tcd", noises)
     wanted = whole_run(peer, x, eta=eta)
-    for i, (t, a_t, a_next) in enumerate(schedule):
-        a_s = float(ABAR[int((1 - eta) * ([*schedule.timesteps, 0][i + 1]))])
+    for i, (t, level, after) in enumerate(schedule):
+        lower = Level.of(float(ABAR[int((1 - eta) * ([*schedule.timesteps, 0][i + 1]))]))
         noise = noises[i] if eta and i + 1 < steps else None
-        x = tcd_step(*x0_and_eps(x, network(x, t), a_t), a_s, a_next, noise)
+        x = tcd_step(*x0_and_eps(x, network(x, t), level), lower, after, noise)
     assert (x - wanted).abs().max() < 1e-5 * wanted.std()
 
 
@@ -91,16 +91,16 @@ def test_euler_ancestral_on_trailing_timesteps_is_ddim_with_eta_1(monkeypatch):
     assert list(schedule.timesteps) == peer.timesteps.tolist()
     patched(monkeypatch, "scheduling_euler_ancestral_discrete", noises)
     x = rand(1)
-    y = x / schedule.alphas[0] ** 0.5
-    for (t, a_t, a_next), noise, s in zip(schedule, noises, peer.timesteps):
-        x = ddim_step(*x0_and_eps(x, network(x, t), a_t), a_t, a_next, 1.0, noise)
+    y = x / schedule.levels[0].alpha
+    for (t, level, after), noise, s in zip(schedule, noises, peer.timesteps):
+        x = ddim_step(*x0_and_eps(x, network(x, t), level), level, after, 1.0, noise)
         y = peer.step(network(peer.scale_model_input(y, s), s), s, y).prev_sample
     assert (x - y).abs().max() < 1e-4 * y.std()
 
 
 def test_any_falling_timesteps_will_do():
     schedule = listed_schedule(ABAR, [800, 400, 3])
-    assert schedule.timesteps == (800, 400, 3) and schedule.alphas == (*(float(ABAR[t]) for t in (800, 400, 3)), float(ABAR[0]))
+    assert schedule.timesteps == (800, 400, 3) and schedule.levels == tuple(Level.of(float(ABAR[t])) for t in (800, 400, 3, 0))
 
 
 @pytest.mark.parametrize("timesteps", [[], [1000], [-1], [4, 4], [3, 5]])

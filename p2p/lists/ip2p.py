@@ -151,7 +151,7 @@ def ancestral(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], s
     x_T, *noise = (z.repeat(2, 1, 1, 1).to(device) for z in draw(model.latent_shape(), seeds, 1 + steps))
     scale = torch.tensor(scales, device=device).repeat(2).view(-1, 1, 1, 1)
     plan = first_pictures_attention(shares, steps, device)
-    x = (1 - schedule.alphas[0]) ** 0.5 * x_T            # sigma x_T in those coordinates
+    x = schedule.levels[0].sigma * x_T            # sigma x_T in those coordinates
     conditioning = model.condition([prompts.caption] * n + [prompts.output] * n), model.null(2 * n)
     for step in denoise(model, x, *conditioning, schedule,
                         stepper(schedule, model.prediction, model.clip, 1.0, noise), Batch(n, n),

@@ -36,7 +36,7 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
            or r.start.low is not None for r in ready):
         raise UsageError("edits run together start from prompts, without editor or proximal guidance: use "
                          "edit")
-    common = [{"timesteps": r.start.schedule.timesteps, "noise levels": r.start.schedule.alphas,
+    common = [{"timesteps": r.start.schedule.timesteps, "noise levels": r.start.schedule.levels,
                "sampler": r.start.sampler,
                "height, width": r.start.size, "eta": r.start.eta,
                "guidance_scale 1, or not": r.start.guidance_scale == 1,

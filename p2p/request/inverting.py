@@ -73,7 +73,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
         raise UsageError("eta must lie within 0 and 1, above 0, not 0")
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
-    if method == "belm" and not schedule.alphas[skip] > 0:
+    if method == "belm" and not schedule.levels[skip].alpha > 0:
         raise UsageError(BELM_FROM_NOISE)
     shape, run_steps = model.latent_shape(height, width), steps - skip
     independent = method == "edit-friendly"   # its noise, and what it stores besides the latents

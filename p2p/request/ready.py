@@ -24,7 +24,7 @@ from p2p.request.emphasis import notes as weights_notes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.remarks import remarks
-from p2p.request.schedules import Schedule
+from p2p.request.schedules import Level
 from p2p.request.settings import to_settings
 from p2p.request.source import FOLLOW, Inversion, Queries
 from p2p.request.start import Sampling, Start, begun, stepper_of
@@ -106,11 +106,10 @@ def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
     return [None if edit is None else layers.by_site(edit, edit_tables) for edit in planned]
 
 
-def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, float] | None]:
+def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, Level] | None]:
     """The start at the inversion's own steps, its stored latents noisiest first, and for O-BELM x one level
-    noisier than the first step, with its alphas_cumprod."""
-    schedule = start.schedule.ending(inversion.final_alpha)
-    schedule = Schedule(schedule.timesteps[inversion.skip:], schedule.alphas[inversion.skip:])
+    noisier than the first step, with its level."""
+    schedule = start.schedule.ending(inversion.final_alpha).after(inversion.skip)
     path = inversion.latents.flip(0).to(start.x.device)
     known, before = Known(path, inversion.method in FOLLOW), None
     if inversion.offsets is not None:
@@ -119,9 +118,9 @@ def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, t
                            noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
     # two levels are needed to go on: the first step is the source's
     if inversion.method == "belm" and schedule.steps > 1:
-        start = start._replace(schedule=Schedule(schedule.timesteps[1:], schedule.alphas[1:]),
+        start = start._replace(schedule=schedule.after(1),
                                x=path[1].expand(len(start.x), -1, -1, -1))
-        before = path[0].expand(len(start.x), -1, -1, -1), float(schedule.alphas[0])
+        before = path[0].expand(len(start.x), -1, -1, -1), schedule.levels[0]
         known = known._replace(path=path[1:])
     return start, known, before
 

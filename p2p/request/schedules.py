@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +20,46 @@ SPACINGS = ("leading", "trailing", "linspace", "karras")
 DISTILLED = ("lcm", "tcd")   # they visit timesteps that their models were distilled at
 
 
+class Level(NamedTuple):
+    """What x holds of picture and noise: x = alpha x_0 + sigma eps."""
+
+    alpha: float
+    sigma: float
+
+    @staticmethod
+    def of(alphas_cumprod: float) -> Level:
+        """The level of DDPM and DDIM, whose squares sum to 1."""
+        return Level(alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5)
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """N steps from noise to picture. Iterating gives (t, alphas_cumprod[t], that of the next step)."""
+    """N steps from noise to picture. Iterating gives (t, level, next level)."""
 
     timesteps: tuple[int, ...] | tuple[float, ...]   # falling
-    alphas: tuple[float, ...]    # N + 1: of each timestep, then of the end
-    lower: tuple[float, ...] = ()   # of TCD (N): alphas_cumprod to which a step goes before noise is added
+    levels: tuple[Level, ...]    # N + 1: of each timestep, then of the end
+    lower: tuple[Level, ...] = ()   # of TCD (N): to which a step goes before noise is added
 
-    def __iter__(self) -> Iterator[tuple[int | float, float, float]]:
-        return iter(list(zip(self.timesteps, self.alphas, self.alphas[1:])))
+    def __iter__(self) -> Iterator[tuple[int | float, Level, Level]]:
+        return iter(list(zip(self.timesteps, self.levels, self.levels[1:])))
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
 
+    def after(self, n: int) -> Schedule:
+        """The steps that follow the first n."""
+        return Schedule(self.timesteps[n:], self.levels[n:], self.lower[n:])
+
     def ending(self, final_alpha: float | None) -> Schedule:
         """These steps, the last one ending at that alphas_cumprod; None: unchanged. Raises UsageError."""
-        if final_alpha is not None and final_alpha < self.alphas[-2]:
+        if final_alpha is None:
+            return self
+        last = self.levels[-2]
+        if final_alpha < last.alpha**2 / (last.alpha**2 + last.sigma**2):
             raise UsageError(f"final_alpha {float(final_alpha):g}: the picture holds more noise than the "
-                             f"last timestep's level, {self.alphas[-2]:g}; give at least that")
-        return self if final_alpha is None else Schedule(self.timesteps, (*self.alphas[:-1], final_alpha))
+                             f"last timestep's level, {last.alpha**2:g}; give at least that")
+        return replace(self, levels=(*self.levels[:-1], Level.of(final_alpha)))
 
 
 def check_schedule(sampler: object, spacing: object, timesteps: object) -> None:
@@ -67,14 +87,14 @@ def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset
         if sampler == "lcm":
             return found.ending(1.0)
         table, ends = alphas_cumprod.tolist(), (*found.timesteps[1:], 0)
-        return replace(found, lower=tuple(table[int((1 - eta) * t)] for t in ends))
+        return replace(found, lower=tuple(Level.of(table[int((1 - eta) * t)]) for t in ends))
     if sampler == "ddim":
         if timesteps is not None:
             return listed_schedule(alphas_cumprod, timesteps, final_alpha)
         return ddim_schedule(alphas_cumprod, steps, offset, final_alpha, spacing)
     found = dpm_schedule(alphas_cumprod, steps, offset, spacing) if timesteps is None else \
         listed_schedule(alphas_cumprod, timesteps, 1.0)
-    if not found.alphas[0] > 0:
+    if not found.levels[0].alpha > 0:
         raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR), where "
                          "dpm++ cannot begin; sample by ddim")
     return found
@@ -116,7 +136,8 @@ def listed_schedule(alphas_cumprod: Tensor, timesteps: Iterable[int],
         raise UsageError(f"timesteps must fall, from {total - 1} at most to 0 at least; not "
                          f"{brief(list(listed))}")
     table = alphas_cumprod.tolist()
-    return Schedule(listed, (*(table[t] for t in listed), table[0] if final_alpha is None else final_alpha))
+    ends = table[0] if final_alpha is None else final_alpha
+    return Schedule(listed, tuple(Level.of(a) for a in (*(table[t] for t in listed), ends)))
 
 
 def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: str = "leading") -> Schedule:
@@ -129,7 +150,7 @@ def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: s
         low, high = (float(log_sigmas[i].exp()) ** (1 / 7) for i in (0, -1))
         sigmas = np.linspace(high, low, steps) ** 7
         timesteps = np.interp(np.log(sigmas), log_sigmas.numpy(), np.arange(total)).round()
-        return Schedule(tuple(int(t) for t in timesteps), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+        return Schedule(tuple(int(t) for t in timesteps), _levels(sigmas.tolist()))
     if spacing in ("leading", "linspace") and steps == total:
         raise UsageError(f"steps must be from 1 to {total - 1} by dpm++ with {spacing} timesteps, not "
                          f"{steps}")
@@ -166,7 +187,12 @@ def sigma_schedule(alphas_cumprod: Tensor, steps: int) -> Schedule:
     total, log_sigmas = _length(alphas_cumprod, steps), _log_sigmas(alphas_cumprod)
     t = torch.linspace(total - 1, 0, steps, dtype=torch.float64)
     sigmas = torch.lerp(log_sigmas[t.floor().long()], log_sigmas[t.ceil().long()], t.frac()).exp()
-    return Schedule(tuple(t.tolist()), (*(1 / (1 + sigmas**2)).tolist(), 1.0))
+    return Schedule(tuple(t.tolist()), _levels(sigmas.tolist()))
+
+
+def _levels(sigmas: Iterable[float]) -> tuple[Level, ...]:
+    """Of sigma / alpha, and then of the clean picture."""
+    return tuple(Level.of(1 / (1 + sigma**2)) for sigma in (*sigmas, 0.0))
 
 
 def _length(alphas_cumprod: Tensor, steps: int) -> int:

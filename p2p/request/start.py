@@ -18,7 +18,7 @@ from p2p.model import LARGEST, Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
-from p2p.request.schedules import DISTILLED, SAMPLERS, Schedule, check_schedule
+from p2p.request.schedules import DISTILLED, SAMPLERS, Level, Schedule, check_schedule
 from p2p.sampler import Stepper, stepper
 from p2p.weights.untrusted import brief
 
@@ -217,7 +217,7 @@ def solver(model: Model, sampling: Sampling) -> tuple[str, int, float]:
     return sampler, whole("the number of timesteps", len(timesteps)), eta
 
 
-def stepper_of(model: Model, start: Start, before: tuple[Tensor, float] | None = None) -> Stepper:
+def stepper_of(model: Model, start: Start, before: tuple[Tensor, Level] | None = None) -> Stepper:
     """The step function of a run, see `sampler.stepper`."""
     return stepper(start.schedule, model.prediction, model.clip, start.eta, start.noise, before,
                    start.sampler)

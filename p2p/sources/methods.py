@@ -38,7 +38,7 @@ from p2p.request.emphasis import condition
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.loading import find_model
 from p2p.request.ready import empty_prompts
-from p2p.request.schedules import Schedule
+from p2p.request.schedules import Level, Schedule
 from p2p.request.source import Inversion
 from p2p.request.start import check_latents, draw, fitting
 from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
@@ -55,14 +55,26 @@ class _Run(NamedTuple):
     schedule: Schedule
     progress: bool
 
-    def predict(self, x: Tensor, t: int, guidance_scale: float = 1.0) -> Tensor:
+    def lifted(self, x: Tensor, out: Tensor, after: Level, before: Level, guess: Tensor) -> Tensor:
+        """x, at the level before, taken to the level after by what the network said of a guess of x there.
+
+        A velocity leads along itself; what else is predicted says the noise of the guess, of which x is made.
+        """
+        if self.model.prediction == "flow":
+            x_0, eps = x0_and_eps(x, out, before, "flow", self.model.clip)
+        else:
+            _, eps = x0_and_eps(guess, out, after, self.model.prediction, self.model.clip)
+            x_0 = (x - before.sigma * eps) / before.alpha
+        return ddim_step(x_0, eps, before, after)
+
+    def predict(self, x: Tensor, t: int | float, guidance_scale: float = 1.0) -> Tensor:
         """The network's output for one picture: one row, or two with guidance."""
         if guidance_scale == 1:
             return self.model.predict(x, t, self.conditioning)[0]
         return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)
 
-    def upwards(self) -> Iterable[tuple[int, float, float]]:
-        """(t, alphas_cumprod after the step, alphas_cumprod before it), from the picture to the noise."""
+    def upwards(self) -> Iterable[tuple[int | float, Level, Level]]:
+        """(t, level after the step, level before it), from the picture to the noise."""
         steps = list(self.schedule)[::-1]
         return tqdm(steps, disable=not self.progress, leave=False, unit="step")
 
@@ -113,7 +125,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
 
 def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Run:
     full_schedule = model.schedule(planned.steps).ending(planned.final_alpha)
-    schedule = Schedule(full_schedule.timesteps[planned.skip:], full_schedule.alphas[planned.skip:])
+    schedule = full_schedule.after(planned.skip)
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text = condition(model, [planned.prompt], *pixels)
     null = empty_prompts(model, None, 1, pixels, planned.negative_prompt)
@@ -165,12 +177,10 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
     undoes the step exactly.
     """
     x, latents = run.x_0, [run.x_0]
-    for t, a_to, a_from in run.upwards():
+    for t, after, before in run.upwards():
         guess = x
         for _ in range(iterations):
-            out = run.predict(guess, t, guidance_scale)
-            _, eps = x0_and_eps(guess, out, a_to, run.model.prediction, run.model.clip)
-            guess = ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to)
+            guess = run.lifted(x, run.predict(guess, t, guidance_scale), after, before, guess)
         x = guess
         latents.append(x)
     return torch.cat(latents)
@@ -180,19 +190,16 @@ def _belm(run: _Run, guidance_scale: float) -> Tensor:
     """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a
     picture at the level of the first timestep); all others are exact inverses of `belm_step`.
     -> (T + 1, C, H, W)"""
-    a = run.schedule.alphas[::-1]                                                # a[0] of the picture
+    levels = run.schedule.levels[::-1]                                           # the picture's first
     latents = [run.x_0]
-    for i, (t, a_to, a_from) in enumerate(run.upwards()):
+    for i, (t, after, before) in enumerate(run.upwards()):
         x = latents[-1]
-        if i == 0 or a[i] == a[i - 1]:
-            out = run.predict(x, t, guidance_scale)
-            _, eps = x0_and_eps(x, out, a_to, run.model.prediction)
-            latents.append(ddim_step((x - (1 - a_from) ** 0.5 * eps) / a_from**0.5, eps, a_from, a_to))
+        if i == 0 or levels[i] == levels[i - 1]:
+            latents.append(run.lifted(x, run.predict(x, t, guidance_scale), after, before, x))
         else:
-            level = run.schedule.timesteps[::-1][i - 1]                          # the level that x is at
-            out = run.predict(x, level, guidance_scale)
-            _, eps = x0_and_eps(x, out, a[i], run.model.prediction)
-            latents.append(belm_step_up(latents[-2], x, eps, a[i - 1], a[i], a_to))
+            out = run.predict(x, run.schedule.timesteps[::-1][i - 1], guidance_scale)   # of x's own level
+            _, eps = x0_and_eps(x, out, before, run.model.prediction)
+            latents.append(belm_step_up(latents[-2], x, eps, levels[i - 1], before, after))
     return torch.cat(latents)
 
 
@@ -201,8 +208,8 @@ def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
     -> (T + 1, C, H, W)"""
     noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
     latents = [run.x_0]
-    for i, (_, a_t, _) in enumerate(list(run.schedule)[::-1], 1):
-        latents.append(a_t**0.5 * run.x_0 + (1 - a_t) ** 0.5 * noise[i * independent])
+    for i, (_, level, _) in enumerate(list(run.schedule)[::-1], 1):
+        latents.append(level.alpha * run.x_0 + level.sigma * noise[i * independent])
     return torch.cat(latents)
 
 
@@ -214,10 +221,11 @@ def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> T
     in every edit.
     """
     out = []
-    for i, (t, a_t, a_prev) in enumerate(list(run.schedule)[:-1]):
+    for i, (t, level, after) in enumerate(list(run.schedule)[:-1]):
         x, wanted = latents[-1 - i][None], latents[-2 - i][None]
-        x_0, eps = x0_and_eps(x, run.predict(x, t, guidance_scale), a_t, run.model.prediction, run.model.clip)
-        out.append(wanted - ddim_step(x_0, eps, a_t, a_prev, eta, torch.zeros_like(x)))
+        x_0, eps = x0_and_eps(x, run.predict(x, t, guidance_scale), level, run.model.prediction,
+                              run.model.clip)
+        out.append(wanted - ddim_step(x_0, eps, level, after, eta, torch.zeros_like(x)))
     return torch.cat([*out, torch.zeros_like(run.x_0)])
 
 
@@ -232,16 +240,16 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
     context, contexts, rows = null.context.float(), [], 0
     x = latents[-1:].to(run.x_0)
 
-    def stepped(x: Tensor, uncond: Tensor, cond: Tensor, a_t: float, a_prev: float) -> Tensor:
-        x_0, eps = x0_and_eps(x, guide(uncond, cond, guidance_scale), a_t, model.prediction, model.clip)
-        return ddim_step(x_0, eps, a_t, a_prev)
+    def stepped(x: Tensor, uncond: Tensor, cond: Tensor, level: Level, after: Level) -> Tensor:
+        x_0, eps = x0_and_eps(x, guide(uncond, cond, guidance_scale), level, model.prediction, model.clip)
+        return ddim_step(x_0, eps, level, after)
 
-    def unconditional(x: Tensor, t: int, context: Tensor) -> Tensor:
+    def unconditional(x: Tensor, t: int | float, context: Tensor) -> Tensor:
         return model.predict(x, t, null._replace(context=context.to(model.dtype)))[0]
 
     bar = tqdm(list(run.schedule), disable=not run.progress, leave=False,
                unit="step")
-    for i, (t, a_t, a_prev) in enumerate(bar):
+    for i, (t, level, after) in enumerate(bar):
         wanted = latents[-2 - i][None]
         with torch.no_grad():
             cond = run.predict(x, t)
@@ -250,7 +258,7 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
         optimizer = torch.optim.Adam([context], lr=1e-2 * max(0.0, 1 - i / 100))
         with torch.enable_grad():
             for _ in range(inner_steps):
-                loss = (stepped(x, unconditional(x, t, context), cond, a_t, a_prev) - wanted).square().mean()
+                loss = (stepped(x, unconditional(x, t, context), cond, level, after) - wanted).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -259,7 +267,7 @@ def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: i
                     break
         with torch.no_grad():
             context = context.detach()
-            x = stepped(x, unconditional(x, t, context), cond, a_t, a_prev)
+            x = stepped(x, unconditional(x, t, context), cond, level, after)
         rows += 1
         contexts.append(context.cpu())
         bar.set_postfix(loss=f"{loss.item():.1e}")
