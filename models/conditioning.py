@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Conditioning(NamedTuple):
     low: Tensor | None = None
     level: Tensor | None = None      # (B,): the timestep of its noise
     guidance: Tensor | None = None   # (B,): the guidance scale, of models that were distilled with one
+
+    def given(self) -> dict[str, Any]:
+        """Those that there are, by name, as networks take them."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def rows(self, first: int) -> Conditioning:
         """The rows from `first` on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -53,6 +53,8 @@ class MMDiTConfig:
     axes: tuple[int, int, int] | None = None
     theta: float = 10_000.0
     guidance: bool = False     # the guidance scale is an input: guidance was distilled
+    # "x0": its last layer says the picture, from which the velocity follows
+    says: Literal["velocity", "x0"] = "velocity"
 
 
 SD3 = MMDiTConfig()
@@ -62,7 +64,8 @@ FLUX_SCHNELL = MMDiTConfig(dim=3072, double=19, single=38, vector_dim=768, qk_no
 FLUX_DEV = replace(FLUX_SCHNELL, guidance=True)
 # The bundled one is a FLUX in miniature whose text is heard through attention alone.
 EMOJI_FLOW = MMDiTConfig(in_channels=3, out_channels=3, patch=4, dim=192, heads=3, double=2, single=7, mlp=3,
-                         context_dim=128, vector_dim=None, qk_norm=True, axes=(8, 28, 28), theta=100.0)
+                         context_dim=128, vector_dim=None, qk_norm=True, axes=(8, 28, 28), theta=100.0,
+                         says="x0")
 
 
 class ReadText(NamedTuple):
@@ -98,10 +101,32 @@ class MMDiT(nn.Module):
                 module.site = name
         self.in_order = list(self.modules())
 
+    enlarges = False   # no super-resolution stage
+
     @property
     def dtype(self) -> torch.dtype:
         """That it computes in; its linear layers may hold their weights in less."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.final_layer.linear.weight.device
+
+    @property
+    def unit(self) -> int:
+        """What the sides of x must be multiples of."""
+        return self.config.patch
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the guidance scale is one of its inputs."""
+        return self.config.guidance
+
+    def numbers_held(self, height: int, width: int) -> int:
+        """Numbers that one row of x holds at once, at least: tokens, and a feed-forward's input and
+        output."""
+        c = self.config
+        return (height // c.patch) * (width // c.patch) * c.dim * (2 + 2 * c.mlp)
 
     def tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), patch by patch"""
@@ -149,7 +174,8 @@ class MMDiT(nn.Module):
         if guidance is not None and self.parts.guidance is not None:
             scale = torch.as_tensor(guidance, device=t.device).reshape(-1)
             embedding = embedding + self.parts.guidance(sinusoids(1000 * scale))
-        return {m.site: m(embedding) for m in self.layers(Modulation)}
+        sigma = (t / 1000).to(dtype)[..., None, None, None]                      # (..., 1 or B, 1, 1, 1)
+        return {m.site: m(embedding) for m in self.layers(Modulation)} | {"sigma": sigma}
 
     def times(self, t: Tensor, text: ReadText, dtype: torch.dtype, vector: Tensor | None = None,
               guidance: float | Tensor | None = None) -> list[Time]:
@@ -178,7 +204,7 @@ class MMDiT(nn.Module):
         n, angles = height * width, None
         if c.axes is not None:
             angles = rotation(height, width, tokens.shape[1], c.axes, c.theta, x.device)
-        x = self.tokens(x)                                                       # (B, N, D)
+        x_t, x = x, self.tokens(x)                                               # (B, N, D)
         for block in parts.double:
             x, tokens = block(x, tokens, time, angles, edit, seen)               # (B, N, D), (B, L, D)
         if parts.single:
@@ -186,6 +212,8 @@ class MMDiT(nn.Module):
         for shared in parts.single:
             x = shared(x, n, time, angles, edit, seen)
         x = self.picture(self.final_layer(x[:, :n], time), height, width)
+        if c.says == "x0":
+            x = (x_t - x) / time["sigma"]                                        # x_t = x_0 + sigma v
         return x.contiguous(), {site: qk for site, qk in seen.items() if qk is not None}
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from p2p.models.attention import QKV, Edits, JointAttention, Seen, SelfAttention
 from p2p.models.layers import Linear
 
-Time = dict[str, Tensor]           # what each modulation makes of a timestep: (1 or B, n, 1, D), by its site
+# what each modulation makes of a timestep: (1 or B, n, 1, D), by its site; and "sigma", (1 or B, 1, 1, 1)
+Time = dict[str, Tensor]
 Rotation = tuple[Tensor, Tensor]   # cosines and sines of the tokens' angles, (N + L, 1, d / 2) each
 
 

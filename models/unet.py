@@ -202,6 +202,43 @@ class UNet(nn.Module):
             counts[m.site] = h * w
         return counts
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in; its layers may hold their weights in half that width."""
+        return self.conv_norm_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    @property
+    def unit(self) -> int:
+        """What the sides of x must be multiples of."""
+        halved = 2 ** (len(self.config.channels) - 1) if self.config.resample == "residual" else 1
+        return self.config.patch * halved
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether it is a super-resolution stage."""
+        return bool(self.config.low_channels)
+
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the guidance scale is one of its inputs."""
+        return bool(self.config.guidance_dim)
+
+    def numbers_held(self, height: int, width: int) -> int:
+        """Numbers that one row of x holds at once, at least: the skip connections, and input and output of
+        the largest layer."""
+        c = self.config
+        h, w = (-(-side // c.patch) for side in (height, width))
+        skips = widest = 0
+        for channels, layers in zip(c.channels, c.layers):
+            skips += (layers + 1) * channels * h * w
+            widest = max(widest, 3 * channels * h * w)
+            h, w = -(-h // 2), -(-w // 2)
+        return skips + widest
+
     def read(self, context: Tensor) -> Text:
         """Computes what depends on the text alone; `forward` takes it in place of the context (B, L, D)."""
         pooled = self.add_embedding(context) if self.config.pool_heads else None

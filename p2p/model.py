@@ -19,15 +19,17 @@ from p2p.image import as_picture, from_pil
 from p2p.models.attention import QK
 from p2p.models.blocks import timestep_embedding
 from p2p.models.conditioning import Conditioning, Text, Time
+from p2p.models.mmdit import MMDiT, ReadText
 from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import TextEncoder, Tokens
 from p2p.models.tiles import tiled
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.request.checks import finite, kind, tensor, whole
-from p2p.request.schedules import Schedule, sampler_schedule
+from p2p.request.checks import finite, kind, tensor, whole, within
+from p2p.request.schedules import Schedule, flow_sampler_schedule, sampler_schedule
 from p2p.sampler import Clip
 from p2p.weights.digest import together
+from p2p.weights.scheduler import Flow
 from p2p.weights.untrusted import brief
 
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
@@ -45,12 +47,12 @@ class Model:
     name: str                            # as the user gave it
     file: Path
     family: str
-    unet: UNet
+    unet: UNet | MMDiT
     # empty for a model without text
     text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts]
     vae: AutoencoderKL | None            # None: the model works on pixels
-    alphas_cumprod: Tensor
-    prediction: str                      # what the UNet predicts: "eps", "v" or "x0"
+    alphas_cumprod: Tensor               # (1000,); of a flow, (0,)
+    prediction: str                      # what the network predicts: "eps", "v", "x0" or "flow"
     size: tuple[int, int] = (512, 512)   # height, width of a picture, in pixels
     guidance_scale: float = 7.5          # the default of runs, as are:
     eta: float = 0.0                     # ... 0 for DDIM, 1 for DDPM
@@ -62,6 +64,7 @@ class Model:
     offset: int = 1                      # see `ddim_schedule`
     final_alpha: float | None = None     # see `ddim_schedule`
     timestep_spacing: str = "leading"    # see `ddim_schedule`
+    flow: Flow | None = None             # see `flow_schedule`
     learned_variance: bool = True        # DDPM steps use the variance that the network predicts, if any
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False   # the empty prompt is all zeros (SDXL as released), not the encoded ""
@@ -83,7 +86,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        return self.unet.device
 
     @contextmanager
     def _at_work(self, *parts: nn.Module) -> Iterator[None]:
@@ -103,7 +106,7 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype of the network; its weights may be stored in half that width."""
-        return self.unet.conv_norm_out.weight.dtype
+        return self.unet.dtype
 
     @property
     def length(self) -> int:
@@ -118,8 +121,7 @@ class Model:
     @property
     def unit(self) -> int:
         """The number of pixels that the sides of pictures must be multiples of."""
-        halved = 2 ** (len(self.unet.config.channels) - 1) if self.unet.config.resample == "residual" else 1
-        return self.unet.config.patch * halved if self.vae is None else max(8, self.shrink)
+        return self.unet.unit if self.vae is None else max(8, self.shrink * self.unet.unit)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of that size. Raises UsageError."""
@@ -175,17 +177,17 @@ class Model:
         """What the network computes from the timesteps (T,) alone, for conditioning from `read`; `predict`
         takes one of these in place of t."""
         context = kind("conditioning", conditioning, Conditioning).context
-        kind("the context of conditioning, from `read`,", context, Text)
+        kind("the context of conditioning, from `read`,", context, Text, ReadText)
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
-        return self.unet.times(timesteps, cast(Text, context), self.dtype, conditioning.vector,
-                               conditioning.level, conditioning.guidance)
+        with_t = {name: value for name, value in conditioning.given().items() if name not in ("context", "low")}
+        return self.unet.times(timesteps, context, self.dtype, **with_t)
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether a run takes unconditional rows: not where the scale is one of the network's inputs."""
-        return finite("guidance_scale", guidance_scale) != 1 and not self.unet.config.guidance_dim
+        return finite("guidance_scale", guidance_scale) != 1 and not self.unet.reads_guidance
 
-    def predict(self, x: Tensor, t: int | Tensor | Time, conditioning: Conditioning, edit: Any = None,
+    def predict(self, x: Tensor, t: float | Tensor | Time, conditioning: Conditioning, edit: Any = None,
                 watch: Collection[str] = ()) -> tuple[Tensor, Tensor | None, dict[str, QK]]:
         """Runs the network on all rows of x (B, C, H, W), in its precision.
 
@@ -195,13 +197,15 @@ class Model:
         tensor("x", x, "B", self.unet.config.in_channels, "H", "W")
         kind("conditioning", conditioning, Conditioning)
         # a tensor t and a contiguous x: a compiled graph would be made again for each number and layout
-        if isinstance(kind("t", t, int, Tensor, dict), int):
-            t = torch.as_tensor(whole("t", t, 0, len(self.alphas_cumprod) - 1), device=x.device)
+        if isinstance(kind("t", t, int, float, Tensor, dict), (int, float)):
+            last = len(self.alphas_cumprod) - 1
+            t = whole("t", t, 0, last) if self.flow is None else within("t", t, 1000)
+            t = torch.as_tensor(t, dtype=torch.float32 if self.flow else None, device=x.device)
         if isinstance(t, Tensor) and t.shape not in ((), (1,), (len(x),)):
             raise UsageError(f"t must be one number, or one for each of the {len(x)} rows of x, not "
                              f"{tuple(t.shape)}")
         out, seen = self.unet(x.to(self.dtype).contiguous(), t, edit=edit, watch=watch,
-                              **conditioning._asdict())
+                              **conditioning.given())
         out, variance = out.to(x.dtype), None
         if out.shape[1] != x.shape[1]:
             out, variance = out.chunk(2, dim=1)
@@ -255,8 +259,15 @@ class Model:
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int, sampler: str = "ddim", timestep_spacing: str | None = None,
-                 timesteps: Sequence[int] | None = None, eta: float = 0.0) -> Schedule:
-        """The timesteps that a run of that many steps visits, see `schedules`. Raises UsageError."""
+                 timesteps: Sequence[int] | None = None, eta: float = 0.0,
+                 size: Sequence[int] | None = None) -> Schedule:
+        """The timesteps that a run of that many steps visits, see `schedules`. size: height and width of the
+        latents, the model's own where None; some flows' levels depend on it. Raises UsageError."""
+        if self.flow is not None:
+            height, width = size or self.latent_shape()[1:]
+            tokens = next(iter(self.unet.site_pixels(height, width).values()))
+            return flow_sampler_schedule(sampler, self.flow, whole("steps", steps), tokens,
+                                         spacing=timestep_spacing, timesteps=timesteps)
         schedule = sampler_schedule(sampler, self.alphas_cumprod, whole("steps", steps), offset=self.offset,
                                     final_alpha=self.final_alpha, timesteps=timesteps, eta=eta,
                                     spacing=timestep_spacing, usual_spacing=self.timestep_spacing)

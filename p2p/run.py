@@ -163,7 +163,7 @@ def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
 
 def _conditioning(model: Model, ready: Ready) -> Conditioning:
     conditioning = condition(model, ready.prompts, *ready.start.size)
-    if model.unet.config.guidance_dim:
+    if model.unet.reads_guidance:
         scales = torch.as_tensor(ready.guidance_scale, device=model.device).flatten()
         conditioning = conditioning._replace(guidance=scales.expand(len(ready.prompts)))
     return _enlarging(model, ready, conditioning)

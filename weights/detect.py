@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from p2p.models.mmdit import MMDiTConfig
 from p2p.models.text import CLIP_L, OPENCLIP_H, TextConfig
 from p2p.models.text import EMOJI as EMOJI_TEXT
 from p2p.models.unet import UNetConfig
@@ -20,12 +22,13 @@ from p2p.weights.averages import averaged
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import TensorFile
-from p2p.weights.scheduler import PREDICTION_NAMES, Sampling, scaled_linear, zero_terminal_snr
+from p2p.weights.scheduler import PREDICTION_NAMES, Flow, Sampling, scaled_linear, zero_terminal_snr
 from p2p.weights.sizes import check_sizes, read_settings
 from p2p.weights.untrusted import parse_object
 
-FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji")
-PREDICTIONS = ("eps", "v", "x0")
+FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji", "emoji-flow")
+OWN = ("p2p-emoji", "p2p-emoji-flow")   # formats of the bundled models' files
+PREDICTIONS = ("eps", "v", "x0", "flow")
 # in the metadata of an SDXL file: its empty prompt is encoded, not zeros
 ENCODED_EMPTY = "p2p.encoded_empty_prompt"
 FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
@@ -105,8 +108,8 @@ BESIDE = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "mo
 def find_in_file(file: TensorFile, ema: bool = False) -> Package:
     """Recognises a single file in LDM naming, or a trained emoji model. Its autoencoder may be missing. ema:
     see `averaged`. Raises CheckpointError."""
-    if file.metadata.get("format") == "p2p-emoji":
-        return _emoji(file)
+    if file.metadata.get("format") in OWN:
+        return _own(file)
     refuse.by_name(file.path, file.shapes, file.is_fp8())
     s = file.shapes
     text_sd1 = next((p for p in (keys.TEXT_SD1, "cond_stage_model.transformer.")
@@ -316,16 +319,19 @@ def for_family(config: TextConfig, layers: int, family: str, pooled: int | None)
     return replace(config, layers=layers, skip=1, final_norm=False, pooled_dim=pooled)
 
 
-def _emoji(file: TensorFile) -> Package:
-    """Recognises our own file: the modules' own names; the UNet's sizes in the metadata."""
+def _own(file: TensorFile) -> Package:
+    """Recognises a file of ours: the modules' own names; the network's sizes in the metadata."""
+    flow = file.metadata["format"] == "p2p-emoji-flow"
     try:
         sizes = parse_object(file.metadata["unet"])
         check_sizes(file.path, sizes)
-        unet = UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+        network = MMDiTConfig(**sizes) if flow else UNetConfig(**sizes)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a UNet ({error!r}); it is "
-                              "damaged, or of another version of this project.") from None
-    large = bool(unet.low_channels)   # the super-resolution stage, which reads no text
+        raise CheckpointError(f"{file.path}: its metadata do not hold the sizes of a network ({error!r}); it "
+                              "is damaged, or of another version of this project.") from None
+    # the super-resolution stage reads no text
+    large = isinstance(network, UNetConfig) and network.low_channels > 0
     text = [] if large else [Part(file, "text.", "own",
                                   replace(EMOJI_TEXT, vocab_size=file.shapes["text.vocab"][0]))]
     stray = sorted(k for k in file.shapes
@@ -334,8 +340,12 @@ def _emoji(file: TensorFile) -> Package:
         raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? "
                               "Use the plain one.")
     if text:
-        check_widths(file.path, unet.context_dim, text)
-    sampling = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata",
-                        final_alpha=1.0, clip=1.0)
-    return Package("emoji", file.path, Part(file, "unet.", "own", unet), text, None, sampling,
-                   (256, 256) if large else (64, 64))
+        check_widths(file.path, network.context_dim, text)
+    if flow:
+        sampling = Sampling(torch.empty(0), "flow", "the file's metadata",
+                            flow=Flow(float(file.metadata.get("shift", 1))))
+    else:
+        sampling = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata",
+                            final_alpha=1.0, clip=1.0)
+    return Package("emoji-flow" if flow else "emoji", file.path, Part(file, "unet.", "own", network), text,
+                   None, sampling, (256, 256) if large else (64, 64))

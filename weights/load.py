@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from p2p.models import mmdit
+from p2p.models.mmdit import MMDiT, MMDiTConfig
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
@@ -30,7 +32,8 @@ from p2p.weights.untrusted import brief
 LATENT = ("sd1", "sd2", "sdxl")
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")
-BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-upscaler": EMOJI / "upscaler.safetensors"}
+BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-flow": EMOJI / "flow.safetensors",
+           "emoji-upscaler": EMOJI / "upscaler.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Checkpoint:
     """The loaded parts of a text-to-image model, and what was recognised of it."""
 
     package: Package
-    unet: UNet
+    unet: UNet | MMDiT
     text: list[nn.Module]
     vae: AutoencoderKL | None
 
@@ -209,10 +212,11 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
     """Builds the modules of a package; dtype None: as stored, see `stored`. text_from: see
     `deepfloyd.load_text`. held, of the UNet: see `fill`."""
     dtype, vae_dtype = dtype or stored(package.unet), vae_dtype or dtype
-    unet = fill("UNet", package.unet, UNet, device, dtype, held)
+    flow = isinstance(package.unet.config, MMDiTConfig)
+    unet = fill("transformer" if flow else "UNet", package.unet, mmdit.build if flow else UNet, device, dtype, held)
     text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
-        text = [deepfloyd.load_text(package, text_from, device, unet.conv_norm_out.weight.dtype)]
+        text = [deepfloyd.load_text(package, text_from, device, unet.dtype)]
     elif text_from is not None:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text "
                               f"tower, not {text_from}.")

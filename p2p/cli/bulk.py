@@ -156,7 +156,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     options.say(model.notes)
     if args.clip is not None:
         embedder = metrics.clip(args.clip, prepare=metrics.squeezed)
-    elif model.family == "emoji":
+    elif model.family in ("emoji", "emoji-flow"):
         eye = recogniser.load()
 
         def embed(x: torch.Tensor) -> torch.Tensor:

@@ -63,10 +63,14 @@ def finite(name: str, value: object) -> float:
     return float(value)
 
 
-def share(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise UsageError(f"{name} must lie within 0 and 1, not {brief(value)}")
+def within(name: str, value: object, most: float) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most:
+        raise UsageError(f"{name} must lie within 0 and {most}, not {brief(value)}")
     return float(value)
+
+
+def share(name: str, value: object) -> float:
+    return within(name, value, 1)
 
 
 def choice(name: str, value: object, known: Collection[str]) -> str:

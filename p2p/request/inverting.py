@@ -52,14 +52,17 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
              width: int | None = None, fit: str = "crop") -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
     device). height, width: of the picture as fitted. Raises UsageError."""
-    if model.unet.config.low_channels:
+    if model.unet.enlarges:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
                          "model, see `upscale`")
     by_ddim(model, "a picture is inverted")
     choice("inversion method", method, METHODS)
     _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed)
     notes = _check_prompts(model, prompt, negative_prompt)
-    schedule = model.schedule(whole("steps", steps))
+    shape = model.latent_shape(height, width)
+    schedule = model.schedule(whole("steps", steps), size=shape[1:])
+    if final_alpha is not None and model.flow is not None:
+        raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
     if final_alpha is not None and share("final_alpha", final_alpha) == 0:
         raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
     schedule = schedule.ending(final_alpha)
@@ -75,7 +78,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
     if method == "belm" and not schedule.levels[skip].alpha > 0:
         raise UsageError(BELM_FROM_NOISE)
-    shape, run_steps = model.latent_shape(height, width), steps - skip
+    run_steps = steps - skip
     independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
     check_run(model, 1, shape, run_steps, guided=inversion_guidance != 1, encodes=True,
               noises=1 + run_steps * independent, stored=(2 + independent) * (run_steps + 1))

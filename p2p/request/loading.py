@@ -8,6 +8,7 @@ import torch
 
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.models.mmdit import MMDiT
 from p2p.models.unet import UNet
 from p2p.request import add_ons
 from p2p.request.checks import flag, whole
@@ -126,22 +127,22 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
     if tiled:
         notes.append("tile changes nothing: this model works on pixels, so that there is nothing to decode")
-    return dict(alphas_cumprod=s.alphas_cumprod, prediction=s.prediction, size=package.size, offset=s.offset,
+    return dict(alphas_cumprod=s.alphas_cumprod, flow=s.flow, prediction=s.prediction, size=package.size, offset=s.offset,
                 final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
                 learned_variance=s.learned_variance, latent_scale=package.latent_scale,
                 zero_negative=package.zero_negative, sampler=s.sampler, notes=tuple(notes))
 
 
-def _defaults(package: Package, unet: UNet) -> dict[str, Any]:
+def _defaults(package: Package, unet: UNet | MMDiT) -> dict[str, Any]:
     """Defaults of runs that differ from Stable Diffusion's."""
-    family, enlarges = package.family, bool(unet.config.low_channels)
+    family, enlarges = package.family, unet.enlarges
     if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it
-        return dict(steps=FEW) | ({} if unet.config.guidance_dim else dict(guidance_scale=1.0))
+        return dict(steps=FEW) | ({} if unet.reads_guidance else dict(guidance_scale=1.0))
     if family == "if":
         return dict(guidance_scale=4.0 if enlarges else 7.0, eta=1.0)
     if family == "emoji" and enlarges:
         return dict(guidance_scale=1.0, steps=10, noise_level=0, align_corners=False)
-    return dict(guidance_scale=3.0) if family == "emoji" else {}
+    return dict(guidance_scale=3.0) if family in ("emoji", "emoji-flow") else {}
 
 
 def _check_arguments(source: object, **arguments: object) -> None:

@@ -69,12 +69,13 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0
-    text_width = model.unet.config.text_dim or model.unet.config.context_dim
+    c = model.unet.config
+    text_width = getattr(c, "text_dim", None) or c.context_dim
     rows = n * (1 + guided)
     host = {"noise": noises * one, "stored latents": stored * one, "pictures": n * pixels * 3 * 5,
             "tables of the edits": 2 * 8 * targets * steps * length**2}
     on_device = {"latents": 3 * n * one, "text": rows * length * text_width * model.dtype.itemsize,
-                 "the network": rows * _network(model, shape) * model.dtype.itemsize,
+                 "the network": rows * model.unet.numbers_held(*shape[1:]) * model.dtype.itemsize,
                  "the autoencoder": _autoencoder(model, shape, encodes)}
     if record.text or record.pixels:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
@@ -84,19 +85,6 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
         afford(host)
         return afford(on_device, model.device)
     afford(host | on_device)
-
-
-def _network(model: Model, shape: tuple[int, ...]) -> int:
-    """Numbers that one row holds at once, at least: the skip connections, and input and output of the largest
-    layer."""
-    c = model.unet.config
-    h, w = (-(-side // c.patch) for side in shape[1:])
-    skips = widest = 0
-    for width, layers in zip(c.channels, c.layers):
-        skips += (layers + 1) * width * h * w
-        widest = max(widest, 3 * width * h * w)
-        h, w = -(-h // 2), -(-w // 2)
-    return skips + widest
 
 
 def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:

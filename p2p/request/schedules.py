@@ -1,6 +1,7 @@
 """Which timesteps a run visits, by name of the spacing or one by one; float64 numbers of no device."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.request.checks import choice
+from p2p.weights.scheduler import Flow
 from p2p.weights.untrusted import brief
 
 SAMPLERS = ("ddim", "dpm++", "lcm", "tcd")
@@ -164,6 +166,53 @@ def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: s
         raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
                          "linspace, karras")
     return listed_schedule(alphas_cumprod, rising[::-1], 1.0)
+
+
+def flow_sampler_schedule(sampler: str, flow: Flow, steps: int, tokens: int, *, spacing: str | None = None,
+                          timesteps: Sequence[int] | None = None) -> Schedule:
+    """The schedule of a flow model by "ddim", which is Euler's rule there, or "dpm++". timesteps: 1000 times
+    the shares of noise, in place of the model's. Raises UsageError."""
+    check_schedule(sampler, spacing, timesteps)
+    if sampler in DISTILLED:
+        raise UsageError(f"sampler {sampler}: its steps are of models with alphas_cumprod, and this one is a "
+                         "flow; sample by ddim or dpm++")
+    if spacing is not None:
+        raise UsageError("timestep_spacing: a flow's levels are spaced by its own shift; leave it out, or "
+                         "give timesteps")
+    if timesteps is None:
+        return flow_schedule(flow, steps, tokens)
+    if not timesteps or not all(0 < t <= 1000 for t in timesteps) or any(s <= t for s, t in pairwise(timesteps)):
+        raise UsageError(f"timesteps of a flow must fall, from 1000 at most to 1 at least; not "
+                         f"{brief(list(timesteps))}")
+    return sigma_levels(t / 1000 for t in timesteps)
+
+
+def flow_schedule(flow: Flow, steps: int, tokens: int = 0) -> Schedule:
+    """Levels of a flow, from noise to the clean picture, at timesteps 1000 sigma: sigma falls evenly and is
+    then shifted, s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, Eq. 23), so that more steps are noisy.
+
+    tokens: of the picture, on which FLUX's shift depends. Where the shift is `twice`, the levels fall to a
+    thousandth, shifted, as in diffusers' FlowMatchEulerDiscreteScheduler; else to 1 / steps, as in FLUX.
+    """
+    if not 1 <= steps <= 1000:
+        raise UsageError(f"steps must be from 1 to 1000, not {steps}")
+    shift = flow.shift
+    if flow.dynamic is not None:
+        (low, from_), (high, to) = flow.dynamic
+        shift = math.exp(from_ + (tokens - low) / (high - low) * (to - from_))
+
+    def shifted(sigma: float) -> float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    sigmas = np.linspace(1, shifted(1 / 1000) if flow.twice else 1 / steps, steps).tolist()
+    return sigma_levels(map(shifted, sigmas))
+
+
+def sigma_levels(sigmas: Iterable[float]) -> Schedule:
+    """The schedule of a flow at these shares of noise, falling, and then of the clean picture."""
+    falling = [*sigmas, 0.0]
+    return Schedule(tuple(1000 * sigma for sigma in falling[:-1]),
+                    tuple(Level(1 - sigma, sigma) for sigma in falling))
 
 
 def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:

@@ -181,12 +181,12 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
     sampler, steps, eta = solver(model, sampling)
-    if bool(model.unet.config.low_channels) != (low is not None):
+    if model.unet.enlarges != (low is not None):
         kind = "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"
         kind = kind if low is None else "no super-resolution stage: it takes prompts alone"
         raise UsageError(f"{model.name} is {kind}")
-    schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta)
     shape = model.latent_shape(*_sides(model, sampling, n))
+    schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta, shape[1:])
     drawn = [check_seed(seed) for seed in seeds]
     check_run(model, n, shape, steps, guided=model.guided(guidance_scale), targets=targets, record=record,
               noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))

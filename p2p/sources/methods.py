@@ -124,7 +124,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
 
 
 def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Run:
-    full_schedule = model.schedule(planned.steps).ending(planned.final_alpha)
+    full_schedule = model.schedule(planned.steps, size=x_0.shape[2:]).ending(planned.final_alpha)
     schedule = full_schedule.after(planned.skip)
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text = condition(model, [planned.prompt], *pixels)

@@ -134,7 +134,7 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     pixels = tuple(side * model.shrink for side in inversion.latents.shape[2:])
     text = model.read(condition(model, [inversion.prompt], *pixels))
     stored, path = {}, inversion.latents.flip(0)
-    timesteps = model.schedule(inversion.steps).timesteps[inversion.skip:]
+    timesteps = model.schedule(inversion.steps, size=inversion.latents.shape[2:]).timesteps[inversion.skip:]
     for i, t in enumerate(tqdm(timesteps, disable=not progress, leave=False,
                                unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]
