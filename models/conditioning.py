@@ -1,4 +1,4 @@
-"""What a UNet is conditioned on besides x_t."""
+"""What a network is conditioned on besides x_t."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,14 +17,20 @@ class Text(NamedTuple):
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
 
 
+class ReadText(NamedTuple):
+    """What an MM-DiT makes of the text alone, the same at every step; see `MMDiT.read`."""
+
+    tokens: Tensor   # (B, L, D)
+
+
 Time = dict[str, Tensor]   # by residual block, what it adds for a timestep: (1 or B, out), see `UNet.times`
 
 
 class Conditioning(NamedTuple):
-    """The inputs of a UNet besides x_t and t, for B rows."""
+    """The inputs of a network besides x_t and t, for B rows."""
 
     # (B, L, C): the text, token by token; or what `Model.read` computes from it
-    context: Tensor | Text
+    context: Tensor | Text | ReadText
     vector: Tensor | None = None     # (B, V): pooled text and picture size (SDXL)
     # (B, 3, H, W): the low-resolution picture at full size, noised (super-resolution)
     low: Tensor | None = None

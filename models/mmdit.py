@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from p2p.models.attention import QK, Attention, Edits, JointAttention, Seen
 from p2p.models.blocks import timestep_embedding
+from p2p.models.conditioning import ReadText
 from p2p.models.layers import Conv2d, Linear, ModuleList
 from p2p.models.mmdit_blocks import (
     DoubleBlock,
@@ -68,12 +69,6 @@ EMOJI_FLOW = MMDiTConfig(in_channels=3, out_channels=3, patch=4, dim=192, heads=
                          says="x0")
 
 
-class ReadText(NamedTuple):
-    """What the transformer makes of the text alone, the same at every step; see `MMDiT.read`."""
-
-    tokens: Tensor   # (B, L, D)
-
-
 class Parts(NamedTuple):
     """The modules of a transformer by what they do; their names are those of its family."""
 
@@ -116,6 +111,11 @@ class MMDiT(nn.Module):
     def unit(self) -> int:
         """What the sides of x must be multiples of."""
         return self.config.patch
+
+    @property
+    def text_width(self) -> int:
+        """Width of the context that it takes."""
+        return self.config.context_dim
 
     @property
     def reads_guidance(self) -> bool:

@@ -223,6 +223,11 @@ class UNet(nn.Module):
         return bool(self.config.low_channels)
 
     @property
+    def text_width(self) -> int:
+        """Width of the context that it takes."""
+        return self.config.text_dim or self.config.context_dim
+
+    @property
     def reads_guidance(self) -> bool:
         """Whether the guidance scale is one of its inputs."""
         return bool(self.config.guidance_dim)

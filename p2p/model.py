@@ -18,8 +18,8 @@ from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
 from p2p.models.attention import QK
 from p2p.models.blocks import timestep_embedding
-from p2p.models.conditioning import Conditioning, Text, Time
-from p2p.models.mmdit import MMDiT, ReadText
+from p2p.models.conditioning import Conditioning, ReadText, Text, Time
+from p2p.models.mmdit import MMDiT
 from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import TextEncoder, Tokens
 from p2p.models.tiles import tiled
@@ -181,7 +181,7 @@ class Model:
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
         with_t = {name: value for name, value in conditioning.given().items() if name not in ("context", "low")}
-        return self.unet.times(timesteps, context, self.dtype, **with_t)
+        return self.unet.times(timesteps, cast(Any, context), self.dtype, **with_t)
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether a run takes unconditional rows: not where the scale is one of the network's inputs."""

@@ -69,12 +69,10 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0
-    c = model.unet.config
-    text_width = getattr(c, "text_dim", None) or c.context_dim
     rows = n * (1 + guided)
     host = {"noise": noises * one, "stored latents": stored * one, "pictures": n * pixels * 3 * 5,
             "tables of the edits": 2 * 8 * targets * steps * length**2}
-    on_device = {"latents": 3 * n * one, "text": rows * length * text_width * model.dtype.itemsize,
+    on_device = {"latents": 3 * n * one, "text": rows * length * model.unet.text_width * model.dtype.itemsize,
                  "the network": rows * model.unet.numbers_held(*shape[1:]) * model.dtype.itemsize,
                  "the autoencoder": _autoencoder(model, shape, encodes)}
     if record.text or record.pixels:

@@ -230,7 +230,7 @@ def _described(tensor: Tensor) -> str:
 
 def _check_for(model: Model, inversion: Inversion) -> None:
     """Raises UsageError unless the tensors beside the latents have the shapes that the model's have."""
-    text_shape = model.length, model.unet.config.text_dim or model.unet.config.context_dim
+    text_shape = model.length, model.unet.text_width
     if inversion.null_context is not None and inversion.null_context.shape[1:] != text_shape:
         raise UsageError(f"null_context is {_described(inversion.null_context)}; this model's text has "
                          f"{text_shape} a step")
