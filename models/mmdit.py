@@ -7,13 +7,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from p2p.models.attention import QK, Attention, Edits, JointAttention, Seen
+from p2p.models.attention import QK, Attention, Edits, Seen
 from p2p.models.blocks import timestep_embedding
 from p2p.models.conditioning import ReadText
 from p2p.models.layers import Conv2d, Linear, ModuleList
@@ -28,8 +28,8 @@ from p2p.models.mmdit_blocks import (
     perceptron,
     rotation,
 )
+from p2p.models.network import Network
 
-M = TypeVar("M", bound=nn.Module)
 SINUSOIDS = 256   # of a timestep, and of a guidance scale
 
 
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
     single: Iterable[SingleBlock] = ()
 
 
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """The velocity from x_t, t and text: what both families share."""
 
     parts: Parts
@@ -96,36 +96,12 @@ class MMDiT(nn.Module):
                 module.site = name
         self.in_order = list(self.modules())
 
-    enlarges = False   # no super-resolution stage
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That it computes in; its linear layers may hold their weights in less."""
-        raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        return self.final_layer.linear.weight.device
-
-    @property
-    def unit(self) -> int:
-        """What the sides of x must be multiples of."""
-        return self.config.patch
-
-    @property
-    def text_width(self) -> int:
-        """Width of the context that it takes."""
-        return self.config.context_dim
-
     @property
     def reads_guidance(self) -> bool:
-        """Whether the guidance scale is one of its inputs."""
         return self.config.guidance
 
     def numbers_held(self, height: int, width: int) -> int:
-        """Numbers that one row of x holds at once, at least: tokens, and a feed-forward's input and
-        output."""
-        c = self.config
+        c = self.config   # tokens, and a feed-forward's input and output
         return (height // c.patch) * (width // c.patch) * c.dim * (2 + 2 * c.mlp)
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -136,20 +112,7 @@ class MMDiT(nn.Module):
         """(B, N, p^2 C'), N = height width -> (B, C', p height, p width)"""
         raise NotImplementedError
 
-    def layers(self, kind: type[M]) -> list[M]:
-        """The modules of that kind in the order in which they run."""
-        return [m for m in self.in_order if isinstance(m, kind)]
-
-    def text_sites(self) -> list[str]:
-        """The layers whose maps have columns of text."""
-        return [m.site for m in self.layers(JointAttention)]
-
-    def pixel_sites(self) -> list[str]:
-        """The layers in which pixels attend to pixels."""
-        return [m.site for m in self.layers(Attention)]
-
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
-        """How many pixels each attention layer has, of x of that height and width."""
         pixels = (height // self.config.patch) * (width // self.config.patch)
         return {m.site: pixels for m in self.layers(Attention)}
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2p.models.attention import QK, Attention, CrossAttention, Edits, HybridAttention, Seen, SelfAttention
+from p2p.models.attention import QK, Attention, CrossAttention, Edits, Seen
 from p2p.models.blocks import (
     ACTIVATIONS,
     AddedAttention,
@@ -25,8 +25,7 @@ from p2p.models.blocks import (
 )
 from p2p.models.conditioning import Text, Time
 from p2p.models.layers import Conv2d, Linear, ModuleList
-
-M = TypeVar("M", bound=nn.Module)
+from p2p.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
     )
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """eps (or v, or x_0: what the model was trained to predict) from x_t, t and text.
 
     Module names are those of diffusers' UNet2DConditionModel, so its checkpoints need no mapping.
@@ -130,7 +129,7 @@ class UNet(nn.Module):
             if isinstance(module, (Attention, ResnetBlock)):
                 module.site = name
         parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        self.in_order = [m for part in parts for m in part.modules()]   # once: it takes milliseconds
+        self.in_order = [m for part in parts for m in part.modules()]
 
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
@@ -174,20 +173,7 @@ class UNet(nn.Module):
                 block.upsamplers.append(resampler(c.resample, "up", dim, temb, style))
             self.up_blocks.append(block)
 
-    def layers(self, kind: type[M]) -> list[M]:
-        """The modules of that kind in the order in which they run."""
-        return [m for m in self.in_order if isinstance(m, kind)]
-
-    def text_sites(self) -> list[str]:
-        """The layers whose maps have columns of text."""
-        return [m.site for m in self.layers(CrossAttention)]
-
-    def pixel_sites(self) -> list[str]:
-        """The layers in which pixels attend to pixels: one in each transformer block."""
-        return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, HybridAttention))]
-
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
-        """The number of pixels of each attention layer, for x of that height and width."""
         c, counts = self.config, dict[str, int]()
         sides = [(height // c.patch, width // c.patch)]
         for _ in c.channels[1:]:   # a convolution rounds up, a mean of 2 x 2 down
@@ -204,37 +190,27 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That it computes in; its layers may hold their weights in half that width."""
         return self.conv_norm_out.weight.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.conv_in.weight.device
-
-    @property
     def unit(self) -> int:
-        """What the sides of x must be multiples of."""
         halved = 2 ** (len(self.config.channels) - 1) if self.config.resample == "residual" else 1
         return self.config.patch * halved
 
     @property
     def enlarges(self) -> bool:
-        """Whether it is a super-resolution stage."""
         return bool(self.config.low_channels)
 
     @property
     def text_width(self) -> int:
-        """Width of the context that it takes."""
         return self.config.text_dim or self.config.context_dim
 
     @property
     def reads_guidance(self) -> bool:
-        """Whether the guidance scale is one of its inputs."""
         return bool(self.config.guidance_dim)
 
     def numbers_held(self, height: int, width: int) -> int:
-        """Numbers that one row of x holds at once, at least: the skip connections, and input and output of
-        the largest layer."""
+        # skip connections, and input and output of the largest layer
         c = self.config
         h, w = (-(-side // c.patch) for side in (height, width))
         skips = widest = 0

@@ -27,8 +27,8 @@ from p2p.image import PIXELS, as_picture, brightness, to_base64
 from p2p.image import fit as fit_picture
 from p2p.models.attention import QK, Edits
 from p2p.models.maps import site_maps
+from p2p.models.network import Network
 from p2p.models.text import Tokens
-from p2p.models.unet import UNet
 from p2p.request.checks import choice, flag, share, whole
 from p2p.weights.untrusted import brief
 
@@ -134,7 +134,7 @@ def _check_mask(mask: Any) -> None:
                          f"{mask.max().item():g}")
 
 
-def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: UNet,
+def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: Network,
             steps: int, length: int, size: tuple[int, int], device: torch.device,
             fit: str = "crop") -> Blend | None:
     """The LocalBlends as tensors, for latents of that size (H, W); None if no target blends. fit: how the
@@ -163,7 +163,7 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
                  torch.zeros(len(targets), dtype=torch.long, device=device), sites)
 
 
-def placed(blends: Sequence[LocalBlend | None], unet: UNet,
+def placed(blends: Sequence[LocalBlend | None], unet: Network,
            size: tuple[int, int]) -> tuple[tuple[int, int], tuple[str, ...]]:
     """The side of the maps that the blends of one batch read, for latents of that size, and the layers that
     have them. Raises UsageError."""
@@ -178,13 +178,13 @@ def placed(blends: Sequence[LocalBlend | None], unet: UNet,
     return side, _sites(unet, size, side, read[0].middle)
 
 
-def sites_of_side(unet: UNet, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
+def sites_of_side(unet: Network, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
     """The layers whose maps of text have that side, for latents of that size."""
     pixels = unet.site_pixels(*size)
     return [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
 
 
-def _sites(unet: UNet, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
+def _sites(unet: Network, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
     """The layers whose maps count: the middle block's where `middle` asks for it, or where no other has maps
     of that side. Raises UsageError."""
     sites = sites_of_side(unet, size, side)
@@ -229,7 +229,7 @@ def _is_pair_of_words(pair: Any) -> bool:
     return any(pair)
 
 
-def word_maps(unet: UNet, seen: Mapping[str, QK], edit: Edits, rows: Tensor, blend: Blend) -> Tensor:
+def word_maps(unet: Network, seen: Mapping[str, QK], edit: Edits, rows: Tensor, blend: Blend) -> Tensor:
     """Share of attention that the words get in one step's maps after the edit, averaged over heads and sites.
 
     seen: queries and keys by site; rows: of the sources and the targets in the network's batch

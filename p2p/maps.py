@@ -18,8 +18,8 @@ from p2p.errors import UsageError
 from p2p.image import as_picture
 from p2p.models.attention import SelfAttention
 from p2p.models.maps import site_maps
+from p2p.models.network import Network
 from p2p.models.text import Tokens
-from p2p.models.unet import UNet
 from p2p.request.checks import choice, flag, kind, place, whole
 from p2p.request.record import Record
 from p2p.show import pictures
@@ -162,7 +162,7 @@ def _indices(name: str, indices: Iterable[int] | None, n: int) -> list[int] | No
 class Collector:
     """Gathers the maps of a run, step by step."""
 
-    def __init__(self, unet: UNet, record: Record) -> None:
+    def __init__(self, unet: Network, record: Record) -> None:
         self.unet, self.record = unet, record
         self.timesteps: list[float] = []
         self.steps: list[dict[str, Tensor]] = []

@@ -180,7 +180,7 @@ class Model:
         kind("the context of conditioning, from `read`,", context, Text, ReadText)
         if kind("timesteps", timesteps, Tensor).ndim != 1:
             raise UsageError(f"timesteps must be a tensor (T,), not of {tuple(timesteps.shape)}")
-        with_t = {name: value for name, value in conditioning.given().items() if name not in ("context", "low")}
+        with_t = {k: v for k, v in conditioning.given().items() if k in ("vector", "level", "guidance")}
         return self.unet.times(timesteps, cast(Any, context), self.dtype, **with_t)
 
     def guided(self, guidance_scale: float) -> bool:

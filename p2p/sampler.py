@@ -100,8 +100,9 @@ def dpmpp_step(x_t: Tensor, x_0: Tensor, level: Level, after: Level,
     and its level, None for first order."""
     if after.sigma <= 0:
         return x_0
-    # of nothing but noise, -inf: the step is then DDIM's, and the next one of first order
-    log_snr = lambda level: math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf  # noqa: E731
+    def log_snr(level: Level) -> float:   # -inf of nothing but noise: DDIM's step, then one of first order
+        return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
+
     h = log_snr(after) - log_snr(level)
     if before is not None:
         x_0 = x_0 + (x_0 - before[0]) * (h / (log_snr(level) - log_snr(before[1])) / 2)

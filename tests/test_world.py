@@ -8,10 +8,11 @@ from PIL import Image
 
 import p2p
 from p2p.request.start import Low
-from p2p.weights.emoji import recogniser
+from p2p.weights.emoji import recogniser, train_flow
 from p2p.weights.emoji import train as training
-from p2p.weights.emoji.train import Muon, shifted_cosine_alphas_cumprod, vocabulary
 from p2p.weights.emoji.train import main as train
+from p2p.weights.emoji.train import shifted_cosine_alphas_cumprod
+from p2p.weights.emoji.training import Muon, vocabulary
 from p2p.weights.emoji.upscale import main as train_upscaler
 from p2p.weights.emoji.upscale import pairs
 from p2p.weights.emoji.world import (
@@ -154,6 +155,22 @@ def test_training_resumes_where_it_stopped(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("denormals")
+def test_training_of_the_flow_resumes(tmp_path, monkeypatch):
+    """Two steps at once, or one and one, give the same weights; its file loads as a flow that says the picture."""
+    monkeypatch.setattr(train_flow, "EMOJI_FLOW", replace(train_flow.EMOJI_FLOW, double=1, single=1))
+    for folder, stops in (("once", [4]), ("twice", [2, 4])):
+        for stop in stops:
+            train_flow.main([str(tmp_path / folder), "--pictures", "4", "--stop", str(stop), "--batch", "2", "--device", "cpu",
+                             "--samples", "0"])
+    once, twice = (torch.load(tmp_path / f / "state.pt", weights_only=True) for f in ("once", "twice"))
+    assert once["pictures"] == twice["pictures"] == 4
+    assert all(torch.equal(v, twice["ema"][k]) for k, v in once["ema"].items())
+    model = p2p.load(tmp_path / "twice" / "flow.safetensors", device="cpu")
+    assert model.unet.config.says == "x0" and model.flow.shift == train_flow.SHIFT and model.prediction == "flow"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("denormals")
 def test_training_of_the_upscaler_resumes(tmp_path):
     """Two steps at once, or one and one, give the same weights; its file loads as a super-resolution stage."""
     for folder, stops in (("once", [2]), ("twice", [1, 2])):
@@ -184,6 +201,18 @@ def test_the_enlarged_picture_lies_where_the_true_one_does():
     assert large.shape == low.shape == (2, 3, 256, 256)
     off = {d: (large - low.roll(d, -1)).abs().mean() for d in (-2, -1, 0, 1, 2)}
     assert min(off, key=off.get) == 0 and off[0] < 0.03, off
+
+
+def test_muon_takes_each_of_the_matrices_that_one_holds():
+    g = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, 6, 6, generator=g)
+    whole, apart = torch.zeros(18, 6, requires_grad=True), torch.zeros(3, 6, 6, requires_grad=True)
+    whole.grad = grads.flatten(0, 1)
+    pieces = [p.clone().detach().requires_grad_() for p in apart]
+    for p, grad in zip(pieces, grads):
+        p.grad = grad
+    Muon([whole], lr=1.0, parts=[3]).step(), Muon(pieces, lr=1.0).step()
+    assert (whole.detach() - torch.cat([p.detach() for p in pieces])).abs().max() < 1e-6
 
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix():

@@ -213,7 +213,8 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
     `deepfloyd.load_text`. held, of the UNet: see `fill`."""
     dtype, vae_dtype = dtype or stored(package.unet), vae_dtype or dtype
     flow = isinstance(package.unet.config, MMDiTConfig)
-    unet = fill("transformer" if flow else "UNet", package.unet, mmdit.build if flow else UNet, device, dtype, held)
+    what, build = ("transformer", mmdit.build) if flow else ("UNet", UNet)
+    unet = fill(what, package.unet, build, device, dtype, held)
     text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
         text = [deepfloyd.load_text(package, text_from, device, unet.dtype)]

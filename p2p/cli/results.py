@@ -13,7 +13,8 @@ from p2p.show.leakage import leakage
 from p2p.show.pictures import grid, names
 from p2p.show.report import report
 
-UPSCALERS = {"emoji": "emoji-upscaler", "emoji-flow": "emoji-upscaler"}   # the super-resolution stage that ships with a family
+# the super-resolution stage that ships with a family
+UPSCALERS = {"emoji": "emoji-upscaler", "emoji-flow": "emoji-upscaler"}
 NOTHING = p2p.Record()                    # no maps
 Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2p.denoise import Batch
 from p2p.models.attention import AttentionEdit
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.request.checks import share
 
 
@@ -47,7 +47,7 @@ class MasaCtrl:
         share("editor: start", self.start)
         share("editor: layers", self.layers)
 
-    def plan(self, unet: UNet, batch: Batch, steps: int,
+    def plan(self, unet: Network, batch: Batch, steps: int,
              device: torch.device) -> list[dict[str, AttentionEdit]]:
         """An edit by site for every step."""
         own_rows, source = torch.arange(batch.rows, device=device), sources_of_halves(batch, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2p.denoise import Batch
 from p2p.models.attention import AttentionEdit
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.request.checks import share
 from p2p.request.prompts import check as check_prompt
 
@@ -40,7 +40,7 @@ class PlugAndPlay:
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 
-    def plan(self, unet: UNet, batch: Batch, steps: int,
+    def plan(self, unet: Network, batch: Batch, steps: int,
              device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
         """An edit by site for every step. Until both shares end, a step has rows for both (each row's own
         where a share has ended), so that a compiled network has one graph."""

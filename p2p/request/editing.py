@@ -20,8 +20,8 @@ from p2p.denoise import Batch
 from p2p.edits import Edit, check, choose_mode
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.models.network import Network
 from p2p.models.text import Tokens
-from p2p.models.unet import UNet
 from p2p.request import layers
 from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
@@ -46,7 +46,7 @@ class Editor(Protocol):
     guided_source: bool          # an inverted source has an unconditional row too
     source_prompt: str | None    # what the source is conditioned on; None: its own prompt
 
-    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[Any]:
+    def plan(self, unet: Network, batch: Batch, steps: int, device: torch.device) -> list[Any]:
         """For each step an edit by site, or one for all."""
 
 

@@ -15,8 +15,8 @@ from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, wind
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import SelfAttention
+from p2p.models.network import Network
 from p2p.models.text import Tokens
-from p2p.models.unet import UNet
 from p2p.request import layers
 from p2p.request.emphasis import read
 from p2p.scope import added, subject
@@ -186,7 +186,7 @@ def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list
     return notes
 
 
-def layers_idle(edits: Sequence[Edit], unet: UNet) -> list[str]:
+def layers_idle(edits: Sequence[Edit], unet: Network) -> list[str]:
     """Notes on layers and emphasis that change nothing."""
     notes = []
     for e in edits:

@@ -10,7 +10,7 @@ import torch
 from p2p.edits import Tables, window
 from p2p.errors import UsageError
 from p2p.models.attention import AttentionEdit, SelfAttention
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.weights.untrusted import brief
 
 FORM = ('a part of layers\' names ("up", "mid", "down_blocks.1"), (first, last) as shares of depth, a list '
@@ -44,7 +44,7 @@ def _is_share(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(v, Real) for v in item)
 
 
-def chosen(layers: Any, unet: UNet) -> dict[str, tuple[bool, bool]] | None:
+def chosen(layers: Any, unet: Network) -> dict[str, tuple[bool, bool]] | None:
     """By site, whether its columns of text are edited, and whether its pixels borrow; None: everywhere.
 
     A layer i of n of its kind, in the order in which they run, has the depth (i + 1/2) / n. Of a mapping, the

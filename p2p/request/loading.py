@@ -127,8 +127,8 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
         notes.insert(0, f"{package.family}, predicting {package.prediction}: {package.why}")
     if tiled:
         notes.append("tile changes nothing: this model works on pixels, so that there is nothing to decode")
-    return dict(alphas_cumprod=s.alphas_cumprod, flow=s.flow, prediction=s.prediction, size=package.size, offset=s.offset,
-                final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
+    return dict(alphas_cumprod=s.alphas_cumprod, flow=s.flow, prediction=s.prediction, size=package.size,
+                offset=s.offset, final_alpha=s.final_alpha, timestep_spacing=s.timestep_spacing, clip=s.clip,
                 learned_variance=s.learned_variance, latent_scale=package.latent_scale,
                 zero_negative=package.zero_negative, sampler=s.sampler, notes=tuple(notes))
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from p2p.errors import UsageError
 from p2p.models.attention import SelfAttention
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.request.checks import flag, whole
 from p2p.weights.untrusted import brief
 
@@ -27,7 +27,7 @@ class Record(NamedTuple):
             raise UsageError("record.before: of maps that are recorded; say with text or pixels up to which "
                              "size")
 
-    def sites(self, unet: UNet, height: int, width: int) -> list[str]:
+    def sites(self, unet: Network, height: int, width: int) -> list[str]:
         """The layers whose maps are recorded, for latents of that size. Raises UsageError for none."""
         pixels = unet.site_pixels(height, width)
         pixel_sites = {m.site for m in unet.layers(SelfAttention)}

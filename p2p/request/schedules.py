@@ -181,7 +181,8 @@ def flow_sampler_schedule(sampler: str, flow: Flow, steps: int, tokens: int, *, 
                          "give timesteps")
     if timesteps is None:
         return flow_schedule(flow, steps, tokens)
-    if not timesteps or not all(0 < t <= 1000 for t in timesteps) or any(s <= t for s, t in pairwise(timesteps)):
+    falls = all(s > t for s, t in pairwise(timesteps))
+    if not timesteps or not falls or not all(0 < t <= 1000 for t in timesteps):
         raise UsageError(f"timesteps of a flow must fall, from 1000 at most to 1 at least; not "
                          f"{brief(list(timesteps))}")
     return sigma_levels(t / 1000 for t in timesteps)
