@@ -89,18 +89,6 @@ EMOJI_UPSCALER = UNetConfig(
 )
 
 
-def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
-    """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL), which predicts eps and its variance."""
-    channels = tuple(width * m for m in multiples)
-    added = (None, *("added",) * (len(channels) - 1))
-    return UNetConfig(
-        in_channels=3, out_channels=6, channels=channels, layers_per_block=3, down_attention=added,
-        mid_attention="added", up_attention=added, depth=(1,) * len(channels),
-        heads=tuple(c // 64 for c in channels), context_dim=channels[-1], act="gelu", scale_shift=True,
-        resample="residual", text_dim=4096, pool_heads=64,
-    )
-
-
 class UNet(Network):
     """eps (or v, or x_0: what the model was trained to predict) from x_t, t and text.
 

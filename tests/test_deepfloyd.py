@@ -15,7 +15,7 @@ from p2p.cli.parser import main
 from p2p.models.attention import AttentionEdit
 from p2p.models.blocks import AddedAttention
 from p2p.models.maps import site_maps
-from p2p.models.unet import UNet, UNetConfig, deepfloyd
+from p2p.models.unet import UNet, UNetConfig
 from p2p.request.start import Low
 from p2p.sampler import ddpm_step, x0_and_eps
 from p2p.show.pictures import read_settings
@@ -37,6 +37,18 @@ THEIRS = dict(
 THEIR_UPSCALER = THEIRS | dict(
     in_channels=6, layers_per_block=(1, 2, 1), class_embed_type="timestep", mid_block_scale_factor=1.414,
     time_embedding_act_fn="gelu", time_embedding_dim=48, resnet_skip_time_act=True, resnet_out_scale_factor=2**0.5)
+
+
+def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
+    """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL), which predicts eps and its variance."""
+    channels = tuple(width * m for m in multiples)
+    added = (None, *("added",) * (len(channels) - 1))
+    return UNetConfig(
+        in_channels=3, out_channels=6, channels=channels, layers_per_block=3, down_attention=added,
+        mid_attention="added", up_attention=added, depth=(1,) * len(channels),
+        heads=tuple(c // 64 for c in channels), context_dim=channels[-1], act="gelu", scale_shift=True,
+        resample="residual", text_dim=4096, pool_heads=64,
+    )
 
 
 def randomised(module):
