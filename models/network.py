@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from p2p.models.attention import Attention, CrossAttention, HybridAttention, SelfAttention
+from p2p.models.attention import Attention, CrossAttention, HybridAttention, JointAttention, SelfAttention
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,6 +28,11 @@ class Network(nn.Module):
     def pixel_sites(self) -> list[str]:
         """The layers in which pixels attend to pixels."""
         return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, HybridAttention))]
+
+    def self_sites(self) -> list[str]:
+        """The layers whose pixels take the source's queries and keys in Prompt-to-Prompt: hybrid layers' are
+        their own, see `AttentionEdit.max_pixels`."""
+        return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, JointAttention))]
 
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
         """The number of pixels of each attention layer, for x of that height and width."""

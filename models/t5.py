@@ -94,7 +94,7 @@ class EncodedPrompts(nn.Module):
 
     def save(self, file: str | Path) -> None:
         """Raises OSError."""
-        tokens = [self.split[p] for p in self.prompts]
+        tokens = [self.split[p][:3] for p in self.prompts]
         metadata = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
         try:
             save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, metadata)

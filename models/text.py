@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,6 +67,30 @@ class Tokens(NamedTuple):
     text: str
     ids: list[int]                      # START, ..., END; not padded, not cut
     spans: list[tuple[int, int]]   # the characters of `text` that each token belongs to; (0, 0) for the ends
+    # of several tokenizers, whose ids follow one another; each part has spans of its own, in its own text
+    parts: tuple[Part, ...] = ()
+
+
+class Part(NamedTuple):
+    """What one of several tokenizers makes of a prompt, and the columns of the context that hold it."""
+
+    tokens: Tokens
+    first: int
+    length: int   # number of columns
+
+    def own(self, columns: Iterable[int]) -> list[int]:
+        """Those of some columns that are this part's."""
+        return [i for i in columns if 0 <= i - self.first < self.length]
+
+
+def joined(split: Sequence[tuple[Tokens, int]]) -> Tokens:
+    """A prompt as one or several tokenizers split it, each with its number of columns, in the context's
+    order."""
+    if len(split) == 1:
+        return split[0][0]
+    firsts = accumulate((n for _, n in split), initial=0)
+    parts = tuple(Part(tokens, first, n) for (tokens, n), first in zip(split, firsts))
+    return Tokens(parts[0].tokens.text, [i for part in parts for i in part.tokens.ids], [], parts)
 
 
 def tokens(prompt: str, added: Mapping[str, Sequence[int]] | None = None) -> Tokens:

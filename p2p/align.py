@@ -1,7 +1,8 @@
 """Two prompts -> which token of one belongs to which token of the other.
 
 All functions work on `Tokens` (ids, and the characters each token came from), so any tokenizer
-with offsets will do.
+with offsets will do. Of several tokenizers each is aligned for itself, see `parts`: a word has columns in
+all whose tower reads that far.
 """
 from __future__ import annotations
 
@@ -15,21 +16,40 @@ import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.models.text import Tokens, tokenizer
+from p2p.models.text import Part, Tokens, tokenizer
 from p2p.weights.untrusted import brief
 
-READ = 77   # words of a prompt that are compared; no text tower reads more tokens
+READ = 512     # words of a prompt that are compared; no text tower reads more tokens
+UNCUT = 2**62   # columns
+
+
+def parts(prompt: Tokens, length: int = UNCUT) -> tuple[Part, ...]:
+    """What each tokenizer makes of a prompt, and its columns; `length`: those of a single one."""
+    return prompt.parts or (Part(prompt, 0, length),)
 
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
-    """Token positions of every occurrence of a word or phrase; with "cat#2", of the second one only. Case and
-    punctuation do not matter.
+    """Token positions (columns) of every occurrence of a word or phrase; with "cat#2", of the second one
+    only. Case and punctuation do not matter.
 
     `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises
     UsageError where none is left.
     """
     if not isinstance(phrase, str):
         raise UsageError(f"a word or phrase is needed, not {brief(phrase)}")
+    columns: list[int] = []
+    refusals: dict[int, UsageError] = {}
+    for tokens, first, own in parts(prompt, length):
+        try:
+            columns += [first + i for i in _word_tokens(tokens, phrase, own)]
+        except UsageError as refusal:
+            refusals[own] = refusal
+    if not columns:
+        raise refusals[max(refusals)]   # of the tower that reads furthest
+    return columns
+
+
+def _word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     word, _, number = phrase.strip().rpartition("#")
     occurrences = _occurrences(prompt, word) if word and number.isdecimal() else []
     if not occurrences or phrase.strip().lower() in prompt.text:   # a "#" of the text's own
@@ -63,7 +83,8 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
 
 def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list[list[int]]:
     """Token positions of each `wanted` in `text`, whose character i is character origin[i] of the prompt."""
-    starts, ends = {s for s, e in prompt.spans if e}, {e for s, e in prompt.spans if e}
+    starts = {s for s, e in prompt.spans if e and not _within_word(prompt.text, s)}
+    ends = {e for s, e in prompt.spans if e and not _within_word(prompt.text, e)}
     out = []
     index = text.find(wanted) if wanted else -1
     while index >= 0:
@@ -72,6 +93,12 @@ def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list
             out.append([i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= stop and e])
         index = text.find(wanted, index + 1)
     return out
+
+
+def _within_word(text: str, i: int) -> bool:
+    """Whether letters stand on both sides of character i's beginning: T5's pieces end there too, CLIP's do
+    not."""
+    return 0 < i < len(text) and text[i - 1].isalpha() and text[i].isalpha()
 
 
 def _without_punctuation(text: str) -> tuple[str, list[int]]:
@@ -87,8 +114,21 @@ def _without_punctuation(text: str) -> tuple[str, list[int]]:
     return "".join(c for c, _ in out), [i for _, i in out]
 
 
-def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
-    """The words between spaces, each with its token positions (punctuation belongs to its word)."""
+Word = tuple[str, list[int]]   # and its token positions
+
+
+def words(prompt: Tokens) -> list[Word]:
+    """The words between spaces, each with its token positions (punctuation belongs to its word); of several
+    tokenizers, those that their towers read."""
+    out, *others = ([(word, [part.first + i for i in positions if positions[-1] < part.length - 1])
+                     for word, positions in _words(part.tokens)] for part in parts(prompt))
+    for other in others:
+        if len(other) == len(out):   # no tokenizer's text has spaces where the others' have none
+            out = [(word, columns + more) for (word, columns), (_, more) in zip(out, other)]
+    return out
+
+
+def _words(prompt: Tokens) -> list[Word]:
     pieces = iter([(i, s, e) for i, (s, e) in enumerate(prompt.spans) if e])
     piece = next(pieces, None)
     out = []
@@ -104,6 +144,8 @@ def words(prompt: Tokens) -> list[tuple[str, list[int]]]:
 def name_of(prompt: Tokens, columns: list[int]) -> str | None:
     """What `word_tokens` calls these neighbouring tokens: words that occur again are "cat#1", "cat#2". None
     where they begin or end within a word."""
+    part = next(part for part in parts(prompt) if part.own(columns))
+    prompt, columns = part.tokens, [i - part.first for i in part.own(columns)]
     text = prompt.text[prompt.spans[columns[0]][0]:prompt.spans[columns[-1]][1]]
     places = _occurrences(prompt, text)
     if columns not in places:
@@ -134,7 +176,16 @@ def _cut(t: Tokens, length: int) -> list[int]:
     return t.ids if len(t.ids) <= length else [*t.ids[: length - 1], t.ids[-1]]
 
 
-Word = tuple[str, list[int]]   # and its token positions
+def ends(prompt: Tokens, length: int) -> tuple[list[int], list[int]]:
+    """The columns of the start tokens, which T5 has not, and of the end tokens."""
+    read = [(part, _cut(part.tokens, part.length)) for part in parts(prompt, length)]
+    starts = [part.first for part, ids in read if len(ids) > 1 and part.tokens.spans[0] == (0, 0)]
+    return starts, [part.first + len(ids) - 1 for part, ids in read]
+
+
+def read_ids(prompt: Tokens, length: int) -> list[list[int]]:
+    """The ids that each text tower reads."""
+    return [_cut(tokens, own) for tokens, _, own in parts(prompt, length)]
 
 
 def paired_words(source: Tokens, target: Tokens) -> list[tuple[Word, Word]]:

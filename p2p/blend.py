@@ -2,8 +2,8 @@
 
 Hertz et al. 2022, section 4 ("masks from attention"), computed as google/prompt-to-prompt's LocalBlend does:
 maps after the edit, conditional rows, the sites at a quarter of the latent's side (the middle block only
-where it alone has that side), summed over the steps so far, pooled 3 x 3, divided by their maximum,
-thresholded; source's and target's masks joined.
+where it alone has that side; of an MM-DiT the blocks of `mask_sites`), summed over the steps so far, pooled
+3 x 3, divided by their maximum, thresholded; source's and target's masks joined.
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from p2p.models.maps import site_maps
 from p2p.models.network import Network
 from p2p.models.text import Tokens
 from p2p.request.checks import choice, flag, share, whole
+from p2p.request.mask_sites import level_in, sites_of_side
 from p2p.weights.untrusted import brief
 
 Words = str | Sequence[str]
@@ -46,7 +47,8 @@ class LocalBlend:
         own (wide maps, or peaks where the words have one) do not compete.
     threshold: share of the map's maximum above which a position counts; or (for words, for substruct).
     start: share of the steps after which blending begins. level: the maps' side is that of the latents
-    over this, rounded up.
+    over this, rounded up. None: 4 in a UNet; in an MM-DiT, all of whose maps have one side, that of its
+    patches.
     keep: what stands outside of the mask, of a real picture: its latents "stored" by the inversion, so
         that it is the picture itself in every method; or "sampled", the source's row as it came out of the
         step, as in PnPInversion's runs. (The two are equal where the source follows its stored latents, and
@@ -66,7 +68,7 @@ class LocalBlend:
     rivals: tuple[Words, Words] | None = None
     threshold: float | tuple[float, float] = 0.3
     start: float = 0.2
-    level: int = 4
+    level: int | None = None
     keep: Literal["stored", "sampled"] = "stored"
     middle: bool = False
     mask: Image.Image | str | Path | Tensor | None = None
@@ -134,8 +136,8 @@ def _check_mask(mask: Any) -> None:
                          f"{mask.max().item():g}")
 
 
-def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *, unet: Network,
-            steps: int, length: int, size: tuple[int, int], device: torch.device,
+def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *,
+            unet: Network, steps: int, length: int, size: tuple[int, int], device: torch.device,
             fit: str = "crop") -> Blend | None:
     """The LocalBlends as tensors, for latents of that size (H, W); None if no target blends. fit: how the
     pictures came to that size. Raises UsageError."""
@@ -168,20 +170,15 @@ def placed(blends: Sequence[LocalBlend | None], unet: Network,
     """The side of the maps that the blends of one batch read, for latents of that size, and the layers that
     have them. Raises UsageError."""
     read = [b for b in blends if b and (b.words is not None or b.substruct is not None)]
-    for name in ("level", "middle"):
-        values = {getattr(b, name) for b in read}
+    levels = {level_in(unet, b.level) for b in read}
+    for name, values in (("level", levels), ("middle", {b.middle for b in read})):
         if len(values) > 1:
             raise UsageError(f"local_blend: one {name} for all targets is needed, not {sorted(values)}")
     if not read:
         return (0, 0), ()
-    side = (-(-size[0] // read[0].level), -(-size[1] // read[0].level))
+    level = levels.pop()
+    side = (-(-size[0] // level), -(-size[1] // level))
     return side, _sites(unet, size, side, read[0].middle)
-
-
-def sites_of_side(unet: Network, size: tuple[int, int], side: tuple[int, int]) -> list[str]:
-    """The layers whose maps of text have that side, for latents of that size."""
-    pixels = unet.site_pixels(*size)
-    return [site for site in unet.text_sites() if pixels[site] == side[0] * side[1]]
 
 
 def _sites(unet: Network, size: tuple[int, int], side: tuple[int, int], middle: bool) -> tuple[str, ...]:
@@ -192,7 +189,8 @@ def _sites(unet: Network, size: tuple[int, int], side: tuple[int, int], middle: 
         pixels = unet.site_pixels(*size)
         smaller = sorted({pixels[site] for site in unet.text_sites() if pixels[site] < side[0] * side[1]})
         raise UsageError(f"local_blend: the model has no attention to text at {side[0]} x {side[1]} positions"
-                         f"{f' (below that, at {smaller})' if smaller else ''}; choose another level")
+                         f"{f' (below that, at {smaller})' if smaller else ''}; choose another level, or "
+                         "leave it out")
     return tuple(site for site in sites if middle or not site.startswith("mid_block")) or tuple(sites)
 
 
@@ -213,7 +211,8 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
         raise UsageError(f"local_blend: threshold {brief(b.threshold)} must lie within 0 and 1, one number "
                          "or two")
     share("local_blend: start", b.start)
-    whole("local_blend: level", b.level, most=2**31)
+    if b.level is not None:
+        whole("local_blend: level", b.level, most=2**31)
     choice("local_blend: keep", b.keep, ("stored", "sampled"))
     flag("local_blend: middle", b.middle)
     if b.mask is not None:

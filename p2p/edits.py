@@ -46,6 +46,7 @@ class Edit:
         the target prompt {"default_": ..., "word": ...}; words that are not named are injected throughout.
     self_replace_steps: share of the steps with self-attention injected, at sites of at most `self_max_tokens`
         pixels: an end, or (start, end).
+    self_max_tokens: None: 32 * 32 in a UNet, as in the official code; in an MM-DiT no limit.
     windows_over: the steps that these shares refer to: those of the "run", or all of the "schedule", though
         an inversion leaves some out; they are counted from the first that is run, as in the edit-friendly
         code. (With 12 of 50 skipped, 0.6 then ends after 30 of the 38.) With "run", 0.6 means the same
@@ -69,7 +70,7 @@ class Edit:
     mode: Literal["replace", "refine", "reweight"] | None = None
     cross_replace_steps: Window | Mapping[str, Window] = 0.8
     self_replace_steps: Window = 0.4
-    self_max_tokens: int = 32 * 32
+    self_max_tokens: int | None = None
     windows_over: Literal["run", "schedule"] = "run"
     equalizer: Mapping[str, float] | None = None
     renormalise: bool = False
@@ -106,7 +107,8 @@ def check(edit: Edit) -> None:
     choice("aligner", edit.aligner, ("exact", "official"))
     choice("emphasis", edit.emphasis, ("attention", "embedding"))
     choice("windows_over", edit.windows_over, ("run", "schedule"))
-    whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
+    if edit.self_max_tokens is not None:
+        whole("self_max_tokens", edit.self_max_tokens, least=0, most=2**62)
     flag("renormalise", edit.renormalise)
     cross = edit.cross_replace_steps
     if isinstance(cross, Mapping) and not mapping(cross):
@@ -185,25 +187,33 @@ def mix_keep(mode: str, alpha: Tensor, c: Tensor, m: Tensor, a: Tensor) -> tuple
 
 
 def alignment(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> tuple[Tensor, Tensor]:
-    """Which source tokens a target token reads (M, G or the identity), and a.
+    """Which source tokens a target token reads (M, G or the identity), and a; each tokenizer's columns are
+    aligned for themselves.
 
     -> (length, length), (length,) float64
     """
     official = choice("aligner", edit.aligner, ("exact", "official")) == "official"
     m, a = torch.eye(length, dtype=torch.float64), torch.ones(length, dtype=torch.float64)
-    if mode == "replace":
-        m = (align.official_replacement if official else align.replacement)(source, target, length)
-    elif mode == "refine":
-        mapper, a = (align.official_refinement if official else align.refinement)(source, target, length)
-        m = m[:, mapper]                                                   # G[A(j), j] = 1
+    of_source, of_target = align.parts(source, length), align.parts(target, length)
+    for (ours, first, n), (theirs, _, _) in zip(of_source, of_target):
+        own = slice(first, first + n)
+        if mode == "replace":
+            m[own, own] = (align.official_replacement if official else align.replacement)(ours, theirs, n)
+        elif mode == "refine":
+            mapper, a[own] = (align.official_refinement if official else align.refinement)(ours, theirs, n)
+            m[own, own] = torch.eye(n, dtype=torch.float64)[:, mapper]     # G[A(j), j] = 1
     for old, new in (edit.swap or {}).items():
-        s, t = align.word_tokens(source, old, length), align.word_tokens(target, new, length)
-        m[:, t] = 0
-        a[t] = 1
-        if len(s) == len(t):
-            m[s, t] = 1
-        else:
-            m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
+        all_s, all_t = align.word_tokens(source, old, length), align.word_tokens(target, new, length)
+        for part in of_source:
+            s, t = part.own(all_s), part.own(all_t)
+            if not s or not t:   # its tower stops reading before
+                continue
+            m[:, t] = 0
+            a[t] = 1
+            if len(s) == len(t):
+                m[s, t] = 1
+            else:
+                m[torch.tensor(s)[:, None], torch.tensor(t)] = 1 / len(t)
     return m, a
 
 
@@ -213,7 +223,7 @@ class Tables(NamedTuple):
     mix: Tensor           # (T, L, L) float64
     keep: Tensor          # (T, L) float64
     inject: Tensor        # (T,) bool: its pixels use the source's queries and keys in self-attention
-    max_pixels: int       # ... at sites of at most this many
+    max_pixels: int | None   # ... at sites of at most this many; None: at all
     renormalise: bool
     layers: Mapping[str, tuple[bool, bool]] | None = None   # by site: edits text, borrows pixels; None: all
 
@@ -250,7 +260,8 @@ def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: to
     sources = [0] * batch.targets if sources is None else sources
     source = torch.tensor([batch.source(j) for j in sources], device=device)
     own_rows = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
-    limit = torch.tensor([t.max_pixels for t in tables], device=device)
+    limits = [2**62 if t.max_pixels is None else t.max_pixels for t in tables]
+    limit = torch.tensor(limits, device=device)
     renormalise = None
     if any(t.renormalise for t in tables):
         renormalise = torch.tensor([t.renormalise for t in tables], device=device)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from p2p.align import ends as text_ends
 from p2p.align import named_words, word_tokens
 from p2p.denoise import Step
 from p2p.errors import UsageError
@@ -30,9 +31,9 @@ from p2p.weights.untrusted import brief
 class AttentionMaps:
     """The maps that `record` selects, in half precision, on the CPU.
 
-    sites: module name -> (steps, rows, heads, pixels, columns). Rows: the prompts, source first, as used
-    (after the edit), then, with `Record.before`, the targets again as they were before the edit. Columns:
-    tokens, or for self-attention pixels.
+    sites: module name -> (steps, rows, heads, pixels, columns); with `Record.mean` one step and one head.
+    Rows: the prompts, source first, as used (after the edit), then, with `Record.before`, the targets again
+    as they were before the edit. Columns: tokens, or for self-attention pixels.
     """
 
     prompts: list[Tokens]
@@ -126,7 +127,8 @@ class AttentionMaps:
         mean, prompt = self.mean(row, **selection), self.prompts[row]
         words = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
         if ends:
-            words = [("<start>", [0]), *words, ("<end>", [min(len(prompt.ids), self.length) - 1])]
+            starts, stops = text_ends(prompt, self.length)
+            words = [("<start>", starts), *words, ("<end>", stops)]
         return [(w, mean[..., columns].sum(-1)) for w, columns in words if columns]
 
     def components(self, row: int = 0, count: int = 3, **selection: Any) -> Tensor:
@@ -168,16 +170,23 @@ class Collector:
         self.steps: list[dict[str, Tensor]] = []
 
     def add(self, step: Step) -> None:
-        maps_by_site, rows = {}, step.batch.shown(step.x.device)
+        mean, maps_by_site, rows = self.record.mean, {}, step.batch.shown(step.x.device)
         for site, qk in step.seen.items():
             layer: Any = self.unet.get_submodule(site)
-            before, after = site_maps(layer, qk, step.edit, rows)
+            before, after = site_maps(layer, qk, step.edit, rows, mean)
             maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
-            maps_by_site[site] = maps.to("cpu", torch.float16)
+            if mean:
+                maps = maps.mean(1, keepdim=True, dtype=torch.float32)
+            maps_by_site[site] = maps.to("cpu", torch.float32 if mean else torch.float16)
         self.timesteps.append(step.t)
+        if mean and self.steps:
+            maps_by_site = {site: self.steps[0][site] + maps for site, maps in maps_by_site.items()}
+            self.steps.clear()
         self.steps.append(maps_by_site)
 
     def result(self, prompts: Sequence[Tokens], size: tuple[int, int], length: int) -> AttentionMaps:
         sites = {site: torch.stack([s[site] for s in self.steps]) for site in self.steps[0]}
+        if self.record.mean:
+            sites = {site: (total / len(self.timesteps)).half() for site, total in sites.items()}
         pixel_sites = frozenset(m.site for m in self.unet.layers(SelfAttention)) & sites.keys()
         return AttentionMaps(list(prompts), self.timesteps, size, length, sites, pixel_sites)

@@ -21,7 +21,7 @@ from p2p.models.blocks import timestep_embedding
 from p2p.models.conditioning import Conditioning, ReadText, Text, Time
 from p2p.models.mmdit import MMDiT
 from p2p.models.t5 import EncodedPrompts, T5Encoder
-from p2p.models.text import TextEncoder, Tokens
+from p2p.models.text import TextEncoder, Tokens, joined
 from p2p.models.tiles import tiled
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
@@ -109,9 +109,15 @@ class Model:
         return self.unet.dtype
 
     @property
+    def text_groups(self) -> list[tuple[TextEncoder | T5Encoder | EncodedPrompts, int]]:
+        """The text towers whose tokens the context has columns of, in their order there, and how many."""
+        tower = self.text_encoders[0]
+        return [(tower, tower.config.context_length)]
+
+    @property
     def length(self) -> int:
-        """Number of tokens that the text tower reads."""
-        return self.text_encoders[0].config.context_length
+        """Number of the context's columns."""
+        return sum(columns for _, columns in self.text_groups)
 
     @property
     def shrink(self) -> int:
@@ -164,7 +170,7 @@ class Model:
         if not self.text_encoders:
             raise UsageError(f"{self.name} reads no text")
         try:
-            return self.text_encoders[0].tokens(prompt)
+            return joined([(tower.tokens(prompt), columns) for tower, columns in self.text_groups])
         except ValueError as error:   # not one of the prompts that were encoded beforehand
             raise UsageError(str(error)) from None
 

@@ -40,13 +40,19 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
                 for j in align.word_tokens(target, word, length)}
 
     def unchanged(i: list[int], j: list[int]) -> bool:
-        """Whether target tokens j are the source tokens i, and have no weight of their own."""
-        same = [source.ids[x] for x in i] == [target.ids[y] for y in j]
+        """Whether target tokens j are the source tokens i, wherever both are read, and have no weight of
+        their own."""
+        same = all(x == y for x, y in zip(_ids(source, i), _ids(target, j)) if x and y)
         return related(i, j) and same and not weighted & set(j)
 
     old = [name for name, i in ours if not any(unchanged(i, j) for _, j in theirs)]
     new = [name for name, j in theirs if not any(unchanged(i, j) for _, i in ours)]
     return old, new
+
+
+def _ids(prompt: Tokens, columns: Sequence[int]) -> list[list[int]]:
+    """The tokens in these columns, as each tokenizer numbers them."""
+    return [[part.tokens.ids[i - part.first] for i in part.own(columns)] for part in align.parts(prompt)]
 
 
 def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
@@ -64,4 +70,4 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
 def _others(prompt: Tokens, words: Sequence[str], length: int) -> list[str]:
     """The words of a prompt beside these, as far as the text tower reads it."""
     return [name for name, columns in align.named_words(prompt)
-            if name not in words and max(columns) < length - 1]
+            if name not in words and columns and max(columns) < length - 1]

@@ -24,7 +24,8 @@ def columns(model, prompt, words):
 
 def oracle_mask(maps, model, prompts, blend, size):
     """One target's mask from `maps`: a list over steps of {site: (2, heads, pixels, L)}; loops, no tricks."""
-    side = size // blend.level
+    level = blend.level or 4
+    side = size // level
     near = [range(max(i - 1, 0), min(i + 2, side)) for i in range(side)]
 
     def share(words, row, pooled=True):
@@ -54,7 +55,7 @@ def oracle_mask(maps, model, prompts, blend, size):
             for j in range(side):
                 on[0, i, j] |= own[i][j] > max([limits[0], *(r[i][j] for r in rivals)])
                 on[1, i, j] |= minus[i][j] > limits[1]
-    return (on[0] & ~on[1]).repeat_interleave(blend.level, 0).repeat_interleave(blend.level, 1)
+    return (on[0] & ~on[1]).repeat_interleave(level, 0).repeat_interleave(level, 1)
 
 
 def columns_of(model, prompts, edit, steps):

@@ -87,7 +87,8 @@ def test_targets_keep_their_own_settings():
     """Two targets in one batch: each row of the plan is what the target alone would have."""
     s = tokens("a red cat on grass")
     edits = [Edit("a blue cat on grass", cross_replace_steps=0.4, self_replace_steps=0.2, self_max_tokens=64),
-             Edit("a red cat on grass at night", mode="refine", equalizer={"night": 2}, self_replace_steps=(0.5, 1.0))]
+             Edit("a red cat on grass at night", mode="refine", equalizer={"night": 2}, self_replace_steps=(0.5, 1.0),
+                  self_max_tokens=1024)]
     targets = [tokens(e.prompt) for e in edits]
     made = [tables(s, t, e, m, 10, L) for e, t, m in zip(edits, targets, ["replace", "refine"])]
     both = plan(made, Batch(1, 2), torch.device("cpu"), torch.float64, dense=True)

@@ -14,6 +14,7 @@ from p2p.edits import cross_alpha
 from p2p.lists import jobs, protocol
 from p2p.model import STEPS
 from p2p.models.text import tokens
+from p2p.request.mask_sites import level_in
 from p2p.show.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +149,7 @@ def test_defaults_in_help_texts_are_those_of_the_code():
     """They are written out there, so that --help need not import torch."""
     edit, blend, row = p2p.Edit(""), p2p.LocalBlend(), protocol.find("directinversion+p2p")
     wanted = {"edit": {"cross": edit.cross_replace_steps, "self_": edit.self_replace_steps, "blend_threshold": blend.threshold,
-                       "blend_start": blend.start, "blend_level": blend.level, "steps": STEPS},
+                       "blend_start": blend.start, "blend_level": level_in(None, blend.level), "steps": STEPS},
               "eval": {"cross": row.cross, "self_": row.self_, "steps": row.steps, "cfg": row.guidance_scale, "seed": row.seed}}
     for command, defaults in wanted.items():
         said = {a.dest: a.help for a in given_options(command)}

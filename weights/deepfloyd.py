@@ -202,7 +202,7 @@ def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor)
         raise ValueError("its prompts are not texts, each there once")
     if not all(isinstance(t.text, str) for t in tokens):
         raise TypeError("its tokens are of no text")
-    for prompt, (text, ids, spans) in zip(prompts, tokens):
+    for prompt, (text, ids, spans, _) in zip(prompts, tokens):
         valid = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
         if not valid or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
             raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")

@@ -65,8 +65,8 @@ def maps(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--site", metavar="NAME", help='layers whose name holds this: "down", "mid", "up"')
     ap.add_argument("--side", type=int,
                     help="maps of this height; default: a quarter of the latents', or the largest")
-    ap.add_argument("--max-tokens", type=int, default=32 * 32,
-                    help="record maps of at most so many pixels (1024)")
+    ap.add_argument("--max-tokens", type=int,
+                    help="record maps of at most so many pixels (1024; of an MM-DiT, any number)")
     groups.injection(ap)
     groups.sampling(ap)
 

@@ -67,7 +67,7 @@ def maps(args: argparse.Namespace) -> None:
         values.edit_settings(args)
     else:
         refuse(args, "a prompt without targets", INJECTION)
-    if args.max_tokens < 1:
+    if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
     if args.steps_range is not None:
         values.window(args.steps_range, "--at")

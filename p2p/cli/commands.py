@@ -16,6 +16,7 @@ from p2p.cli.output import Output
 from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.editors import find_editor
 from p2p.image import open_picture
+from p2p.models.attention import SelfAttention
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import tokenizer, tokens
 from p2p.request import add_ons
@@ -108,9 +109,10 @@ def maps(args: argparse.Namespace) -> None:
     model, sampling = options.load_for_sampling(args)
     run_steps = solver(model, Sampling(**options.solver(args)))[1]
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
-    _check_site(model, args.site)
-    record = p2p.Record(text=args.max_tokens, pixels=args.max_tokens if args.components else 0,
-                        before=bool(args.targets))
+    _check_layers(model, args)
+    apart = args.arrays or steps is not None or args.head is not None   # single steps and heads are shown
+    record = p2p.Record(text=args.max_tokens, pixels=(args.max_tokens or 32 * 32) if args.components else 0,
+                        before=bool(args.targets), mean=not apart, layers=args.site)
     sampling |= dict(record=record, negative_prompt=values.negative(args))
     if args.targets:
         result = edited(args, model, args.prompt, args.targets, **shared, **sampling)
@@ -146,9 +148,12 @@ def maps(args: argparse.Namespace) -> None:
     out.write(args.quiet)
 
 
-def _check_site(model: p2p.Model, site: str | None) -> None:
-    """Raises UsageError for a name of no layer."""
-    layers = model.unet.text_sites()
+def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
+    """Raises UsageError for a name of no layer, and for components without self-attention."""
+    layers, site = model.unet.text_sites(), args.site
+    if args.components and not model.unet.layers(SelfAttention):
+        raise p2p.UsageError("--components: of self-attention, and no layer of this model attends to pixels "
+                             "alone")
     if site is not None and not any(site in name for name in layers):
         raise p2p.UsageError(f"--site {site}: no layer that attends to text is named so; they are "
                              f"{', '.join(layers)}")

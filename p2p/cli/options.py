@@ -15,8 +15,6 @@ from p2p.image import open_picture
 from p2p.request.loading import find_device
 from p2p.weights.untrusted import printable
 
-MAPS = 32 * 32   # largest number of pixels of the maps that are recorded for options that need them
-
 
 def device(args: argparse.Namespace) -> torch.device:
     return find_device(args.device, "--device")
@@ -78,4 +76,5 @@ def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def record(args: argparse.Namespace) -> p2p.Record:
-    return p2p.Record(text=MAPS) if args.report or args.leakage or args.scope else p2p.Record()
+    shown = args.report or args.leakage or args.scope
+    return p2p.Record(text=None, mean=True) if shown else p2p.Record()

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from p2p.denoise import Batch
+from p2p.errors import UsageError
 from p2p.models.attention import AttentionEdit
 from p2p.models.network import Network
 from p2p.request.checks import share
 from p2p.request.prompts import check as check_prompt
+
+
+def _decoder(unet: Network) -> dict[str, list[str]]:
+    """The attention layers of a UNet's decoder, and the sites in each; none of an MM-DiT."""
+    layers: dict[str, list[str]] = {}
+    for site in unet.pixel_sites():
+        if site.startswith("up_blocks"):
+            layers.setdefault(".".join(site.split(".")[:4]), []).append(site)
+    return layers
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,13 @@ class PlugAndPlay:
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 
+    def check(self, unet: Network) -> None:
+        """Raises UsageError for a network without the features that it injects."""
+        if len(_decoder(unet)) < 2:
+            raise UsageError("editor PlugAndPlay: it injects what the second residual block with attention "
+                             "adds in a UNet's decoder, and this network has none; use MasaCtrl, or "
+                             "Prompt-to-Prompt's self_replace_steps")
+
     def plan(self, unet: Network, batch: Batch, steps: int,
              device: torch.device) -> list[dict[str, AttentionEdit | Tensor]]:
         """An edit by site for every step. Until both shares end, a step has rows for both (each row's own
@@ -48,10 +65,8 @@ class PlugAndPlay:
         source = torch.full_like(own_rows, batch.source())
         if not batch.lone_source:
             source[0] = 0   # the source's own unconditional row
-        decoder: dict[str, list[str]] = {}   # by attention layer, its sites
-        for site in unet.pixel_sites():
-            if site.startswith("up_blocks"):
-                decoder.setdefault(".".join(site.split(".")[:4]), []).append(site)
+        self.check(unet)
+        decoder = _decoder(unet)
         _, second, *_ = decoder
         block = second.replace("attentions", "resnets")
         sites = [site for layer in list(decoder)[1:] for site in decoder[layer]]

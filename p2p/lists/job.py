@@ -97,4 +97,4 @@ def _shape(job: Job) -> tuple | None:
     s = job.sampling
     how = [str(job.others.get(k)) for k in ("sampler", "timestep_spacing", "timesteps")]
     return (s["steps"], s["height"], s["width"], s["eta"], s["guidance_scale"] in (0, 1), *how,
-            tuple(sorted(levels)))
+            frozenset(levels))

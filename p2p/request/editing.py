@@ -75,9 +75,10 @@ class EditRequest:
     @property
     def recorded(self) -> list[Edit]:
         """The edits as settings record them: without the mode where another editor does not read it."""
+        edits = [layers.for_network(e, self.model.unet) for e in self.edits]
         if self.editor is None:
-            return self.edits
-        return [replace(e, mode=None) if e.scope is None else e for e in self.edits]
+            return edits
+        return [replace(e, mode=None) if e.scope is None else e for e in edits]
 
     def pairs(self) -> list[tuple[Edit, Tokens]]:
         return list(zip(self.edits, self.tokens[1:]))
@@ -156,6 +157,8 @@ def _check_kinds(model: Model, editor: Editor | None, record: Record) -> None:
     if editor is not None and not isinstance(editor, Editor):
         raise UsageError("editor: an object is needed, such as p2p.MasaCtrl() or p2p.PlugAndPlay(), not "
                          f"{brief(editor)}")
+    if (check_network := getattr(editor, "check", None)) is not None:
+        check_network(model.unet)
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves "
                          "those of text alone")
@@ -220,9 +223,9 @@ def refuse_p2p_settings(edits: Sequence[Edit]) -> None:
 def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, windows: bool) -> None:
     """Raises UsageError for words that an edit names and its prompts lack, and for prompts that its mode does
     not take, or that differ only beyond what the tower reads. windows: Prompt-to-Prompt injects."""
-    last = length - 1
-    if source.ids != target.ids and source.ids[:last] == target.ids[:last]:
-        raise UsageError(f'"{edit.prompt[:40]}...": what differs from the source lies beyond the {length} '
+    if source.ids != target.ids and align.read_ids(source, length) == align.read_ids(target, length):
+        furthest = max(part.length for part in align.parts(target, length))
+        raise UsageError(f'"{edit.prompt[:40]}...": what differs from the source lies beyond the {furthest} '
                          "tokens that the text tower reads; shorten the prompt")
     if edit.mode == "replace" and (windows or edit.scope is not None):
         align.paired_words(source, target)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from p2p import align
-from p2p.blend import Blend, LocalBlend, sites_of_side
+from p2p.blend import Blend, LocalBlend
 from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
-from p2p.models.attention import SelfAttention
 from p2p.models.network import Network
 from p2p.models.text import Tokens
 from p2p.request import layers
 from p2p.request.emphasis import read
+from p2p.request.mask_sites import sites_of_side
 from p2p.scope import added, subject
 
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
@@ -94,7 +94,7 @@ def _windows(edit: Edit, steps: int, window_steps: int) -> list[str]:
     share = edit.self_replace_steps != DEFAULT["self_replace_steps"]
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
         notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")
-    if share and not edit.self_max_tokens and covers["self_replace_steps"]:
+    if share and edit.self_max_tokens == 0 and covers["self_replace_steps"]:
         notes.append("self_replace_steps changes nothing: self_max_tokens is 0")
     return notes
 
@@ -172,7 +172,7 @@ def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Seq
 def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list[str]:
     """Notes on settings of self-attention that do nothing here. shape: of the latents, (C, H, W)."""
     pixels = model.unet.site_pixels(shape[1], shape[2])
-    sizes = [pixels[layer.site] for layer in model.unet.layers(SelfAttention)]
+    sizes = [pixels[site] for site in model.unet.self_sites()]
     notes = []
     for e in edits:
         for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
@@ -180,8 +180,9 @@ def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list
                 notes.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
                              "self-attention")
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0
-        if sizes and injected and 0 < e.self_max_tokens < min(sizes):
-            notes.append(f'"{e.prompt}": self_max_tokens {e.self_max_tokens} leaves self-attention alone: '
+        limit = layers.for_network(e, model.unet).self_max_tokens
+        if sizes and injected and limit and limit < min(sizes):
+            notes.append(f'"{e.prompt}": self_max_tokens {limit} leaves self-attention alone: '
                          f"its smallest maps are of {min(sizes)} pixels here")
     return notes
 

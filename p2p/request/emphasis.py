@@ -109,19 +109,26 @@ def equalizer(prompt: Weighted, tokens: Callable[[str], Tokens]) -> dict[str, fl
 
 def weigh(context: Tensor, weights: Sequence[float], widths: Sequence[int]) -> Tensor:
     """The rule of that program ("original") for a context (L, C): every token times its weight, then all
-    times the mean before over the mean after, for each text tower's `widths` alone. Padding weighs 1."""
+    times the mean before over the mean after, for each text tower's `widths` alone. Padding weighs 1, and
+    so does what fills a context that is wider than its towers."""
     row = torch.ones(len(context), 1, dtype=context.dtype, device=context.device)
     row[:len(weights), 0] = torch.tensor(weights[:len(row)], dtype=context.dtype)
-    parts = context.split(list(widths), dim=-1)
-    return torch.cat([part * row * (part.mean() / (part * row).mean()) for part in parts], dim=-1)
+    *towers, filling = context.split([*widths, context.shape[-1] - sum(widths)], dim=-1)
+    weighed = [part * row * (part.mean() / (part * row).mean()) for part in towers]
+    return torch.cat([*weighed, filling], dim=-1)
 
 
 # ----------------------------------------------------------------------------- prompts, as a model reads them
 
 def parsed(model: Model, prompt: str) -> Weighted:
-    """Of models that read their text by CLIP; to others, brackets are text."""
-    clip = [isinstance(tower, TextEncoder) for tower in model.text_encoders]
-    return read(prompt) if clip and all(clip) else Weighted(((prompt, 1.0),))
+    """Of models that read their text by CLIP, alone or beside T5; to others, brackets are text."""
+    clip = model.text_encoders and isinstance(model.text_groups[0][0], TextEncoder)
+    return read(prompt) if clip else Weighted(((prompt, 1.0),))
+
+
+def first_tokens(model: Model) -> Callable[[str], Tokens]:
+    """The tokenizer by whose words weights are named: CLIP's."""
+    return model.text_groups[0][0].tokens
 
 
 def prompt_tokens(model: Model, prompt: str) -> Tokens:
@@ -134,10 +141,24 @@ def condition(model: Model, prompts: Sequence[str], height: int, width: int) -> 
     made = model.condition([each.text for each in found], height, width)
     if all(each.plain for each in found):
         return made
-    widths = [tower.config.width for tower in model.text_encoders]
-    rows = [row if each.plain else weigh(row, token_weights(each, model.tokens), widths)
-            for row, each in zip(made.context, found)]
+    rows = [row if each.plain else _weighed(model, row, each) for row, each in zip(made.context, found)]
     return made._replace(context=torch.stack(rows))
+
+
+def _weighed(model: Model, row: Tensor, prompt: Weighted) -> Tensor:
+    """`weigh` of each tokenizer's columns; CLIP's come first, and name the words for the others."""
+    whole, out = model.tokens(prompt.text), []
+    firsts = [model.text_encoders.index(tower) for tower, _ in model.text_groups]
+    for part, i, j in zip(align.parts(whole, model.length), firsts, [*firsts[1:], None]):
+        weights = token_weights(prompt, first_tokens(model))
+        if part.first:
+            weights = [1.0] * part.length
+            for word, weight in equalizer(prompt, first_tokens(model)).items():
+                for column in part.own(align.word_tokens(whole, word, model.length)):
+                    weights[column - part.first] = weight
+        widths = [tower.config.width for tower in model.text_encoders[i:j]]
+        out.append(weigh(row[part.first:part.first + part.length], weights, widths))
+    return torch.cat([*out, row[part.first + part.length:]])
 
 
 def weights_as_equalizer(model: Model, edit: Edit) -> Edit:
@@ -145,7 +166,7 @@ def weights_as_equalizer(model: Model, edit: Edit) -> Edit:
     prompt = parsed(model, edit.prompt)
     if edit.emphasis == "embedding" or (prompt.plain and prompt.text == edit.prompt):
         return edit
-    weights = equalizer(prompt, model.tokens)
+    weights = equalizer(prompt, first_tokens(model))
     if both := sorted(weights.keys() & (edit.equalizer or {}).keys()):
         raise UsageError(f'"{edit.prompt}" and its equalizer both weight {", ".join(both)}: weigh each word '
                          "once")
@@ -159,5 +180,6 @@ def notes(model: Model, prompt: str) -> list[str]:
     if found.plain:
         return [] if read(prompt).plain else [f'"{prompt}": brackets are text to {model.name}, and weigh '
                                               "nothing"]
-    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in equalizer(found, model.tokens).items())
+    weights = equalizer(found, first_tokens(model))
+    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in weights.items())
     return [f'"{prompt}": weights on the embedding: {words}']

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import torch
 
-from p2p.edits import Tables, window
+from p2p.edits import Edit, Tables, window
 from p2p.errors import UsageError
-from p2p.models.attention import AttentionEdit, SelfAttention
+from p2p.models.attention import AttentionEdit
 from p2p.models.network import Network
+from p2p.models.unet import UNet
+from p2p.request.mask_sites import level_in
 from p2p.weights.untrusted import brief
 
 FORM = ('a part of layers\' names ("up", "mid", "down_blocks.1"), (first, last) as shares of depth, a list '
@@ -54,7 +57,7 @@ def chosen(layers: Any, unet: Network) -> dict[str, tuple[bool, bool]] | None:
         return None
     kinds = layers if isinstance(layers, Mapping) else {"cross": layers, "self": layers}
     parts = []
-    pixel_sites = [layer.site for layer in unet.layers(SelfAttention)]   # hybrid layers' pixels are their own
+    pixel_sites = unet.self_sites()
     for kind, sites in (("cross", unet.text_sites()), ("self", pixel_sites)):
         wanted = kinds.get(kind)
         parts.append(set(sites) if wanted is None else _found(_items(wanted), sites))
@@ -73,6 +76,16 @@ def _found(items: Sequence[Any], sites: Sequence[str]) -> set[str]:
         return item in site if isinstance(item, str) else item[0] <= (i + 0.5) / len(sites) <= item[1]
 
     return {site for i, site in enumerate(sites) if any(fits(i, site, item) for item in items)}
+
+
+def for_network(edit: Edit, unet: Network) -> Edit:
+    """The edit with what is usual in its kind of network in place of None."""
+    limit, blend = edit.self_max_tokens, edit.local_blend
+    if limit is None and isinstance(unet, UNet):
+        limit = 32 * 32
+    if blend is not None:
+        blend = replace(blend, level=level_in(unet, blend.level))
+    return replace(edit, self_max_tokens=limit, local_blend=blend)
 
 
 def by_site(edit: AttentionEdit, tables: Sequence[Tables]) -> dict[str, AttentionEdit]:

@@ -8,8 +8,7 @@ import torch
 
 from p2p.errors import UsageError
 from p2p.model import Model
-from p2p.models.mmdit import MMDiT
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.request import add_ons
 from p2p.request.checks import flag, whole
 from p2p.request.schedules import DISTILLED
@@ -133,7 +132,7 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
                 zero_negative=package.zero_negative, sampler=s.sampler, notes=tuple(notes))
 
 
-def _defaults(package: Package, unet: UNet | MMDiT) -> dict[str, Any]:
+def _defaults(package: Package, unet: Network) -> dict[str, Any]:
     """Defaults of runs that differ from Stable Diffusion's."""
     family, enlarges = package.family, unet.enlarges
     if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it

@@ -16,6 +16,7 @@ import torch
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import Attention, HybridAttention, SelfAttention
+from p2p.models.mmdit import MMDiTConfig
 from p2p.request.record import Record
 
 CPU = torch.device("cpu")
@@ -75,9 +76,9 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     on_device = {"latents": 3 * n * one, "text": rows * length * model.unet.text_width * model.dtype.itemsize,
                  "the network": rows * model.unet.numbers_held(*shape[1:]) * model.dtype.itemsize,
                  "the autoencoder": _autoencoder(model, shape, encodes)}
-    if record.text or record.pixels:
+    if record.anything:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
-        host["maps"] = 2 * steps * numbers
+        host["maps"] = 4 * numbers if record.mean else 2 * steps * numbers
         on_device["maps of a step"] = model.dtype.itemsize * numbers
     if model.device.type == "cuda":
         afford(host)
@@ -102,7 +103,7 @@ def map_numbers(model: Model, record: Record, height: int, width: int) -> int:
     total = 0
     for site in record.sites(model.unet, height, width):
         columns = pixels[site] if isinstance(layers[site], SelfAttention) else length
-        total += layers[site].heads * pixels[site] * columns
+        total += (1 if record.mean else layers[site].heads) * pixels[site] * columns
     return total
 
 
@@ -112,5 +113,7 @@ def qk_shapes(model: Model, height: int, width: int) -> dict[str, tuple[tuple[in
     for m in model.unet.layers(Attention):
         reads_pixels = isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)
         columns = pixels[m.site] * reads_pixels + (0 if isinstance(m, SelfAttention) else model.length)
-        shapes[m.site] = (pixels[m.site], m.to_q.out_features), (columns, m.to_q.out_features)
+        c = model.unet.config
+        width = c.dim if isinstance(c, MMDiTConfig) else m.to_q.out_features
+        shapes[m.site] = (pixels[m.site], width), (columns, width)
     return shapes

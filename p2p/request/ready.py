@@ -17,6 +17,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
+from p2p.models.text import TextEncoder
 from p2p.request import layers
 from p2p.request.editing import Editor, EditRequest, edit_request, negatives, proximal_by
 from p2p.request.emphasis import condition, parsed
@@ -67,7 +68,8 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
                     size=size, fit=fit, length=length, device=model.device)
     batch = _batch(request)
     if editor is None:
-        edit_tables = [tables(source_tokens, t, e, e.mode, steps, length, request.schedule_steps)
+        edit_tables = [tables(source_tokens, t, layers.for_network(e, model.unet), e.mode, steps, length,
+                              request.schedule_steps)
                        ._replace(layers=layers.chosen(e.layers, model.unet)) for e, t in request.pairs()]
         planned = planned_edits(model, edit_tables, batch)
     else:
@@ -155,8 +157,8 @@ def _source_is_read(edit_tables: Sequence[Tables]) -> list[bool]:
 
 def _source_is_watched(request: EditRequest, blend: Blend | None) -> bool:
     """Whether anything beside the edits reads the source's row at every step."""
-    maps = request.record.text or request.record.pixels or (blend is not None and blend.sites)
-    return bool(maps) or _guidance_mixes_rows(request.sampling)
+    maps = request.record.anything or (blend is not None and bool(blend.sites))
+    return maps or _guidance_mixes_rows(request.sampling)
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],
@@ -189,18 +191,21 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
 
 
 def unread(model: Model, prompt: str) -> list[str]:
-    """Notes on what the text tower cuts off a prompt, and on words that it does not know."""
-    t, notes, tower = model.tokens(prompt), [], model.text_encoders[0]
-    if len(t.ids) > model.length:
-        cut = t.text[t.spans[model.length - 1][0]:]
-        notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off '
-                     f'"{cut}"')
-    with model._at_work(tower):
-        unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
-    words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
-    if words:
-        notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
-    return notes
+    """Notes on what the text towers cut off a prompt, and on words that they do not know."""
+    model.tokens(prompt)   # raises where only other prompts were encoded beforehand
+    notes, alike = [], len({tower.config.context_length for tower in model.text_encoders}) == 1
+    for tower in model.text_encoders:
+        t, length = tower.tokens(prompt), tower.config.context_length
+        if len(t.ids) > length:
+            name = "the text tower" if alike else "CLIP" if isinstance(tower, TextEncoder) else "T5"
+            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, {name} reads {length}: cut off '
+                         f'"{t.text[t.spans[length - 1][0]:]}"')
+        with model._at_work(tower):
+            unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
+        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
+        if words:
+            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+    return list(dict.fromkeys(notes))
 
 
 def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -> dict[str, Any]:
