@@ -118,6 +118,7 @@ class TextConfig:
     skip: int = 0                 # the number of last layers that the context leaves out
     final_norm: bool = True       # the context goes through the final LayerNorm
     pooled_dim: int | None = None  # width of the pooled text: last layer, LayerNorm, END token, projection
+    projected: bool = True         # ... whether there is that projection (in FLUX there is none)
     compact: bool = False         # only the rows of the tokens listed in `vocab` are stored
     mask_padding: bool = False   # padding has a zero context: no text, but columns that take attention
 
@@ -174,7 +175,7 @@ class TextEncoder(nn.Module):
         blocks = (Block(c.width, c.heads, c.mlp_width or 4 * c.width, act) for _ in range(c.layers))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = nn.LayerNorm(c.width) if c.final_norm or c.pooled_dim else nn.Identity()
-        if c.pooled_dim:
+        if c.pooled_dim and c.projected:
             self.text_projection = nn.Parameter(_drawn(c.width**-0.5, c.width, c.pooled_dim))
         if c.compact:
             # (V,) sorted token ids
@@ -227,8 +228,8 @@ class TextEncoder(nn.Module):
             context = context * (torch.arange(ids.shape[1], device=ids.device) <= end[:, None])[..., None]
         if not c.pooled_dim:
             return context, None
-        rows = torch.arange(len(ids), device=ids.device)
-        return context, self.ln_final(x)[rows, end] @ self.text_projection       # (B, P)
+        pooled = self.ln_final(x)[torch.arange(len(ids), device=ids.device), end]
+        return context, pooled @ self.text_projection if c.projected else pooled   # (B, P)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, C); unknown tokens of a compact vocabulary embed as zero."""
