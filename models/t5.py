@@ -23,7 +23,7 @@ class T5Config:
     width: int = 4096
     context_length: int = 77
     pooled_dim: int | None = None
-    masked: bool = True   # padding is masked inside T5 (IF); else it is read as text (Stable Diffusion 3, FLUX)
+    masked: bool = True   # padding is masked inside T5 (IF), or read as text (Stable Diffusion 3, FLUX)
 
 
 class T5Encoder(nn.Module):

@@ -1,9 +1,9 @@
 """What a family makes of its text towers: one context, and one pooled text.
 
-    Stable Diffusion 1, 2, XL; IF    the towers' contexts side by side along channels, the last one's pooled text
-    Stable Diffusion 3               CLIP-L and CLIP-G side by side, zeros up to T5's width, and after these
-                                     columns those of T5; the pooled texts of both, side by side
-    FLUX                             T5's columns; CLIP-L's pooled text
+    Stable Diffusion 3   CLIP-L and CLIP-G side by side along channels, zeros up to T5's width; after these
+                         columns, those of T5; the pooled texts of both, side by side
+    FLUX                 T5's columns; CLIP-L's pooled text
+    others               the towers' contexts side by side along channels; the last one's pooled text
 """
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.weights.errors import CheckpointError
-from p2p.weights.keys import Source
+from p2p.weights.keys import UNET, Source
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -58,6 +58,13 @@ _FLUX_SINGLE = {
     "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out",
     "norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight",
 }
+
+
+def prefix(names: Iterable[str]) -> str | None:
+    """What stands before the names of a transformer's tensors in a single file; None where there is none."""
+    blocks = ("joint_blocks.", "double_blocks.")
+    names = [name for name in names if name.startswith((*blocks, *(UNET + b for b in blocks)))]
+    return None if not names else UNET if names[0].startswith(UNET) else ""
 
 
 def _count(names: Iterable[str], blocks: str) -> int:

@@ -58,11 +58,11 @@ def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor)
             raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
 
 
-# ---------------------------------------------------------------------------------------- T5 and its tokenizer
+# -------------------------------------------------------------------------------------- T5 and its tokenizer
 
 def in_folder(folder: Path) -> str | None:
-    """What follows "text_encoder" and "tokenizer" in the names of T5's folders in that of a model: "", "_2" or
-    "_3"; None where there is no T5. Raises CheckpointError."""
+    """The end of the names of T5's folders in that of a model: "" (text_encoder, tokenizer), "_2" or "_3";
+    None where there is no T5. Raises CheckpointError."""
     for suffix in ("", "_2", "_3"):
         config = folder / f"text_encoder{suffix}" / "config.json"
         if config.exists() and str(read_json(config).get("model_type", "t5")) == "t5":
@@ -71,7 +71,8 @@ def in_folder(folder: Path) -> str | None:
 
 
 def in_file(file: TensorFile, prefix: str) -> Part | None:
-    """T5 under transformers' names in a file, with its config by shapes; heads are counted in its positions."""
+    """T5 under transformers' names in a file, with its config by shapes; its heads are those of its
+    positions."""
     s, block = file.shapes, f"{prefix}encoder.block."
     layers = count(s, block)
     if not layers:
