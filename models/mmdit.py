@@ -99,6 +99,10 @@ class MMDiT(nn.Module):
         self.in_order = list(self.modules())
 
     @property
+    def device(self) -> torch.device:
+        return self.final_layer.linear.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """That it computes in; its linear layers may hold their weights in less."""
         raise NotImplementedError

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from p2p.models.blocks import timestep_embedding
+
 Encoded = tuple[Tensor, Tensor | None]   # of one tower: context (B, L, C), pooled text (B, P)
 Tower = TypeVar("Tower")
 
@@ -37,3 +39,11 @@ def groups(family: str, towers: Sequence[Tower]) -> list[Tower]:
     if family == "flux":
         return [*towers[-1:]]
     return [*towers[:1], *(towers[-1:] if family == "sd3" else [])]
+
+
+def with_sizes(pooled: Tensor, size: tuple[int, int], width: int) -> Tensor:
+    """SDXL's vector: pooled text, then original size, crop corner and target size (height, width) as
+    sinusoids.  (B, P) -> (B, width)"""
+    numbers = torch.tensor([*size, 0, 0, *size], device=pooled.device)
+    sizes = timestep_embedding(numbers, (width - pooled.shape[1]) // len(numbers)).flatten().to(pooled.dtype)
+    return torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=-1)

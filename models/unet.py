@@ -132,6 +132,15 @@ class UNet(nn.Module):
         parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
         self.in_order = [m for part in parts for m in part.modules()]   # once: it takes milliseconds
 
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in; its weights may be stored in half that width."""
+        return self.conv_norm_out.weight.dtype
+
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
 

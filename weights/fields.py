@@ -195,8 +195,8 @@ def check(path: Path, config: Mapping[str, Any], fields: Fields, strangers: bool
     names."""
     if (how := config.get("quantization_config")) is not None:
         method = how.get("quant_method") if isinstance(how, Mapping) else how
-        raise CheckpointError(f"{path}: quantised ({short(method)}); use the weights in 16 or 32 bits of the "
-                              "same model.")
+        raise CheckpointError(f"{path}: quantised ({short(method)}, by its quantization_config); use the "
+                              "weights in 16 or 32 bits of the same model.")
     unknown = [f"{k} = {short(config[k])} (supported: {', '.join(map(short, v))})"
                for k, v in fields.supported.items()
                if k in config and not any(_same(config[k], x) for x in v)]

@@ -121,7 +121,7 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
-                    _clip(where, c, family), learned, distilled or "ddim", notes)
+                    _clip(where, c, family), learned, distilled or "ddim", notes=notes)
 
 
 def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None) -> Sampling:
@@ -139,8 +139,8 @@ def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None =
     first, *others = given.values()
     if not all(map(_number, (first, *others))) or (first >= others[1] if dynamic else first <= 0):
         said = ", ".join(f"{name} = {fields.short(value)}" for name, value in given.items())
-        raise CheckpointError(f"{where}: {said}; a shift above 0 is expected, of a dynamic one more tokens at "
-                              "the maximum than at the base.")
+        raise CheckpointError(f"{where}: {said}; a shift above 0 is expected, of a dynamic one more tokens "
+                              "at the maximum than at the base.")
     if not dynamic:
         return flow(Flow(float(first), twice=family == "sd3"), "scheduler_config.json")
     base, most, highest = map(float, others)

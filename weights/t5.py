@@ -70,6 +70,13 @@ def in_folder(folder: Path) -> str | None:
     return None
 
 
+def has_tokenizer(folder: Path, suffix: str) -> bool:
+    """Whether there is one, and not CLIP's."""
+    where = folder / f"tokenizer{suffix}"
+    return any((where / name).exists() for name in ("tokenizer.json", "spiece.model")) \
+        and not (where / "merges.txt").exists()
+
+
 def in_file(file: TensorFile, prefix: str) -> Part | None:
     """T5 under transformers' names in a file, with its config by shapes; its heads are those of its
     positions."""
