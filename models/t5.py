@@ -1,4 +1,5 @@
-"""DeepFloyd IF's text: T5's encoder through transformers, or prompts that were encoded beforehand."""
+"""T5, which encodes the text of DeepFloyd IF, Stable Diffusion 3 and FLUX, through transformers; or prompts
+that were encoded beforehand."""
 from __future__ import annotations
 
 import errno
@@ -14,26 +15,29 @@ from torch import Tensor, nn
 
 from p2p.models.text import Tokens
 
+END = 1   # T5's </s>
+
 
 @dataclass(frozen=True)
 class T5Config:
     width: int = 4096
     context_length: int = 77
     pooled_dim: int | None = None
+    masked: bool = True   # padding is masked inside T5 (IF), or read as text (Stable Diffusion 3, FLUX)
 
 
 class T5Encoder(nn.Module):
     """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of
     `p2p.models.text.TextEncoder`.
 
-    Padding is masked inside T5 alone: the UNet attends to all `context_length` tokens.
+    Padding is masked inside T5 at most: the network attends to all `context_length` tokens.
     """
 
-    def __init__(self, tower: Any, tokenizer: Any, context_length: int = 77):
+    def __init__(self, tower: Any, tokenizer: Any, context_length: int = 77, masked: bool = True):
         super().__init__()
         self.tower: Any = tower
         self.tokenizer = tokenizer
-        self.config = T5Config(tower.config.d_model, context_length)
+        self.config = T5Config(tower.config.d_model, context_length, masked=masked)
 
     def tokens(self, prompt: str) -> Tokens:
         """Tokens and their positions in the prompt; a token that is only a space belongs to the next word."""
@@ -62,26 +66,27 @@ class T5Encoder(nn.Module):
         return ids == self.tokenizer.unk_token_id
 
     def encode(self, ids: Tensor) -> tuple[Tensor, None]:
-        """ids (B, L) -> context (B, L, C); no pooled text (the UNet pools its own)."""
-        return self.tower(input_ids=ids,
-                          attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state, None
+        """ids (B, L) -> context (B, L, C); no pooled text."""
+        mask = (ids != self.tokenizer.pad_token_id).long() if self.config.masked else None
+        return self.tower(input_ids=ids, attention_mask=mask).last_hidden_state, None
 
 
 class EncodedPrompts(nn.Module):
     """Prompts with their embeddings and tokens, in place of the tower that encoded them (read from a file by
-    `p2p.weights.deepfloyd`).
+    `p2p.weights.t5`).
 
     The file: `prompt_embeds` (P, L, C), and in its metadata "prompts" and "tokens", JSON: for each prompt its
-    text and [text, ids, spans] as `Tokens` holds them. The empty prompt is needed for guidance.
+    text and [text, ids, spans] as `Tokens` holds them; and "padding": "read" where T5 read it. The empty
+    prompt is needed for guidance.
     """
 
     embeddings: Tensor
 
-    def __init__(self, prompts: list[str], tokens: list[Tokens], embeddings: Tensor):
+    def __init__(self, prompts: list[str], tokens: list[Tokens], embeddings: Tensor, masked: bool = True):
         super().__init__()
         self.prompts, self.split = prompts, dict(zip(prompts, tokens))
         self.register_buffer("embeddings", embeddings)
-        self.config = T5Config(embeddings.shape[2], embeddings.shape[1])
+        self.config = T5Config(embeddings.shape[2], embeddings.shape[1], masked=masked)
 
     @staticmethod
     def encoded_by(tower: T5Encoder, prompts: list[str]) -> EncodedPrompts:
@@ -90,12 +95,14 @@ class EncodedPrompts(nn.Module):
         prompts = list(dict.fromkeys(["", *prompts]))
         with torch.no_grad():
             rows = [tower.encode(tower.tokenize([p]).to(device))[0].cpu() for p in prompts]
-        return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows))
+        return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows),
+                              tower.config.masked)
 
     def save(self, file: str | Path) -> None:
         """Raises OSError."""
         tokens = [self.split[p][:3] for p in self.prompts]
         metadata = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
+        metadata |= {} if self.config.masked else {"padding": "read"}
         try:
             save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, metadata)
         except SafetensorError as error:   # of a full disk, say
@@ -119,3 +126,28 @@ class EncodedPrompts(nn.Module):
 
     def encode(self, ids: Tensor) -> tuple[Tensor, None]:
         return self.embeddings[ids[:, 0]], None
+
+
+class NoT5(nn.Module):
+    """In T5's place where a model runs without it (Stable Diffusion 3): zeros, whatever the prompt."""
+
+    zeros: Tensor
+
+    def __init__(self, width: int, context_length: int):
+        super().__init__()
+        self.config = T5Config(width, context_length, masked=False)
+        self.register_buffer("zeros", torch.zeros(context_length, width))
+
+    def tokens(self, prompt: str) -> Tokens:
+        """Those of no text: the end alone."""
+        return Tokens("", [END], [(0, 0)])
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """-> (B, 1)"""
+        return torch.full((len(prompts), 1), END)
+
+    def unknown(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids, dtype=torch.bool)
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.zeros.expand(len(ids), -1, -1), None

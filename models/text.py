@@ -83,7 +83,7 @@ class Part(NamedTuple):
         return [i for i in columns if 0 <= i - self.first < self.length]
 
 
-def joined(split: Sequence[tuple[Tokens, int]]) -> Tokens:
+def joined_tokens(split: Sequence[tuple[Tokens, int]]) -> Tokens:
     """A prompt as one or several tokenizers split it, each with its number of columns, in the context's
     order."""
     if len(split) == 1:
@@ -143,6 +143,7 @@ class TextConfig:
     skip: int = 0                 # the number of last layers that the context leaves out
     final_norm: bool = True       # the context goes through the final LayerNorm
     pooled_dim: int | None = None  # width of the pooled text: last layer, LayerNorm, END token, projection
+    projected: bool = True         # ... whether there is that projection (in FLUX there is none)
     compact: bool = False         # only the rows of the tokens listed in `vocab` are stored
     mask_padding: bool = False   # padding has a zero context: no text, but columns that take attention
 
@@ -199,7 +200,7 @@ class TextEncoder(nn.Module):
         blocks = (Block(c.width, c.heads, c.mlp_width or 4 * c.width, act) for _ in range(c.layers))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.ln_final = nn.LayerNorm(c.width) if c.final_norm or c.pooled_dim else nn.Identity()
-        if c.pooled_dim:
+        if c.pooled_dim and c.projected:
             self.text_projection = nn.Parameter(_drawn(c.width**-0.5, c.width, c.pooled_dim))
         if c.compact:
             # (V,) sorted token ids
@@ -252,8 +253,8 @@ class TextEncoder(nn.Module):
             context = context * (torch.arange(ids.shape[1], device=ids.device) <= end[:, None])[..., None]
         if not c.pooled_dim:
             return context, None
-        rows = torch.arange(len(ids), device=ids.device)
-        return context, self.ln_final(x)[rows, end] @ self.text_projection       # (B, P)
+        pooled = self.ln_final(x)[torch.arange(len(ids), device=ids.device), end]
+        return context, pooled @ self.text_projection if c.projected else pooled   # (B, P)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, C); unknown tokens of a compact vocabulary embed as zero."""

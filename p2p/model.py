@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
 from p2p.models.attention import QK
-from p2p.models.blocks import timestep_embedding
 from p2p.models.conditioning import Conditioning, ReadText, Text, Time
 from p2p.models.mmdit import MMDiT
-from p2p.models.t5 import EncodedPrompts, T5Encoder
-from p2p.models.text import TextEncoder, Tokens, joined
+from p2p.models.t5 import EncodedPrompts, NoT5, T5Encoder
+from p2p.models.text import TextEncoder, Tokens, joined_tokens
 from p2p.models.tiles import tiled
+from p2p.models.towers import groups, joined, with_sizes
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import finite, kind, tensor, whole, within
@@ -35,6 +35,7 @@ from p2p.weights.untrusted import brief
 MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: larger sizes are taken for typing errors, which would fill the memory
 STEPS = 50       # of a run that does not set them
+TextTower = TextEncoder | T5Encoder | EncodedPrompts | NoT5
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +49,7 @@ class Model:
     file: Path
     family: str
     unet: UNet | MMDiT
-    # empty for a model without text
-    text_encoders: list[TextEncoder | T5Encoder | EncodedPrompts]
+    text_encoders: list[TextTower]       # empty for a model without text
     vae: AutoencoderKL | None            # None: the model works on pixels
     alphas_cumprod: Tensor               # (1000,); of a flow, (0,)
     prediction: str                      # what the network predicts: "eps", "v", "x0" or "flow"
@@ -72,8 +72,7 @@ class Model:
     offload: bool = False  # text towers and autoencoder stay on the CPU but while they run
     tile: int | None = None   # latents a side of the squares that the autoencoder decodes, see `decode`
     notes: tuple[str, ...] = ()          # what was detected while loading, and how
-    # the files that decide pixels, see `identity`
-    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)   # that decide pixels
     # the arguments of `load` that decide pixels
     load_options: Mapping[str, Any] = field(default_factory=dict)
     # where "vae", "text", "lora" and "embeddings" were loaded from, if they were given
@@ -109,10 +108,10 @@ class Model:
         return self.unet.dtype
 
     @property
-    def text_groups(self) -> list[tuple[TextEncoder | T5Encoder | EncodedPrompts, int]]:
-        """The text towers whose tokens the context has columns of, in their order there, and how many."""
-        tower = self.text_encoders[0]
-        return [(tower, tower.config.context_length)]
+    def text_groups(self) -> list[tuple[TextTower, int]]:
+        """The text towers whose tokens the context's columns are, in their order, and how many columns each
+        has: one, in Stable Diffusion 3 CLIP and T5."""
+        return [(tower, tower.config.context_length) for tower in groups(self.family, self.text_encoders)]
 
     @property
     def length(self) -> int:
@@ -170,7 +169,7 @@ class Model:
         if not self.text_encoders:
             raise UsageError(f"{self.name} reads no text")
         try:
-            return joined([(tower.tokens(prompt), columns) for tower, columns in self.text_groups])
+            return joined_tokens([(tower.tokens(prompt), columns) for tower, columns in self.text_groups])
         except ValueError as error:   # not one of the prompts that were encoded beforehand
             raise UsageError(str(error)) from None
 
@@ -235,21 +234,15 @@ class Model:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with self._at_work(*self.text_encoders):
             encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
-        context = torch.cat([c for c, _ in encoded], dim=-1)                     # (B, L, C)
-        pooled = encoded[-1][1]
+        context, pooled = joined(self.family, encoded)                           # (B, L, C), (B, P)
         if pooled is None or self.unet.config.vector_dim is None:
             return Conditioning(context)
         return Conditioning(context, self._vector(pooled, height, width))
 
     def _vector(self, pooled: Tensor, height: int | None, width: int | None) -> Tensor:
-        """SDXL's vector: pooled text, then original size, crop corner and target size as sinusoids.
-        -> (B, V)"""
+        """The vector of a pooled text (B, P): in SDXL with the picture's size.  -> (B, V)"""
         size = (height or self.size[0], width or self.size[1])
-        numbers = torch.tensor([*size, 0, 0, *size], device=pooled.device)
-        assert self.unet.config.vector_dim is not None
-        dim = (self.unet.config.vector_dim - pooled.shape[1]) // len(numbers)
-        sizes = timestep_embedding(numbers, dim).flatten().to(pooled.dtype)      # (6 dim,)
-        return torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=-1)        # (B, V)
+        return with_sizes(pooled, size, self.unet.config.vector_dim or 0) if self.family == "sdxl" else pooled
 
     @torch.no_grad()
     def null(self, n: int, height: int | None = None, width: int | None = None) -> Conditioning:

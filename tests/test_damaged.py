@@ -67,7 +67,7 @@ def test_damaged_headers(tmp_path, name, suffix):
 
 KINDS = {
     "a LoRA": ["lora_unet_down_blocks_0.lora_up.weight"], "a ControlNet": ["control_model.input_hint_block.0.weight"],
-    "a transformer model": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
+    "the transformer is not whole": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"],
     "an unCLIP": [keys.UNET + "input_blocks.0.0.weight", "embedder.model.visual.proj"],
     "an SDXL refiner": [keys.UNET + "label_emb.0.0.weight", keys.TEXT_SGM2 + "token_embedding.weight"],
     "an EDM model": [keys.UNET + "out.2.weight", "edm_mean", "edm_std"], "an autoencoder alone": ["encoder.down.0.block.0.conv1.weight"],
@@ -96,7 +96,7 @@ def test_fp8_is_refused_by_name(tmp_path):
 
 def test_folders_of_other_kinds(tmp_path):
     refuse(tmp_path, "without model_index.json")
-    for text, match in (("{", "not readable as JSON"), ("[]", "holds a list"), ('{"_class_name": "FluxPipeline"}', "a FluxPipeline; supported")):
+    for text, match in (("{", "not readable as JSON"), ("[]", "holds a list"), ('{"_class_name": "FluxPipeline"}', "transformer.config.json: no such file")):
         (tmp_path / "model_index.json").write_text(text)
         refuse(tmp_path, match)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')

@@ -119,7 +119,7 @@ def test_stage_one_at_full_size(width, parameters):
 
 # ------------------------------------------------------------------------------------------------------------------- files
 
-def t5(folder):
+def t5(folder, suffix="", width=32):
     """A small T5 and a tokenizer of the same kind: pieces, spaces written as "▁", </s> at the end, padding 0."""
     words = "a cat dog big red on grass hip po pot am us , !".split()
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0), *(("▁" + w, -1.0) for w in words), *((w, -2.0) for w in words)]
@@ -128,10 +128,11 @@ def t5(folder):
     found.decoder = tokenizers.decoders.Metaspace()
     found.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder / "tokenizer")
+    fast.save_pretrained(folder / f"tokenizer{suffix}")
     tower = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=len(vocab), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
-    randomised(tower).save_pretrained(folder / "text_encoder")
+        vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
+    randomised(tower).save_pretrained(folder / f"text_encoder{suffix}")
+    return tower, fast
 
 
 @pytest.fixture(scope="module")

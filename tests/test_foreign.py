@@ -39,9 +39,10 @@ NAMES = {   # tensors' names and shapes -> what the message calls them
     "an SDXL refiner": [{U + "label_emb.0.0.weight": (9, 2560), keys.TEXT_SGM2 + "token_embedding.weight": (9, 9)}],
     "a Kandinsky model": [{"add_embedding.image_proj.weight": (9, 9), "encoder_hid_proj.image_embeds.weight": (9, 9)},
                           {"input_blocks.0.0.weight": (9, 4, 3, 3), "ln_model_n.weight": (9,), "clip_to_seq.weight": (9, 9)}],
-    "a transformer model .Stable Diffusion 3, FLUX": [
-        {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}, {"double_blocks.0.img_attn.qkv.weight": (9, 9)},
-        {"transformer_blocks.0.attn.add_q_proj.weight": (9, 9)}],
+    "x_embedder.proj.weight is missing; the transformer is not whole": [
+        {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 9)}],
+    "img_in.weight is missing; the transformer is not whole": [{"double_blocks.0.img_attn.qkv.weight": (9, 9)}],
+    "the transformer of a diffusers folder alone": [{"transformer_blocks.0.attn.add_q_proj.weight": (9, 9)}],
     "a transformer model .PixArt": [{"adaln_single.linear.weight": (9, 9)}],
     "a stage of Stable Cascade": [{"clip_txt_mapper.weight": (9, 9)}],
     "a model of films": [{U + "input_blocks.1.1.time_stack.0.attn1.to_q.weight": (9, 9)}],

@@ -20,7 +20,7 @@ from p2p.lists.jobs import read as read_jobs
 from p2p.models.conditioning import Conditioning
 from p2p.models.mmdit import FLUX_DEV, SD3, SD35_LARGE, SD35_MEDIUM, MMDiTConfig, build
 from p2p.models.t5 import EncodedPrompts, T5Encoder
-from p2p.models.text import TextConfig, TextEncoder, joined, tokens
+from p2p.models.text import TextConfig, TextEncoder, joined_tokens, tokens
 from p2p.models.unet import SD1, UNet
 from p2p.request.effect import left_out
 from p2p.request.emphasis import condition, read, token_weights, weigh
@@ -73,7 +73,7 @@ def split(prompt):
 
 
 def both(prompt):
-    return joined(split(prompt))
+    return joined_tokens(split(prompt))
 
 
 def edit_of(target, **settings):
@@ -147,7 +147,7 @@ def test_padding_stays_in_its_group():
 
 def test_columns_of_no_tokenizer_are_their_own():
     """Stable Diffusion 3 without T5: zeros stand there."""
-    first = joined(split(SOURCE)[:1])
+    first = joined_tokens(split(SOURCE)[:1])
     assert first == tokens(SOURCE)   # one tokenizer: nothing changes
     pair = [p._replace(parts=p.parts[:1]) for p in (both(SOURCE), both(SWAP))]
     m, a = alignment(*pair, Edit(SWAP), "replace", L)

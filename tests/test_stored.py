@@ -18,7 +18,7 @@ from p2p.cli.output import Output
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import Tokens
 from p2p.request.source import METHODS, Inversion
-from p2p.weights.deepfloyd import load_prompts
+from p2p.weights.t5 import load_prompts
 
 T, C, H, W = 3, 3, 8, 8
 PICTURE = Image.new("RGB", (W, H), "red")

@@ -14,9 +14,9 @@ from p2p.cli.parser import main
 from p2p.lists import pie_data
 from p2p.request.source import Inversion
 from p2p.show.pictures import CHUNK, read_settings
-from p2p.weights.deepfloyd import load_prompts
 from p2p.weights.load import BUNDLED, find
 from p2p.weights.load import load as build
+from p2p.weights.t5 import load_prompts
 from p2p.weights.untrusted import parse_json, parse_settings
 
 SECONDS = 5

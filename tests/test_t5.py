@@ -15,7 +15,7 @@ from test_deepfloyd import randomised, t5
 from p2p import CheckpointError
 from p2p.cli.parser import main
 from p2p.weights import fields
-from p2p.weights.deepfloyd import load_t5
+from p2p.weights.t5 import load_t5
 
 CPU, F32 = torch.device("cpu"), torch.float32
 WEIGHTS, CONFIG = "text_encoder/model.safetensors", "text_encoder/config.json"

@@ -1,9 +1,10 @@
-"""Converts a recognised model to a single file in LDM naming, or to a diffusers folder."""
+"""Converts a recognised model to a single file under the original names, or to a diffusers folder."""
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from p2p.models.mmdit import build
 from p2p.models.text import END, START, TextConfig, TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import keys, scheduler
+from p2p.weights import fields, keys, mmdit, scheduler, t5
 from p2p.weights.aside import aside, settle, sweep
-from p2p.weights.detect import ENCODED_EMPTY, Package, Part
+from p2p.weights.detect import ENCODED_EMPTY, FLOWS, Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import read_tensors, stored
 from p2p.weights.keys import Source
+from p2p.weights.keys_mmdit import diffusers_sources
 from p2p.weights.tokenizer import merges, vocabulary
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -33,7 +36,7 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     """Writes `out` atomically: a single .safetensors file if it is named so, else a diffusers folder."""
     if package.family in ("emoji", "if"):
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for "
-                              "Stable Diffusion.")
+                              "Stable Diffusion and FLUX.")
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     try:
@@ -41,11 +44,7 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
         sweep(out.parent)
         with aside(out.parent) as temporary:
             if out.suffix == ".safetensors":
-                metadata = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
-                metadata |= scheduler.metadata(package.sampling)
-                if package.family == "sdxl" and not package.zero_negative:
-                    metadata[ENCODED_EMPTY] = "true"
-                _save(single_file(package, half).items(), temporary / out.name, metadata)
+                _save(single_file(package, half).items(), temporary / out.name, _metadata(package))
             else:
                 _folder(package, temporary / out.name, half)
             try:
@@ -56,6 +55,15 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
                               ) from None
+
+
+def _metadata(package: Package) -> dict[str, str]:
+    """What the tensors of a single file do not tell."""
+    if package.family in FLOWS:
+        return mmdit.metadata(package)
+    out = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
+    out |= scheduler.metadata(package.sampling)
+    return out | ({ENCODED_EMPTY: "true"} if package.family == "sdxl" and not package.zero_negative else {})
 
 
 def _whole(part: Part, family: str, pooled: bool) -> Part:
@@ -90,8 +98,9 @@ def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], pre
 def single_file(package: Package, half: bool = False) -> State:
     """All tensors of a model under the names of a single file."""
     u, v, family = package.unet, package.vae, package.family
-    unet = dict(_tensors(u, UNet, half))
-    out = _rename(iter(unet.items()), keys.ldm_sources(unet, keys.unet_prefixes(u.config)), keys.UNET)
+    unet = dict(_tensors(u, build if family in FLOWS else UNet, half))
+    out = _rename(iter(unet.items()), keys.same_sources(unet) if family in FLOWS else
+                  keys.ldm_sources(unet, keys.unet_prefixes(u.config)), keys.UNET)
     vae = {n: t[..., None, None] if ".attentions." in n and t.ndim == 2 else t
            for n, t in _tensors(v, AutoencoderKL, half)}
     out |= _rename(iter(vae.items()), keys.ldm_sources(vae, keys.vae_prefixes(v.config)), keys.VAE)
@@ -99,9 +108,14 @@ def single_file(package: Package, half: bool = False) -> State:
         text = dict(_tensors(_whole(part, family, i == 1), TextEncoder, half))
         if family == "sd2":
             text |= _idle_layer(text, part.config)
+        if family in FLOWS:
+            out |= dict(_hf(text, f"{mmdit.COMFY}{mmdit.TOWERS[i]}.transformer."))
+            continue
         first = family == "sd1" or (family == "sdxl" and i == 0)
         prefix = {"sd1": keys.TEXT_SD1, "sd2": keys.TEXT_SD2, "sdxl": keys.TEXT_SDXL[i]}[family]
         out |= _rename(iter(text.items()), (keys.hf_sources if first else keys.same_sources)(text), prefix)
+    if package.t5 is not None:
+        out |= {f"{mmdit.COMFY}t5xxl.transformer.{name}": tensor for name, tensor in _t5(package.t5, half)}
     return out
 
 
@@ -114,43 +128,106 @@ def _idle_layer(text: State, config: TextConfig) -> State:
 
 # ------------------------------------------------------------------------------------------- diffusers folder
 
+def _hf(text: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a CLIP tower under transformers' names."""
+    for name, tensor in _rename(iter(text.items()), keys.hf_sources(text)).items():
+        yield prefix + (name if name.startswith("text_projection") else f"text_model.{name}"), tensor
+
+
+def _t5(part: Part, half: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of T5's encoder under transformers' names."""
+    file = t5.whole_encoder(part).file
+    for name in file.shapes:
+        if name.startswith("encoder."):
+            tensor = file[name]
+            yield t5.SHARED if name == t5.EMBEDDING else name, tensor.half() if half else tensor
+
+
 def _folder(package: Package, out: Path, half: bool) -> None:
-    family, xl = package.family, package.family == "sdxl"
-    version = {"_diffusers_version": "0.30.0"}
-    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", **version,
-             "scheduler": ["diffusers", scheduler.config(package.sampling)["_class_name"]],
-             "unet": ["diffusers", "UNet2DConditionModel"],
-             "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
-             "tokenizer": ["transformers", "CLIPTokenizer"]}
-    if xl:
-        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                  "tokenizer_2": ["transformers", "CLIPTokenizer"],
-                  "force_zeros_for_empty_prompt": package.zero_negative}
-    else:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None],
-                  "requires_safety_checker": False}
-    _write(out / "model_index.json", index)
+    family, version = package.family, {"_diffusers_version": "0.30.0"}
+    flow = family in FLOWS
+    _write(out / "model_index.json", _flow_index(package) if flow else _index(package))
     _write(out / "scheduler" / "scheduler_config.json", version | scheduler.config(package.sampling))
-    _write(out / "unet" / "config.json", version | _unet_config(package))
-    _save(_tensors(package.unet, UNet, half), out / "unet" / "diffusion_pytorch_model.safetensors")
-    c = package.vae.config
-    _write(out / "vae" / "config.json", version | {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": c.channels,
-        "in_channels": c.in_channels, "out_channels": c.in_channels, "latent_channels": c.latent_channels,
-        "layers_per_block": c.layers_per_block, "down_block_types": ["DownEncoderBlock2D"] * len(c.channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(c.channels), "norm_num_groups": 32,
-        "sample_size": package.size[0], "scaling_factor": package.latent_scale, "force_upcast": xl})
+    network = out / ("transformer" if flow else "unet")
+    tensors = _tensors(package.unet, build if flow else UNet, half)
+    if flow:
+        state = dict(tensors)
+        tensors = iter(_rename(iter(state.items()), diffusers_sources(state, package.unet.config)).items())
+    _write(network / "config.json",
+           version | (mmdit.to_config(package) if flow else _unet_config(package)))
+    _save(tensors, network / "diffusion_pytorch_model.safetensors")
+    _write(out / "vae" / "config.json", version | _vae_config(package))
     _save(_tensors(package.vae, AutoencoderKL, half), out / "vae" / "diffusion_pytorch_model.safetensors")
     for i, part in enumerate(package.text):
         name = "text_encoder_2" if i else "text_encoder"
         part = _whole(part, family, i == 1)
-        _write(out / name / "config.json", _text_config(part.config))
         text = dict(_tensors(part, TextEncoder, half))
-        renamed = _rename(iter(text.items()), keys.hf_sources(text))
-        _save(iter((k if k.startswith("text_projection") else "text_model." + k, t)
-                   for k, t in renamed.items()),
-              out / name / "model.safetensors")
+        if family == "sd3" and not part.config.projected:
+            text["text_projection"] = torch.eye(part.config.width).to(text["positional_embedding"])
+        _write(out / name / "config.json", _text_config(part.config, "text_projection" in text))
+        _save(_hf(text), out / name / "model.safetensors")
         _tokenizer(out / name.replace("text_encoder", "tokenizer"), part.config)
+    if package.t5 is not None:
+        _t5_folder(package, out, half)
+
+
+def _index(package: Package) -> dict[str, Any]:
+    xl = package.family == "sdxl"
+    out = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+           "_diffusers_version": "0.30.0",
+           "scheduler": ["diffusers", scheduler.config(package.sampling)["_class_name"]],
+           "unet": ["diffusers", "UNet2DConditionModel"],
+           "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+           "tokenizer": ["transformers", "CLIPTokenizer"]}
+    if xl:
+        return out | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                      "tokenizer_2": ["transformers", "CLIPTokenizer"],
+                      "force_zeros_for_empty_prompt": package.zero_negative}
+    return out | {"safety_checker": [None, None], "feature_extractor": [None, None],
+                  "requires_safety_checker": False}
+
+
+def _flow_index(package: Package) -> dict[str, Any]:
+    """Its parts by their classes; null for those that are not there."""
+    kind = next(name for name, family in mmdit.PIPELINES.items() if family == package.family)
+    there = {*mmdit.CLIP[package.family][:len(package.text)], "transformer", "vae",
+             *([f"text_encoder{mmdit.T5[package.family]}"] if package.t5 else [])}
+    there |= {name.replace("text_encoder", "tokenizer") for name in there}
+    parts = {name: [library, classes[0]] if name in there else [None, None]
+             for name, (library, classes) in fields.FLOW_CLASSES[package.family].items()}
+    return {"_class_name": kind, "_diffusers_version": "0.30.0", "scheduler": ["diffusers", scheduler.FLOW],
+            **parts}
+
+
+def _t5_folder(package: Package, out: Path, half: bool) -> None:
+    """T5 and its tokenizer, as the model's folder has it. Raises CheckpointError."""
+    if package.t5 is None or package.tokenizer is None:
+        raise CheckpointError(f"{package.where}: its T5 has no tokenizer, which a folder needs; convert from "
+                              "the folder of the same model.")
+    suffix = mmdit.T5[package.family]
+    _write(out / f"text_encoder{suffix}" / "config.json",
+           {"architectures": ["T5EncoderModel"], "model_type": "t5"} | package.t5.config)
+    _save(_t5(package.t5, half), out / f"text_encoder{suffix}" / "model.safetensors")
+    words = package.tokenizer / f"tokenizer{suffix}"
+    (out / words.name).mkdir()
+    for file in (p for p in words.iterdir() if p.is_file()):
+        shutil.copyfile(file, out / words.name / file.name)
+
+
+def _vae_config(package: Package) -> dict[str, Any]:
+    c = package.vae.config
+    out = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": c.channels,
+           "in_channels": c.in_channels, "out_channels": c.in_channels, "latent_channels": c.latent_channels,
+           "layers_per_block": c.layers_per_block,
+           "down_block_types": ["DownEncoderBlock2D"] * len(c.channels),
+           "up_block_types": ["UpDecoderBlock2D"] * len(c.channels), "norm_num_groups": 32,
+           "sample_size": package.size[0], "scaling_factor": package.latent_scale,
+           "force_upcast": package.family in ("sdxl", *FLOWS)}
+    if package.family in FLOWS:
+        out["shift_factor"] = c.shift
+    if not c.quant_conv:
+        out |= {"use_quant_conv": False, "use_post_quant_conv": False}
+    return out
 
 
 def _write(path: Path, config: dict[str, Any]) -> None:
@@ -190,9 +267,9 @@ def _unet_config(package: Package) -> dict[str, Any]:
     return out
 
 
-def _text_config(c: TextConfig) -> dict[str, Any]:
+def _text_config(c: TextConfig, projected: bool) -> dict[str, Any]:
     return {
-        "architectures": ["CLIPTextModelWithProjection" if c.pooled_dim else "CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
         "model_type": "clip_text_model", "hidden_size": c.width,
         "intermediate_size": c.mlp_width or 4 * c.width, "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads, "max_position_embeddings": c.context_length,

@@ -5,27 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from p2p.models.t5 import EncodedPrompts, T5Encoder
-from p2p.models.text import Tokens
 from p2p.models.unet import UNetConfig
 from p2p.weights import fields, scheduler
 from p2p.weights.detect import Package, Part, Shapes, count
 from p2p.weights.errors import CheckpointError
-from p2p.weights.files import Renamed, TensorFile, open_file
-from p2p.weights.fill import read_tensors
+from p2p.weights.files import TensorFile, open_file
 from p2p.weights.folder import read_index, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
 from p2p.weights.sizes import check_given, check_sizes, per_level, read_json, read_settings
-from p2p.weights.untrusted import parse_json
+from p2p.weights.t5 import PADDING_READ, in_folder, load_prompts, load_t5
 
 PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 # a tensor that files under IF's own names hold, and no others
 OWN = "encoder_pooling.1.positional_embedding"
-
-# T5's, in transformers 4 and 5
-TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def find_folder(path: Path) -> Package:
@@ -165,121 +159,13 @@ def load_text(package: Package, source: str | Path | None, device: torch.device,
     wanted = package.unet.config.text_dim or package.unet.config.context_dim
     if where.is_file() and source is not None:
         text: T5Encoder | EncodedPrompts = load_prompts(where).to(device, dtype)
-    elif (where / "text_encoder" / "config.json").exists():
+    elif in_folder(where) is not None:
         text = load_t5(where, device, dtype)
     else:
         raise CheckpointError(f"{where}: no T5 there (text_encoder/config.json and tokenizer/ expected). "
                               "Give its folder, or a file of encoded prompts, as the model's text.")
     if text.config.width != wanted:
         raise CheckpointError(f"{where}: gives text of width {text.config.width}, the UNet takes {wanted}.")
+    if not text.config.masked:
+        raise CheckpointError(f"{where}: {PADDING_READ}; encode the prompts by IF's folder.")
     return text.eval().requires_grad_(False)
-
-
-def load_prompts(path: Path) -> EncodedPrompts:
-    """The inverse of `EncodedPrompts.save`. Raises CheckpointError."""
-    file = open_file(path)
-    try:
-        prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
-        tokens = [Tokens(text, ids, [(a, b) for a, b in spans]) for text, ids, spans in listed]
-        embeddings = file["prompt_embeds"]
-        _check_prompts(prompts, tokens, embeddings)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."
-                              ) from None
-    return EncodedPrompts(prompts, tokens, embeddings)
-
-
-def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor) -> None:
-    """Raises ValueError or TypeError."""
-    if embeddings.ndim != 3 or not embeddings.is_floating_point() or not embeddings.numel():
-        raise ValueError(f"its embeddings are {embeddings.dtype} of the shape {list(embeddings.shape)}")
-    if not len(prompts) == len(tokens) == len(embeddings):
-        raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and {len(embeddings)} embeddings")
-    if not torch.stack(embeddings.aminmax()).isfinite().all():
-        raise ValueError("its embeddings are not finite")
-    texts = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
-    if not texts or len(set(prompts)) < len(prompts):
-        raise ValueError("its prompts are not texts, each there once")
-    if not all(isinstance(t.text, str) for t in tokens):
-        raise TypeError("its tokens are of no text")
-    for prompt, (text, ids, spans, _) in zip(prompts, tokens):
-        valid = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
-        if not valid or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
-            raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
-
-
-def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
-    """Loads T5 from the text_encoder and tokenizer folders of a model: transformers' network and tokenizer,
-    our reader.
-
-    Raises CheckpointError.
-    """
-    try:
-        from transformers import AutoTokenizer, T5Config, T5EncoderModel
-    except ImportError:
-        raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
-                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
-    config = _t5_config(folder)
-    try:
-        with torch.device("meta"):
-            tower = T5EncoderModel(T5Config.from_dict(config))
-    except Exception as error:   # of transformers; they vary from release to release
-        raise CheckpointError(f"{folder}: no T5 has its config ({type(error).__name__}: {error}).") from None
-    _fill_t5(tower, weights_file(folder / "text_encoder", []), device, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True,
-                                                  trust_remote_code=False, local_files_only=True)
-        _check_tokenizer(tokenizer, tower.config.vocab_size)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:   # of transformers or tokenizers, whose panics are no Exceptions
-        raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
-                              ) from None
-    return T5Encoder(tower.eval(), tokenizer)
-
-
-def _t5_config(folder: Path) -> dict[str, Any]:
-    """The config of the network in a folder. Raises CheckpointError, also where it asks for other code."""
-    path = folder / "text_encoder" / "config.json"
-    config = read_json(path)
-    for where in (folder / "text_encoder", folder / "tokenizer"):
-        for file in where.glob("*config.json"):
-            other = read_json(file)
-            if "auto_map" in other or other.get("tokenizer_class") not in (None, *TOKENIZERS):
-                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers "
-                                      f"are used: {', '.join(TOKENIZERS)}, and no auto_map.")
-    fields.check(path, config, fields.T5)
-    buckets = config.get("relative_attention_num_buckets", 32)
-    farthest = config.get("relative_attention_max_distance", 128)
-    # half of them are for each direction, half of these for single positions
-    if not (isinstance(buckets, int) and isinstance(farthest, int) and 4 <= buckets < 4 * farthest):
-        raise CheckpointError(f"{path}: no T5 has {fields.short(buckets)} buckets for positions of which "
-                              f"{fields.short(farthest)} is the farthest.")
-    return config
-
-
-def _check_tokenizer(tokenizer: Any, known: int) -> None:
-    """Raises ValueError unless the tokenizer has what `T5Encoder` reads, and the network knows all of its
-    tokens."""
-    if not tokenizer.is_fast:
-        raise ValueError("it does not say where tokens stand in their text; a fast one is needed")
-    if None in (tokenizer.pad_token_id, tokenizer.unk_token_id):
-        raise ValueError("it has no token for padding, or none for what is unknown")
-    if (most := max(tokenizer.get_vocab().values())) >= known:
-        raise ValueError(f"it has the token {most}, of a network that knows {known}")
-
-
-def _fill_t5(tower: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does
-    not fit."""
-    # one tensor, under either name or both
-    shared, embedding = "shared.weight", "encoder.embed_tokens.weight"
-    if shared in file.shapes:
-        file = Renamed(file, {k: k for k in file.shapes} | {embedding: shared})
-    state = {}
-    for name, tensor in read_tensors(Part(file, "encoder.", "own", None), lambda _: tower.encoder, "T5"):
-        # transformers keeps these in float32 too: their outputs overflow float16
-        keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
-        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if keep_float32 else dtype)
-    tower.load_state_dict(state | {shared: state[embedding]}, strict=True, assign=True)
-    tower.tie_weights()

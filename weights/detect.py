@@ -26,7 +26,8 @@ from p2p.weights.scheduler import PREDICTION_NAMES, Flow, Sampling, scaled_linea
 from p2p.weights.sizes import check_sizes, read_settings
 from p2p.weights.untrusted import parse_object
 
-FAMILIES = ("sd1", "sd2", "sdxl", "if", "emoji", "emoji-flow")
+FLOWS = ("sd3", "flux")
+FAMILIES = ("sd1", "sd2", "sdxl", *FLOWS, "if", "emoji", "emoji-flow")
 OWN = ("p2p-emoji", "p2p-emoji-flow")   # formats of the bundled models' files
 PREDICTIONS = ("eps", "v", "x0", "flow")
 # in the metadata of an SDXL file: its empty prompt is encoded, not zeros
@@ -41,8 +42,9 @@ class Part:
 
     file: TensorFile
     prefix: str
-    naming: str                          # "ldm", "hf", "open_clip", "own", "own, old", "deepfloyd"
-    config: Any                          # UNetConfig, TextConfig or VAEConfig
+    # "ldm", "hf", "open_clip", "own", "own, old", "deepfloyd", "diffusers"
+    naming: str
+    config: Any                          # UNetConfig, MMDiTConfig, TextConfig, VAEConfig; of T5, a dict
     ignored: tuple[str, ...] = ()        # prefixes, after `prefix`
     # functions that change tensors as they are read, in turn, by the tensors' names in the module
     changes: dict[str, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
@@ -75,6 +77,9 @@ class Package:
     lora: list[Added] = field(default_factory=list)
     embeddings: list[Added] = field(default_factory=list)
     words: dict[str, Any] = field(default_factory=dict)   # of embeddings: each word's vectors, by text tower
+    t5: Part | None = None         # of Stable Diffusion 3 and FLUX
+    tokenizer: Path | None = None   # the folder of a model that has T5's
+    kind: str = ""                 # of those families, see `p2p.weights.mmdit.kind_of`
 
     @property
     def prediction(self) -> str:
@@ -135,10 +140,10 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
     notes: list[str] = []
     unet = Part(averaged(file, ema, notes), keys.UNET, "ldm", ldm_unet_config(s, family))
     if sdxl:
-        text = [_hf_text(file, keys.TEXT_SDXL[0], "sdxl"),
+        text = [hf_text(file, keys.TEXT_SDXL[0], "sdxl"),
                 _open_clip_text(file, keys.TEXT_SDXL[1], "sdxl", notes)]
     else:
-        text = [_hf_text(file, text_sd1, "sd1") if text_sd1
+        text = [hf_text(file, text_sd1, "sd1") if text_sd1
                 else _open_clip_text(file, text_sd2, "sd2", notes)]
     check_widths(file.path, unet.config.context_dim, text)
     part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
@@ -150,7 +155,8 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
 def usual_size(package: Package) -> tuple[int, int]:
     """Height and width in pixels that a single file was made for, from its family and prediction: the file
     does not say."""
-    side = {"sd1": 512, "sdxl": 1024}.get(package.family, 768 if package.prediction == "v" else 512)
+    usual = {"sd1": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
+    side = usual.get(package.family, 768 if package.prediction == "v" else 512)
     return side, side
 
 
@@ -260,15 +266,16 @@ def ldm_vae_config(shapes: Shapes, prefix: str) -> VAEConfig:
     )
 
 
-def _hf_text(file: TensorFile, prefix: str, family: str) -> Part:
-    """CLIP-L in transformers' names."""
+def hf_text(file: TensorFile, prefix: str, family: str, base: TextConfig = CLIP_L,
+            pooled: int | None = None) -> Part:
+    """A CLIP tower in transformers' names. base: what shapes do not tell. pooled: see `for_family`."""
     s = file.shapes
     vocab, width = s[prefix + "embeddings.token_embedding.weight"]
     n = count(s, prefix + "encoder.layers.")
-    config = replace(CLIP_L, width=width, heads=max(1, width // 64), vocab_size=vocab,
+    config = replace(base, width=width, heads=max(1, width // 64), vocab_size=vocab,
                      mlp_width=s[prefix + "encoder.layers.0.mlp.fc1.weight"][0],
                      context_length=s[prefix + "embeddings.position_embedding.weight"][0])
-    return Part(file, prefix, "hf", for_family(config, n, family, None),
+    return Part(file, prefix, "hf", for_family(config, n, family, pooled),
                 ("embeddings.position_ids", *unused_hf(n, family)))
 
 
@@ -308,10 +315,14 @@ def _open_clip_text(file: TensorFile, prefix: str, family: str, notes: list[str]
 
 
 def for_family(config: TextConfig, layers: int, family: str, pooled: int | None) -> TextConfig:
-    """The config with the hidden layer that a family uses, and its normalisation. layers: in the file."""
+    """The config with the hidden layer that a family uses, and its normalisation. layers: in the file.
+    pooled: the width that the pooled text is projected to; None: it is not, or not read."""
     if config.vocab_size != CLIP_L.vocab_size:
         raise CheckpointError(f"the text tower knows {config.vocab_size} tokens, CLIP has "
                               f"{CLIP_L.vocab_size}.")
+    if family in FLOWS:
+        config = replace(config, layers=layers, pooled_dim=pooled or config.width, projected=bool(pooled))
+        return replace(config, skip=1, final_norm=False) if family == "sd3" else config
     if family != "sdxl":
         return replace(config, layers=layers)
     if pooled is None:

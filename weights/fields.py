@@ -73,13 +73,23 @@ DEEPFLOYD_UNET = Fields(
      "addition_time_embed_dim projection_class_embeddings_input_dim":
      "of embeddings that these types do not have"})
 
+SD3 = Fields(
+    "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads "
+    "joint_attention_dim caption_projection_dim pooled_projection_dim out_channels pos_embed_max_size "
+    "dual_attention_layers",
+    {"qk_norm": (None, "rms_norm"), "_class_name": ("SD3Transformer2DModel",)}, ANY)
+
+FLUX = Fields(
+    "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
+    "joint_attention_dim pooled_projection_dim guidance_embeds axes_dims_rope",
+    {"patch_size": (1,), "_class_name": ("FluxTransformer2DModel",)}, ANY)
+
 VAE = Fields(
     "in_channels out_channels block_out_channels latent_channels layers_per_block scaling_factor "
-    "down_block_types up_block_types",
+    "down_block_types up_block_types shift_factor use_quant_conv use_post_quant_conv",
     {
         "act_fn": ("silu",), "norm_num_groups": (32,), "mid_block_add_attention": (True,),
-        "latents_mean": (None,), "latents_std": (None,), "shift_factor": (None,), "use_quant_conv": (True,),
-        "use_post_quant_conv": (True,), "_class_name": ("AutoencoderKL",),
+        "latents_mean": (None,), "latents_std": (None,), "_class_name": ("AutoencoderKL",),
     },
     {**ANY, "sample_size": "of diffusers' tiles",
      "force_upcast": "SDXL's autoencoder runs in float32 here whatever it says"})
@@ -133,6 +143,14 @@ SCHEDULER = Fields(
      "corrector_order predictor_order tau_func":
      "of samplers in whose place DDIM samples, which a note says"})
 
+FLOW_SCHEDULER = Fields(
+    "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len",
+    {"_class_name": ("FlowMatchEulerDiscreteScheduler",), "num_train_timesteps": (1000,),
+     "invert_sigmas": (False, None), "shift_terminal": (None,), "use_karras_sigmas": (False, None),
+     "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
+     "time_shift_type": ("exponential",), "stochastic_sampling": (False, None),
+     "use_flow_sigmas": (False, None)}, ANY)
+
 INDEX = Fields(
     "_class_name unet vae text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler "
     "force_zeros_for_empty_prompt",
@@ -143,7 +161,13 @@ INDEX = Fields(
      "watermarker add_watermarker": "marks finished pictures; not here",
      "image_noising_scheduler": "of super-resolution in IF: its betas are those of the scheduler"})
 
+FLOW_INDEX = Fields(
+    "_class_name transformer vae text_encoder text_encoder_2 text_encoder_3 tokenizer tokenizer_2 "
+    "tokenizer_3 scheduler",
+    {}, {**ANY, "image_encoder feature_extractor": "are read for IP-Adapters alone"})
+
 # Libraries and classes that the components of a model may be of, where model_index.json names them.
+Classes = Mapping[str, tuple[str, tuple[str, ...]]]
 _CLIP = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
 CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)), "vae": ("diffusers", ("AutoencoderKL",)),
@@ -152,10 +176,27 @@ CLASSES = {
     "tokenizer": ("transformers", (*_CLIP[1], "T5Tokenizer", "T5TokenizerFast")), "tokenizer_2": _CLIP,
 }
 
+_T5 = {"encoder": ("transformers", ("T5EncoderModel",)),
+       "tokenizer": ("transformers", ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
+                                      "TokenizersBackend"))}
+_PROJECTED = CLASSES["text_encoder_2"]
+FLOW_CLASSES: Mapping[str, Classes] = {
+    "sd3": {"transformer": ("diffusers", ("SD3Transformer2DModel",)), "vae": CLASSES["vae"],
+            "text_encoder": _PROJECTED, "text_encoder_2": _PROJECTED, "text_encoder_3": _T5["encoder"],
+            "tokenizer": _CLIP, "tokenizer_2": _CLIP, "tokenizer_3": _T5["tokenizer"]},
+    "flux": {"transformer": ("diffusers", ("FluxTransformer2DModel",)), "vae": CLASSES["vae"],
+             "text_encoder": ("transformers", ("CLIPTextModel",)), "text_encoder_2": _T5["encoder"],
+             "tokenizer": _CLIP, "tokenizer_2": _T5["tokenizer"]},
+}
+
 
 def check(path: Path, config: Mapping[str, Any], fields: Fields, strangers: bool = False) -> None:
     """Raises CheckpointError for fields whose values or names are not known. strangers: ignores unknown
     names."""
+    if (how := config.get("quantization_config")) is not None:
+        method = how.get("quant_method") if isinstance(how, Mapping) else how
+        raise CheckpointError(f"{path}: quantised ({short(method)}, by its quantization_config); use the "
+                              "weights in 16 or 32 bits of the same model.")
     unknown = [f"{k} = {short(config[k])} (supported: {', '.join(map(short, v))})"
                for k, v in fields.supported.items()
                if k in config and not any(_same(config[k], x) for x in v)]

@@ -12,7 +12,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, scheduler
 from p2p.weights.averages import NOT_USED, USED
-from p2p.weights.detect import Package, Part, check_widths, count, for_family, unused_hf
+from p2p.weights.detect import FLOWS, Package, Part, check_widths, count, for_family, unused_hf
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
 from p2p.weights.refuse import DISTILLED
@@ -57,20 +57,21 @@ def pipeline(path: Path) -> str:
     return str(read_json(path / "model_index.json").get("_class_name"))[:60]
 
 
-def read_index(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The model_index.json of a folder, its components checked. Raises CheckpointError."""
+def read_index(path: Path, notes: list[str], family: str = "") -> dict[str, Any]:
+    """The model_index.json of a folder, its components checked. family: of flows. Raises CheckpointError."""
     where = path / "model_index.json"
     content = read_json(where)
+    classes, flow = fields.FLOW_CLASSES.get(family, fields.CLASSES), family in FLOWS
     index = {k: v for k, v in content.items() if v not in (None, [None, None])}
-    fields.check(where, index, fields.INDEX)
+    fields.check(where, index, fields.FLOW_INDEX if flow else fields.INDEX)
     notes += [f"model_index.json names no {name} (null), but there is a folder of that name, which is used"
-              for name in (*fields.CLASSES, "scheduler") if name in content and name not in index
+              for name in (*classes, "scheduler") if name in content and name not in index
               and (path / name).is_dir()]
-    for name, (library, known) in fields.CLASSES.items():
+    for name, (library, known) in classes.items():
         if name in index and index[name] not in [[library, kind] for kind in known]:
             raise CheckpointError(f"{where}: its {name} is {fields.short(index[name])}; supported, of "
                                   f"{library}: {', '.join(known)}.")
-    scheduler.check_class(where, scheduler_class(index))
+    scheduler.check_class(where, scheduler_class(index), flow)
     if "scheduler" in index and index["scheduler"][:-1] != ["diffusers"]:
         raise CheckpointError(f"{where}: its scheduler is {fields.short(index['scheduler'])}; those of "
                               "diffusers are supported.")
@@ -228,8 +229,12 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
         raise CheckpointError(f"{where}: scaling_factor = {fields.short(c['scaling_factor'])}; a number "
                               "above 0 is expected.")
     channels = tuple(c.get("block_out_channels", (128, 256, 512, 512)))
+    quant = [bool(c.get(name, True)) for name in ("use_quant_conv", "use_post_quant_conv")]
+    if quant[0] != quant[1]:
+        raise CheckpointError(f"{where}: use_quant_conv = {quant[0]}, use_post_quant_conv = {quant[1]}; both "
+                              "or neither are supported.")
     config = VAEConfig(c.get("in_channels", 3), c.get("latent_channels", 4), channels,
-                       c.get("layers_per_block", 2))
+                       c.get("layers_per_block", 2), quant[0], float(c.get("shift_factor") or 0))
     if c.get("out_channels", config.in_channels) != config.in_channels:
         raise CheckpointError(f"{where}: takes {config.in_channels} channels and gives "
                               f"{fields.short(c['out_channels'])}.")

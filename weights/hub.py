@@ -11,11 +11,11 @@ from p2p.weights.files import PICKLES, weight_map
 from p2p.weights.folder import AVERAGED, candidates
 from p2p.weights.tokenizer import CONFIGS, VOCABULARIES
 
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # read where they exist
 BESIDE = ("scheduler/scheduler_config.json", f"{AVERAGED}/config.json",
-          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2")
-            for name in (*CONFIGS, *VOCABULARIES)))
+          *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2", "tokenizer_3")
+            for name in (*CONFIGS, *VOCABULARIES, "spiece.model")))   # the last one is T5's
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

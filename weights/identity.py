@@ -6,6 +6,7 @@ from pathlib import Path
 
 from p2p.weights.detect import Package, Part
 from p2p.weights.folder import weights_file
+from p2p.weights.mmdit import T5
 
 Files = dict[str, Path]
 Place = str | Path | None
@@ -16,14 +17,17 @@ def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, 
     root = package.where if package.where.is_dir() else package.where.parent
     parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
     used = [*package.configs, *(f for part in parts for f in part.file.files)]
+    if package.t5 is not None and text is None:
+        used += _tower(package.tokenizer, T5[package.family]) if package.tokenizer else []
     if package.family == "if" and text is None and package.where.is_dir():
-        used += _tower(package.where)
+        used += _tower(package.where, "")
     out = {"model": _named(root, used)}
     if vae is not None and package.vae:
         out["vae"] = _autoencoder(package.vae)
     if text is not None:
         where = Path(text)
-        out["text"] = _named(where, _tower(where)) if where.is_dir() else {where.name: where}
+        towers = [f for suffix in ("", "_2", "_3") for f in _tower(where, suffix)]
+        out["text"] = _named(where, towers) if where.is_dir() else {where.name: where}
     return out
 
 
@@ -38,10 +42,10 @@ def _autoencoder(part: Part) -> Files:
     return _named(folder, [*config, *part.file.files])
 
 
-def _tower(folder: Path) -> list[Path]:
-    """The files of T5 and its tokenizer in a folder."""
-    tower, tokenizer = folder / "text_encoder", folder / "tokenizer"
-    if not (tower / "config.json").exists():
-        return []
+def _tower(folder: Path, suffix: str) -> list[Path]:
+    """The files of a text tower and its tokenizer in a folder, where they are there."""
+    tower, tokenizer = folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"
     words = [p for p in sorted(tokenizer.glob("*")) if p.is_file()]
+    if not (tower / "config.json").exists():
+        return words
     return [tower / "config.json", *weights_file(tower, []).files, *words]

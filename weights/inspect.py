@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from p2p.models.unet import UNetConfig
 from p2p.weights import embeddings, lora
 from p2p.weights.detect import Part
 from p2p.weights.digest import sha256, together
@@ -24,9 +25,11 @@ def report(source: str | Path, family: str | None = None, prediction: str | None
     if (lines := _add_on(Path(source), [name for name, value in given.items() if value])) is not None:
         return lines + ([f"sha256      {sha256(Path(source))}"] if digest else [])
     p = find(source, family, prediction, vae, **options)
-    lines = [f"{p.where}", f"family      {p.family}", f"prediction  {p.prediction} ({p.why})",
-             f"size        {p.size[0]} x {p.size[1]} pixels"]
-    for name, part in [("UNet", p.unet), *(("text tower", t) for t in p.text),
+    lines = [f"{p.where}", f"family      {p.family} {p.kind}".rstrip(),
+             f"prediction  {p.prediction} ({p.why})", f"size        {p.size[0]} x {p.size[1]} pixels"]
+    network = "UNet" if isinstance(p.unet.config, UNetConfig) else "transformer"
+    for name, part in [(network, p.unet), *(("text tower", t) for t in p.text),
+                       *([("T5", p.t5)] if p.t5 else []),
                        *([("autoencoder", p.vae)] if p.vae else [])]:
         lines.append(f"{name:11} {_summary(part)}")
     lines += [f"note        {note}" for note in p.notes]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.weights.errors import CheckpointError
-from p2p.weights.keys import Source
+from p2p.weights.keys import UNET, Source
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -60,6 +60,13 @@ _FLUX_SINGLE = {
 }
 
 
+def prefix(names: Iterable[str]) -> str | None:
+    """What stands before the names of a transformer's tensors in a single file; None where there is none."""
+    blocks = ("joint_blocks.", "double_blocks.")
+    names = [name for name in names if name.startswith((*blocks, *(UNET + b for b in blocks)))]
+    return None if not names else UNET if names[0].startswith(UNET) else ""
+
+
 def _count(names: Iterable[str], blocks: str) -> int:
     return len({name.split(".")[1] for name in names if name.startswith(f"{blocks}.")})
 
@@ -104,11 +111,11 @@ def original_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def transformer_config(where: object, shapes: Shapes) -> MMDiTConfig:
-    """Sizes from shapes, under the original names. Where no norm tells the width of a head it is 64.
-    Raises CheckpointError, which says where."""
+def transformer_config(where: object, shapes: Shapes, axes: tuple[int, ...] = ()) -> MMDiTConfig:
+    """Sizes from shapes, under the original names. Where no norm tells the width of a head it is 64. axes: of
+    FLUX, if they are not the usual ones. Raises CheckpointError, which says where."""
     try:
-        return _flux_config(shapes) if "img_in.weight" in shapes else _sd3_config(shapes)
+        return _flux_config(shapes, axes) if _count(shapes, "double_blocks") else _sd3_config(shapes)
     except KeyError as missing:
         raise CheckpointError(f"{where}: {missing.args[0]} is missing; the transformer is not whole."
                               ) from None
@@ -123,23 +130,32 @@ def _sd3_config(shapes: Shapes) -> MMDiTConfig:
     norm = shapes.get(f"{first}attn.ln_q.weight")
     return MMDiTConfig(
         in_channels=channels, out_channels=shapes["final_layer.linear.weight"][0] // patch**2, patch=patch,
-        dim=dim, heads=max(1, dim // (norm[0] if norm else 64)), double=n,
+        dim=dim, heads=max(1, dim // norm[0]) if norm else usual_heads(dim), double=n,
         mlp=shapes[f"{first}mlp.fc1.weight"][0] // dim, context_dim=shapes["context_embedder.weight"][1],
         vector_dim=shapes["y_embedder.mlp.0.weight"][1],
         qk_norm=norm is not None, table=math.isqrt(shapes["pos_embed"][1]),
         dual=tuple(i for i in range(n) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes))
 
 
-def _flux_config(shapes: Shapes) -> MMDiTConfig:
+def usual_heads(dim: int) -> int:
+    return max(1, dim // 64)
+
+
+def usual_axes(head_dim: int) -> tuple[int, int, int] | None:
+    """FLUX.1's shares of a head; None where they are not whole."""
+    return None if head_dim % 32 else (head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16)
+
+
+def _flux_config(shapes: Shapes, axes: tuple[int, ...]) -> MMDiTConfig:
     dim, inputs = shapes["img_in.weight"]
     first, patch = "double_blocks.0.img_", FLUX_DEV.patch
     head_dim = shapes[f"{first}attn.norm.query_norm.scale"][0]
-    if head_dim % 32:
+    if len(axes := axes or usual_axes(head_dim) or ()) != 3:
         raise ValueError(f"heads of {head_dim} channels, not a multiple of 32")
     return MMDiTConfig(
         in_channels=inputs // patch**2, out_channels=shapes["final_layer.linear.weight"][0] // patch**2,
         patch=patch, dim=dim, heads=dim // head_dim, double=_count(shapes, "double_blocks"),
         single=_count(shapes, "single_blocks"), mlp=shapes[f"{first}mlp.0.weight"][0] // dim,
         context_dim=shapes["txt_in.weight"][1], vector_dim=shapes["vector_in.in_layer.weight"][1],
-        qk_norm=True, axes=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        qk_norm=True, axes=(axes[0], axes[1], axes[2]),
         guidance="guidance_in.in_layer.weight" in shapes)

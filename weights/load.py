@@ -12,13 +12,22 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from p2p.models import mmdit
+from p2p.models import mmdit as transformers
 from p2p.models.mmdit import MMDiT, MMDiTConfig
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import averages, deepfloyd, hub, keys, refuse
-from p2p.weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, usual_size
+from p2p.weights import averages, deepfloyd, hub, keys, keys_mmdit, mmdit, refuse, texts
+from p2p.weights.detect import (
+    FAMILIES,
+    FLOWS,
+    PREDICTIONS,
+    Package,
+    Part,
+    find_in_file,
+    ldm_vae_config,
+    usual_size,
+)
 from p2p.weights.embeddings import add_words, attach_words
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
@@ -29,7 +38,7 @@ from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
 
-LATENT = ("sd1", "sd2", "sdxl")
+LATENT = ("sd1", "sd2", "sdxl", *FLOWS)
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")
 BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-flow": EMOJI / "flow.safetensors",
@@ -70,14 +79,7 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     if family and family != package.family:
         raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family "
                               f"{package.family}.")
-    if prediction:
-        package.sampling.prediction, package.sampling.why = prediction, "as asked"
-    elif package.prediction not in PREDICTIONS:
-        raise CheckpointError(f"{path}: said to predict {short(package.prediction)} (by {package.why}), "
-                              f"which is not known; give prediction, one of {', '.join(PREDICTIONS)}.")
-    if zero_snr:
-        package.sampling.alphas_cumprod = zero_terminal_snr(package.alphas_cumprod)
-        package.notes.append("zero terminal SNR (as asked)")
+    _sample_as_asked(package, path, prediction, zero_snr)
     if package.family in LATENT:
         _autoencoder(package, vae, replacement)
     elif vae is not None:
@@ -91,6 +93,25 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
     return package
 
 
+def _sample_as_asked(package: Package, path: Path, prediction: str | None, zero_snr: bool) -> None:
+    """Changes what was recognised of the sampling. Raises CheckpointError."""
+    flow = package.family in FLOWS
+    if prediction and (prediction == "flow") != flow:
+        raise CheckpointError(f"{path}: asked to predict {prediction}, but models of the family "
+                              f"{package.family} are {'flows' if flow else 'no flows'}; leave out "
+                              "prediction.")
+    if prediction:
+        package.sampling.prediction, package.sampling.why = prediction, "as asked"
+    elif package.prediction not in PREDICTIONS:
+        raise CheckpointError(f"{path}: said to predict {short(package.prediction)} (by {package.why}), "
+                              f"which is not known; give prediction, one of {', '.join(PREDICTIONS)}.")
+    if zero_snr and flow:
+        raise CheckpointError(f"{path}: a flow, which begins at pure noise anyway; leave out zero_snr.")
+    if zero_snr:
+        package.sampling.alphas_cumprod = zero_terminal_snr(package.alphas_cumprod)
+        package.notes.append("zero terminal SNR (as asked)")
+
+
 def _autoencoder(package: Package, vae: str | Path | None,
                  replacement: tuple[Part, float | None] | None) -> None:
     """Replaces the model's autoencoder, which may be missing, if another is given. Raises CheckpointError."""
@@ -100,6 +121,11 @@ def _autoencoder(package: Package, vae: str | Path | None,
         package.notes.append(f"autoencoder from {vae}")
         if averages.held(package.vae.file.shapes):
             package.notes.append(f"{vae}: {averages.NOT_USED}")
+    if package.family in FLOWS:
+        mmdit.check_vae(package, silent=replacement is not None and replacement[1] is None)
+    elif package.vae is not None and package.vae.config.shift:
+        raise CheckpointError(f"{package.vae.file.path}: its config shifts latents (shift_factor), which the "
+                              f"family {package.family} does not.")
     if package.family == "sdxl" and package.latent_scale == 0.18215:
         package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, "
                              "where that is silent); 0.13025 is usual of SDXL")
@@ -109,13 +135,14 @@ def _autoencoder(package: Package, vae: str | Path | None,
     channels, latents = package.unet.config.in_channels, package.vae.config.latent_channels
     if latents != channels:
         raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the "
-                              f"UNet {channels}; it is the autoencoder of another kind of model.")
+                              f"model {channels}; it is the autoencoder of another kind of model.")
 
 
 def skip_layers(package: Package, clip_skip: int) -> None:
     """Reads the text `clip_skip` layers before the one that the family uses, as diffusers counts. Raises
     CheckpointError."""
-    towers = [part.config for part in package.text] if package.family in LATENT else []
+    read = package.family in LATENT and package.family != "flux"   # FLUX reads the last layer, pooled
+    towers = [part.config for part in package.text] if read else []
     most = min((c.layers - c.skip for c in towers), default=0)
     if not isinstance(clip_skip, Integral) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
         raise CheckpointError(f"{package.where}: clip_skip {brief(clip_skip)}; a whole number from 0 to "
@@ -143,9 +170,13 @@ def _recognised(path: Path, find: Callable[[Path], T]) -> T:
 def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) -> Package:
     if not path.is_dir():
         file = open_file(path)
-        own_naming = deepfloyd.OWN in file.shapes
-        package = deepfloyd.find_in_file(file) if own_naming else find_in_file(file, ema)
-        _no_averages(path, ema and package.family not in LATENT)
+        if deepfloyd.OWN in file.shapes:
+            package = deepfloyd.find_in_file(file)
+        elif keys_mmdit.prefix(file.shapes) is not None:
+            package = mmdit.find_in_file(file)
+        else:
+            return find_in_file(file, ema)
+        _no_averages(path, ema)
         return package
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
         _no_averages(path, ema)
@@ -154,10 +185,14 @@ def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) 
     if kind in deepfloyd.PIPELINES:
         _no_averages(path, ema)
         return deepfloyd.find_folder(path)
+    if kind in mmdit.PIPELINES:
+        _no_averages(path, ema)
+        return mmdit.find_folder(path, kind, replacement)
     if kind in PIPELINES:
         return find_folder(path, kind, replacement, ema)
-    known = ", ".join((*PIPELINES, *deepfloyd.PIPELINES))
-    raise CheckpointError(f"{path}: a {kind}; supported: {known}. Use the text-to-image model of its family.")
+    known = ", ".join((*PIPELINES, *mmdit.PIPELINES, *deepfloyd.PIPELINES))
+    what = f"{mmdit.OTHERS[kind]}, a {kind}" if kind in mmdit.OTHERS else f"a {kind}"
+    raise CheckpointError(f"{path}: {what}; supported: {known}. Use the text-to-image model of its family.")
 
 
 def _path(source: str | Path) -> Path:
@@ -210,15 +245,18 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
          vae_dtype: torch.dtype | None = None, text_from: str | Path | None = None,
          held: torch.dtype | None = None) -> Checkpoint:
     """Builds the modules of a package; dtype None: as stored, see `stored`. text_from: see
-    `deepfloyd.load_text`. held, of the UNet: see `fill`."""
+    `deepfloyd.load_text` and `texts.load_text`. held, of the network: see `fill`."""
     dtype, vae_dtype = dtype or stored(package.unet), vae_dtype or dtype
     flow = isinstance(package.unet.config, MMDiTConfig)
-    what, build = ("transformer", mmdit.build) if flow else ("UNet", UNet)
+    what, build = ("transformer", transformers.build) if flow else ("UNet", UNet)
     unet = fill(what, package.unet, build, device, dtype, held)
-    text: list[nn.Module] = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
+    if package.family in FLOWS:
+        text = texts.load_text(package, text_from, device, dtype)
+    else:
+        text = [fill("text tower", part, TextEncoder, device, dtype) for part in package.text]
     if package.family == "if":
         text = [deepfloyd.load_text(package, text_from, device, unet.dtype)]
-    elif text_from is not None:
+    elif text_from is not None and package.family not in FLOWS:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text "
                               f"tower, not {text_from}.")
     add_words(package.words, text)

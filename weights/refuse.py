@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from p2p.weights import keys
+from p2p.weights import keys, keys_mmdit
 from p2p.weights.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -16,18 +16,27 @@ T2I_ADAPTER = "a T2I-Adapter; use the Stable Diffusion model that it steers"
 HYPERNETWORK = "a hypernetwork, which changes the keys and values of a model and is none; use a whole model"
 PHOTOMAKER = ("a PhotoMaker, which steers a model by pictures of a face; use the Stable Diffusion model that "
               "it steers")
+WIDE = "use the file with 16 or 32 bits a weight of the same model"
 IP_ADAPTER = "an IP-Adapter, which steers a model by a picture; this project does not"
 
 # Parts of tensors' names ("$": their ends) -> the kind of file. The first row that matches counts.
 BESIDE = ": it changes a model and is none; give it beside its base model, with lora (--lora)"
 MERGE = ": it changes a model and is none; merge it into its base model first"
 NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("scaled_fp8",), FP8),
+    (("scaled_fp8", ".scale_weight$", ".comfy_quant$"), FP8),
+    ((".absmax$", ".quant_map$", "bitsandbytes__", ".SCB$"),
+     f"its weights are quantised (bitsandbytes); {WIDE}"),
+    ((".qweight$", ".wscales$", ".qzeros$", ".wtscale$"),
+     f"its weights are quantised (SVDQuant, GPTQ or the like); {WIDE}"),
     (("ln_model_n.", "to_model_dim_n.", "clip_to_seq.", "encoder_hid_proj.image_embeds",
       "add_embedding.image_"),
      "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
     (("fuse_module.", "visual_projection_2.", "qformer_perceiver."), PHOTOMAKER),
-    (("image_proj.", "ip_adapter."), IP_ADAPTER),
+    (("image_proj.", "ip_adapter.", "ip_adapter_"), IP_ADAPTER),
+    (("controlnet_blocks.", "controlnet_x_embedder.", "controlnet_single_blocks."),
+     "a ControlNet of Stable Diffusion 3 or FLUX; use the model that it steers"),
+    (("redux_up.", "redux_down."),
+     "FLUX.1 Redux, which steers FLUX.1 by a picture; use FLUX.1 dev or schnell themselves"),
     (("lora_controlnet",), "a Control-LoRA; use the Stable Diffusion model that it steers"),
     (("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs",
       "input_hint_block"), "a ControlNet; use the Stable Diffusion model that it steers"),
@@ -44,10 +53,18 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
       "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + BESIDE),
     ((".diff$", ".diff_b$", ".w_norm$"), "full differences from a model, as LyCORIS saves them" + BESIDE),
-    (("joint_blocks.", "double_blocks.", "single_transformer_blocks.", "attn.add_q_proj"),
-     "a transformer model (Stable Diffusion 3, FLUX or the like); this project has UNets only"),
-    (("adaln_single.", "t_block.1.", "double_layers.", "cap_embedder.", "blocks.0.adaLN_modulation"),
-     "a transformer model (PixArt, AuraFlow, Lumina or the like); this project has UNets only"),
+    (("single_stream_modulation.", "double_stream_modulation_", "early_stream_modulations."),
+     "FLUX.2 or one of its kind, whose text and latents are others; FLUX.1 is supported"),
+    (("distilled_guidance_layer.",), "Chroma, whose modulations are others than FLUX.1's; use FLUX.1 dev or "
+     "schnell"),
+    (("individual_token_refiner.", "double_blocks.0.img_attn_q."),
+     "a model of films (HunyuanVideo or the like); use a model of pictures"),
+    (("single_transformer_blocks.", "attn.add_q_proj"),
+     "the transformer of a diffusers folder alone; give the folder that it lies in"),
+    (("adaln_single.", "t_block.1.", "double_layers.", "cap_embedder.", "blocks.0.adaLN_modulation",
+      "double_stream_blocks."),
+     "a transformer model (PixArt, AuraFlow, Lumina or the like); Stable Diffusion 3 and FLUX.1 are "
+     "supported"),
     (("clip_txt_mapper", "clip_txt_pooled_mapper", "effnet_mapper"),
      "a stage of Stable Cascade, whose networks are others"),
     (("time_stack.", "time_mixer."),
@@ -81,7 +98,7 @@ def by_name(path: Path, s: Shapes, fp8: bool) -> None:
                 "text-to-image model that it was made from")
     elif kind is None and has(keys.TEXT_SGM2) and not has(keys.TEXT_SDXL[1]) and has("label_emb."):
         kind = "an SDXL refiner, made for pictures that are nearly done; use the SDXL base model"
-    elif kind is None and not has_unet:
+    elif kind is None and not has_unet and keys_mmdit.prefix(s) is None:
         kind = _part_alone(s, has("encoder.down.", "decoder.up.", "encoder.down_blocks."))
     elif kind is None and _distilled(s):
         kind = DISTILLED

@@ -25,6 +25,7 @@ ALIKE = {f"{name}Scheduler" for name in (
     "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep",
     "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "IPNDM")}
 DISTILLED = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}   # of models that these steps were distilled into
+FLOW = "FlowMatchEulerDiscreteScheduler"
 OTHERS = {
     "EDMEulerScheduler": "of an EDM model, whose noise levels this project does not know",
     "EDMDPMSolverMultistepScheduler": "of an EDM model, whose noise levels this project does not know",
@@ -120,7 +121,36 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
-                    _clip(where, c, family), learned, distilled or "ddim", notes)
+                    _clip(where, c, family), learned, distilled or "ddim", notes=notes)
+
+
+def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None) -> Sampling:
+    """The sampling of a flow by the config c of the file `where`; absent fields have the defaults of
+    diffusers' class. kind: as in `read`. Raises CheckpointError.
+
+    StableDiffusion3Pipeline spaces the levels between the ends of the scheduler's table, which it has
+    shifted already; FluxPipeline from 1 to 1 / N.
+    """
+    check_class(where, kind if kind is not None else c.get("_class_name"), flow=True)
+    fields.check(where, c, fields.FLOW_SCHEDULER)
+    dynamic = bool(c.get("use_dynamic_shifting"))
+    usual = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
+    given = {name: c.get(name, value) for name, value in (usual if dynamic else {"shift": 1.0}).items()}
+    first, *others = given.values()
+    if not all(map(_number, (first, *others))) or (first >= others[1] if dynamic else first <= 0):
+        said = ", ".join(f"{name} = {fields.short(value)}" for name, value in given.items())
+        raise CheckpointError(f"{where}: {said}; a shift above 0 is expected, of a dynamic one more tokens "
+                              "at the maximum than at the base.")
+    if not dynamic:
+        return flow(Flow(float(first), twice=family == "sd3"), "scheduler_config.json")
+    base, most, highest = map(float, others)
+    return flow(Flow(twice=family == "sd3", dynamic=((float(first), base), (most, highest))),
+                "scheduler_config.json")
+
+
+def flow(levels: Flow, why: str) -> Sampling:
+    """The sampling of a model that predicts velocities: it has no table of alphas."""
+    return Sampling(torch.empty(0, dtype=torch.float64), "flow", why, flow=levels)
 
 
 def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tuple[str, ...]) -> str:
@@ -129,10 +159,13 @@ def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tup
     return value
 
 
-def check_class(where: Path, kind: Any) -> str | None:
-    """A scheduler's class, as the file `where` names it. Raises CheckpointError for those not in ALIKE."""
+def check_class(where: Path, kind: Any, flow: bool = False) -> str | None:
+    """A scheduler's class, as the file `where` names it. Raises CheckpointError for those not in ALIKE, of a
+    flow model for those but `FLOW`."""
     named = isinstance(kind, str)
-    if kind is not None and not (named and kind in (*ALIKE, *DISTILLED)):
+    if flow and kind not in (None, FLOW):
+        raise CheckpointError(f"{where}: {fields.short(kind)}; of a flow model {FLOW} is supported.")
+    if not flow and kind is not None and not (named and kind in (*ALIKE, *DISTILLED)):
         why = OTHERS.get(kind, "which this project does not know") if named else "which is no name"
         raise CheckpointError(f"{where}: {fields.short(kind)}, {why}. DDIM (of IF: DDPM) samples here: if "
                               "that is what you want, put that file of the base model in its place.")
@@ -187,6 +220,11 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
 
 def config(s: Sampling) -> dict[str, Any]:
     """The scheduler_config.json of a sampling without a bound of x_0."""
+    if s.flow is not None:
+        (least, low), (most, high) = s.flow.dynamic or ((256.0, 0.5), (4096.0, 1.15))
+        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": s.flow.shift,
+                "use_dynamic_shifting": s.flow.dynamic is not None, "base_shift": low, "max_shift": high,
+                "base_image_seq_len": int(least), "max_image_seq_len": int(most)}
     names = {v: k for k, v in PREDICTION_NAMES.items()}
     classes = {sampler: name for name, sampler in DISTILLED.items()}
     out = {"_class_name": classes.get(s.sampler, "DDIMScheduler"), "beta_start": 0.00085, "beta_end": 0.012,

@@ -20,8 +20,10 @@ _WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head
            "channels context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size "
            "in_channels intermediate_size latent_channels max_position_embeddings num_attention_heads "
            "num_heads out_channels pool_heads projection_class_embeddings_input_dim projection_dim "
-           "guidance_dim sample_size temb_dim text_dim time_embedding_dim vector_dim")
-_DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers patch"
+           "guidance_dim sample_size temb_dim text_dim time_embedding_dim vector_dim joint_attention_dim "
+           "caption_projection_dim pooled_projection_dim pos_embed_max_size axes_dims_rope "
+           "base_image_seq_len max_image_seq_len")
+_DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers num_single_layers patch patch_size"
 _MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
          "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
@@ -30,10 +32,11 @@ _MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10,
 _FLAGS = ("clip_sample", "force_zeros_for_empty_prompt", "linear_projection",
           "mid_block_only_cross_attention", "norm_text", "only_cross_attention", "rescale_betas_zero_snr",
           "resnet_skip_time_act", "scale_shift", "set_alpha_to_one", "skip_time_act", "thresholding",
-          "upcast_attention", "use_linear_projection")
+          "upcast_attention", "use_linear_projection", "guidance_embeds", "use_dynamic_shifting",
+          "use_quant_conv", "use_post_quant_conv")
 _FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "layer_norm_epsilon",
            "mid_block_scale_factor", "mid_scale", "out_scale", "resnet_out_scale_factor", "sample_max_value",
-           "scaling_factor", "shift_factor")
+           "scaling_factor", "shift_factor", "shift", "base_shift", "max_shift")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def model(parser: argparse.ArgumentParser) -> None:
                     "org/name on the Hub")
     checkpoint(ap)
     ap.add_argument("--text", type=Path, metavar="FILE|FOLDER",
-                    help="of DeepFloyd IF: prompts from p2p encode, or where T5 lies")
+                    help="of DeepFloyd IF, Stable Diffusion 3 and FLUX: prompts from p2p encode, or where T5 "
+                    "lies")
     ap.add_argument("--embedding", action="append", metavar="FILE[:WORD]",
                     help="a textual inversion, and its word in prompts (as the file says, or the file's "
                     "name); may be given more than once")
@@ -150,7 +151,8 @@ def model(parser: argparse.ArgumentParser) -> None:
 
 
 def checkpoint(ap: argparse._ActionsContainer) -> None:
-    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "if", "emoji"], help="insist on this family")
+    ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji"],
+                    help="insist on this family")
     ap.add_argument("--prediction", choices=["eps", "v", "x0"],
                     help="what the model predicts, where that was guessed wrongly")
     ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or "

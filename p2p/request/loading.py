@@ -51,26 +51,27 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
          held: torch.dtype | None = None, offload: bool = False, tile: int | None = None, ema: bool = False,
          clip_skip: int | None = None, zero_snr: bool = False, lora: Any = None,
          embeddings: Any = None) -> Model:
-    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2 or XL checkpoint (a
-    .safetensors or .ckpt file in LDM naming, or a diffusers folder), or a stage of DeepFloyd IF (a diffusers
-    folder, or a file in its own naming).
+    """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2, XL, 3 or 3.5 or FLUX.1
+    checkpoint (a .safetensors or .ckpt file under its original names, or a diffusers folder), or a stage of
+    DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are detected where None,
-    and reported in `Model.notes`. device: None for a GPU if there is one. dtype: float32 on a CPU, elsewhere
-    the one that most of the UNet is stored in; SDXL's autoencoder always runs in float32, where half
-    precision overflows.
-    vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the
-    model's own where None), or a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run
-    the UNet through torch.compile, with one graph for all words, weights and windows of a batch's shape
-    (another where maps are read, or renormalised, or nothing of an inverted source is read any more); the
-    first step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large
-    weights are stored: each layer widens its own as it computes, which halves the memory. offload: keep text
-    towers and autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in
-    which pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of
-    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of
-    other programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters
-    where t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight), or a list of these,
-    merged into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual inversion (see
+    family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji") and prediction ("eps", "v", "x0") are
+    detected where None, and reported in `Model.notes`. device: None for a GPU if there is one. dtype:
+    float32 on a CPU, elsewhere the one that most of the UNet is stored in; SDXL's autoencoder always runs
+    in float32, where half precision overflows.
+    vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX,
+    the folder of a model that holds T5 (the model's own where None; CLIP too, where the model has none), or
+    a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run the UNet through
+    torch.compile, with one graph for all words, weights and windows of a batch's shape (another where maps
+    are read, or renormalised, or nothing of an inverted source is read any more); the first step then takes
+    a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights are stored:
+    each layer widens its own as it computes, which halves the memory. offload: keep text towers and
+    autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in which
+    pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of text
+    left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other
+    programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters where
+    t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight), or a list of these, merged
+    into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual inversion (see
     `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are their own.
     Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
     """
@@ -132,8 +133,16 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
                 zero_negative=package.zero_negative, sampler=s.sampler, notes=tuple(notes))
 
 
+# steps and guidance scale of flows, as their authors give them
+FLOWS = {"3 medium": (28, 7.0), "3.5 medium": (50, 5.0), "3.5 large": (40, 4.5), "turbo": (4, 1.0),
+         "dev": (50, 3.5), "schnell": (4, 1.0)}
+
+
 def _defaults(package: Package, unet: Network) -> dict[str, Any]:
     """Defaults of runs that differ from Stable Diffusion's."""
+    if package.family in ("sd3", "flux"):
+        steps, guidance_scale = FLOWS["turbo" if package.kind.endswith("turbo") else package.kind]
+        return dict(steps=steps, guidance_scale=guidance_scale)
     family, enlarges = package.family, unet.enlarges
     if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it
         return dict(steps=FEW) | ({} if unet.reads_guidance else dict(guidance_scale=1.0))

@@ -1,0 +1,193 @@
+"""T5: recognises it in folders and in single files, and loads it; prompts that were encoded beforehand."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2p.models.t5 import EncodedPrompts, T5Encoder
+from p2p.models.text import Tokens
+from p2p.weights import fields
+from p2p.weights.detect import Part, count
+from p2p.weights.errors import CheckpointError
+from p2p.weights.files import Renamed, TensorFile, open_file
+from p2p.weights.fill import read_tensors
+from p2p.weights.folder import weights_file
+from p2p.weights.sizes import read_json
+from p2p.weights.untrusted import parse_json
+
+# in transformers 4 and 5
+TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+PADDING_READ = "its T5 read the padding, as for Stable Diffusion 3 and FLUX"
+PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
+SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+
+
+def load_prompts(path: Path) -> EncodedPrompts:
+    """The inverse of `EncodedPrompts.save`. Raises CheckpointError."""
+    file = open_file(path)
+    try:
+        prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
+        tokens = [Tokens(text, ids, [(a, b) for a, b in spans]) for text, ids, spans in listed]
+        embeddings = file["prompt_embeds"]
+        _check_prompts(prompts, tokens, embeddings)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."
+                              ) from None
+    return EncodedPrompts(prompts, tokens, embeddings, file.metadata.get("padding") != "read")
+
+
+def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor) -> None:
+    """Raises ValueError or TypeError."""
+    if embeddings.ndim != 3 or not embeddings.is_floating_point() or not embeddings.numel():
+        raise ValueError(f"its embeddings are {embeddings.dtype} of the shape {list(embeddings.shape)}")
+    if not len(prompts) == len(tokens) == len(embeddings):
+        raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and {len(embeddings)} embeddings")
+    if not torch.stack(embeddings.aminmax()).isfinite().all():
+        raise ValueError("its embeddings are not finite")
+    texts = isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
+    if not texts or len(set(prompts)) < len(prompts):
+        raise ValueError("its prompts are not texts, each there once")
+    if not all(isinstance(t.text, str) for t in tokens):
+        raise TypeError("its tokens are of no text")
+    for prompt, (text, ids, spans, _) in zip(prompts, tokens):
+        valid = all(type(n) is int and n >= 0 for n in (*ids, *(n for span in spans for n in span)))
+        if not valid or len(ids) != len(spans) or not all(a <= b <= len(text) for a, b in spans):
+            raise ValueError(f"the tokens of {prompt[:80]!r} do not fit their text")
+
+
+# -------------------------------------------------------------------------------------- T5 and its tokenizer
+
+def in_folder(folder: Path) -> str | None:
+    """The end of the names of T5's folders in that of a model: "" (text_encoder, tokenizer), "_2" or "_3";
+    None where there is no T5. Raises CheckpointError."""
+    for suffix in ("", "_2", "_3"):
+        config = folder / f"text_encoder{suffix}" / "config.json"
+        if config.exists() and str(read_json(config).get("model_type", "t5")) == "t5":
+            return suffix
+    return None
+
+
+def has_tokenizer(folder: Path, suffix: str) -> bool:
+    """Whether there is one, and not CLIP's."""
+    where = folder / f"tokenizer{suffix}"
+    return any((where / name).exists() for name in ("tokenizer.json", "spiece.model")) \
+        and not (where / "merges.txt").exists()
+
+
+def in_file(file: TensorFile, prefix: str) -> Part | None:
+    """T5 under transformers' names in a file, with its config by shapes; its heads are those of its
+    positions."""
+    s, block = file.shapes, f"{prefix}encoder.block."
+    layers = count(s, block)
+    if not layers:
+        return None
+    bias = s[f"{block}0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    inner, width = s[f"{block}0.layer.0.SelfAttention.q.weight"]
+    feed = f"{block}0.layer.1.DenseReluDense."
+    gated = f"{feed}wi_0.weight" in s
+    vocab = next(s[prefix + k][0] for k in (SHARED, EMBEDDING) if prefix + k in s)
+    config = {"vocab_size": vocab, "d_model": width, "d_kv": inner // bias[1], "num_heads": bias[1],
+              "d_ff": s[f"{feed}{'wi_0' if gated else 'wi'}.weight"][0], "num_layers": layers,
+              "relative_attention_num_buckets": bias[0],
+              "feed_forward_proj": "gated-gelu" if gated else "relu"}
+    return Part(file, prefix, "own", config)
+
+
+def find_t5(folder: Path, suffix: str, notes: list[str]) -> Part:
+    """T5 in the folder of a model, with its config as transformers reads it. Raises CheckpointError."""
+    return Part(weights_file(folder / f"text_encoder{suffix}", notes), "", "own", _config(folder, suffix))
+
+
+def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int = 77,
+            masked: bool = True) -> T5Encoder:
+    """Loads T5 from the folder of a model: transformers' network and tokenizer, our reader. length, masked:
+    see `T5Encoder`. Raises CheckpointError."""
+    suffix = in_folder(folder) or ""
+    return load_part(find_t5(folder, suffix, []), folder, suffix, device, dtype, length, masked)
+
+
+def load_part(part: Part, folder: Path, suffix: str, device: torch.device, dtype: torch.dtype, length: int,
+              masked: bool) -> T5Encoder:
+    """Loads T5 from a part, its tokenizer from the folder of a model. Raises CheckpointError."""
+    try:
+        from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    except ImportError:
+        raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
+                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+    _check_code(folder, suffix)
+    try:
+        with torch.device("meta"):
+            tower = T5EncoderModel(T5Config.from_dict(part.config))
+    except Exception as error:   # of transformers; they vary from release to release
+        raise CheckpointError(f"{folder}: no T5 has its config ({type(error).__name__}: {error}).") from None
+    _fill(tower, part, device, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", use_fast=True,
+                                                  trust_remote_code=False, local_files_only=True)
+        _check_tokenizer(tokenizer, tower.config.vocab_size)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:   # of transformers or tokenizers, whose panics are no Exceptions
+        raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
+                              ) from None
+    return T5Encoder(tower.eval(), tokenizer, length, masked)
+
+
+def _check_code(folder: Path, suffix: str) -> None:
+    """Raises CheckpointError where a config asks for other code."""
+    for where in (folder / f"text_encoder{suffix}", folder / f"tokenizer{suffix}"):
+        for file in where.glob("*config.json"):
+            other = read_json(file)
+            if "auto_map" in other or other.get("tokenizer_class") not in (None, *TOKENIZERS):
+                raise CheckpointError(f"{file}: asks for code that is not T5's; only classes of transformers "
+                                      f"are used: {', '.join(TOKENIZERS)}, and no auto_map.")
+
+
+def _config(folder: Path, suffix: str) -> dict[str, Any]:
+    """The config of the network in a folder. Raises CheckpointError."""
+    path = folder / f"text_encoder{suffix}" / "config.json"
+    config = read_json(path)
+    _check_code(folder, suffix)
+    fields.check(path, config, fields.T5)
+    buckets = config.get("relative_attention_num_buckets", 32)
+    farthest = config.get("relative_attention_max_distance", 128)
+    # half of them are for each direction, half of these for single positions
+    if not (isinstance(buckets, int) and isinstance(farthest, int) and 4 <= buckets < 4 * farthest):
+        raise CheckpointError(f"{path}: no T5 has {fields.short(buckets)} buckets for positions of which "
+                              f"{fields.short(farthest)} is the farthest.")
+    return config
+
+
+def _check_tokenizer(tokenizer: Any, known: int) -> None:
+    """Raises ValueError unless the tokenizer has what `T5Encoder` reads, and the network knows all of its
+    tokens."""
+    if not tokenizer.is_fast:
+        raise ValueError("it does not say where tokens stand in their text; a fast one is needed")
+    if None in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        raise ValueError("it has no token for padding, or none for what is unknown")
+    if (most := max(tokenizer.get_vocab().values())) >= known:
+        raise ValueError(f"it has the token {most}, of a network that knows {known}")
+
+
+def whole_encoder(part: Part) -> Part:
+    """The part with its tensors under the encoder's names, the words' embedding among them."""
+    # one tensor, under either name or both
+    names = {k.removeprefix(part.prefix): k for k in part.file.shapes if k.startswith(part.prefix)}
+    if SHARED in names:
+        names[EMBEDDING] = names[SHARED]
+    return Part(Renamed(part.file, names), "encoder.", "own", None)
+
+
+def _fill(tower: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does
+    not fit."""
+    state = {}
+    for name, tensor in read_tensors(whole_encoder(part), lambda _: tower.encoder, "T5"):
+        # transformers keeps these in float32 too: their outputs overflow float16
+        keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
+        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if keep_float32 else dtype)
+    tower.load_state_dict(state | {SHARED: state[EMBEDDING]}, strict=True, assign=True)
+    tower.tie_weights()
