@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -120,6 +121,11 @@ class AutoencoderKL(nn.Module):
         self.config, z = config, config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv, self.post_quant_conv = Conv2d(2 * z, 2 * z, 1), Conv2d(z, z, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype; weights may be stored in half that width."""
+        return self.encoder.conv_norm_out.weight.dtype
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, z, H/8, W/8)"""

@@ -27,6 +27,7 @@ from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import finite, kind, tensor, whole
 from p2p.request.schedules import Schedule, sampler_schedule
 from p2p.sampler import Clip
+from p2p.weights.content import content
 from p2p.weights.digest import together
 from p2p.weights.untrusted import brief
 
@@ -73,8 +74,9 @@ class Model:
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     # the arguments of `load` that decide pixels
     load_options: Mapping[str, Any] = field(default_factory=dict)
-    # where "vae", "text", "lora" and "embeddings" were loaded from, if they were given
+    # where "vae", "text", "lora" and "embeddings" were loaded from; the class of a "pipeline" in memory
     places: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[str, str] = field(default_factory=dict)   # digests of weights in memory
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.unet.parameters()) / 1e6
@@ -139,7 +141,7 @@ class Model:
 
     @property
     def sha256(self) -> str | None:
-        return self.digests.get("model")
+        return content(self, self._known) if "pipeline" in self.places else self.digests.get("model")
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -275,7 +277,7 @@ class Model:
         self.latent_shape(*x.shape[2:])
         if self.vae is None:
             return x.to(self.device).float()
-        x = x.to(self.device, self.vae.quant_conv.weight.dtype)   # one at a time: memory for one
+        x = x.to(self.device, self.vae.dtype)   # one at a time: memory for one
         with self._at_work(self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
@@ -289,7 +291,7 @@ class Model:
         x = tensor("latents", latents, "B", self.unet.config.in_channels, "H", "W").to(self.device)
         if self.vae is None:
             return x.float()
-        x = (x / self.latent_scale).to(self.vae.quant_conv.weight.dtype)
+        x = (x / self.latent_scale).to(self.vae.dtype)
         decode = self.vae.decode
         if self.tile is not None:
             decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)

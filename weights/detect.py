@@ -72,6 +72,7 @@ class Package:
     lora: list[Added] = field(default_factory=list)
     embeddings: list[Added] = field(default_factory=list)
     words: dict[str, Any] = field(default_factory=dict)   # of embeddings: each word's vectors, by text tower
+    pipeline: str | None = None          # the class of the pipeline in memory that it is, instead of files
 
     @property
     def prediction(self) -> str:

@@ -105,7 +105,7 @@ def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
         return 0
     sides = [side if model.tile is None or encodes else min(side, model.tile) for side in shape[1:]]
     channels = model.vae.config.channels[:2]
-    itemsize = model.vae.quant_conv.weight.dtype.itemsize
+    itemsize = model.vae.dtype.itemsize
     return 2 * max(channels) * sides[0] * sides[1] * model.shrink**2 * itemsize
 
 
