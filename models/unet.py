@@ -119,10 +119,6 @@ class UNet(Network):
         parts = [*self.down_blocks, self.mid_block, *self.up_blocks]
         self.in_order = [m for part in parts for m in part.modules()]
 
-    @property
-    def device(self) -> torch.device:
-        return self.conv_in.weight.device
-
     def _add_levels(self, temb: int, style: ResidualStyle) -> None:
         c, ch = self.config, self.config.channels
 

@@ -132,6 +132,11 @@ class AutoencoderKL(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.encoder.conv_in.weight.dtype
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype; weights may be stored in half that width."""
+        return self.encoder.conv_norm_out.weight.dtype
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, z, H/8, W/8)"""
         mean, logvar = self.quant_conv(self.encoder(x)).contiguous().chunk(2, dim=1)

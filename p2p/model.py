@@ -28,6 +28,7 @@ from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import finite, kind, tensor, whole, within
 from p2p.request.schedules import Schedule, flow_sampler_schedule, sampler_schedule
 from p2p.sampler import Clip
+from p2p.weights.content import content
 from p2p.weights.digest import together
 from p2p.weights.scheduler import Flow
 from p2p.weights.untrusted import brief
@@ -75,8 +76,9 @@ class Model:
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)   # that decide pixels
     # the arguments of `load` that decide pixels
     load_options: Mapping[str, Any] = field(default_factory=dict)
-    # where "vae", "text", "lora" and "embeddings" were loaded from, if they were given
+    # where "vae", "text", "lora" and "embeddings" were loaded from; the class of a "pipeline" in memory
     places: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[str, str] = field(default_factory=dict)   # digests of weights in memory
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.unet.parameters()) / 1e6
@@ -146,7 +148,7 @@ class Model:
 
     @property
     def sha256(self) -> str | None:
-        return self.digests.get("model")
+        return content(self, self._known) if "pipeline" in self.places else self.digests.get("model")
 
     @property
     def overrides(self) -> dict[str, Any]:

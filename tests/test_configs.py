@@ -277,6 +277,18 @@ def test_the_sampler_is_the_one_of_the_index(tmp_path, own, index):
     assert find(folder).notes == ([] if used == "DDIMScheduler" else [f"the folder's sampler is {used}; DDIM samples here"])
 
 
+def test_a_solver_without_a_bound_says_so_in_no_json(tmp_path):
+    """diffusers writes -Infinity, the default of a field that changes nothing here; no other is read."""
+    folder = laid_out(tmp_path, published.SD1)
+    config = folder / "scheduler" / "scheduler_config.json"
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
+        kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(config.parent)
+        assert "-Infinity" in config.read_text() and find(folder).sampling.prediction == "eps"
+    config.write_text(config.read_text().replace("0.012", "-Infinity"))
+    with pytest.raises(CheckpointError, match="-Infinity is no finite number"):
+        find(folder)
+
+
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_what_the_index_denies_and_the_folder_holds_is_noted(tmp_path, name):
     folder = laid_out(tmp_path, published.SD1 | {"model_index.json": published.SD21["model_index.json"]})

@@ -80,6 +80,7 @@ class Package:
     t5: Part | None = None         # of Stable Diffusion 3 and FLUX
     tokenizer: Path | None = None   # the folder of a model that has T5's
     kind: str = ""                 # of those families, see `p2p.weights.mmdit.kind_of`
+    pipeline: str | None = None          # the class of the pipeline in memory that it is, instead of files
 
     @property
     def prediction(self) -> str:

@@ -30,6 +30,7 @@ class TensorFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    shared = False   # its tensors are in use elsewhere: a model takes them as they are, and copies none
 
     def __getitem__(self, key: str) -> Tensor:
         raise KeyError(key)
@@ -172,7 +173,7 @@ class Renamed(TensorFile):
 
     def __init__(self, file: TensorFile, names: dict[str, str]):
         self._file, self._names = file, names
-        self.path, self.metadata = file.path, file.metadata
+        self.path, self.metadata, self.shared = file.path, file.metadata, file.shared
         self.shapes = {new: file.shapes[old] for new, old in names.items()}
         self.dtypes = {new: file.dtypes[old] for new, old in names.items()}
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from p2p.models.layers import widened_names
 from p2p.models.unet import UNetConfig
@@ -52,16 +53,62 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
     one.
 
     dtype: None as in the file. held: another, for what linear layers and convolutions hold; they widen it as
-    they compute.
+    they compute. Tensors that are in use elsewhere stay the same memory, see `_shared`.
     """
     with torch.device("meta"):
-        module = built(part, build)
-    large, state = widened_names(module), {}
-    for name, tensor in read_tensors(part, lambda _: module, what):
+        module = built(part, build).requires_grad_(False)
+    large, state, made = widened_names(module), {}, {}
+    plan = _plan(part, module, what)
+    for name, tensor in _read(part, plan, module):
         wanted = held if held and name in large else dtype
-        state[name] = (tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor).to(device)
-    module.load_state_dict(state, strict=True, assign=True)
+        if _shared(part, plan[name], name, device, wanted):
+            tensors = [part.file[k] for k in plan[name].keys]
+            as_it_is = tensor.data_ptr() == tensors[0].data_ptr() and tensor.is_contiguous()
+            if as_it_is and (wanted in (None, tensor.dtype) or name in large):
+                state[name] = tensor
+            else:
+                made[name] = _Made(tensors, plan[name], tensor.shape, wanted)
+        else:
+            tensor = tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor
+            state[name] = tensor.to(device)
+    module.load_state_dict(state, strict=not made, assign=True)
+    for name, how in made.items():
+        owner, _, leaf = name.rpartition(".")
+        parametrize.register_parametrization(module.get_submodule(owner), leaf, how, unsafe=True)
     return module.eval().requires_grad_(False)
+
+
+def _shared(part: Part, source: Source, name: str, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether a tensor of a module is made of the memory of one that is in use elsewhere: unless an add-on
+    changes it, or it lies on another device, or is wider than asked for."""
+    if not part.file.shared or name in part.changes:
+        return False
+    held = part.file[source.keys[0]]
+    there = held.device.type == device.type and device.index in (None, held.device.index)
+    return there and (dtype is None or dtype == held.dtype or dtype.itemsize > held.dtype.itemsize)
+
+
+def copied(part: Part, module: nn.Module) -> int:
+    """Bytes of a module's weights beyond those of a file whose tensors are in use elsewhere."""
+    there = {part.file[key].untyped_storage().data_ptr() for key in part.file.shapes}
+    return sum(p.nbytes for p in module.parameters() if p.untyped_storage().data_ptr() not in there)
+
+
+class _Made(nn.Module):
+    """A tensor that is made of others (queries, keys and values joined, say) whenever it is read, so that it
+    takes no memory and follows their changes."""
+
+    def __init__(self, tensors: list[Tensor], source: Source, shape: torch.Size, dtype: torch.dtype | None):
+        super().__init__()
+        self.source, self.shape, self.dtype, self._tensors = source, shape, dtype, tensors
+
+    def right_inverse(self, _: Tensor) -> list[Tensor]:
+        """The tensors themselves, which torch registers in place of the parameter."""
+        tensors, self._tensors = self._tensors, []
+        return tensors
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return _joined(tensors, self.source, self.shape).to(self.dtype or tensors[0].dtype).contiguous()
 
 
 def built(part: Part, build: Callable[[Any], nn.Module]) -> nn.Module:
@@ -79,9 +126,14 @@ def read_tensors(part: Part, build: Callable[..., nn.Module],
                  what: str = "model") -> Iterator[tuple[str, Tensor]]:
     """Own name and tensor, one at a time, after names and shapes of all were checked; tensors that
     add-ons change (see `p2p.weights.lora`) in float32 or wider. Raises CheckpointError."""
-    path, shapes = part.file.path, part.file.shapes
     with torch.device("meta"):
-        want = built(part, build).state_dict()
+        module = built(part, build)
+    return _read(part, _plan(part, module, what), module)
+
+
+def _plan(part: Part, module: nn.Module, what: str) -> dict[str, Source]:
+    """Where every tensor comes from, with the prefix. Raises CheckpointError unless names and shapes fit."""
+    path, shapes, want = part.file.path, part.file.shapes, module.state_dict()
     plan = {name: s._replace(keys=tuple(part.prefix + k for k in s.keys))
             for name, s in sources(part, list(want)).items()}
     read = {k for s in plan.values() for k in s.keys}
@@ -103,6 +155,11 @@ def read_tensors(part: Part, build: Callable[..., nn.Module],
             wrong.append(f"{s.keys[0]} is {list(shape)}, expected {list(want[name].shape)}")
     if wrong:
         raise CheckpointError(f"{path}: its {what} does not fit: {listed('shapes', wrong)}")
+    return plan
+
+
+def _read(part: Part, plan: dict[str, Source], module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    want = module.state_dict()
     for name, s in plan.items():
         tensor = _tensor(part, s, want[name])
         for change in part.changes.get(name, ()):
@@ -110,15 +167,18 @@ def read_tensors(part: Part, build: Callable[..., nn.Module],
         yield name, tensor
 
 
-def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
-    tensors = [part.file[k] for k in source.keys]
+def _joined(tensors: Sequence[Tensor], source: Source, shape: torch.Size) -> Tensor:
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if source.share[1] > 1:
         k, n, dim = source.share
         tensor = tensor.unflatten(0, (-1, n, dim))[:, k].flatten(0, 1)
     if source.swapped:
         tensor = torch.cat(tensor.chunk(2)[::-1])
-    tensor = (tensor.T if source.transposed else tensor).reshape(want.shape)
+    return (tensor.T if source.transposed else tensor).reshape(shape)
+
+
+def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
+    tensor = _joined([part.file[k] for k in source.keys], source, want.shape)
     if tensor.is_floating_point() != want.is_floating_point():
         raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds {tensor.dtype}.")
     # isfinite() of the whole would allocate as much again, and the allocator keeps what it once held

@@ -3,6 +3,7 @@ refused."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,10 @@ def scheduler_class(index: dict[str, Any]) -> Any:
 
 
 def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | None = None,
-                ema: bool = False) -> Package:
+                ema: bool = False, opened: Callable[[Path, list[str]], TensorFile] = weights_file) -> Package:
     """Recognises a Stable Diffusion folder by the configs of its parts. replacement: see `find_vae`. ema: the
-    averaged weights that diffusers' training scripts save beside the UNet. Raises CheckpointError."""
+    averaged weights that diffusers' training scripts save beside the UNet. opened: gives the weights of a
+    part's folder. Raises CheckpointError."""
     notes: list[str] = []
     index, unet_folder = read_index(path, notes), _unet_folder(path, ema, notes)
     configs, where = [path / "model_index.json"], unet_folder / "config.json"
@@ -103,12 +105,12 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
                               "SDXL base model.")
     first = read_json(path / "text_encoder" / "config.json")
     family = PIPELINES[kind] or ("sd1" if first.get("hidden_act", "quick_gelu") == "quick_gelu" else "sd2")
-    towers = [folder_text(path, "text_encoder", first, family, False, notes)]
+    towers = [folder_text(path, "text_encoder", first, family, False, notes, opened)]
     if family == "sdxl":
         second = read_json(path / "text_encoder_2" / "config.json")
-        towers.append(folder_text(path, "text_encoder_2", second, family, True, notes))
+        towers.append(folder_text(path, "text_encoder_2", second, family, True, notes, opened))
     text = [part for part, _ in towers]
-    unet = Part(weights_file(unet_folder, notes), "", "own", unet_from_config(where, unet_config, family))
+    unet = Part(opened(unet_folder, notes), "", "own", unet_from_config(where, unet_config, family))
     check_widths(path, unet.config.context_dim, text)
     check_vector(where, unet_config, family, text[-1].config.pooled_dim)
     configs += [where, *(c for _, files in towers for c in files)]
@@ -116,7 +118,7 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     if replacement is not None:
         vae, scale = replacement
     elif (path / "vae").exists():
-        vae, scale = find_folder_vae(path / "vae", notes)
+        vae, scale = find_folder_vae(path / "vae", notes, opened(path / "vae", notes))
         configs.append(path / "vae" / "config.json")
     sampling = Sampling(scaled_linear(),
                         why="a guess, the folder has no scheduler: give prediction if it is wrong")
@@ -246,8 +248,8 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
     return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor", 0.18215)
 
 
-def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool,
-                notes: list[str]) -> tuple[Part, list[Path]]:
+def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str],
+                opened: Callable[[Path, list[str]], TensorFile]) -> tuple[Part, list[Path]]:
     """A text tower and its tokenizer's settings, and the configs that were read for it."""
     where = path / name / "config.json"
     fields.check(where, c, fields.TEXT)
@@ -256,7 +258,7 @@ def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: b
     act = c.get("hidden_act", "quick_gelu")
     if act not in ("quick_gelu", "gelu"):
         raise CheckpointError(f"{where}: hidden_act {fields.short(act)}; supported: quick_gelu, gelu.")
-    file = weights_file(path / name, notes)
+    file = opened(path / name, notes)
     prefix = "text_model." if any(k.startswith("text_model.") for k in file.shapes) else ""
     n = c.get("num_hidden_layers", 12)
     width, heads = c.get("hidden_size", 512), c.get("num_attention_heads", 8)

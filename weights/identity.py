@@ -13,7 +13,8 @@ Place = str | Path | None
 
 
 def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, Files]:
-    """The files of the "model" itself, and of the "vae" and "text" given in place of its own."""
+    """The files of the "model" itself (a pipeline in memory has none), and of the "vae" and "text" given in
+    place of its own."""
     root = package.where if package.where.is_dir() else package.where.parent
     parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
     used = [*package.configs, *(f for part in parts for f in part.file.files)]
@@ -21,7 +22,7 @@ def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, 
         used += _tower(package.tokenizer, T5[package.family]) if package.tokenizer else []
     if package.family == "if" and text is None and package.where.is_dir():
         used += _tower(package.where, "")
-    out = {"model": _named(root, used)}
+    out = {} if package.pipeline else {"model": _named(root, used)}
     if vae is not None and package.vae:
         out["vae"] = _autoencoder(package.vae)
     if text is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from p2p.models.mmdit import MMDiT, MMDiTConfig
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import averages, deepfloyd, hub, keys, keys_mmdit, mmdit, refuse, texts
+from p2p.weights import averages, deepfloyd, hub, in_memory, keys, keys_mmdit, mmdit, refuse, texts
 from p2p.weights.detect import (
     FAMILIES,
     FLOWS,
@@ -32,7 +32,7 @@ from p2p.weights.embeddings import add_words, attach_words
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
 from p2p.weights.files import open_file
-from p2p.weights.fill import fill, stored
+from p2p.weights.fill import copied, fill, stored
 from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
 from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
@@ -55,12 +55,12 @@ class Checkpoint:
     vae: AutoencoderKL | None
 
 
-def find(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
+def find(source: Any = "emoji", family: str | None = None, prediction: str | None = None,
          vae: str | Path | None = None, ema: bool = False, clip_skip: int = 0,
          zero_snr: bool = False, lora: Sequence[tuple[Path, float]] = (),
          embeddings: Sequence[tuple[Path, str | None]] = ()) -> Package:
-    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, or
-    an "org/name" of the Hub (which is downloaded), without loading it.
+    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, an
+    "org/name" of the Hub (which is downloaded), or a diffusers pipeline in memory, without loading it.
 
     The other arguments override what is recognised; see `p2p.load`. lora: files with their weights.
     embeddings: files with their words (None: the file's own). Raises CheckpointError.
@@ -69,13 +69,14 @@ def find(source: str | Path = "emoji", family: str | None = None, prediction: st
         raise CheckpointError(f"family {family!r} is not known; known: {', '.join(FAMILIES)}")
     if prediction is not None and prediction not in PREDICTIONS:
         raise CheckpointError(f"prediction {prediction!r} is not known; known: {', '.join(PREDICTIONS)}")
-    path = _path(source)
-    if not path.exists() and str(source) in BUNDLED:
-        path = BUNDLED[str(source)]
-    elif not path.exists() and hub.is_id(str(source)):
-        path = hub.download(str(source), **({"ema": ema} if ema else {}))
+    pipe = None if isinstance(source, (str, Path)) else source
+    path = in_memory.place_of(pipe) if pipe is not None else _place(source, ema)
     replacement = None if vae is None else find_vae(vae)
-    package = _recognised(path, partial(_find, replacement=replacement, ema=ema))
+    if pipe is not None:
+        _no_averages(path, ema)
+        package = _recognised(path, partial(in_memory.find_pipeline, pipe=pipe, replacement=replacement))
+    else:
+        package = _recognised(path, partial(_find, replacement=replacement, ema=ema))
     if family and family != package.family:
         raise CheckpointError(f"{path}: asked to be read as {family}, but it is a model of the family "
                               f"{package.family}.")
@@ -195,6 +196,16 @@ def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) 
     raise CheckpointError(f"{path}: {what}; supported: {known}. Use the text-to-image model of its family.")
 
 
+def _place(source: str | Path, ema: bool) -> Path:
+    """Where a model lies, downloaded if need be. Raises CheckpointError."""
+    path = _path(source)
+    if not path.exists() and str(source) in BUNDLED:
+        return BUNDLED[str(source)]
+    if not path.exists() and hub.is_id(str(source)):
+        return hub.download(str(source), **({"ema": ema} if ema else {}))
+    return path
+
+
 def _path(source: str | Path) -> Path:
     """The source as a path. Raises CheckpointError where it cannot be one."""
     try:
@@ -259,7 +270,13 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
     elif text_from is not None and package.family not in FLOWS:
         raise CheckpointError(f"{package.where}: a model of the family {package.family} has its own text "
                               f"tower, not {text_from}.")
-    add_words(package.words, text)
     part = package.vae
     vae = fill("autoencoder", part, AutoencoderKL, device, vae_dtype or stored(part)) if part else None
+    if package.pipeline:
+        filled = [(package.unet, unet), *zip(package.text, text), *([(part, vae)] if part and vae else [])]
+        anew = sum(copied(p, module) for p, module in filled if p.file.shared)
+        if anew > 0.01 * sum(p.nbytes for _, module in filled for p in module.parameters()):
+            package.notes.append(f"{anew / 1e9:.1f} GB of weights are copies of the pipeline's, made for "
+                                 "another device, a shorter dtype, or by add-ons")
+    add_words(package.words, text)
     return Checkpoint(package, unet, text, vae)

@@ -3,6 +3,7 @@ have."""
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ _FINITE = ("beta_end", "beta_start", "dynamic_thresholding_ratio", "layer_norm_e
            "scaling_factor", "shift_factor", "shift", "base_shift", "max_shift")
 
 
+# diffusers' DPM-Solvers write this default of theirs, which is no JSON
+_UNBOUNDED = re.compile(r'("lambda_min_clipped"\s*:\s*)-Infinity')
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a config and checks its sizes. Raises CheckpointError."""
     config = parsed(path)
@@ -49,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parsed(path: Path) -> dict[str, Any]:
     """Reads a file of one JSON object. Raises CheckpointError."""
     try:
-        config = parse_json(read_text(path))
+        config = parse_json(_UNBOUNDED.sub(r"\1null", read_text(path)))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; the folder is not complete.") from None
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from p2p.request.settings import from_settings
 from p2p.run import Result
 from p2p.show.pictures import read_settings
 from p2p.weights.averages import taken_unasked
+from p2p.weights.content import content
 from p2p.weights.hub import is_id
 from p2p.weights.load import BUNDLED, find
 
@@ -85,6 +86,10 @@ def _recorded(args: argparse.Namespace, settings: dict[str, Any]) -> p2p.Model:
     files = {option: _place(args, option, places.get(option)) for option in ("vae", "text")}
     # older pictures lack them
     read = {name: settings[name] for name in ("tile", "ema", "clip_skip", "zero_snr") if name in settings}
+    if (pipeline := places.get("pipeline")) and args.model is None:
+        raise p2p.CheckpointError(f"{args.replay}: made by a {pipeline} in memory ({settings['model']}), "
+                                  "which is no file: save it, pipe.save_pretrained(FOLDER), and say "
+                                  "--model FOLDER")
     where = _place(args, "model", settings["model"])
     if "ema" not in settings and taken_unasked(find(where, vae=files["vae"]).unet.file):
         options.say([f"{args.replay} is of a version that took the averaged weights (EMA) of a file that "
@@ -125,6 +130,8 @@ def _same_model(args: argparse.Namespace, model: p2p.Model, settings: dict[str, 
                 option: str = "model") -> None:
     """Raises CheckpointError unless the model is the recorded one, as far as it is recorded."""
     identity = model.identity()
+    if (settings.get("places") or {}).get("pipeline"):
+        identity["sha256"] = content(model)   # of the weights, not of files
     required = identity if "version" in settings else ("sha256",)   # older pictures record less
     if lost := [k for k in identity if k not in settings and k in required]:
         options.say([f"{args.replay} does not say the {', '.join(lost)} of the {option} that made it, so "

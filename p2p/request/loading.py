@@ -17,6 +17,7 @@ from p2p.weights import load as loading
 from p2p.weights.detect import FAMILY_RULE, Package
 from p2p.weights.fill import stored
 from p2p.weights.identity import files
+from p2p.weights.in_memory import device_of, is_pipeline, name_of
 from p2p.weights.untrusted import brief
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,10 +35,10 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     return device
 
 
-def find_model(model: Model | str | Path) -> Model:
-    """Returns the model, loaded for this call alone if it is given by name. Raises CheckpointError,
-    UsageError."""
-    if isinstance(model, (str, Path)):
+def find_model(model: Any) -> Model:
+    """Returns the model, loaded for this call alone if what it is loaded from is given. Raises
+    CheckpointError, UsageError."""
+    if isinstance(model, (str, Path)) or is_pipeline(model):
         return load(model)
     if not isinstance(model, Model):
         raise UsageError("a model is needed, as p2p.load gives it, or what it is loaded from, not "
@@ -45,20 +46,21 @@ def find_model(model: Model | str | Path) -> Model:
     return model
 
 
-def load(source: str | Path = "emoji", family: str | None = None, prediction: str | None = None,
+def load(source: Any = "emoji", family: str | None = None, prediction: str | None = None,
          device: str | torch.device | None = None, dtype: torch.dtype | None = None,
          vae: str | Path | None = None, text: str | Path | None = None, compile: bool = False,
          held: torch.dtype | None = None, offload: bool = False, tile: int | None = None, ema: bool = False,
          clip_skip: int | None = None, zero_snr: bool = False, lora: Any = None,
          embeddings: Any = None) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2, XL, 3 or 3.5 or FLUX.1
-    checkpoint (a .safetensors or .ckpt file under its original names, or a diffusers folder), or a stage of
-    DeepFloyd IF (a diffusers folder, or a file in its own naming).
+    checkpoint (a .safetensors or .ckpt file under its original names, a diffusers folder, or, of the first
+    three, a diffusers pipeline in memory, whose weights stay shared where device and dtype allow it), or a
+    stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji") and prediction ("eps", "v", "x0") are
-    detected where None, and reported in `Model.notes`. device: None for a GPU if there is one. dtype:
-    float32 on a CPU, elsewhere the one that most of the UNet is stored in; SDXL's autoencoder always runs
-    in float32, where half precision overflows.
+    family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji") and prediction ("eps", "v", "x0") are detected
+    where None, and reported in `Model.notes`. device: None for a pipeline's own, or a GPU if there is one.
+    dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in; SDXL's autoencoder always
+    runs in float32, where half precision overflows.
     vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX,
     the folder of a model that holds T5 (the model's own where None; CLIP too, where the model has none), or
     a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run the UNet through
@@ -79,16 +81,16 @@ def load(source: str | Path = "emoji", family: str | None = None, prediction: st
                      held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
     tile = None if tile is None else whole("tile, in latents,", tile, least=8)
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
-    device = find_device(device)
+    device = find_device(device_of(source) if is_pipeline(source) and device is None else device)
     package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr, add_ons.loras(lora),
                            add_ons.words(embeddings))
     dtype = _compute_dtype(dtype, held, device, package)
     c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
     _prepare(c, offload, compile)
-    return Model(str(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
+    return Model(name_of(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
                  offload=offload, tile=tile, files=files(package, vae, text),
                  load_options=_load_options(ema, clip_skip, zero_snr, held) | add_ons.identity(package),
-                 places=_places(vae=vae, text=text) | add_ons.places(package),
+                 places=_places(vae=vae, text=text, pipeline=package.pipeline) | add_ons.places(package),
                  **_detected(package, tile is not None and c.vae is None),
                  **_defaults(package, c.unet))
 
@@ -154,8 +156,9 @@ def _defaults(package: Package, unet: Network) -> dict[str, Any]:
 
 
 def _check_arguments(source: object, **arguments: object) -> None:
-    if not isinstance(source, (str, Path)):
-        raise UsageError(f"a model is named by a string or a path, not {brief(source)}")
+    if not isinstance(source, (str, Path)) and not is_pipeline(source):
+        raise UsageError("a model is named by a string or a path, or is a diffusers pipeline, not "
+                         f"{brief(source)}")
     for name, value in arguments.items():
         if name in ("compile", "offload", "ema", "zero_snr"):
             flag(name, value)
