@@ -147,12 +147,8 @@ def test_targets_blend_each_in_its_own_way(emoji):
         assert (found - wanted).abs().max() <= 1e-3 * wanted.std()
 
 
-<<<<<<< Updated upstream
-def test_outside_the_mask_the_picture_is_the_source(emoji):
-=======
 @pytest.mark.slow
-def test_outside_the_mask_the_picture_is_the_source(narrow):
->>>>>>> Stashed changes
+def test_outside_the_mask_the_picture_is_the_source(emoji):
     """To the bit, whatever the start: the last step copies the source's pixels."""
     mask = torch.zeros(64, 64)
     mask[20:50, 10:40] = 1
@@ -161,12 +157,8 @@ def test_outside_the_mask_the_picture_is_the_source(narrow):
     assert same[mask == 0].all() and not same[mask == 1].all() and torch.equal(r.masks[0, 0], mask > 0)
 
 
-<<<<<<< Updated upstream
-def test_a_mask_limits_the_words(emoji):
-=======
 @pytest.mark.slow
-def test_a_mask_limits_the_words(narrow):
->>>>>>> Stashed changes
+def test_a_mask_limits_the_words(emoji):
     """Words alone, a mask alone, and both: both is where the two agree."""
     words = p2p.LocalBlend(words=("cat", "dog"), start=0.0, threshold=0.2)
     where = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=STEPS).masks[0, 0]

@@ -158,12 +158,8 @@ def rows_of(out):
         return list(csv.DictReader(f))
 
 
-<<<<<<< Updated upstream
-def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys):
-=======
 @pytest.mark.slow
-def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys, once):
->>>>>>> Stashed changes
+def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(data, out, "--methods", "noise", "--steps", "2")) == 0
     first = [r for r in rows_of(out)]
@@ -177,12 +173,8 @@ def test_a_second_run_adds_rows_and_overwrites_none(data, tmp_path, capsys, once
     assert "### official, by editing type" in (out / "pie.md").read_text()
 
 
-<<<<<<< Updated upstream
-def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data, tmp_path, capsys, monkeypatch):
-=======
 @pytest.mark.slow
-def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data, tmp_path, capsys, once, monkeypatch):
->>>>>>> Stashed changes
+def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     asked = command(data, out, "--methods", "noise", "--limit", "2")
     assert main([*asked, "--steps", "2"]) == 0

@@ -1,5 +1,6 @@
 """What a checkpoint predicts and over which noise schedule: said by argument, file or folder, or guessed and noted."""
 import families
+import pytest
 import torch
 from oracles import diffusers
 from safetensors.torch import load_file, save_file
