@@ -17,7 +17,7 @@ from torch import Tensor
 from p2p import align
 from p2p.blend import LocalBlend, listed, placed
 from p2p.denoise import Batch
-from p2p.edits import Edit, check, choose_mode
+from p2p.edits import Edit, check, choose_mode, with_windows
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.text import Tokens
@@ -64,7 +64,7 @@ class EditRequest:
     edits: list[Edit]
     tokens: list[Tokens]         # of the source, then of each target
     blends: list[LocalBlend | None]   # by target, with its scope expressed as a blend
-    chosen: list[bool]           # by target, whether its mode was chosen from the prompts
+    given: list[Edit]            # the edits whose mode or windows are None where these were chosen
     notes: list[str]             # on what scopes leave out
 
     @property
@@ -74,10 +74,11 @@ class EditRequest:
 
     @property
     def recorded(self) -> list[Edit]:
-        """The edits as settings record them: without the mode where another editor does not read it."""
+        """The edits as settings record them: without what another editor does not read."""
         if self.editor is None:
             return self.edits
-        return [replace(e, mode=None) if e.scope is None else e for e in self.edits]
+        edits = [replace(e, cross_replace_steps=None, self_replace_steps=None) for e in self.edits]
+        return [replace(e, mode=None) if e.scope is None else e for e in edits]
 
     def pairs(self) -> list[tuple[Edit, Tokens]]:
         return list(zip(self.edits, self.tokens[1:]))
@@ -111,8 +112,9 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
-    chosen = [e.mode is None for e in edits]
-    edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(edits, target_tokens)]
+    given = edits
+    edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(given, target_tokens)]
+    edits = [with_windows(source_tokens, t, e, str(e.mode)) for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
     notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt
              for note in check_prompt(raw.prompt)]
@@ -126,7 +128,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         layers.chosen(e.layers, model.unet)
     placed(blends, model.unet, settled.shape[1:])
     return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
-                       chosen, notes)
+                       given, notes)
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
