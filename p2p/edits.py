@@ -135,11 +135,11 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
     return "replace" if align.is_swap(source, target) else "refine"
 
 
-def with_windows(source: Tokens, target: Tokens, edit: Edit, mode: str) -> Edit:
-    """The edit with the usual windows of what it does in place of those that are None."""
+def decided(source: Tokens, target: Tokens, edit: Edit, mode: str) -> Edit:
+    """The edit in this mode, with the usual windows of what it does in place of those that are None."""
     usual = windows.usual(source, target, mode)
     cross, self_ = edit.cross_replace_steps, edit.self_replace_steps
-    return replace(edit, cross_replace_steps=usual.cross if cross is None else cross,
+    return replace(edit, mode=mode, cross_replace_steps=usual.cross if cross is None else cross,
                    self_replace_steps=usual.self_ if self_ is None else self_)
 
 
@@ -236,7 +236,7 @@ class Tables(NamedTuple):
 def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
            schedule_steps: int | None = None) -> Tables:
     """Computes the tables of one target. schedule_steps: of the schedule, where some are left out."""
-    edit = with_windows(source, target, edit, mode)
+    edit = decided(source, target, edit, mode)
     m, a = alignment(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]

@@ -10,7 +10,7 @@ import p2p
 from benchmarks import paired
 from p2p.cli import checks, commands, options, values
 from p2p.cli.parser import main, parsers
-from p2p.edits import cross_alpha, with_windows
+from p2p.edits import cross_alpha, decided
 from p2p.lists import jobs, protocol
 from p2p.model import STEPS
 from p2p.models.text import tokens
@@ -36,7 +36,7 @@ def test_a_window_of_a_word_means_the_same_in_a_command_in_python_and_in_a_list(
     line = {"source": PROMPTS[0], "targets": [PROMPTS[1]], **listed}
     edits = [p2p.Edit(PROMPTS[1], **options.edit_settings(parsed("edit", *PROMPTS, *argv))),
              p2p.Edit(PROMPTS[1], cross_replace_steps=meant), jobs.parse(line, 1, Path(), emoji).targets[0]]
-    windows = [with_windows(tokens(PROMPTS[0]), target, e, "replace").cross_replace_steps for e in edits]
+    windows = [decided(tokens(PROMPTS[0]), target, e, "replace").cross_replace_steps for e in edits]
     alphas = [cross_alpha(w, target, 50, 32) for w in windows]
     assert (alphas[0] == alphas[1]).all() and (alphas[0] == alphas[2]).all()
 

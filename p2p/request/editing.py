@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+import p2p
 from p2p import align
 from p2p.blend import LocalBlend, listed, placed
 from p2p.denoise import Batch
-from p2p.edits import Edit, check, choose_mode, with_windows
+from p2p.edits import Edit, check, choose_mode, decided
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.text import Tokens
@@ -85,11 +86,12 @@ class EditRequest:
 
 
 def edit_request(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-                 editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
+                 editor: Editor | str | None = None, record: Record = Record(),
+                 **settings: Any) -> EditRequest:
     """Checks the arguments of `edit`. source: also an inversion that has no latents yet, see
     `inverting.expected`. Raises UsageError."""
     settings = understood(settings, EDITING + SAMPLING, "an edit")
-    _check_kinds(model, editor, record)
+    editor = _checked_editor(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
     if sampling.proximal is not None:
         proximal_by(sampling.proximal)
@@ -112,9 +114,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
-    given = edits
-    edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(given, target_tokens)]
-    edits = [with_windows(source_tokens, t, e, str(e.mode)) for e, t in zip(edits, target_tokens)]
+    given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t))
+                           for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
     notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt
              for note in check_prompt(raw.prompt)]
@@ -150,17 +151,20 @@ def understood(settings: Mapping[str, Any], known: Sequence[str], what: str) -> 
     return out
 
 
-def _check_kinds(model: Model, editor: Editor | None, record: Record) -> None:
-    """Raises UsageError."""
+def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -> Editor | None:
+    """The editor, also by its name. Raises UsageError."""
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
     Record.check(record)
+    if isinstance(editor, str):
+        editor = p2p.editors.find_editor(editor)   # by the facade: editors import this module
     if editor is not None and not isinstance(editor, Editor):
-        raise UsageError("editor: an object is needed, such as p2p.MasaCtrl() or p2p.PlugAndPlay(), not "
-                         f"{brief(editor)}")
+        raise UsageError("editor: a name, such as \"masactrl\", or an object is needed, such as "
+                         f"p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves "
                          "those of text alone")
+    return editor
 
 
 def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sampling:

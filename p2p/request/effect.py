@@ -11,7 +11,7 @@ import torch
 
 from p2p import align
 from p2p.blend import Blend, LocalBlend, sites_of_side
-from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed, with_windows
+from p2p.edits import Edit, Tables, alignment, cross_alpha, decided, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import SelfAttention
@@ -28,7 +28,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
             schedule_steps: int | None = None) -> list[str]:
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
     makes them of the other arguments."""
-    given, edit = edit, with_windows(source, target, edit, mode)
+    given, edit = edit, decided(source, target, edit, mode)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -153,11 +153,19 @@ def weights_as_equalizer(model: Model, edit: Edit) -> Edit:
     return replace(edit, prompt=escaped(prompt.text), equalizer=merged or None)
 
 
+def below_zero(prompt: str, weights: Mapping[str, float]) -> list[str]:
+    """A note on weights that often break a picture."""
+    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in weights.items() if weight < 0)
+    return [f'"{prompt}": weights below 0 ({words}) are in the paper, but often break pictures: if this one '
+            "does, give a weight nearer to 0, or 0, or shorter windows"] if words else []
+
+
 def notes(model: Model, prompt: str) -> list[str]:
     """What the weights of a prompt whose embedding they act on are. Raises UsageError."""
     found = parsed(model, prompt)
     if found.plain:
         return [] if read(prompt).plain else [f'"{prompt}": brackets are text to {model.name}, and weigh '
                                               "nothing"]
-    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in equalizer(found, model.tokens).items())
-    return [f'"{prompt}": weights on the embedding: {words}']
+    weights = equalizer(found, model.tokens)
+    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in weights.items())
+    return [f'"{prompt}": weights on the embedding: {words}', *below_zero(prompt, weights)]

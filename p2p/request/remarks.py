@@ -18,7 +18,7 @@ from p2p.request.effect import (
     self_idle,
     without,
 )
-from p2p.request.emphasis import read
+from p2p.request.emphasis import below_zero, read
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late_start
@@ -51,7 +51,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
 def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) -> list[str]:
     source, notes = request.tokens[0], []
     for current, (e, t), given in zip(edit_tables, request.pairs(), request.given):
-        notes += _chosen(source, t, e, given)
+        notes += _chosen(source, t, e, given) + below_zero(e.prompt, e.equalizer or {})
         plain = read(request.source).plain and read(e.prompt).plain
         if source.ids == t.ids and plain and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
