@@ -130,10 +130,6 @@ class AutoencoderKL(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder.conv_in.weight.dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
         """Compute dtype; weights may be stored in half that width."""
         return self.encoder.conv_norm_out.weight.dtype
 

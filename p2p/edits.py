@@ -13,7 +13,7 @@ where A(j) is not None, c: the word weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from p2p.denoise import Batch
 from p2p.errors import UsageError
 from p2p.models.attention import AttentionEdit
 from p2p.models.text import Tokens
+from p2p.request import windows
 from p2p.request.checks import choice, finite, flag, whole
 from p2p.weights.untrusted import brief
 
@@ -44,8 +45,9 @@ class Edit:
     chosen from the prompts.
     cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of
         the target prompt {"default_": ..., "word": ...}; words that are not named are injected throughout.
+        None: by what the edit does (0.8; where a thing is added, less), see `request.windows`.
     self_replace_steps: share of the steps with self-attention injected, at sites of at most `self_max_tokens`
-        pixels: an end, or (start, end).
+        pixels: an end, or (start, end). None: by what the edit does (0.4, or less).
     self_max_tokens: None: 32 * 32 in a UNet, as in the official code; in an MM-DiT no limit.
     windows_over: the steps that these shares refer to: those of the "run", or all of the "schedule", though
         an inversion leaves some out; they are counted from the first that is run, as in the edit-friendly
@@ -68,8 +70,8 @@ class Edit:
 
     prompt: str
     mode: Literal["replace", "refine", "reweight"] | None = None
-    cross_replace_steps: Window | Mapping[str, Window] = 0.8
-    self_replace_steps: Window = 0.4
+    cross_replace_steps: Window | Mapping[str, Window] | None = None
+    self_replace_steps: Window | None = None
     self_max_tokens: int | None = None
     windows_over: Literal["run", "schedule"] = "run"
     equalizer: Mapping[str, float] | None = None
@@ -113,9 +115,10 @@ def check(edit: Edit) -> None:
     cross = edit.cross_replace_steps
     if isinstance(cross, Mapping) and not mapping(cross):
         raise UsageError(f"cross_replace_steps: {brief(cross)} is not a mapping of words to windows")
-    for value in cross.values() if isinstance(cross, Mapping) else [cross]:
+    for value in cross.values() if isinstance(cross, Mapping) else [] if cross is None else [cross]:
         window(value, "cross_replace_steps")
-    window(edit.self_replace_steps, "self_replace_steps")
+    if edit.self_replace_steps is not None:
+        window(edit.self_replace_steps, "self_replace_steps")
     if edit.local_blend is not None:
         check_blend(edit.local_blend, edit.scope is not None)
 
@@ -132,6 +135,14 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
     if source.ids == target.ids:
         return "reweight"
     return "replace" if align.is_swap(source, target) else "refine"
+
+
+def decided(source: Tokens, target: Tokens, edit: Edit, mode: str) -> Edit:
+    """The edit in this mode, with the usual windows of what it does in place of those that are None."""
+    usual = windows.usual(source, target, mode)
+    cross, self_ = edit.cross_replace_steps, edit.self_replace_steps
+    return replace(edit, mode=mode, cross_replace_steps=usual.cross if cross is None else cross,
+                   self_replace_steps=usual.self_ if self_ is None else self_)
 
 
 def window(value: Window, name: str) -> tuple[float, float]:
@@ -235,6 +246,7 @@ class Tables(NamedTuple):
 def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
            schedule_steps: int | None = None) -> Tables:
     """Computes the tables of one target. schedule_steps: of the schedule, where some are left out."""
+    edit = decided(source, target, edit, mode)
     m, a = alignment(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]

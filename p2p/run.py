@@ -85,7 +85,7 @@ class Result:
 
 
 def edit(model: Model | str | Path, source: str | Inversion | Path,
-         targets: str | Edit | Sequence[str | Edit], *, editor: Editor | None = None,
+         targets: str | Edit | Sequence[str | Edit], *, editor: Editor | str | None = None,
          record: Record = Record(), progress: bool = False,
          on_step: Callable[[Step], object] | None = None, **settings: Any) -> Result:
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
@@ -96,7 +96,8 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
     width, proximal, negative_prompt, low), and for targets that are plain prompts those of `Edit` (mode,
     cross_replace_steps, self_replace_steps, self_max_tokens, windows_over, equalizer, renormalise, swap,
     local_blend, scope, aligner). editor: another way to inject than Prompt-to-Prompt's, which takes no
-    windows or weights. record: which attention maps to keep in `maps`.
+    windows or weights: an object, or "masactrl" or "plug-and-play". record: which attention maps to keep in
+    `maps`.
     on_step: a function that is called with every step, see `steps`: a preview, say.
     Raises UsageError for words, windows or sizes that do not fit, NumericsError for values
     that are not finite.
@@ -143,7 +144,7 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
 
 
 def steps(model: Model | str | Path, source: str | Inversion | Path,
-          targets: str | Edit | Sequence[str | Edit], *, editor: Editor | None = None,
+          targets: str | Edit | Sequence[str | Edit], *, editor: Editor | str | None = None,
           record: Record = Record(), **settings: Any) -> Iterator[Step]:
     """The steps of an edit, one by one; the arguments are those of `edit`, whose result is the last one's x,
     decoded. Between two steps `step.x` may be changed, or replaced by another tensor of its shape (not the

@@ -10,11 +10,12 @@ import p2p
 from benchmarks import paired
 from p2p.cli import checks, commands, options, values
 from p2p.cli.parser import main, parsers
-from p2p.edits import cross_alpha
+from p2p.edits import cross_alpha, decided
 from p2p.lists import jobs, protocol
 from p2p.model import STEPS
 from p2p.models.text import tokens
 from p2p.request.mask_sites import level_in
+from p2p.request.windows import SWAPS
 from p2p.show.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +35,9 @@ def test_a_window_of_a_word_means_the_same_in_a_command_in_python_and_in_a_list(
     listed = {} if not argv else {"cross": {k: list(v) if isinstance(v, tuple) else v for k, v in meant.items()}
                                   if isinstance(meant, dict) else list(meant) if isinstance(meant, tuple) else meant}
     line = {"source": PROMPTS[0], "targets": [PROMPTS[1]], **listed}
-    windows = [p2p.Edit(PROMPTS[1], **options.edit_settings(parsed("edit", *PROMPTS, *argv))).cross_replace_steps,
-               p2p.Edit(PROMPTS[1], cross_replace_steps=meant).cross_replace_steps,
-               jobs.parse(line, 1, Path(), emoji).targets[0].cross_replace_steps]
+    edits = [p2p.Edit(PROMPTS[1], **options.edit_settings(parsed("edit", *PROMPTS, *argv))),
+             p2p.Edit(PROMPTS[1], cross_replace_steps=meant), jobs.parse(line, 1, Path(), emoji).targets[0]]
+    windows = [decided(tokens(PROMPTS[0]), target, e, "replace").cross_replace_steps for e in edits]
     alphas = [cross_alpha(w, target, 50, 32) for w in windows]
     assert (alphas[0] == alphas[1]).all() and (alphas[0] == alphas[2]).all()
 
@@ -147,8 +148,8 @@ def test_options_of_rows_are_refused_where_finished_pictures_alone_are_judged(ca
 
 def test_defaults_in_help_texts_are_those_of_the_code():
     """They are written out there, so that --help need not import torch."""
-    edit, blend, row = p2p.Edit(""), p2p.LocalBlend(), protocol.find("directinversion+p2p")
-    wanted = {"edit": {"cross": edit.cross_replace_steps, "self_": edit.self_replace_steps, "blend_threshold": blend.threshold,
+    blend, row = p2p.LocalBlend(), protocol.find("directinversion+p2p")
+    wanted = {"edit": {"cross": SWAPS.cross, "self_": SWAPS.self_, "blend_threshold": blend.threshold,
                        "blend_start": blend.start, "blend_level": level_in(None, blend.level), "steps": STEPS},
               "eval": {"cross": row.cross, "self_": row.self_, "steps": row.steps, "cfg": row.guidance_scale, "seed": row.seed}}
     for command, defaults in wanted.items():

@@ -38,11 +38,11 @@ def injection(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--mode", choices=["replace", "refine", "reweight"],
                     help="default: chosen from the prompts")
     ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
-                    help="share of the steps with the source's cross-attention, for all words (0.8) or for "
-                    "one of the target's; where words are named, the others are injected throughout unless "
-                    "END is given too")
+                    help="share of the steps with the source's cross-attention, for all words (0.8; where a "
+                    "thing is added, less) or for one of the target's; where words are named, the "
+                    "others are injected throughout unless END is given too")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
-                    help="the same for self-attention (0.4)")
+                    help="the same for self-attention (0.4, or less)")
     ap.add_argument("--windows-over", choices=["run", "schedule"],
                     help="shares of the steps that are run (run), or of the whole "
                     "schedule though an inversion leaves some out, as edit-friendly's code counts")

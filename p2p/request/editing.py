@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+import p2p
 from p2p import align
 from p2p.blend import LocalBlend, listed, placed
 from p2p.denoise import Batch
-from p2p.edits import Edit, check, choose_mode
+from p2p.edits import Edit, check, choose_mode, decided
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.network import Network
@@ -64,7 +65,7 @@ class EditRequest:
     edits: list[Edit]
     tokens: list[Tokens]         # of the source, then of each target
     blends: list[LocalBlend | None]   # by target, with its scope expressed as a blend
-    chosen: list[bool]           # by target, whether its mode was chosen from the prompts
+    given: list[Edit]            # the edits whose mode or windows are None where these were chosen
     notes: list[str]             # on what scopes leave out
 
     @property
@@ -74,10 +75,11 @@ class EditRequest:
 
     @property
     def recorded(self) -> list[Edit]:
-        """The edits as settings record them: without the mode where another editor does not read it."""
+        """The edits as settings record them: without what another editor does not read."""
         edits = [layers.for_network(e, self.model.unet) for e in self.edits]
         if self.editor is None:
             return edits
+        edits = [replace(e, cross_replace_steps=None, self_replace_steps=None) for e in edits]
         return [replace(e, mode=None) if e.scope is None else e for e in edits]
 
     def pairs(self) -> list[tuple[Edit, Tokens]]:
@@ -85,11 +87,12 @@ class EditRequest:
 
 
 def edit_request(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-                 editor: Editor | None = None, record: Record = Record(), **settings: Any) -> EditRequest:
+                 editor: Editor | str | None = None, record: Record = Record(),
+                 **settings: Any) -> EditRequest:
     """Checks the arguments of `edit`. source: also an inversion that has no latents yet, see
     `inverting.expected`. Raises UsageError."""
     settings = understood(settings, EDITING + SAMPLING, "an edit")
-    _check_kinds(model, editor, record)
+    editor = _checked_editor(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
     if sampling.proximal is not None:
         proximal_by(sampling.proximal)
@@ -112,8 +115,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
-    chosen = [e.mode is None for e in edits]
-    edits = [replace(e, mode=choose_mode(source_tokens, e, t)) for e, t in zip(edits, target_tokens)]
+    given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t))
+                           for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
     notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt
              for note in check_prompt(raw.prompt)]
@@ -127,7 +130,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         layers.chosen(e.layers, model.unet)
     placed(blends, model.unet, settled.shape[1:])
     return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
-                       chosen, notes)
+                       given, notes)
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
@@ -149,19 +152,22 @@ def understood(settings: Mapping[str, Any], known: Sequence[str], what: str) -> 
     return out
 
 
-def _check_kinds(model: Model, editor: Editor | None, record: Record) -> None:
-    """Raises UsageError."""
+def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -> Editor | None:
+    """The editor, also by its name. Raises UsageError."""
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, so there is no attention to inject into")
     Record.check(record)
+    if isinstance(editor, str):
+        editor = p2p.editors.find_editor(editor)   # by the facade: editors import this module
     if editor is not None and not isinstance(editor, Editor):
-        raise UsageError("editor: an object is needed, such as p2p.MasaCtrl() or p2p.PlugAndPlay(), not "
-                         f"{brief(editor)}")
+        raise UsageError("editor: a name, such as \"masactrl\", or an object is needed, such as "
+                         f"p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
     if (check_network := getattr(editor, "check", None)) is not None:
         check_network(model.unet)
     if editor is not None and record.before:
         raise UsageError("record.before: maps before the edit are Prompt-to-Prompt's; another editor leaves "
                          "those of text alone")
+    return editor
 
 
 def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sampling:

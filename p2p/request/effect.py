@@ -11,7 +11,7 @@ import torch
 
 from p2p import align
 from p2p.blend import Blend, LocalBlend
-from p2p.edits import Edit, Tables, alignment, cross_alpha, tables, window, windowed
+from p2p.edits import Edit, Tables, alignment, cross_alpha, decided, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.network import Network
@@ -28,6 +28,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
             schedule_steps: int | None = None) -> list[str]:
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
     makes them of the other arguments."""
+    given, edit = edit, decided(source, target, edit, mode)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
 
@@ -35,7 +36,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
         other = tables(source, target, replace(edit, **changed), mode, steps, length, schedule_steps)
         return torch.equal(current.mix, other.mix) and torch.equal(current.keep, other.keep)
 
-    notes = _windows(edit, steps, window_steps)
+    notes = _windows(edit, given, steps, window_steps)
     if edit.windows_over != DEFAULT["windows_over"] and schedule_steps in (None, steps):
         notes.append("windows_over changes nothing: no step of the schedule is left out")
     empty = ("the source's attention is injected in none of the steps there, and it acts in those alone: see "
@@ -75,9 +76,9 @@ def _less(mapping: Mapping[str, Any] | None, word: str) -> dict[str, Any]:
     return {k: v for k, v in (mapping or {}).items() if k != word}
 
 
-def _windows(edit: Edit, steps: int, window_steps: int) -> list[str]:
-    """Notes on windows that cover no step, and on limits of self-attention that is not injected.
-    window_steps: the number of steps that they are shares of."""
+def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str]:
+    """Notes on windows that cover no step, and on limits of self-attention that is not injected. given: with
+    None for windows that were chosen. window_steps: the number of steps that they are shares of."""
     notes, cross = [], edit.cross_replace_steps
     by_word = cross if isinstance(cross, Mapping) else {"default_": cross}
     named = {"cross_replace_steps": (by_word, window_steps + 1),
@@ -91,7 +92,7 @@ def _windows(edit: Edit, steps: int, window_steps: int) -> list[str]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                              f"of the {steps} steps")
     limit = edit.self_max_tokens != DEFAULT["self_max_tokens"]
-    share = edit.self_replace_steps != DEFAULT["self_replace_steps"]
+    share = given.self_replace_steps is not None
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
         notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")
     if share and edit.self_max_tokens == 0 and covers["self_replace_steps"]:
@@ -169,14 +170,15 @@ def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Seq
     return notes
 
 
-def self_idle(edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list[str]:
-    """Notes on settings of self-attention that do nothing here. shape: of the latents, (C, H, W)."""
+def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list[str]:
+    """Notes on settings of self-attention that do nothing here. edits: `given` with the windows that were
+    chosen. shape: of the latents, (C, H, W)."""
     pixels = model.unet.site_pixels(shape[1], shape[2])
     sizes = [pixels[site] for site in model.unet.self_sites()]
     notes = []
-    for e in edits:
+    for g, e in zip(given, edits):
         for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
-            if getattr(e, name) != DEFAULT[name]:
+            if getattr(g, name) != DEFAULT[name]:
                 notes.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
                              "self-attention")
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0

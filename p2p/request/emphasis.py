@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -174,6 +174,13 @@ def weights_as_equalizer(model: Model, edit: Edit) -> Edit:
     return replace(edit, prompt=escaped(prompt.text), equalizer=merged or None)
 
 
+def below_zero(prompt: str, weights: Mapping[str, float]) -> list[str]:
+    """A note on weights that often break a picture."""
+    words = ", ".join(f"{word} x {weight:.4g}" for word, weight in weights.items() if weight < 0)
+    return [f'"{prompt}": weights below 0 ({words}) are in the paper, but often break pictures: if this one '
+            "does, give a weight nearer to 0, or 0, or shorter windows"] if words else []
+
+
 def notes(model: Model, prompt: str) -> list[str]:
     """What the weights of a prompt whose embedding they act on are. Raises UsageError."""
     found = parsed(model, prompt)
@@ -182,4 +189,4 @@ def notes(model: Model, prompt: str) -> list[str]:
                                               "nothing"]
     weights = equalizer(found, first_tokens(model))
     words = ", ".join(f"{word} x {weight:.4g}" for word, weight in weights.items())
-    return [f'"{prompt}": weights on the embedding: {words}']
+    return [f'"{prompt}": weights on the embedding: {words}', *below_zero(prompt, weights)]

@@ -38,6 +38,7 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
      "write one prompt, and the other as an edit of it"),
 ))
 _BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
+_EMPTY = re.compile(rf"(?<!\\)\([\s()]*(?::\s*{_NUMBER}\s*)?\)|(?<!\\)\[\s*\]")
 _TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|\{([^{}]+)\}")
 
 
@@ -74,6 +75,9 @@ def _text_notes(prompt: str) -> list[str]:
     """Notes on what may be meant as syntax, and is read as text."""
     notes = []
     text = read(prompt).text
+    if found := _EMPTY.search(prompt):
+        notes.append(f'"{_short(prompt)}": {_short(found.group())} holds no word, and weighs nothing; a '
+                     'weight is written "(word:1.3)"')
     if colons := [part for part, weight in read(prompt).parts if weight != 1 and ":" in part]:
         notes.append(f'"{_short(prompt)}": {_short(colons[0])} is weighted by its brackets alone, and its '
                      'colon is text; a weight is written "(word:1.3)"')

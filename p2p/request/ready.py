@@ -55,10 +55,10 @@ class Ready(NamedTuple):
 
 
 def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit | Sequence[str | Edit], *,
-             editor: Editor | None = None, record: Record = Record(), **settings: Any) -> Ready:
+             editor: Editor | str | None = None, record: Record = Record(), **settings: Any) -> Ready:
     """Checks the arguments of `edit`, and lays out its run. Raises UsageError."""
     request = edit_request(model, source, targets, editor=editor, record=record, **settings)
-    inversion, sampling = request.inversion, request.sampling
+    inversion, sampling, editor = request.inversion, request.sampling, request.editor
     start, known, before = begun(model, sampling, request.settled, 1 + len(request.edits)), None, None
     if inversion is not None:
         start, known, before = _from_inversion(start, inversion)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from p2p.blend import Blend
-from p2p.edits import Tables
+from p2p.edits import Edit, Tables
+from p2p.models.text import Tokens
+from p2p.request import windows
 from p2p.request.editing import EditRequest, negatives
 from p2p.request.effect import (
     blend_idle,
@@ -16,7 +18,7 @@ from p2p.request.effect import (
     self_idle,
     without,
 )
-from p2p.request.emphasis import read
+from p2p.request.emphasis import below_zero, read
 from p2p.request.inverting import unguided
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late_start
@@ -36,7 +38,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
         notes += unguided(inversion.method)
     notes += request.notes
     if request.editor is None:
-        notes += self_idle(request.edits, request.model, shape)
+        notes += self_idle(request.given, request.edits, request.model, shape)
         notes += layers_idle(request.edits, request.model.unet)
     if blend is not None:
         idle_blends = zip(request.edits, blend_idle(request.blends, blend, steps))
@@ -48,23 +50,33 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
 
 def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) -> list[str]:
     source, notes = request.tokens[0], []
-    for current, (e, t), chosen in zip(edit_tables, request.pairs(), request.chosen):
-        if chosen:
-            notes.append(f'"{e.prompt}": mode {e.mode} (chosen from the prompts)')
+    for current, (e, t), given in zip(edit_tables, request.pairs(), request.given):
+        notes += _chosen(source, t, e, given) + below_zero(e.prompt, e.equalizer or {})
         plain = read(request.source).plain and read(e.prompt).plain
         if source.ids == t.ids and plain and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
-        idle_options = without(current, source, t, e, e.mode, steps, request.model.length,
+        idle_options = without(current, source, t, given, e.mode, steps, request.model.length,
                                request.schedule_steps)
         notes += [f'"{e.prompt}": {why}' for why in idle_options]
     return notes
 
 
+def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit) -> list[str]:
+    """What was chosen from the prompts."""
+    usual = windows.usual(source, target, str(edit.mode))
+    defaults = [f"{name} {value}" for name, value in (("cross_replace_steps", usual.cross),
+                                                      ("self_replace_steps", usual.self_))
+                if getattr(given, name) is None]
+    chosen = [f"mode {edit.mode} (chosen from the prompts)"] * (given.mode is None)
+    chosen += [f"{usual.does}: {', '.join(defaults)}"] if defaults else []
+    return [f'"{edit.prompt}": {"; ".join(chosen)}'] if chosen else []
+
+
 def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
     notes = editor_idle(request.editor, planned, steps)
-    for (e, t), chosen in zip(request.pairs(), request.chosen):
-        if not chosen and e.scope is None:
+    for (e, t), given in zip(request.pairs(), request.given):
+        if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
                          "editor replaces")
         same_prompt = request.editor.source_prompt in (None, request.source)

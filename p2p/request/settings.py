@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -86,4 +86,6 @@ def from_settings(settings: Mapping[str, Any]) -> list[Edit]:
         if lost:
             raise UsageError(f'the record of "{target["prompt"]}" does not say its {", ".join(lost)}, on '
                              "which the pixels depend: they cannot be made again")
+    if settings.get("editor") is not None:   # older versions recorded windows, which no other editor reads
+        edits = [replace(e, cross_replace_steps=None, self_replace_steps=None) for e in edits]
     return edits

@@ -223,11 +223,6 @@ def stepper_of(model: Model, start: Start, before: tuple[Tensor, Level] | None =
                    start.sampler)
 
 
-def begin(model: Model, sampling: Sampling, seeds: Sequence[object], n: int) -> Start:
-    """Checks the sampling of n rows, see `settle`, and draws their noise. Raises UsageError."""
-    return begun(model, sampling, settle(model, sampling, seeds, n), n)
-
-
 def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
     """Draws the noise of n rows whose sampling was checked by `settle`."""
     low, x_T = sampling.low, sampling.x_T

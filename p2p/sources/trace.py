@@ -20,9 +20,10 @@ from p2p.request.emphasis import condition
 from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
-from p2p.request.ready import empty_prompts
+from p2p.request.ready import empty_prompts, prompt_notes
+from p2p.request.remarks import sampling_idle
 from p2p.request.source import FOLLOW, Inversion
-from p2p.request.start import Sampling, begin, by_ddim, stepper_of
+from p2p.request.start import Sampling, begun, by_ddim, late_start, settle, stepper_of
 from p2p.weights.untrusted import brief
 
 
@@ -50,7 +51,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
     `generate`; eta 0), or an inversion whose source follows its stored latents (direct, edit-friendly). An
     edit then runs 2 rows a step for each target, one without guidance; latents_only: stores no queries, and
     the source's row is run. dtype: of the queries and keys (None: the model's; torch.float16 halves them).
-    `size` says beforehand how many bytes. Raises UsageError.
+    `size` says beforehand how many bytes. Its `notes` are those of an edit on the source. Raises UsageError.
     """
     model = find_model(model)
     by_ddim(model, "a source is traced")
@@ -89,7 +90,8 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
 def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progress: bool, sampling: Sampling
              ) -> tuple[Inversion, dict[str, Tensor]]:
     """The latents of a generated picture at every step as an inversion, and its queries and keys."""
-    start = begin(model, sampling, [sampling.seed], 1)
+    settled = settle(model, sampling, [sampling.seed], 1)
+    start = begun(model, sampling, settled, 1)
     steps, batch = start.schedule.steps, Batch(1, 0, model.guided(start.guidance_scale))
     if queries:
         _afford(model, steps, dtype, start.x.shape[2:])
@@ -104,10 +106,13 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         path.append(step.x)
         rows += batch.rows
         _keep(stored, step.index, steps, step.seen, dtype)
+    notes = [*late_start(model, start.schedule, sampling),
+             *prompt_notes(model, [prompt, *negatives(sampling.negative_prompt, 1)]),
+             *sampling_idle(sampling, settled)]
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
-                      overrides=model.overrides, negative_prompt=negatives(sampling.negative_prompt, 1)[0]
-                          or None)
+                      overrides=model.overrides, notes=tuple(dict.fromkeys(notes)),
+                      negative_prompt=negatives(sampling.negative_prompt, 1)[0] or None)
     return inversion, stored
 
 
