@@ -6,7 +6,7 @@ from typing import Any
 
 from p2p.blend import Blend
 from p2p.edits import Tables
-from p2p.request.editing import EditRequest, negatives
+from p2p.request.editing import EditRequest, Guiding, negatives
 from p2p.request.effect import (
     blend_idle,
     blends_without,
@@ -62,7 +62,11 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
 
 
 def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
-    notes = editor_idle(request.editor, planned, steps)
+    notes = [] if isinstance(request.editor, Guiding) else editor_idle(request.editor, planned, steps)
+    scale, model = request.settled.guidance_scale, request.model
+    if isinstance(request.editor, Guiding) and model.guided(scale) and scale != model.guidance_scale:
+        notes.append(f"guidance_scale changes nothing: editor {type(request.editor).__name__} stands in the "
+                     "place of guidance")
     for (e, t), chosen in zip(request.pairs(), request.chosen):
         if not chosen and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
