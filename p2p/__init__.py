@@ -17,13 +17,14 @@ from p2p.errors import CheckpointError, NumericsError, UsageError
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError",
-           "PlugAndPlay", "Record", "Result", "UsageError", "edit", "generate", "invert", "load", "steps",
-           "trace", "upscale"]
+           "PlugAndPlay", "Record", "Result", "UniEdit", "UsageError", "edit", "generate", "invert", "load",
+           "steps", "trace", "upscale"]
 
 if TYPE_CHECKING:
     from p2p.blend import LocalBlend
     from p2p.editors.masactrl import MasaCtrl
     from p2p.editors.plug_and_play import PlugAndPlay
+    from p2p.editors.uni_edit import UniEdit
     from p2p.edits import Edit
     from p2p.model import Model
     from p2p.request.loading import load
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from p2p.sources.trace import trace
 else:
     _HOME = {"LocalBlend": "blend", "MasaCtrl": "editors.masactrl", "PlugAndPlay": "editors.plug_and_play",
+             "UniEdit": "editors.uni_edit",
              "Edit": "edits", "Model": "model", "load": "request.loading", "Record": "request.record",
              "Inversion": "request.source", "Result": "run", "edit": "run", "generate": "run",
              "steps": "run", "upscale": "run", "invert": "sources.methods", "trace": "sources.trace"}

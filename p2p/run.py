@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -163,16 +163,16 @@ def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
 
 
 def _conditioning(model: Model, ready: Ready) -> Conditioning:
-    conditioning = condition(model, ready.prompts, *ready.start.size)
+    return _completed(model, ready, condition(model, ready.prompts, *ready.start.size))
+
+
+def _completed(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
+    """With the guidance scale of a network that reads it, and the pictures that a super-resolution stage
+    enlarges."""
+    start = ready.start
     if model.unet.reads_guidance:
         scales = torch.as_tensor(ready.guidance_scale, device=model.device).flatten()
-        conditioning = conditioning._replace(guidance=scales.expand(len(ready.prompts)))
-    return _enlarging(model, ready, conditioning)
-
-
-def _enlarging(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
-    """With the pictures that a super-resolution stage enlarges."""
-    start = ready.start
+        conditioning = conditioning._replace(guidance=scales.expand(len(cast(Tensor, conditioning.context))))
     if start.low is None:
         return conditioning
     return conditioning._replace(low=start.low.to(model.dtype), level=start.level)
@@ -181,7 +181,7 @@ def _enlarging(model: Model, ready: Ready, conditioning: Conditioning) -> Condit
 def _loop(model: Model, ready: Ready, record: Record, conditioning: Conditioning) -> Iterator[Step]:
     start, empty = ready.start, ready.empty
     if isinstance(empty, Conditioning):
-        empty = _enlarging(model, ready, empty)
+        empty = _completed(model, ready, empty)
     return denoise(model, start.x, conditioning, empty, start.schedule, ready.step, ready.batch,
                    guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan,
                    watch=record.sites(model.unet, *start.x.shape[2:]), blend=ready.blend, known=ready.known)

@@ -58,6 +58,25 @@ def x0_and_eps(x_t: Tensor, out: Tensor, level: Level, prediction: str = "eps",
     return x_0, eps
 
 
+def velocity(x_t: Tensor, out: Tensor, level: Level, prediction: str = "eps", clip: Clip = None) -> Tensor:
+    """What a flow's network would have predicted, dx/dt = eps - x_0 of x / (alpha + sigma) at
+    t = sigma / (alpha + sigma): every model is a flow in these coordinates."""
+    x_0, eps = x0_and_eps(x_t, out, level, prediction, clip)
+    return eps - x_0
+
+
+def along(x: Tensor, v: Tensor, level: Level, after: Level) -> Tensor:
+    """x carried along a velocity to another level, by Euler's rule: DDIM's step, written as a flow's."""
+    return after.scale * (x / level.scale + (after.share - level.share) * v)
+
+
+def controlled(x: Tensor, v: Tensor, level: Level, end: Tensor, at: Level, strength: float) -> Tensor:
+    """The velocity with a share of the one that leads straight to `end`, which is x at the level `at`
+    (RF-Inversion, Rout et al. 2024, algorithms 1 and 2)."""
+    straight = (end / at.scale - x / level.scale) / (at.share - level.share)
+    return v + strength * (straight - v)
+
+
 def _added(level: Level, after: Level) -> float:
     """The variance of the noise that comes in between `after` and the noisier `level` (DDPM's beta_t)."""
     return max(level.sigma**2 - (level.alpha / after.alpha * after.sigma) ** 2, 0.0)

@@ -30,6 +30,7 @@ from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens, weights_as_equalizer
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
+from p2p.request.schedules import DISTILLED
 from p2p.request.source import Inversion
 from p2p.request.start import Sampling, Settled, settle
 from p2p.sampler import PROXIMAL, proximal_guide
@@ -49,6 +50,15 @@ class Editor(Protocol):
 
     def plan(self, unet: Network, batch: Batch, steps: int, device: torch.device) -> list[Any]:
         """For each step an edit by site, or one for all."""
+
+
+@runtime_checkable
+class Guiding(Editor, Protocol):
+    """An editor that joins two predictions of a target's latents, under the source's prompt and its own, in the
+    place of guidance."""
+
+    def guide(self, source: Tensor, target: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """Predictions (N, C, H, W) -> the one that is sampled by."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
         source, sampling = inversion.prompt, _sampled_from(inversion, model, sampling)
+    if isinstance(editor, Guiding):
+        sampling = _without_guidance(inversion, sampling, type(editor).__name__, settings)
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
     settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
     edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
@@ -192,8 +204,23 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     negative = sampling.negative_prompt
     if negative is None and scale not in (0, 1):
         negative = inversion.negative_prompt
-    return replace(sampling, sampler="ddim", negative_prompt=negative, steps=inversion.steps,
-                   eta=inversion.eta, x_T=inversion.latents[-1:], guidance_scale=scale)
+    few = model.sampler in DISTILLED   # ddcm: the steps are its own, at the sampler's timesteps
+    return replace(sampling, sampler=model.sampler if few else "ddim", negative_prompt=negative,
+                   steps=inversion.steps, eta=None if few else inversion.eta, x_T=inversion.latents[-1:], guidance_scale=scale)
+
+
+def _without_guidance(inversion: Inversion | None, sampling: Sampling, name: str,
+                      given: Mapping[str, Any]) -> Sampling:
+    """The sampling of an editor that stands in the place of guidance. Raises UsageError for what it cannot
+    edit, and for what it would ignore."""
+    if inversion is None:
+        raise UsageError(f"editor {name} edits pictures: invert one first, by uni-inv or another method")
+    if inversion.method == "null-text":
+        raise UsageError(f"editor {name}: the source's prompt stands in the place of the empty one, which "
+                         "null-text inversion optimises; invert by another method")
+    if unread := [setting for setting in ("proximal", "negative_prompt") if given.get(setting) is not None]:
+        raise UsageError(f"{', '.join(unread)}: of guidance, in whose place editor {name} stands; leave it out")
+    return replace(sampling, negative_prompt=None)
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:

@@ -1,7 +1,8 @@
 """The request for an inversion: all of it that can be checked, or decided, before the network runs."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +14,25 @@ from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
 from p2p.request.prompts import check as check_prompt
-from p2p.request.source import METHODS, Inversion
+from p2p.request.schedules import DISTILLED, Schedule
+from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, Inversion
 from p2p.request.start import by_ddim, check_seed, guidance, late_start
 from p2p.sampler import BELM_FROM_NOISE
 
 READ_BY = {   # settings that only some methods read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
     "inner_steps": ("fixed-point", "null-text"),
-    "eta": ("edit-friendly",),
-    "seed": ("noise", "edit-friendly"),
+    "eta": DDPM,
+    "seed": ("noise", *OFFSET, "rf-inversion"),
+    **{name: (method,) for name, method in OWN.items()},
 }
 DEFAULT = "edit-friendly"           # `benchmarks.paired`: nearest to the true edits, fewest rows but noise's
-SKIPPED = {"edit-friendly": 0.24}   # default share of the steps left out: 12 of 50, as in PIE-Bench runs
+# default share of the steps left out: 12 of 50, as in PIE-Bench runs; 17 of 50, as for Stable Diffusion 3
+SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
+# the authors' defaults: of rf-inversion, which inverts without the prompt, and of flow-edit
+DEFAULTS = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25},
+            "flow-edit": {"n_avg": 1, "n_min": 0}}
+GUIDANCE = {"rf-inversion": 0.0}    # while inverting, 1 for the other methods
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
 
@@ -37,7 +45,8 @@ def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `invert` in an inversion's record, to make it again. Raises KeyError, and UsageError
     where one is missing on which its tensors depend: no default is assumed for it."""
     needed = ("steps", "skip", "guidance_scale", "inversion_guidance", "eta", "seed")
-    later = ("inner_steps", "final_alpha", "negative_prompt")   # older versions did not record these
+    # older versions did not record these
+    later = ("inner_steps", "final_alpha", "negative_prompt", *OWN)
     settings = settings_read(record["method"], {name: record.get(name) for name in (*needed, *later)})
     if lost := [name for name in needed if settings.get(name, 0) is None]:
         raise UsageError(f"its inversion's record does not say its {', '.join(lost)}, on which the pixels "
@@ -49,25 +58,30 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
              guidance_scale: float | None = None, inversion_guidance: float | None = None,
              inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
              final_alpha: float | None = None, negative_prompt: str | None = None, height: int | None = None,
-             width: int | None = None, fit: str = "crop") -> Inversion:
+             width: int | None = None, fit: str = "crop", **own: float | None) -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
-    device). height, width: of the picture as fitted. Raises UsageError."""
+    device). height, width: of the picture as fitted. own: `source.OWN`. Raises UsageError."""
     if model.unet.enlarges:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
                          "model, see `upscale`")
-    by_ddim(model, "a picture is inverted")
     choice("inversion method", method, METHODS)
-    _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed)
+    if method != "ddcm":
+        by_ddim(model, f"a picture is inverted (by {method}; ddcm takes few steps)")
+    _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
+                **own)
     notes = _check_prompts(model, prompt, negative_prompt)
     shape = model.latent_shape(height, width)
-    schedule = model.schedule(whole("steps", steps), size=shape[1:])
+    schedule = schedule_of(model, whole("steps", steps), shape[1:])
     if final_alpha is not None and model.flow is not None:
         raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
     if final_alpha is not None and share("final_alpha", final_alpha) == 0:
         raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
     schedule = schedule.ending(final_alpha)
     guidance_scale = guidance(model, guidance_scale)
-    inversion_guidance = finite("inversion_guidance", 1 if inversion_guidance is None else inversion_guidance)
+    if inversion_guidance not in (None, 1) and _empty(model, prompt):
+        notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
+    inversion_guidance = GUIDANCE.get(method, 1) if inversion_guidance is None else inversion_guidance
+    inversion_guidance = finite("inversion_guidance", inversion_guidance)
     _check_negative(method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
@@ -78,20 +92,37 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
     if method == "belm" and not schedule.levels[skip].alpha > 0:
         raise UsageError(BELM_FROM_NOISE)
-    run_steps = steps - skip
-    independent = method == "edit-friendly"   # its noise, and what it stores besides the latents
-    check_run(model, 1, shape, run_steps, guided=inversion_guidance != 1, encodes=True,
-              noises=1 + run_steps * independent, stored=(2 + independent) * (run_steps + 1))
+    ddpm, fresh = method in DDPM, method in OFFSET   # noise, and what is stored besides the latents
+    planned = Inversion(prompt, method, torch.empty(0), steps, skip, guidance_scale, inversion_guidance,
+                        inner_steps if method in INNER_STEPS else None, eta if ddpm else 0.0,
+                        seed if method in READ_BY["seed"] else None, model.family, model.prediction,
+                        model.sha256, fit=fit, final_alpha=final_alpha, overrides=model.overrides,
+                        negative_prompt=negative_prompt, **_own(method, steps - skip, own))
+    check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
+              noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
     notes += late_start(model, schedule)
     if method == "null-text" and guidance_scale == 1:
         notes += unguided(method)
-    if inversion_guidance != 1 and _empty(model, prompt):
-        notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
-    return Inversion(prompt, method, torch.empty(run_steps + 1, *shape, device="meta"), steps, skip,
-                     guidance_scale, inversion_guidance, inner_steps if method in INNER_STEPS else None,
-                     eta if independent else 0.0, seed if method in READ_BY["seed"] else None, model.family,
-                     model.prediction, model.sha256, fit=fit, final_alpha=final_alpha,
-                     overrides=model.overrides, negative_prompt=negative_prompt, notes=tuple(notes))
+    return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
+
+
+def schedule_of(model: Model, steps: int, size: Sequence[int]) -> Schedule:
+    """Of an inversion and its edits: the model's, but for what it says of the sampler of few steps, whose
+    timesteps alone count here."""
+    sampler = model.sampler if model.sampler in DISTILLED else "ddim"
+    return replace(model.schedule(steps, sampler, size=size), lower=())
+
+
+def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of this method alone. Raises UsageError."""
+    own = DEFAULTS.get(method, {}) | {name: value for name, value in given.items() if value is not None}
+    for name in ("gamma", "control", "control_steps"):
+        if name in own:
+            own[name] = share(name, own[name])
+    if "n_avg" in own:
+        own |= {"n_avg": whole("n_avg", own["n_avg"], most=AVERAGED),
+                "n_min": whole("n_min", own["n_min"], 0, run_steps)}
+    return own
 
 
 def _check_prompts(model: Model, prompt: str, negative_prompt: str | None) -> list[str]:
@@ -118,6 +149,8 @@ def _check_negative(method: str, negative_prompt: str | None, inversion_guidance
 def _check_read(method: str, **settings: object) -> None:
     """Raises UsageError for settings that this method does not read."""
     for name, value in settings.items():
+        if name not in READ_BY:
+            raise UsageError(f"{name}: no setting of an inversion")
         if value is not None and method not in READ_BY[name]:
             raise UsageError(f"{name}: {method} inversion does not read it (read by "
                              f"{', '.join(READ_BY[name])}); leave it out")

@@ -19,7 +19,7 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.models.text import TextEncoder
 from p2p.request import layers
-from p2p.request.editing import Editor, EditRequest, edit_request, negatives, proximal_by
+from p2p.request.editing import Editor, EditRequest, Guiding, edit_request, negatives, proximal_by
 from p2p.request.emphasis import condition, parsed
 from p2p.request.emphasis import notes as weights_notes
 from p2p.request.prompts import check as check_prompt
@@ -27,7 +27,8 @@ from p2p.request.record import Record
 from p2p.request.remarks import remarks
 from p2p.request.schedules import Level
 from p2p.request.settings import to_settings
-from p2p.request.source import FOLLOW, Inversion, Queries
+from p2p.request.solvers import SOLVED, asked, descent
+from p2p.request.source import FOLLOW, LONE, Inversion, Queries
 from p2p.request.start import Sampling, Start, begun, stepper_of
 from p2p.sampler import Stepper, guide
 from p2p.weights.untrusted import brief
@@ -61,7 +62,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     inversion, sampling, editor = request.inversion, request.sampling, request.editor
     start, known, before = begun(model, sampling, request.settled, 1 + len(request.edits)), None, None
     if inversion is not None:
-        start, known, before = _from_inversion(start, inversion)
+        start, known, before = _from_inversion(model, start, inversion)
     steps, size, fit = start.schedule.steps, start.x.shape[2:], "crop" if inversion is None else inversion.fit
     source_tokens, length = request.tokens[0], model.length
     blend = prepare(request.blends, source_tokens, request.tokens[1:], unet=model.unet, steps=steps,
@@ -90,11 +91,15 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         "source": request.source, **to_settings(request.recorded, size, fit), "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
-    empty = empty_prompts(model, inversion, batch.unconditional, start.size, sampling.negative_prompt)
-    step = stepper_of(model, start, before)
+    if isinstance(editor, Guiding):
+        join, empty = editor.guide, condition(model, [request.source] * batch.unconditional, *start.size)
+    else:
+        join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
+        empty = empty_prompts(model, inversion, batch.unconditional, start.size, sampling.negative_prompt)
+    solved = inversion is not None and inversion.method in SOLVED
+    step = descent(model, inversion, start.schedule) if solved else stepper_of(model, start, before)
     if editor is not None and editor.source_prompt is not None:
         prompts = [editor.source_prompt, *prompts[1:]]
-    join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
     return Ready(prompts, start, batch, step, empty, recorded, notes, planned, edit_tables, blend, known,
                  join, start.guidance_scale, request.edits)
 
@@ -108,10 +113,12 @@ def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
     return [None if edit is None else layers.by_site(edit, edit_tables) for edit in planned]
 
 
-def _from_inversion(start: Start, inversion: Inversion) -> tuple[Start, Known, tuple[Tensor, Level] | None]:
+def _from_inversion(model: Model, start: Start, inversion: Inversion
+                    ) -> tuple[Start, Known, tuple[Tensor, Level] | None]:
     """The start at the inversion's own steps, its stored latents noisiest first, and for O-BELM x one level
     noisier than the first step, with its level."""
     schedule = start.schedule.ending(inversion.final_alpha).after(inversion.skip)
+    schedule = asked(model, schedule, inversion)
     path = inversion.latents.flip(0).to(start.x.device)
     known, before = Known(path, inversion.method in FOLLOW), None
     if inversion.offsets is not None:
@@ -134,8 +141,10 @@ def _guidance_mixes_rows(sampling: Sampling) -> bool:
 
 def _batch(request: EditRequest) -> Batch:
     inversion, editor = request.inversion, request.editor
+    if isinstance(editor, Guiding):
+        return Batch(1, len(request.edits), True, lone_source=True)
     apart = inversion is not None and not _guidance_mixes_rows(request.sampling)
-    lone = apart and inversion.method in (*FOLLOW, "negative-prompt") \
+    lone = apart and inversion.method in LONE \
         and not (editor is not None and editor.guided_source)
     absent = apart and inversion.queries is not None and editor is None
     return Batch(1, len(request.edits), request.model.guided(request.settled.guidance_scale), lone, absent)

@@ -8,7 +8,7 @@ from p2p.blend import Blend
 from p2p.edits import Edit, Tables
 from p2p.models.text import Tokens
 from p2p.request import windows
-from p2p.request.editing import EditRequest, negatives
+from p2p.request.editing import EditRequest, Guiding, negatives
 from p2p.request.effect import (
     blend_idle,
     blends_without,
@@ -74,7 +74,11 @@ def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit) -> list[str
 
 
 def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
-    notes = editor_idle(request.editor, planned, steps)
+    notes = [] if isinstance(request.editor, Guiding) else editor_idle(request.editor, planned, steps)
+    scale, model = request.settled.guidance_scale, request.model
+    if isinstance(request.editor, Guiding) and model.guided(scale) and scale != model.guidance_scale:
+        notes.append(f"guidance_scale changes nothing: editor {type(request.editor).__name__} stands in the "
+                     "place of guidance")
     for (e, t), given in zip(request.pairs(), request.given):
         if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '

@@ -33,6 +33,22 @@ class Level(NamedTuple):
         """The level of DDPM and DDIM, whose squares sum to 1."""
         return Level(alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5)
 
+    @staticmethod
+    def at(share: float, flow: bool) -> Level:
+        """The level with that share of noise, of a flow or of DDPM."""
+        size = 1.0 if flow else math.hypot(1 - share, share)
+        return Level((1 - share) / size, share / size)
+
+    @property
+    def scale(self) -> float:
+        """x over it is a flow's x: picture and noise in shares that sum to 1."""
+        return self.alpha + self.sigma
+
+    @property
+    def share(self) -> float:
+        """Of noise: the time t of a flow, from 0 for the picture to 1 for noise."""
+        return self.sigma / self.scale
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -214,6 +230,15 @@ def sigma_levels(sigmas: Iterable[float]) -> Schedule:
     falling = [*sigmas, 0.0]
     return Schedule(tuple(1000 * sigma for sigma in falling[:-1]),
                     tuple(Level(1 - sigma, sigma) for sigma in falling))
+
+
+def timestep_at(alphas_cumprod: Tensor, level: Level) -> float:
+    """The timestep of a level: of a flow, whose alphas_cumprod is empty, 1000 t; else a fraction, between the
+    two timesteps whose shares of noise enclose its own."""
+    if not len(alphas_cumprod):
+        return 1000 * level.share
+    shares = [Level.of(a).share for a in alphas_cumprod.tolist()]
+    return float(np.interp(level.share, shares, range(len(shares))))
 
 
 def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:

@@ -26,9 +26,16 @@ from p2p.request.memory import qk_shapes
 from p2p.request.start import check_latents
 from p2p.weights.untrusted import check_regular, parse_object
 
-METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly")
-FOLLOW = ("direct", "edit-friendly")   # the source row takes the stored latents at every step
+METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly",
+           "uni-inv", "rf-solver", "fireflow", "rf-inversion", "flow-edit", "ddcm", "turbo-edit")
+OFFSET = ("edit-friendly", "flow-edit", "ddcm", "turbo-edit")   # what the network misses is added to all rows
+FOLLOW = ("direct", *OFFSET)            # the source row takes the stored latents at every step
+LONE = (*FOLLOW, "negative-prompt", "uni-inv", "rf-solver", "fireflow", "rf-inversion")   # ... is not guided
+DDPM = ("edit-friendly", "turbo-edit")  # eta: above 0
+OWN = {"gamma": "rf-inversion", "control": "rf-inversion", "control_steps": "rf-inversion",
+       "n_avg": "flow-edit", "n_min": "flow-edit"}   # settings of one method, which needs them
 TENSORS = ("latents", "null_context", "offsets", "queries")
+AVERAGED = 2**10       # most noises a step
 SHRINK = 64            # the most that a picture's side is of its latents'
 QUERIES = "queries."   # before the names of a trace's tensors
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,11 +44,11 @@ KEYS = 2**12           # most tensors: a trace has two for each layer
 
 @dataclass(frozen=True, repr=False)
 class Inversion:
-    """A picture ready to be edited, any number of times. T: the steps that are run, less those left out."""
+    """A picture ready to be edited, any number of times. T: the steps that are run, see `calls`."""
 
     prompt: str
     method: str
-    latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
+    latents: Tensor   # (T + 1, C, H, W), x_0 first, T: see `calls`; float32 (float64 of latents that were), CPU
     steps: int                             # of the schedule
     skip: int                              # how many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for
@@ -61,6 +68,11 @@ class Inversion:
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
     negative_prompt: str | None = None     # what guidance led away from
+    gamma: float | None = None             # of rf-inversion: how much the way up is drawn to noise, and
+    control: float | None = None           # ... the way down to the picture, in
+    control_steps: float | None = None     # ... this share of the steps, the first
+    n_avg: int | None = None               # of flow-edit: noises a step, but for
+    n_min: int | None = None               # ... the last so many, which sample without the source
     version: str | None = __version__      # of the package that made it; None: of an older file
     notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
@@ -69,6 +81,16 @@ class Inversion:
         traced = "" if self.queries is None else ", queries stored"
         return (f'<Inversion by {self.method} of "{self.prompt}": {t - 1} of {self.steps} steps, latents '
                 f"{tuple(shape)}{traced}, model {str(self.sha256)[:12]}>")
+
+    @property
+    def calls(self) -> int:
+        """How often an edit asks the network, T; other solvers than DDIM ask more or less than once a step,
+        see `solvers.asked`."""
+        steps = self.steps - self.skip
+        if self.method == "flow-edit":
+            plain = min(self.n_min or 0, steps)
+            return (self.n_avg or 1) * (steps - plain) + plain
+        return {"rf-solver": 2 * steps, "fireflow": steps + 1}.get(self.method, steps)
 
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
@@ -170,6 +192,10 @@ FIELDS = {
              "null or a whole number from -2^63 to 2^64 - 1"),
     "fit": (lambda v: v in ("crop", "pad", "own"), "crop, pad or own"),
     "overrides": (lambda v: isinstance(v, dict) and len(v) < 32, "an object"),
+    **dict.fromkeys(("gamma", "control", "control_steps"), (
+        lambda v: v is None or (type(v) in (int, float) and 0 <= v <= 1), "null or a number from 0 to 1")),
+    "n_avg": (lambda v: v is None or (type(v) is int and 1 <= v <= AVERAGED), f"null or 1 to {AVERAGED}"),
+    "n_min": (lambda v: v is None or (type(v) is int and 0 <= v), "null or a whole number from 0"),
     "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1),
                     "null or a number above 0, at most 1"),
 }
@@ -183,7 +209,10 @@ def _check(file: str | Path, inversion: Inversion) -> None:
         wrong = [f"method {inversion.method!r} is not known; known: {', '.join(METHODS)}"]
     if not wrong and inversion.skip >= inversion.steps:
         wrong = [f"skip is {inversion.skip} of {inversion.steps} steps, which leaves none"]
-    wrong = wrong or _wrong_tensors(inversion, inversion.steps - inversion.skip, inversion.method in FOLLOW)
+    wrong = wrong or [f"{name} is {getattr(inversion, name)}, of the method {inversion.method}"
+                      for name, method in OWN.items()
+                      if (getattr(inversion, name) is None) != (inversion.method != method)]
+    wrong = wrong or _wrong_tensors(inversion, inversion.calls, inversion.method in FOLLOW)
     if wrong:
         raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the "
                          "picture again")
@@ -195,12 +224,12 @@ def _wrong_tensors(inversion: Inversion, steps: int, followed: bool) -> list[str
         return [f"its latents are {_described(latents)}; ({steps + 1}, C, H, W) of float32 or float64 "
                 f"belongs to {steps} steps"]
     wrong = []
-    if (inversion.eta > 0) != (inversion.method == "edit-friendly"):
+    if (inversion.eta > 0) != (inversion.method in DDPM):
         wrong.append(f"eta is {inversion.eta}, of the method {inversion.method}")
-    for name, method, shape in (("null_context", "null-text", (steps, None, None)),
-                                ("offsets", "edit-friendly", (steps, *latents.shape[1:]))):
+    for name, methods, shape in (("null_context", ("null-text",), (steps, None, None)),
+                                 ("offsets", OFFSET, (steps, *latents.shape[1:]))):
         tensor = getattr(inversion, name)
-        if (tensor is None) != (inversion.method != method):
+        if (tensor is None) != (inversion.method not in methods):
             presence = "missing" if tensor is None else "there"
             wrong.append(f"{name}: {presence}, though the method is {inversion.method}")
         elif tensor is not None and not _like(tensor, shape):

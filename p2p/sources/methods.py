@@ -13,14 +13,30 @@ near them.
     direct           ddim; the source is reset to its latents after every step (Ju et al. 2023)
     edit-friendly    independent noise at every level; what the network misses is added to all rows, and the
                      source is reset to its latents as in direct (Huberman et al. 2023)
+    turbo-edit       edit-friendly for few steps: the latents of a step have the noise of the next one
+                     (Deutch et al. 2024; their pseudo-guidance is a negative_prompt, the source's, with
+                     guidance_scale 1.5)
+
+In a flow's coordinates, which every model has (see `sampler.velocity` and `solvers`):
+
+    uni-inv          Euler's rule, at the velocity of where it leads, guessed by that of the step before (Jiao
+                     et al. 2025); edits sample by DDIM
+    rf-solver        the midpoint rule, up and down (Wang et al. 2024)
+    fireflow         the same, reusing the last midpoint's velocity: one call a step (Deng et al. 2024)
+    rf-inversion     drawn to noise on the way up, by `gamma`, and to the picture on the way down, by `control`
+                     in the first `control_steps` (Rout et al. 2024)
+    flow-edit        no inversion: fresh noise at every step, and the difference of the velocities of source and
+                     target (Kulikov et al. 2024, FlowEdit), here on top of Prompt-to-Prompt's injection: as
+                     published with windows of 0. inversion_guidance and guidance_scale are the source's and
+                     the target's; n_max is what skip leaves
+    ddcm             fresh noise at every step, and the difference of the predicted pictures (Xu et al. 2023,
+                     InfEdit): for few steps too
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -35,70 +51,42 @@ from p2p.model import STEPS, Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag
 from p2p.request.emphasis import condition
-from p2p.request.inverting import DEFAULT, expected
+from p2p.request.inverting import DEFAULT, expected, schedule_of
 from p2p.request.loading import find_model
 from p2p.request.ready import empty_prompts
-from p2p.request.schedules import Level, Schedule
-from p2p.request.source import Inversion
+from p2p.request.schedules import Level
+from p2p.request.solvers import asked, descent
+from p2p.request.source import DDPM, OFFSET, Inversion
 from p2p.request.start import check_latents, draw, fitting
-from p2p.sampler import belm_step_up, ddim_step, guide, x0_and_eps
-
-
-class _Run(NamedTuple):
-    """The inputs of all methods. The schedule runs from noise to picture."""
-
-    model: Model
-    x_0: Tensor              # (1, C, H, W)
-    null: Conditioning       # one row
-    conditioning: Conditioning   # the prompt, read once for all steps
-    both: Conditioning       # the empty prompt and the prompt, for guidance
-    schedule: Schedule
-    progress: bool
-
-    def lifted(self, x: Tensor, out: Tensor, after: Level, before: Level, guess: Tensor) -> Tensor:
-        """x, at the level before, taken to the level after by what the network said of a guess of x there.
-
-        A velocity leads along itself; what else is predicted says the noise of the guess, of which x is made.
-        """
-        if self.model.prediction == "flow":
-            x_0, eps = x0_and_eps(x, out, before, "flow", self.model.clip)
-        else:
-            _, eps = x0_and_eps(guess, out, after, self.model.prediction, self.model.clip)
-            x_0 = (x - before.sigma * eps) / before.alpha
-        return ddim_step(x_0, eps, before, after)
-
-    def predict(self, x: Tensor, t: int | float, guidance_scale: float = 1.0) -> Tensor:
-        """The network's output for one picture: one row, or two with guidance."""
-        if guidance_scale == 1:
-            return self.model.predict(x, t, self.conditioning)[0]
-        return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)
-
-    def upwards(self) -> Iterable[tuple[int | float, Level, Level]]:
-        """(t, level after the step, level before it), from the picture to the noise."""
-        steps = list(self.schedule)[::-1]
-        return tqdm(steps, disable=not self.progress, leave=False, unit="step")
+from p2p.sampler import belm_step_up, ddim_step, guide, stepper, x0_and_eps
+from p2p.sources import flows
+from p2p.sources.given import Run
 
 
 def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor, prompt: str, *,
            method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
            guidance_scale: float | None = None, inversion_guidance: float | None = None,
            inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
-           final_alpha: float | None = None, negative_prompt: str | None = None, height: int | None = None,
-           width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
+           final_alpha: float | None = None, negative_prompt: str | None = None, gamma: float | None = None,
+           control: float | None = None, control_steps: float | None = None, n_avg: int | None = None,
+           n_min: int | None = None, height: int | None = None, width: int | None = None,
+           fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
     picture: a picture, its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where
     None) or "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes.
-    method: see above. skip: steps left out at the noisy end (noise: 0, edit-friendly: 0.24 of them).
+    method: see above. skip: steps left out at the noisy end (0; edit-friendly: 0.24 of them, flow-edit: 0.34).
     guidance_scale: of the edits to come (null-text is optimised for it); None for the model's own, 0 for 1.
     inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing); 0 is without the
-    prompt here, as in PnPInversion's ablation. inner_steps: of the optimiser (null-text, 10) or the solver
-    (fixed-point, 5). eta: edit-friendly, 1 for DDPM. seed: of the noise that noise and edit-friendly draw, 0
-    where None. final_alpha: alphas_cumprod at which the picture is taken to be; None for the model's own
-    (Stable Diffusion: that of its first timestep, at which it was trained to end), 1 for a picture without
-    noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from, in place of the
-    empty prompt; also of the edits to come, unless they have their own. A setting that a method does not read
-    is refused. Raises UsageError, NumericsError.
+    prompt here, as in PnPInversion's ablation and by default of rf-inversion. inner_steps: of the optimiser
+    (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly and turbo-edit, 1 for DDPM. seed: of the
+    noise that a method draws, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be;
+    None for the model's own (Stable Diffusion: that of its first timestep, at which it was trained to end), 1
+    for a picture without noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from,
+    in place of the empty prompt; also of the edits to come, unless they have their own. gamma, control,
+    control_steps: shares, of rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but
+    for the last so many (0), which sample without the source. A setting that a method does not read is
+    refused. Raises UsageError, NumericsError.
     """
     model = find_model(model)
     flag("progress", progress)
@@ -113,7 +101,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                      inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
                      final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
-                       fit=fit_mode)
+                       fit=fit_mode, gamma=gamma, control=control, control_steps=control_steps, n_avg=n_avg,
+                       n_min=n_min)
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:
@@ -123,35 +112,41 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     return replace(inversion, picture=fitted, notes=(*planned.notes, *cropped))
 
 
-def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> _Run:
-    full_schedule = model.schedule(planned.steps, size=x_0.shape[2:]).ending(planned.final_alpha)
-    schedule = full_schedule.after(planned.skip)
+def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> Run:
+    schedule = schedule_of(model, planned.steps, x_0.shape[2:]).ending(planned.final_alpha)
+    schedule = asked(model, schedule.after(planned.skip), planned)
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text = condition(model, [planned.prompt], *pixels)
     null = empty_prompts(model, None, 1, pixels, planned.negative_prompt)
     with torch.no_grad():
-        conditioning, both = model.read(text), model.read(Conditioning.cat([null, text]))
-    return _Run(model, x_0, null, conditioning, both, schedule, progress)
+        read = [model.read(each) for each in (null, text, Conditioning.cat([null, text]))]
+    return Run(model, x_0, null, *read, schedule, progress)
 
 
-def _inverted(run: _Run, planned: Inversion) -> Inversion:
+def _inverted(run: Run, planned: Inversion) -> Inversion:
     """The planned inversion with its tensors. Raises NumericsError."""
     method, scale, null_context, offsets = planned.method, planned.inversion_guidance, None, None
-    rows = 1 if scale == 1 else 2
+    rows = 1 if scale in (0, 1) else 2
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":
             latents, rows = _noised(run, planned.seed, independent=False), 0
-        elif method == "edit-friendly":
-            latents = _noised(run, planned.seed, independent=True)
-            offsets = _offsets(run, latents, scale, planned.eta).cpu()
+        elif method in OFFSET:
+            latents = _noised(run, planned.seed, independent=True, ahead=method == "turbo-edit",
+                              shared=planned.n_min or 0)
+            offsets = _offsets(run, latents, planned).cpu()
+            # without predictions at the last steps
+            rows *= run.schedule.steps - _unpredicted(planned)
         elif method == "belm":
             latents = _belm(run, scale)
+            rows *= run.schedule.steps
+        elif method in flows.METHODS:
+            latents = flows.METHODS[method](run, planned)
+            rows *= run.schedule.steps + (method == "uni-inv")
         else:
             solver = planned.inner_steps if method == "fixed-point" else 1
             latents = _ddim(run, scale, solver)
-            rows *= solver
-    rows *= run.schedule.steps - (method == "edit-friendly")   # which needs no prediction at its last step
+            rows *= run.schedule.steps * solver
     if not latents.isfinite().all():
         raise NumericsError(f"{method} inversion gave values that are not finite: {too_large(run.model)}")
     if method == "null-text":
@@ -161,7 +156,7 @@ def _inverted(run: _Run, planned: Inversion) -> Inversion:
     return replace(planned, latents=latents.cpu(), rows=rows, null_context=null_context, offsets=offsets)
 
 
-def _explicit_where_small(run: _Run) -> AbstractContextManager:
+def _explicit_where_small(run: Run) -> AbstractContextManager:
     """Null-text inversion amplifies rounding: its loss is a small difference of latents, whose gradient Adam
     divides by its own size. Where the maps are small they are formed, which repeats the official code's
     numbers more closely."""
@@ -169,7 +164,7 @@ def _explicit_where_small(run: _Run) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()
 
 
-def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
+def _ddim(run: Run, guidance_scale: float, iterations: int) -> Tensor:
     """DDIM Eq. 12 towards noise.  -> (T + 1, C, H, W)
 
     The noise of a step is predicted for the level it leads to, from the latents it comes from (as in the
@@ -186,7 +181,7 @@ def _ddim(run: _Run, guidance_scale: float, iterations: int) -> Tensor:
     return torch.cat(latents)
 
 
-def _belm(run: _Run, guidance_scale: float) -> Tensor:
+def _belm(run: Run, guidance_scale: float) -> Tensor:
     """O-BELM backwards: the first step is DDIM's, and so is one that follows a step of no length (to a
     picture at the level of the first timestep); all others are exact inverses of `belm_step`.
     -> (T + 1, C, H, W)"""
@@ -203,33 +198,48 @@ def _belm(run: _Run, guidance_scale: float) -> Tensor:
     return torch.cat(latents)
 
 
-def _noised(run: _Run, seed: int, independent: bool) -> Tensor:
-    """Adds noise of every level to x_0 (DDPM Eq. 4); independent: a new sample at each level.
-    -> (T + 1, C, H, W)"""
+def _noised(run: Run, seed: int, independent: bool, ahead: bool = False, shared: int = 0) -> Tensor:
+    """Adds noise of every level to x_0 (DDPM Eq. 4); independent: a new sample at each level, but for the
+    last `shared`, which have one. ahead: each has the level of the next one.  -> (T + 1, C, H, W)"""
     noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
     latents = [run.x_0]
-    for i, (_, level, _) in enumerate(list(run.schedule)[::-1], 1):
-        latents.append(level.alpha * run.x_0 + level.sigma * noise[i * independent])
+    for i, (_, level, after) in enumerate(list(run.schedule)[::-1], 1):
+        z, (alpha, sigma) = noise[max(i, shared) * independent], after if ahead and i > 1 else level
+        latents.append(run.x_0 if ahead and i == 1 else alpha * run.x_0 + sigma * z)
     return torch.cat(latents)
 
 
-def _offsets(run: _Run, latents: Tensor, guidance_scale: float, eta: float) -> Tensor:
-    """The difference of each step's mean and the next latents: the edit-friendly noise times its
-    scale.  -> (T, C, H, W)
+NORM = 15.5 / 128   # of TurboEdit's last offset, per number: 15.5 for latents of 4 x 64 x 64
 
-    The last one is 0, as in the official code: there it would not be noise but the picture's detail, a ghost
-    in every edit.
+
+def _unpredicted(planned: Inversion) -> int:
+    """How many of the last steps have no offset.
+
+    Edit-friendly: one, as in the official code: there it would not be noise but the picture's detail, a ghost
+    in every edit. FlowEdit: those that sample without the source.
     """
-    out = []
-    for i, (t, level, after) in enumerate(list(run.schedule)[:-1]):
+    return 1 if planned.method == "edit-friendly" else planned.n_min or 0
+
+
+def _offsets(run: Run, latents: Tensor, planned: Inversion) -> Tensor:
+    """The difference of what each step leads to and the next latents: of DDPM's steps, the edit-friendly noise
+    times its scale.  -> (T, C, H, W)"""
+    none, schedule, model = torch.zeros_like(run.x_0), run.schedule, run.model
+    if planned.method in DDPM:
+        step = stepper(schedule, model.prediction, model.clip, planned.eta, [none] * schedule.steps)
+    else:
+        step = descent(model, planned, schedule)
+    out = [none] * schedule.steps
+    for i in range(schedule.steps - _unpredicted(planned)):
         x, wanted = latents[-1 - i][None], latents[-2 - i][None]
-        x_0, eps = x0_and_eps(x, run.predict(x, t, guidance_scale), level, run.model.prediction,
-                              run.model.clip)
-        out.append(wanted - ddim_step(x_0, eps, level, after, eta, torch.zeros_like(x)))
-    return torch.cat([*out, torch.zeros_like(run.x_0)])
+        predicted = run.predict(x, schedule.timesteps[i], planned.inversion_guidance)
+        out[i] = wanted - step(i, x, predicted, None)[0]
+    if planned.method == "turbo-edit":
+        out[-1] = out[-1] * min(1.0, NORM * out[-1].numel()**0.5 / (out[-1].norm().item() or 1.0))
+    return torch.cat(out)
 
 
-def _null_text(run: _Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:
+def _null_text(run: Run, latents: Tensor, guidance_scale: float, inner_steps: int) -> tuple[Tensor, int]:
     """Optimises the empty prompt's embedding at every step so that sampling leads to the stored latents
     (Mokady et al. 2022, algorithm 1).
 

@@ -17,11 +17,13 @@ from p2p.models.attention import QK, Attention
 from p2p.request.checks import flag
 from p2p.request.editing import check_negative, negatives
 from p2p.request.emphasis import condition
+from p2p.request.inverting import schedule_of
 from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
 from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import empty_prompts, prompt_notes
 from p2p.request.remarks import sampling_idle
+from p2p.request.solvers import asked
 from p2p.request.source import FOLLOW, Inversion
 from p2p.request.start import Sampling, begun, by_ddim, late_start, settle, stepper_of
 from p2p.weights.untrusted import brief
@@ -139,7 +141,8 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     pixels = tuple(side * model.shrink for side in inversion.latents.shape[2:])
     text = model.read(condition(model, [inversion.prompt], *pixels))
     stored, path = {}, inversion.latents.flip(0)
-    timesteps = model.schedule(inversion.steps, size=inversion.latents.shape[2:]).timesteps[inversion.skip:]
+    schedule = schedule_of(model, inversion.steps, inversion.latents.shape[2:]).after(inversion.skip)
+    timesteps = asked(model, schedule, inversion).timesteps
     for i, t in enumerate(tqdm(timesteps, disable=not progress, leave=False,
                                unit="step")):
         seen = model.predict(path[i][None].to(model.device), t, text, watch=_sites(model))[2]

@@ -1,0 +1,58 @@
+"""Inversions that follow a flow's velocity from the picture to the noise; of every model, in the coordinates of
+`sampler.velocity`. Each returns latents (T + 1, C, H, W), the picture's first, at the levels of
+`solvers.asked`."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2p.request.schedules import Level, Schedule
+from p2p.request.solvers import Network, euler, midpoint
+from p2p.request.source import Inversion
+from p2p.request.start import draw
+from p2p.sampler import Stepper, along
+from p2p.sources.given import Run
+
+
+def uni_inv(run: Run, planned: Inversion) -> Tensor:
+    """Undoes Euler's steps: each is taken back by the velocity at its own beginning, which is what it leads to
+    here, and is guessed by the velocity of the step before (Jiao et al. 2025, Uni-Inv). The guess is an error
+    of third order of a step; DDIM's own, its end for its beginning, is one of second order."""
+    network, scale = Network.of(run.model, run.schedule), planned.inversion_guidance
+    x, latents = run.x_0, [run.x_0]
+    v = network.velocity(x, run.predict(x, network.timestep, scale), run.schedule.levels[-1])
+    for t, after, before in run.upwards():
+        guess = along(x, v, before, after)
+        v = network.velocity(guess, run.predict(guess, t, scale), after)
+        x = along(x, v, before, after)
+        latents.append(x)
+    return torch.cat(latents)
+
+
+def by_midpoints(run: Run, planned: Inversion) -> Tensor:
+    """RF-Solver and FireFlow, see `solvers.midpoint`: the same steps upwards."""
+    network = Network.of(run.model, run.schedule)
+    schedule = network.upwards(run.schedule)
+    return _ascent(run, planned, schedule, midpoint(schedule, network))
+
+
+def rf_inversion(run: Run, planned: Inversion) -> Tensor:
+    """The controlled forward ODE (Rout et al. 2024, algorithm 1): the velocity is drawn to that which leads to
+    a sample of noise, by a share of `gamma`."""
+    noise, = draw(run.x_0.shape[1:], [planned.seed or 0], 1)
+    network = Network.of(run.model, run.schedule)
+    schedule, strengths = network.upwards(run.schedule), (planned.gamma or 0.0,) * run.schedule.steps
+    step = euler(schedule, network, noise.to(run.x_0), Level(0.0, 1.0), strengths)
+    return _ascent(run, planned, schedule, step)
+
+
+def _ascent(run: Run, planned: Inversion, schedule: Schedule, step: Stepper) -> Tensor:
+    x, latents = run.x_0, [run.x_0]
+    for i, t in enumerate(run.shown(schedule.timesteps)):
+        x, _ = step(i, x, run.predict(x, t, planned.inversion_guidance), None)
+        latents.append(x)
+    return torch.cat(latents)
+
+
+METHODS = {"uni-inv": uni_inv, "rf-solver": by_midpoints, "fireflow": by_midpoints,
+           "rf-inversion": rf_inversion}
