@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ def decided(source: Tokens, target: Tokens, edit: Edit, mode: str) -> Edit:
     """The edit in this mode, with the usual windows of what it does in place of those that are None."""
     usual = windows.usual(source, target, mode)
     cross, self_ = edit.cross_replace_steps, edit.self_replace_steps
-    return replace(edit, mode=mode, cross_replace_steps=usual.cross if cross is None else cross,
+    return replace(edit, mode=cast(Any, mode), cross_replace_steps=usual.cross if cross is None else cross,
                    self_replace_steps=usual.self_ if self_ is None else self_)
 
 
@@ -249,8 +249,8 @@ def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, le
     edit = decided(source, target, edit, mode)
     m, a = alignment(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
-    alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
-    lo, hi = window(edit.self_replace_steps, "self_replace_steps")
+    alpha = cross_alpha(cast(Window, edit.cross_replace_steps), target, window_steps, length)[:steps]
+    lo, hi = window(cast(Window, edit.self_replace_steps), "self_replace_steps")
     first, end = int(lo * window_steps), int(hi * window_steps)
     i = torch.arange(steps)
     return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a),

@@ -106,7 +106,8 @@ def _ways(args: argparse.Namespace) -> dict[str, pie.Way]:
         ways += [(name, pie.custom(settings)) for name, settings in rows.items()]
     ways += [(name, pie.pictures(Path(folder), args.strips)) for name, folder in elsewhere]
     for name, _ in ways:
-        if [n for n, _ in ways].count(name) > 1 or Path(name).name != name or name.startswith("."):
+        folder = Path(name).name == name and name.isprintable() and not name.startswith((".", "pie."))
+        if not (name and folder) or [n for n, _ in ways].count(name) > 1:
             raise p2p.UsageError(f"{name!r}: a row's name is that of its folder in --out, and no other row "
                                  "has it")
     return dict(ways)

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.lists.protocol import Item
-from p2p.weights.untrusted import parse_object, read_text
+from p2p.weights.untrusted import brief, parse_object, read_text
 
 
 def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = None) -> list[Item]:
@@ -18,12 +19,11 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     file = data / "mapping_file.json"
     try:
         mapping = parse_object(read_text(file))
-        items = []
-        for key, entry in mapping.items():
-            items.append(Item(key, data / "annotation_images" / entry["image_path"],
-                              _plain(entry["original_prompt"]), _plain(entry["editing_prompt"]),
-                              entry.get("blended_word") or "", [int(v) for v in entry["mask"]],
-                              str(entry.get("editing_type_id", "")), entry["image_path"]))
+        items = [Item(key, data / "annotation_images" / entry["image_path"],
+                      _plain(entry["original_prompt"]), _plain(entry["editing_prompt"]),
+                      _text(key, entry.get("blended_word") or ""), _runs(key, entry["mask"]),
+                      str(entry.get("editing_type_id", "")), entry["image_path"])
+                 for key, entry in mapping.items()]
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; in PIE-Bench's folder it lies beside "
                          "annotation_images/") from None
@@ -42,6 +42,19 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
 
 def _plain(prompt: str) -> str:
     return prompt.replace("[", "").replace("]", "")
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: blended_word {brief(value)} is no text")
+    return value
+
+
+def _runs(key: str, value: Any) -> list[int]:
+    pairs = isinstance(value, list) and len(value) % 2 == 0
+    if not pairs or not all(type(v) is int and v >= 0 for v in value):
+        raise ValueError(f"{key}: mask {brief(value)} is not start, length, ... in whole numbers from 0")
+    return value
 
 
 def mask(runs: Sequence[int], height: int, width: int, border: bool = True) -> Tensor:

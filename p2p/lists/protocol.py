@@ -33,6 +33,7 @@ from p2p.request.emphasis import escaped
 from p2p.request.inverting import settings_read
 from p2p.request.source import METHODS, Inversion
 from p2p.sources.trace import trace
+from p2p.weights.untrusted import brief
 
 
 class Item(NamedTuple):
@@ -141,6 +142,8 @@ def recorded(method: Method) -> dict[str, Any]:
 
 def find(name: str) -> Method:
     """A row by its name. Raises UsageError, which says what a published method that is not offered lacks."""
+    if not isinstance(name, str):
+        raise UsageError(f"{brief(name)}: a row's name is a text")
     if name in PUBLISHED:
         return PUBLISHED[name]
     if name in CORRECTED:

@@ -14,6 +14,7 @@ from p2p.blend import Blend, LocalBlend
 from p2p.edits import Edit, Tables, alignment, cross_alpha, decided, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
+from p2p.models.attention import HybridAttention
 from p2p.models.network import Network
 from p2p.models.text import Tokens
 from p2p.request import layers
@@ -25,9 +26,9 @@ DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f i
 
 
 def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
-            schedule_steps: int | None = None) -> list[str]:
+            schedule_steps: int | None = None, hybrid: bool = False) -> list[str]:
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
-    makes them of the other arguments."""
+    makes them of the other arguments. hybrid: some of the edited layers are hybrid attention."""
     given, edit = edit, decided(source, target, edit, mode)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
@@ -60,7 +61,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
                              "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
         notes.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
-    if edit.renormalise and _rows_sum_to_one(current):
+    if edit.renormalise and _rows_sum_to_one(current, hybrid):
         notes.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
     return notes + _blend(edit)
 
@@ -100,9 +101,18 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
     return notes
 
 
-def _rows_sum_to_one(current: Tables) -> bool:
-    """Whether the rows of P_src mix + P diag(keep) sum to 1 for all maps P_src and P."""
+def hybrid_edited(current: Tables, unet: UNet) -> bool:
+    """Whether text is edited in a layer in which pixels attend to pixels and text in one softmax."""
+    sites = [m.site for m in unet.layers(HybridAttention) if not m.text_only]
+    return any(current.layers is None or current.layers[site][0] for site in sites)
+
+
+def _rows_sum_to_one(current: Tables, hybrid: bool) -> bool:
+    """Whether the rows of P_src mix + P diag(keep), and of pixels, sum to 1 for all maps P_src and P. In hybrid
+    attention the text's share of a row is the source's, that of the pixels its own: they do not."""
     mix, keep = current.mix.sum(-1), current.keep                                          # (T, L) each
+    if hybrid and mix.any():
+        return False
     constant = all((x - x[:, :1]).abs().max() < 1e-9 for x in (mix, keep))                 # over the tokens
     return bool(constant and (mix[:, 0] + keep[:, 0] - 1).abs().max() < 1e-9)
 

@@ -13,6 +13,7 @@ from p2p.request.effect import (
     blend_idle,
     blends_without,
     editor_idle,
+    hybrid_edited,
     idle,
     layers_idle,
     self_idle,
@@ -57,7 +58,7 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
         idle_options = without(current, source, t, given, e.mode, steps, request.model.length,
-                               request.schedule_steps)
+                               request.schedule_steps, hybrid_edited(current, request.model.unet))
         notes += [f'"{e.prompt}": {why}' for why in idle_options]
     return notes
 

@@ -1,0 +1,50 @@
+"""Faults that a fresh look at issue L's lines found, with inputs of its own: each with its right value."""
+import json
+
+import pytest
+import torch
+
+import p2p
+from p2p import UsageError
+from p2p.cli.parser import main
+from p2p.lists import pie, pie_data
+
+SOURCE, SWAPPED = "a red cat on grass", "a red dog on grass"
+
+
+@pytest.mark.parametrize("settings, acts", [({}, True), ({"cross_replace_steps": 0.0}, False), ({"layers": "down"}, False),
+                                            ({"layers": "up"}, True)])
+def test_renormalising_hybrid_attention_acts_where_the_source_is_injected(narrow, undecoded, settings, acts):
+    """There the text's share of a row is the source's, and that of the pixels the target's own: they do not sum to 1."""
+    with_, left = (p2p.edit(narrow, SOURCE, p2p.Edit(SWAPPED, renormalise=r, **settings), steps=2) for r in (True, False))
+    assert torch.allclose(with_.latents, left.latents, atol=1e-4) is not acts
+    assert any("renormalise changes nothing" in note for note in with_.notes) is not acts
+
+
+ENTRY = {"image_path": "a.png", "original_prompt": "a cat", "editing_prompt": "a dog", "blended_word": "cat dog", "mask": [10, 100]}
+
+
+@pytest.mark.parametrize("field, values", [("blended_word", (5, ["cat", "dog"], {"a": 1}, True)),
+                                           ("mask", ([1, 2, 3], [-5, 10], [1.5, 2], [True, 2], "12", {"1": 2}, None))])
+def test_fields_of_the_benchmarks_mapping_have_their_types(tmp_path, field, values):
+    file = tmp_path / "mapping_file.json"
+    for value in values:
+        file.write_text(json.dumps({"0001": ENTRY | {field: value}}))
+        with pytest.raises(UsageError, match=f"not PIE-Bench's mapping .*0001: {field}"):
+            pie_data.read(tmp_path)
+    file.write_text(json.dumps({"0001": ENTRY | {"blended_word": None, "mask": []}}))
+    assert pie_data.read(tmp_path)[0][4:6] == ("", [])
+
+
+@pytest.mark.parametrize("name", ["", "pie.csv", "pie.json", "a\nb", "a\0b", "a/b", "..", "noise"])
+def test_rows_have_names_that_folders_beside_the_tables_can_have(tmp_path, capsys, name):
+    (tmp_path / "ways.json").write_text(json.dumps({name: {"method": "noise"}}))
+    command = ["eval", "pie", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--methods", "noise"]
+    assert main([*command, "--ways", str(tmp_path / "ways.json")]) == 2
+    assert "a row's name is that of its folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("like", [["direct"], {"a": 1}, 5, None])
+def test_a_row_is_like_one_that_is_named(like):
+    with pytest.raises(UsageError, match="a row's name is a text"):
+        pie.custom({"like": like})
