@@ -1,9 +1,7 @@
 """A text-to-image model as the method sees it: text in, prediction out, pictures to latents and back."""
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from numbers import Integral
@@ -12,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.image import as_picture, from_pil
@@ -26,6 +24,7 @@ from p2p.models.towers import groups, joined, with_sizes
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import finite, kind, tensor, whole, within
+from p2p.request.offload import at_work
 from p2p.request.schedules import Schedule, flow_sampler_schedule, sampler_schedule
 from p2p.sampler import Clip
 from p2p.weights.content import content
@@ -33,7 +32,6 @@ from p2p.weights.digest import together
 from p2p.weights.scheduler import Flow
 from p2p.weights.untrusted import brief
 
-MOVING = threading.RLock()   # held by whoever moves parts of a model and uses them: one thread at a time
 LARGEST = 8192   # pixels a side: larger sizes are taken for typing errors, which would fill the memory
 STEPS = 50       # of a run that does not set them
 TextTower = TextEncoder | T5Encoder | EncodedPrompts | NoT5
@@ -88,21 +86,6 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.unet.device
-
-    @contextmanager
-    def _at_work(self, *parts: nn.Module) -> Iterator[None]:
-        """Moves offloaded parts to the device for as long as they are used."""
-        if not self.offload:
-            yield
-            return
-        with MOVING:
-            try:
-                for part in parts:
-                    part.to(self.device)
-                yield
-            finally:
-                for part in parts:
-                    part.to("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -234,7 +217,7 @@ class Model:
         self.latent_shape(height, width)
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
-        with self._at_work(*self.text_encoders):
+        with at_work(self.offload, self.device, *self.text_encoders):
             encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
         context, pooled = joined(self.family, encoded)                           # (B, L, C), (B, P)
         if pooled is None or self.unet.config.vector_dim is None:
@@ -288,7 +271,7 @@ class Model:
         if self.vae is None:
             return x.to(self.device).float()
         x = x.to(self.device, self.vae.dtype)   # one at a time: memory for one
-        with self._at_work(self.vae):
+        with at_work(self.offload, self.device, self.vae):
             return torch.cat([self.vae.encode(one)[0].float() for one in x.split(1)]) * self.latent_scale
 
     @torch.no_grad()
@@ -305,5 +288,5 @@ class Model:
         decode = self.vae.decode
         if self.tile is not None:
             decode = partial(tiled, self.vae.decode, tile=self.tile, scale=self.shrink)
-        with self._at_work(self.vae):
+        with at_work(self.offload, self.device, self.vae):
             return torch.cat([decode(one).float() for one in x.split(1)])

@@ -70,7 +70,7 @@ def test_whatever_is_given_is_taken_or_refused(things, kind, name, parameter, tm
     (lambda m, i: m.decode(None), "latents must be a tensor of floating-point numbers .B, 3, H, W., not None"),
     (lambda m, i: m.decode(torch.zeros(1, 4, 8, 8)), r"not torch.float32 of .1, 4, 8, 8."),
     (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), 5, None), "conditioning must be of the type Conditioning, not None"),
-    (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), None, Conditioning(torch.zeros(1, 2, 3))), "t must be of the type int or Tensor or dict"),
+    (lambda m, i: m.predict(torch.zeros(1, 3, 64, 64), None, Conditioning(torch.zeros(1, 2, 3))), "t must be of the type int or float or Tensor or dict"),
     (lambda m, i: m.tokens(None), "prompt must be of the type str, not None"), (lambda m, i: m.schedule(None), "steps must be a whole number"),
     (lambda m, i: m.null("x"), "n must be a whole number"), (lambda m, i: m.text([None]), "prompts are a text or a list of texts"),
     (lambda m, i: i.save(None), "file must be a path, not None"), (lambda m, i: i.save("x\0"), "file must be a path"),

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 import p2p
+from p2p.request.offload import at_work
 
 SOURCE = "a cat on grass"
 
@@ -52,7 +53,7 @@ def test_parts_that_wait_elsewhere_are_moved_by_one_thread_at_a_time(sd1):
 
     def work(_):
         nonlocal inside, most
-        with model._at_work(part):
+        with at_work(True, model.device, part):
             with lock:
                 inside += 1
                 most = max(most, inside)
@@ -63,5 +64,5 @@ def test_parts_that_wait_elsewhere_are_moved_by_one_thread_at_a_time(sd1):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
     assert most == 1
-    with model._at_work(part), model._at_work(part):   # one thread may need two at once
+    with at_work(True, model.device, part), at_work(True, model.device, part):   # one thread may need two at once
         pass

@@ -38,7 +38,8 @@ from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
 
-LATENT = ("sd1", "sd2", "sdxl", *FLOWS)
+LDM = ("sd1", "sd2", "sdxl")   # whose files may hold averaged weights
+LATENT = (*LDM, *FLOWS)
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")
 BUNDLED = {"emoji": EMOJI / "emoji.safetensors", "emoji-flow": EMOJI / "flow.safetensors",
@@ -125,7 +126,8 @@ def _autoencoder(package: Package, vae: str | Path | None,
     if package.family in FLOWS:
         mmdit.check_vae(package, silent=replacement is not None and replacement[1] is None)
     elif package.vae is not None and package.vae.config.shift:
-        raise CheckpointError(f"{package.vae.file.path}: its config shifts latents (shift_factor), which the "
+        raise CheckpointError(f"{package.vae.file.path}: its config shifts latents (shift_factor "
+                              f"{package.vae.config.shift:g}), which the "
                               f"family {package.family} does not.")
     if package.family == "sdxl" and package.latent_scale == 0.18215:
         package.notes.append("latents scaled by 0.18215, as its autoencoder's config has it (or diffusers, "
@@ -176,8 +178,8 @@ def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) 
         elif keys_mmdit.prefix(file.shapes) is not None:
             package = mmdit.find_in_file(file)
         else:
-            return find_in_file(file, ema)
-        _no_averages(path, ema)
+            package = find_in_file(file, ema)
+        _no_averages(path, ema and package.family not in LDM)
         return package
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
         _no_averages(path, ema)

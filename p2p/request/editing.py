@@ -28,6 +28,7 @@ from p2p.request.checks import choice, finite, share
 from p2p.request.effect import left_out
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens, weights_as_equalizer
+from p2p.request.negative import check_negative, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
@@ -281,37 +282,6 @@ def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, lengt
         for prompt, words in zip((source, target), pair):
             for word in listed(words):
                 align.word_tokens(prompt, word, length)
-
-
-def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[str]:
-    """One negative prompt a row; as many as are given where these are not one for all."""
-    if isinstance(negative_prompt, (list, tuple)):
-        return list(negative_prompt)
-    return [negative_prompt or ""] * rows
-
-
-def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, guidance_scale: float,
-                   rows: int, inversion: Inversion | None = None) -> None:
-    """Raises UsageError for a negative prompt that the run would not read."""
-    if negative_prompt is None:
-        return
-    if not isinstance(negative_prompt, (str, list, tuple)):
-        raise UsageError(f"negative_prompt: a text, or a list of one for each row, is needed, not "
-                         f"{brief(negative_prompt)}")
-    each = negatives(negative_prompt, rows)
-    if len(each) != rows:
-        raise UsageError(f"negative_prompt: {len(each)} given for {rows} rows; give one for all, or one for "
-                         "each, the source's first")
-    for prompt in each:
-        check_prompt(prompt)
-    if not model.guided(guidance_scale):
-        why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
-            "give a guidance_scale other than 1, or leave it out"
-        raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
-    method = None if inversion is None else inversion.method
-    if method in ("negative-prompt", "null-text"):
-        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "
-                         "out, or invert by direct")
 
 
 def proximal_by(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:

@@ -19,9 +19,11 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.models.text import TextEncoder
 from p2p.request import layers
-from p2p.request.editing import Editor, EditRequest, Guiding, edit_request, negatives, proximal_by
+from p2p.request.editing import Editor, EditRequest, Guiding, edit_request, proximal_by
 from p2p.request.emphasis import condition, parsed
 from p2p.request.emphasis import notes as weights_notes
+from p2p.request.negative import negatives
+from p2p.request.offload import at_work
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.remarks import remarks
@@ -209,7 +211,7 @@ def unread(model: Model, prompt: str) -> list[str]:
             name = "the text tower" if alike else "CLIP" if isinstance(tower, TextEncoder) else "T5"
             notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, {name} reads {length}: cut off '
                          f'"{t.text[t.spans[length - 1][0]:]}"')
-        with model._at_work(tower):
+        with at_work(model.offload, model.device, tower):
             unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
         words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
         if words:

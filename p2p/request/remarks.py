@@ -8,7 +8,7 @@ from p2p.blend import Blend
 from p2p.edits import Edit, Tables
 from p2p.models.text import Tokens
 from p2p.request import windows
-from p2p.request.editing import EditRequest, Guiding, negatives
+from p2p.request.editing import EditRequest, Guiding
 from p2p.request.effect import (
     blend_idle,
     blends_without,
@@ -21,6 +21,7 @@ from p2p.request.effect import (
 )
 from p2p.request.emphasis import below_zero, read
 from p2p.request.inverting import unguided
+from p2p.request.negative import negatives
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late_start
 

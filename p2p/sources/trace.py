@@ -15,11 +15,11 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import QK, Attention
 from p2p.request.checks import flag
-from p2p.request.editing import check_negative, negatives
 from p2p.request.emphasis import condition
 from p2p.request.inverting import schedule_of
 from p2p.request.loading import find_model
 from p2p.request.memory import afford, qk_shapes
+from p2p.request.negative import check_negative, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import empty_prompts, prompt_notes
 from p2p.request.remarks import sampling_idle

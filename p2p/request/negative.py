@@ -1,0 +1,41 @@
+"""Negative prompts: one for all rows, or one a row."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from p2p.errors import UsageError
+from p2p.model import Model
+from p2p.request.prompts import check as check_prompt
+from p2p.request.source import Inversion
+from p2p.weights.untrusted import brief
+
+
+def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[str]:
+    """One negative prompt a row; as many as are given where these are not one for all."""
+    if isinstance(negative_prompt, (list, tuple)):
+        return list(negative_prompt)
+    return [negative_prompt or ""] * rows
+
+
+def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, guidance_scale: float,
+                   rows: int, inversion: Inversion | None = None) -> None:
+    """Raises UsageError for a negative prompt that the run would not read."""
+    if negative_prompt is None:
+        return
+    if not isinstance(negative_prompt, (str, list, tuple)):
+        raise UsageError(f"negative_prompt: a text, or a list of one for each row, is needed, not "
+                         f"{brief(negative_prompt)}")
+    each = negatives(negative_prompt, rows)
+    if len(each) != rows:
+        raise UsageError(f"negative_prompt: {len(each)} given for {rows} rows; give one for all, or one for "
+                         "each, the source's first")
+    for prompt in each:
+        check_prompt(prompt)
+    if not model.guided(guidance_scale):
+        why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
+            "give a guidance_scale other than 1, or leave it out"
+        raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
+    method = None if inversion is None else inversion.method
+    if method in ("negative-prompt", "null-text"):
+        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "
+                         "out, or invert by direct")
