@@ -191,16 +191,18 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
 
 def unread(model: Model, prompt: str) -> list[str]:
     """Notes on what the text tower cuts off a prompt, and on words that it does not know."""
-    t, notes, tower = model.tokens(prompt), [], model.text_encoders[0]
-    if len(t.ids) > model.length:
-        cut = t.text[t.spans[model.length - 1][0]:]
-        notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {model.length}: cut off '
-                     f'"{cut}"')
-    with model._at_work(tower):
-        unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
-    words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
-    if words:
-        notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
+    notes = []
+    for group, (tower, length) in enumerate(model.text_groups):
+        t = model.tokens(prompt, group)
+        if len(t.ids) > length:
+            cut = t.text[t.spans[length - 1][0]:]
+            notes.append(f'"{prompt[:40]}...": {len(t.ids)} tokens, the text tower reads {length}: cut off '
+                         f'"{cut}"')
+        with model._at_work(tower):
+            unknown = tower.unknown(torch.tensor(t.ids, device=model.device)).tolist()
+        words = dict.fromkeys(t.text[s:e] for (s, e), u in zip(t.spans, unknown) if u)
+        if words:
+            notes.append(f'"{prompt}": this model has never seen {", ".join(words)}')
     return notes
 
 
