@@ -8,16 +8,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from p2p.models.blocks import timestep_embedding
+from p2p.models.t5 import EncodedPrompts, NoT5, T5Encoder
+from p2p.models.text import TextEncoder
 
 Encoded = tuple[Tensor, Tensor | None]   # of one tower: context (B, L, C), pooled text (B, P)
-Tower = TypeVar("Tower")
+TextTower = TextEncoder | T5Encoder | EncodedPrompts | NoT5
 
 
 def joined(family: str, encoded: Sequence[Encoded]) -> Encoded:
@@ -33,7 +34,7 @@ def joined(family: str, encoded: Sequence[Encoded]) -> Encoded:
     return torch.cat([clip_context, t5], dim=1), torch.cat(pooled[:-1], dim=-1)
 
 
-def groups(family: str, towers: Sequence[Tower]) -> list[Tower]:
+def groups(family: str, towers: Sequence[TextTower]) -> list[TextTower]:
     """The towers whose tokens the context's columns are, in their order; that of several which read the same
     tokens, the first."""
     if family == "flux":

@@ -17,10 +17,9 @@ from p2p.image import as_picture, from_pil
 from p2p.models.attention import QK
 from p2p.models.conditioning import Conditioning, ReadText, Text, Time
 from p2p.models.mmdit import MMDiT
-from p2p.models.t5 import EncodedPrompts, NoT5, T5Encoder
-from p2p.models.text import TextEncoder, Tokens, joined_tokens
+from p2p.models.text import Tokens, joined_tokens
 from p2p.models.tiles import tiled
-from p2p.models.towers import groups, joined, with_sizes
+from p2p.models.towers import TextTower, groups, joined, with_sizes
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.request.checks import finite, kind, tensor, whole, within
@@ -34,7 +33,6 @@ from p2p.weights.untrusted import brief
 
 LARGEST = 8192   # pixels a side: larger sizes are taken for typing errors, which would fill the memory
 STEPS = 50       # of a run that does not set them
-TextTower = TextEncoder | T5Encoder | EncodedPrompts | NoT5
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,6 +145,7 @@ class Model:
                 "text": self.digests.get("text"), **self.load_options, "tile": self.tile}
 
     def tokens(self, prompt: str) -> Tokens:
+        """A prompt as the text towers read it, see `text_groups`. Raises UsageError."""
         try:
             kind("prompt", prompt, str).encode()
         except UnicodeEncodeError:
@@ -218,7 +217,11 @@ class Model:
         if not self.text_encoders:
             return Conditioning(torch.zeros(len(prompts), 0, 0, device=self.device))
         with at_work(self.offload, self.device, *self.text_encoders):
-            encoded = [e.encode(e.tokenize(list(prompts)).to(self.device)) for e in self.text_encoders]
+            try:
+                ids = [e.tokenize(list(prompts)).to(self.device) for e in self.text_encoders]
+            except ValueError as error:   # as in `tokens`
+                raise UsageError(str(error)) from None
+            encoded = [e.encode(each) for e, each in zip(self.text_encoders, ids)]
         context, pooled = joined(self.family, encoded)                           # (B, L, C), (B, P)
         if pooled is None or self.unet.config.vector_dim is None:
             return Conditioning(context)
@@ -234,12 +237,9 @@ class Model:
         """Conditioning on the empty prompt, n rows, for guidance."""
         whole("n", n, most=2**20)
         c = self.condition([""], height, width)
-        if self.zero_negative:
-            vector = c.vector
-            if vector is not None:
-                pooled = torch.zeros_like(vector[:, : self.text_encoders[-1].config.pooled_dim])
-                vector = self._vector(pooled, height, width)
-            c = Conditioning(torch.zeros_like(cast(Tensor, c.context)), vector)
+        if self.zero_negative and c.vector is not None:
+            pooled = torch.zeros_like(c.vector[:, : self.text_encoders[-1].config.pooled_dim])
+            c = Conditioning(torch.zeros_like(cast(Tensor, c.context)), self._vector(pooled, height, width))
         return Conditioning.cat([c] * n)
 
     def schedule(self, steps: int, sampler: str = "ddim", timestep_spacing: str | None = None,

@@ -21,7 +21,7 @@ from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.weights import fields, keys, mmdit, scheduler, t5
 from p2p.weights.aside import aside, settle, sweep
-from p2p.weights.detect import ENCODED_EMPTY, FLOWS, Package, Part
+from p2p.weights.detect import ENCODED_EMPTY, FLOWS, LATENTS, OTHER_LATENTS, Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import read_tensors, stored
 from p2p.weights.keys import Source
@@ -59,9 +59,12 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
 
 def _metadata(package: Package) -> dict[str, str]:
     """What the tensors of a single file do not tell."""
+    out, latents = {}, (package.latent_scale, package.vae.config.shift)
+    if latents != LATENTS[package.family]:
+        out[OTHER_LATENTS] = json.dumps(dict(zip(("scaling_factor", "shift_factor"), latents)))
     if package.family in FLOWS:
-        return mmdit.metadata(package)
-    out = {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
+        return out | mmdit.metadata(package)
+    out |= {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
     out |= scheduler.metadata(package.sampling)
     return out | ({ENCODED_EMPTY: "true"} if package.family == "sdxl" and not package.zero_negative else {})
 

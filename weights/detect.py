@@ -32,6 +32,10 @@ OWN = ("p2p-emoji", "p2p-emoji-flow")   # formats of the bundled models' files
 PREDICTIONS = ("eps", "v", "x0", "flow")
 # in the metadata of an SDXL file: its empty prompt is encoded, not zeros
 ENCODED_EMPTY = "p2p.encoded_empty_prompt"
+# scale and shift of a family's latents; and where the metadata of a file hold others
+LATENTS = {"sd1": (0.18215, 0.0), "sd2": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609),
+           "flux": (0.3611, 0.1159)}
+OTHER_LATENTS = "p2p.vae_config"
 FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -148,8 +152,8 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
                 else _open_clip_text(file, text_sd2, "sd2", notes)]
     check_widths(file.path, unet.config.context_dim, text)
     part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
-    return Package(family, file.path, unet, text, part, _sampling(file, family, notes), None,
-                   0.13025 if sdxl else 0.18215, notes,
+    scale, _ = latents(file, family)
+    return Package(family, file.path, unet, text, part, _sampling(file, family, notes), None, scale, notes,
                    zero_negative=sdxl and ENCODED_EMPTY not in file.metadata)
 
 
@@ -161,19 +165,32 @@ def usual_size(package: Package) -> tuple[int, int]:
     return side, side
 
 
-def _parsed(file: TensorFile, text: str) -> dict[str, Any]:
+def parsed(file: TensorFile, name: str) -> dict[str, Any]:
+    """What `p2p.weights.convert` wrote in a file's metadata under a name; empty if nothing. Raises
+    CheckpointError."""
     try:
-        config = parse_object(text)
+        config = parse_object(file.metadata.get(name, "{}"))
     except ValueError as error:
-        raise CheckpointError(f"{file.path}: its metadata hold no scheduler's config ({error}).") from None
+        raise CheckpointError(f"{file.path}: its metadata hold no {name} ({error}).") from None
     check_sizes(file.path, config)
     return config
 
 
+def latents(file: TensorFile, family: str) -> tuple[float, float]:
+    """Scale and shift of the latents of a single file. Raises CheckpointError."""
+    told = parsed(file, OTHER_LATENTS)
+    scale, shift = (told.get(name, usual) for name, usual in
+                    zip(("scaling_factor", "shift_factor"), LATENTS[family]))
+    if not scale > 0:
+        raise CheckpointError(f"{file.path}: scaling_factor = {scale} in its metadata; a number above 0 is "
+                              "expected.")
+    return scale, shift
+
+
 def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     prediction, why = _prediction(file, family)
-    if text := file.metadata.get(scheduler.METADATA):   # by `p2p.weights.convert`
-        sampling = scheduler.read(file.path, _parsed(file, text), family)
+    if config := parsed(file, scheduler.METADATA):
+        sampling = scheduler.read(file.path, config, family)
         notes += sampling.notes
         return replace(sampling, prediction=prediction, why=why)
     abar = scaled_linear()

@@ -13,7 +13,7 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, scheduler
 from p2p.weights.averages import NOT_USED, USED
-from p2p.weights.detect import FLOWS, Package, Part, check_widths, count, for_family, unused_hf
+from p2p.weights.detect import FLOWS, LATENTS, Package, Part, check_widths, count, for_family, unused_hf
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
 from p2p.weights.refuse import DISTILLED
@@ -128,9 +128,8 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     side = _sample_size(unet_config, family, notes)
     sides = side if isinstance(side, (list, tuple)) else (side, side)
     shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
-    usual = 0.13025 if family == "sdxl" else 0.18215
     return Package(family, path, unet, text, vae, sampling, (sides[0] * shrink, sides[1] * shrink),
-                   scale or usual, [*notes, *sampling.notes],
+                   scale or LATENTS[family][0], [*notes, *sampling.notes],
                    family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)), configs)
 
 

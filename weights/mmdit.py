@@ -12,24 +12,22 @@ from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.models.text import CLIP_L, OPENCLIP_G
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, keys, keys_mmdit, refuse, scheduler, t5
-from p2p.weights.detect import FLOWS, Package, Part, Shapes, hf_text, ldm_vae_config
+from p2p.weights.detect import FLOWS, LATENTS, Package, Part, Shapes, hf_text, latents, ldm_vae_config, parsed
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import Renamed, TensorFile
 from p2p.weights.folder import find_folder_vae, folder_text, read_index, scheduler_class, weights_file
 from p2p.weights.keys_mmdit import transformer_config
 from p2p.weights.scheduler import Flow, Sampling
-from p2p.weights.sizes import check_given, check_sizes, read_json
-from p2p.weights.untrusted import parse_object
+from p2p.weights.sizes import check_given, read_json
 
 PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 # other pipelines of FLUX -> what they are
 OTHERS = {"FluxFillPipeline": "FLUX.1 Fill", "FluxControlPipeline": "FLUX.1 Canny or Depth",
           "FluxKontextPipeline": "FLUX.1 Kontext", "FluxPriorReduxPipeline": "FLUX.1 Redux",
           "Flux2Pipeline": "FLUX.2", "Flux2KleinPipeline": "FLUX.2"}
-LATENTS = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}   # scale and shift
-DYNAMIC = ((256.0, 0.5), (4096.0, 1.15))                        # of FLUX.1 dev, see `Flow`
-T5 = {"sd3": "_3", "flux": "_2"}                                # the end of the names of its folders
+DYNAMIC = ((256.0, 0.5), (4096.0, 1.15))   # of FLUX.1 dev, see `Flow`
+T5 = {"sd3": "_3", "flux": "_2"}           # the end of the names of its folders
 CLIP = {"sd3": ("text_encoder", "text_encoder_2"), "flux": ("text_encoder",)}
 # in single files, as ComfyUI and Stability name them
 TOWERS = ("clip_l", "clip_g", "t5xxl")
@@ -84,7 +82,7 @@ def find_in_file(file: TensorFile) -> Package:
     kind = kind_of(family, config, named(file.path), notes)
     text = _text(file, family)
     tower = t5.in_file(file, f"{COMFY}t5xxl.transformer.")
-    scale, shift = LATENTS[family]
+    scale, shift = latents(file, family)
     part = None
     if vae:
         part = Part(file, vae, "ldm", replace(ldm_vae_config(s, vae), shift=shift), ("loss.",))
@@ -97,7 +95,7 @@ def find_in_file(file: TensorFile) -> Package:
 
 def _config(file: TensorFile, shapes: Shapes) -> MMDiTConfig:
     """By shapes, and by what a file's metadata add to them. Raises CheckpointError."""
-    told = _metadata(file, SIZES)
+    told = parsed(file, SIZES)
     turned = tuple(told.get("axes_dims_rope", ()))
     config = transformer_config(file.path, shapes, turned)
     if turned:
@@ -105,18 +103,8 @@ def _config(file: TensorFile, shapes: Shapes) -> MMDiTConfig:
     return replace(config, heads=told.get("num_attention_heads", config.heads))
 
 
-def _metadata(file: TensorFile, name: str) -> dict[str, Any]:
-    """What `p2p.weights.convert` wrote in a file's metadata under a name. Raises CheckpointError."""
-    try:
-        told = parse_object(file.metadata.get(name, "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{file.path}: its metadata hold no {name} ({error}).") from None
-    check_sizes(file.path, told)
-    return told
-
-
 def _file_sampling(file: TensorFile, family: str, kind: str) -> Sampling:
-    if told := _metadata(file, scheduler.METADATA):
+    if told := parsed(file, scheduler.METADATA):
         return scheduler.read_flow(file.path, told, family)
     return scheduler.flow(usual_flow(family, kind), f"as every model of the family {family}")
 

@@ -14,8 +14,8 @@ from p2p.weights import t5
 from p2p.weights.detect import Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import fill
-from p2p.weights.folder import folder_text
-from p2p.weights.mmdit import CLIP, T5, check_text
+from p2p.weights.folder import folder_text, pipeline
+from p2p.weights.mmdit import CLIP, PIPELINES, T5, check_text
 from p2p.weights.sizes import read_json
 
 T5Tower = T5Encoder | EncodedPrompts | NoT5
@@ -25,6 +25,17 @@ WANTED = "give the folder of a model that has it, as text (--text)"
 def length(family: str, kind: str) -> int:
     """How many tokens T5 encodes: as diffusers has it, of schnell as it was trained."""
     return 256 if family == "sd3" or kind == "schnell" else 512
+
+
+def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
+    """T5 in a folder, to encode prompts as the model in it reads them. Raises CheckpointError."""
+    family = PIPELINES.get(pipeline(folder)) if (folder / "model_index.json").exists() else None
+    if family is None:
+        return t5.load_t5(folder, device, dtype)
+    config = folder / "transformer" / "config.json"
+    guided = config.exists() and read_json(config).get("guidance_embeds")
+    kind = "schnell" if config.exists() and not guided else "dev"
+    return t5.load_t5(folder, device, dtype, length(family, kind), masked=False)
 
 
 def load_text(package: Package, source: str | Path | None, device: torch.device,

@@ -169,7 +169,7 @@ def tokens(ap: argparse.ArgumentParser) -> None:
 
 def encode(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("prompts", nargs="+", metavar="PROMPT")
-    ap.add_argument("--model", required=True, help="the folder in which T5 lies (text_encoder, tokenizer)")
+    ap.add_argument("--model", required=True, help="the model's folder, T5 in it (text_encoder, tokenizer)")
     ap.add_argument("-o", "--out", type=Path, default=Path("out"),
                     help="folder; every run makes a new one inside (out)")
     ap.add_argument("--device", default=None)

@@ -33,7 +33,7 @@ from p2p.show.sweep import sweep as run_sweep
 from p2p.weights.convert import convert as run_convert
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
-from p2p.weights.t5 import load_t5
+from p2p.weights.texts import load_t5
 from p2p.weights.untrusted import printable
 
 
