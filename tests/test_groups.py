@@ -395,3 +395,23 @@ def test_components_of_a_transformer_are_refused_before_it_runs(monkeypatch, tmp
     monkeypatch.setattr("p2p.cli.commands.generated", None)
     argv = ["maps", "a cat", "--model", "emoji-flow", "--components", "--steps", "2", "-o", str(tmp_path), "--device", "cpu"]
     assert main(argv) == 2 and "no layer of this model attends to pixels alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, t5", [("3.5 medium", True), ("3 medium", False), ("dev", True), ("schnell", True)])
+def test_small_models_as_diffusers_saves_them_are_edited(tmp_path, kind, t5):
+    """Blends, scopes, weights, maps, leakage and reports; the source is as it is alone, and so is the same prompt."""
+    import flow_models  # diffusers and transformers take seconds to import
+
+    flow_models.pipeline(kind, tmp_path / "towers", with_t5=t5).save_pretrained(tmp_path / "model")
+    model = p2p.load(tmp_path / "model", device="cpu")
+    how = dict(steps=2, seed=1, height=32, width=32)
+    targets = ["a dog on grass", Edit("a big red cat on grass", scope="cat"), Edit(SOURCE, self_replace_steps=1.0),
+               Edit("a dog on grass", local_blend=p2p.LocalBlend(words=("cat", "dog")), equalizer={"dog": 2.0})]
+    r = p2p.edit(model, SOURCE, targets, record=p2p.Record(text=None, mean=True, before=True), **how)
+    alone = p2p.generate(model, SOURCE, **how)
+    for k in (0, 3):
+        assert (r.latents[k] - alone.latents[0]).abs().max() < 1e-4
+    assert (r.latents[1] - alone.latents[0]).abs().max() > 1e-3 and leakage(r, 1).about == ["cat", "dog"]
+    assert "grass</span>" in report(r) and r.maps.word("dog", 1).shape == (8, 8) and r.latents.isfinite().all()
+    assert [n for _, n in model.text_groups] == {"3": [77, 256], "d": [512], "s": [256]}[kind[0]]
