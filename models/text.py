@@ -85,11 +85,12 @@ class Part(NamedTuple):
 
 def joined_tokens(split: Sequence[tuple[Tokens, int]]) -> Tokens:
     """A prompt as one or several tokenizers split it, each with its number of columns, in the context's
-    order."""
+    order. One that is not there finds no text in it, and has no part."""
     if len(split) == 1:
         return split[0][0]
     firsts = accumulate((n for _, n in split), initial=0)
-    parts = tuple(Part(tokens, first, n) for (tokens, n), first in zip(split, firsts))
+    parts = tuple(Part(tokens, first, n) for (tokens, n), first in zip(split, firsts)
+                  if tokens.text or not any(other.text for other, _ in split))
     return Tokens(parts[0].tokens.text, [i for part in parts for i in part.tokens.ids], [], parts)
 
 

@@ -19,7 +19,7 @@ from p2p.lists.job import groups as batches
 from p2p.lists.jobs import read as read_jobs
 from p2p.models.conditioning import Conditioning
 from p2p.models.mmdit import FLUX_DEV, SD3, SD35_LARGE, SD35_MEDIUM, MMDiTConfig, build
-from p2p.models.t5 import EncodedPrompts, T5Encoder
+from p2p.models.t5 import EncodedPrompts, NoT5, T5Encoder
 from p2p.models.text import TextConfig, TextEncoder, joined_tokens, tokens
 from p2p.models.unet import SD1, UNet
 from p2p.request.effect import left_out
@@ -152,6 +152,25 @@ def test_columns_of_no_tokenizer_are_their_own():
     pair = [p._replace(parts=p.parts[:1]) for p in (both(SOURCE), both(SWAP))]
     m, a = alignment(*pair, Edit(SWAP), "replace", L)
     assert torch.equal(m[CLIP:, CLIP:], torch.eye(T5).double()) and a.all()
+
+
+def test_a_tower_that_is_not_there_aligns_nothing(model):
+    """Its columns are zeros: they stay as they are, name no word, and are no reason of a refusal."""
+    without = replace(model, text_encoders=[model.text_encoders[0], NoT5(24, T5)])
+    s, t = without.tokens(SOURCE), without.tokens(SWAP)
+    m, _ = alignment(s, t, Edit(SWAP), "replace", L)
+    assert torch.equal(m[:CLIP, :CLIP], align.replacement(tokens(SOURCE), tokens(SWAP), CLIP))
+    assert torch.equal(m[CLIP:, CLIP:], torch.eye(T5).double()) and align.ends(s, L) == ([0], [5])
+    assert align.word_tokens(t, "schnauzer", L) == [2, 3] and align.named_words(t) == align.named_words(tokens(SWAP))
+    for word, why in (("owl", 'no word "owl" in the prompt "a schnauzer'), ("hat", '"hat" stands beyond token 8')):
+        with pytest.raises(UsageError, match=why):
+            align.word_tokens(without.tokens(MORE if word == "hat" else SWAP), word, L)
+    with pytest.raises(UsageError, match="beyond the 10 tokens"):
+        p2p.edit(without, MORE, MORE.replace("hat", "cap"), steps=1)
+    weighed = condition(without, ["a (cat:1.5)"], 16, 24).context
+    assert weighed.isfinite().all() and not weighed[0, CLIP:].any()
+    r = p2p.edit(without, SOURCE, [SOURCE, "a (red:1.2) cat on grass"], steps=2)
+    assert (r.latents[1] - r.latents[0]).abs().max() < 1e-4 and without.tokens("").parts
 
 
 # ------------------------------------------------------------------------------------------------------------------- words
@@ -376,3 +395,23 @@ def test_components_of_a_transformer_are_refused_before_it_runs(monkeypatch, tmp
     monkeypatch.setattr("p2p.cli.commands.generated", None)
     argv = ["maps", "a cat", "--model", "emoji-flow", "--components", "--steps", "2", "-o", str(tmp_path), "--device", "cpu"]
     assert main(argv) == 2 and "no layer of this model attends to pixels alone" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, t5", [("3.5 medium", True), ("3 medium", False), ("dev", True), ("schnell", True)])
+def test_small_models_as_diffusers_saves_them_are_edited(tmp_path, kind, t5):
+    """Blends, scopes, weights, maps, leakage and reports; the source is as it is alone, and so is the same prompt."""
+    import flow_models  # diffusers and transformers take seconds to import
+
+    flow_models.pipeline(kind, tmp_path / "towers", with_t5=t5).save_pretrained(tmp_path / "model")
+    model = p2p.load(tmp_path / "model", device="cpu")
+    how = dict(steps=2, seed=1, height=32, width=32)
+    targets = ["a dog on grass", Edit("a big red cat on grass", scope="cat"), Edit(SOURCE, self_replace_steps=1.0),
+               Edit("a dog on grass", local_blend=p2p.LocalBlend(words=("cat", "dog")), equalizer={"dog": 2.0})]
+    r = p2p.edit(model, SOURCE, targets, record=p2p.Record(text=None, mean=True, before=True), **how)
+    alone = p2p.generate(model, SOURCE, **how)
+    for k in (0, 3):
+        assert (r.latents[k] - alone.latents[0]).abs().max() < 1e-4
+    assert (r.latents[1] - alone.latents[0]).abs().max() > 1e-3 and leakage(r, 1).about == ["cat", "dog"]
+    assert "grass</span>" in report(r) and r.maps.word("dog", 1).shape == (8, 8) and r.latents.isfinite().all()
+    assert [n for _, n in model.text_groups] == {"3": [77, 256], "d": [512], "s": [256]}[kind[0]]

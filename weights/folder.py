@@ -248,7 +248,7 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
 
 
 def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str],
-                opened: Callable[[Path, list[str]], TensorFile]) -> tuple[Part, list[Path]]:
+                opened: Callable[[Path, list[str]], TensorFile] = weights_file) -> tuple[Part, list[Path]]:
     """A text tower and its tokenizer's settings, and the configs that were read for it."""
     where = path / name / "config.json"
     fields.check(where, c, fields.TEXT)
