@@ -15,7 +15,7 @@ from torch import nn
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import averages, deepfloyd, hub, in_memory, keys, refuse
+from p2p.weights import averages, deepfloyd, few_steps, hub, in_memory, keys, refuse
 from p2p.weights.detect import FAMILIES, PREDICTIONS, Package, Part, find_in_file, ldm_vae_config, usual_size
 from p2p.weights.embeddings import add_words, attach_words
 from p2p.weights.errors import CheckpointError
@@ -83,6 +83,8 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
                               "leave out vae.")
     if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
+    if package.family in LATENT and package.where.is_file():
+        few_steps.apply(package, package.unet.file)
     attach_loras(package, lora)
     attach_words(package, embeddings)
     package.size = package.size or usual_size(package)

@@ -47,6 +47,9 @@ class Sampling:
     learned_variance: bool = True                  # of the channels beyond eps, where there are any
     sampler: str = "ddim"                          # or "lcm", "tcd"
     notes: list[str] = field(default_factory=list)
+    few_steps: str | None = None                   # the kind of a model of few steps, see `few_steps`,
+    steps: int | None = None                       # ... how many
+    guided: bool = False                           # ... and whether with guidance
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:

@@ -58,23 +58,22 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     a file in its own naming).
 
     family ("sd1", "sd2", "sdxl", "if", "emoji") and prediction ("eps", "v", "x0") are detected where None,
-    and reported in `Model.notes`. device: None for a pipeline's own, or a GPU if there is one. dtype: float32 on a CPU, elsewhere
-    the one that most of the UNet is stored in; SDXL's autoencoder always runs in float32, where half
-    precision overflows.
-    vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, a folder that holds T5 (the
-    model's own where None), or a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run
-    the UNet through torch.compile, with one graph for all words, weights and windows of a batch's shape
-    (another where maps are read, or renormalised, or nothing of an inverted source is read any more); the
-    first step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large
-    weights are stored: each layer widens its own as it computes, which halves the memory. offload: keep text
-    towers and autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in
-    which pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of
-    text left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of
-    other programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters
-    where t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight), or a list of these,
-    merged into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual inversion (see
-    `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are their own.
-    Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
+    and reported in `Model.notes`. device: None for a pipeline's own, or a GPU if there is one. dtype: float32
+    on a CPU, elsewhere the one that most of the UNet is stored in; SDXL's autoencoder always runs in float32,
+    where half precision overflows. vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF,
+    a folder that holds T5 (the model's own where None), or a file of encoded prompts (see
+    `p2p.models.t5.EncodedPrompts`). compile: run the UNet through torch.compile, with one graph for all
+    words, weights and windows of a batch's shape (another where maps are read, or renormalised, or nothing of
+    an inverted source is read any more); the first step then takes a minute or more. held: a shorter dtype
+    (torch.float16) in which the UNet's large weights are stored: each layer widens its own as it computes,
+    which halves the memory. offload: text towers and autoencoder stay on the CPU while idle. tile: side in
+    latents (64) of the squares in which pictures are decoded. ema: use the averaged weights, where the file
+    has both. clip_skip: layers of text left out before those that the family leaves out, as diffusers counts
+    (1 is the "clip skip 2" of other programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin
+    et al. 2023); it matters where t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight),
+    or a list of these, merged into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual
+    inversion (see `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are
+    their own. Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
     """
     _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype,
                      held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
@@ -88,7 +87,7 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     _prepare(c, offload, compile)
     return Model(name_of(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
                  offload=offload, tile=tile, files=files(package, vae, text),
-                 load_options=_load_options(ema, clip_skip, zero_snr, held) | add_ons.identity(package),
+                 load_options=_load_options(package, ema, clip_skip, zero_snr, held),
                  places=_places(vae=vae, text=text, pipeline=package.pipeline) | add_ons.places(package),
                  **_detected(package, tile is not None and c.vae is None),
                  **_defaults(package, c.unet))
@@ -106,10 +105,12 @@ def _places(**files: str | Path | None) -> dict[str, Any]:
     return {name: str(file) for name, file in files.items() if file is not None}
 
 
-def _load_options(ema: bool, clip_skip: int, zero_snr: bool, held: torch.dtype | None) -> dict[str, Any]:
-    """The arguments of `load` that decide pixels, for JSON."""
+def _load_options(package: Package, ema: bool, clip_skip: int, zero_snr: bool,
+                  held: torch.dtype | None) -> dict[str, Any]:
+    """The arguments of `load` that decide pixels, for JSON, and what names of files do."""
+    named = {"few_steps": package.sampling.few_steps} if package.sampling.few_steps else {}
     return {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
-            "held": held and str(held).removeprefix("torch.")}
+            "held": held and str(held).removeprefix("torch."), **named, **add_ons.identity(package)}
 
 
 def _compute_dtype(dtype: torch.dtype | None, held: torch.dtype | None, device: torch.device,
@@ -137,8 +138,10 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
 def _defaults(package: Package, unet: UNet) -> dict[str, Any]:
     """Defaults of runs that differ from Stable Diffusion's."""
     family, enlarges = package.family, bool(unet.config.low_channels)
-    if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it
-        return dict(steps=FEW) | ({} if unet.config.guidance_dim else dict(guidance_scale=1.0))
+    s = package.sampling
+    if s.sampler in DISTILLED or s.few_steps:   # with guidance as an input of the network, or into it
+        guided = s.guided or unet.config.guidance_dim
+        return dict(steps=s.steps or FEW) | ({} if guided else dict(guidance_scale=1.0))
     if family == "if":
         return dict(guidance_scale=4.0 if enlarges else 7.0, eta=1.0)
     if family == "emoji" and enlarges:
