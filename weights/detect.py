@@ -202,7 +202,10 @@ def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     if "ztsnr" in file.shapes:
         abar = zero_terminal_snr(abar)
         notes.append("zero terminal SNR (marker ztsnr)")
-    return Sampling(abar, prediction, why)
+    latent_consistency = keys.UNET + "time_embed.cond_proj.weight" in file.shapes
+    if latent_consistency:
+        notes.append("lcm samples (its guidance is an input, as of latent consistency models)")
+    return Sampling(abar, prediction, why, sampler="lcm" if latent_consistency else "ddim")
 
 
 def _schedule(file: TensorFile) -> Tensor:

@@ -17,7 +17,18 @@ from p2p.models.mmdit import MMDiT, MMDiTConfig
 from p2p.models.text import TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import averages, deepfloyd, hub, in_memory, keys, keys_mmdit, mmdit, refuse, texts
+from p2p.weights import (
+    averages,
+    deepfloyd,
+    few_steps,
+    hub,
+    in_memory,
+    keys,
+    keys_mmdit,
+    mmdit,
+    refuse,
+    texts,
+)
 from p2p.weights.detect import (
     FAMILIES,
     FLOWS,
@@ -89,6 +100,8 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
                               "leave out vae.")
     if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
+    if package.family in LATENT and package.where.is_file():
+        few_steps.apply(package, package.unet.file)
     attach_loras(package, lora)
     attach_words(package, embeddings)
     package.size = package.size or usual_size(package)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from p2p.weights import deltas, refuse
+from p2p.weights import deltas, few_steps, refuse
 from p2p.weights.deltas import DORA, DORA_PEFT, Change
 from p2p.weights.detect import Added, Package, listed
 from p2p.weights.errors import CheckpointError
@@ -188,6 +188,8 @@ def attach_loras(package: Package, given: Sequence[tuple[Path, float]]) -> None:
         into = ", ".join(f"{n} of {where}" for where, n in counts.items())
         package.notes.append(f"{path.name}, merged with weight {weight:g}: {add_on.summary()}; weights: "
                              f"{into}")
+        if weight:
+            few_steps.apply(package, add_on.file)
         files = [add_on.file.path, *([add_on.settings_file] if add_on.settings_file else [])]
         package.lora.append(Added(path, {file.name: file for file in files}, weight))
 

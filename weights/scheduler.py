@@ -59,6 +59,9 @@ class Sampling:
     sampler: str = "ddim"                          # or "lcm", "tcd"
     flow: Flow | None = None                       # of models that predict velocities; no alphas_cumprod
     notes: list[str] = field(default_factory=list)
+    few_steps: str | None = None                   # the kind of a model of few steps, see `few_steps`,
+    steps: int | None = None                       # ... how many
+    guided: bool = False                           # ... and whether with guidance
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> Tensor:

@@ -130,6 +130,8 @@ def _same_model(args: argparse.Namespace, model: p2p.Model, settings: dict[str, 
                 option: str = "model") -> None:
     """Raises CheckpointError unless the model is the recorded one, as far as it is recorded."""
     identity = model.identity()
+    if "few_steps" in settings:   # by the name of a file, which may be another by now
+        identity.setdefault("few_steps", None)
     if (settings.get("places") or {}).get("pipeline"):
         identity["sha256"] = content(model)   # of the weights, not of files
     required = identity if "version" in settings else ("sha256",)   # older pictures record less

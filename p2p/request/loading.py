@@ -89,7 +89,7 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     _prepare(c, offload, compile)
     return Model(name_of(source), package.where, package.family, c.unet, c.text, c.vae, compiled=compile,
                  offload=offload, tile=tile, files=files(package, vae, text),
-                 load_options=_load_options(ema, clip_skip, zero_snr, held) | add_ons.identity(package),
+                 load_options=_load_options(package, ema, clip_skip, zero_snr, held),
                  places=_places(vae=vae, text=text, pipeline=package.pipeline) | add_ons.places(package),
                  **_detected(package, tile is not None and c.vae is None),
                  **_defaults(package, c.unet))
@@ -107,10 +107,12 @@ def _places(**files: str | Path | None) -> dict[str, Any]:
     return {name: str(file) for name, file in files.items() if file is not None}
 
 
-def _load_options(ema: bool, clip_skip: int, zero_snr: bool, held: torch.dtype | None) -> dict[str, Any]:
-    """The arguments of `load` that decide pixels, for JSON."""
+def _load_options(package: Package, ema: bool, clip_skip: int, zero_snr: bool,
+                  held: torch.dtype | None) -> dict[str, Any]:
+    """The arguments of `load` that decide pixels, for JSON, and what names of files do."""
+    named = {"few_steps": package.sampling.few_steps} if package.sampling.few_steps else {}
     return {"ema": ema, "clip_skip": clip_skip or 0, "zero_snr": zero_snr,
-            "held": held and str(held).removeprefix("torch.")}
+            "held": held and str(held).removeprefix("torch."), **named, **add_ons.identity(package)}
 
 
 def _compute_dtype(dtype: torch.dtype | None, held: torch.dtype | None, device: torch.device,
@@ -145,9 +147,10 @@ def _defaults(package: Package, unet: Network) -> dict[str, Any]:
     if package.family in ("sd3", "flux"):
         steps, guidance_scale = FLOWS["turbo" if package.kind.endswith("turbo") else package.kind]
         return dict(steps=steps, guidance_scale=guidance_scale)
-    family, enlarges = package.family, unet.enlarges
-    if package.sampling.sampler in DISTILLED:   # with guidance as an input of the network, or into it
-        return dict(steps=FEW) | ({} if unet.reads_guidance else dict(guidance_scale=1.0))
+    family, enlarges, s = package.family, unet.enlarges, package.sampling
+    if s.sampler in DISTILLED or s.few_steps:   # with guidance as an input of the network, or into it
+        guided = s.guided or unet.reads_guidance
+        return dict(steps=s.steps or FEW) | ({} if guided else dict(guidance_scale=1.0))
     if family == "if":
         return dict(guidance_scale=4.0 if enlarges else 7.0, eta=1.0)
     if family == "emoji" and enlarges:

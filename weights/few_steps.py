@@ -1,0 +1,47 @@
+"""How models and LoRAs of few steps are sampled, as far as the name or the metadata of a file tell."""
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from p2p.weights import scheduler
+from p2p.weights.detect import FAMILY_RULE, Package
+from p2p.weights.files import TensorFile
+from p2p.weights.scheduler import Sampling
+
+NAMES = ("ss_output_name", "modelspec.title", "modelspec.tags")   # in kohya's and modelspec's metadata
+FIXED = ("pytorch_lora_weights", "adapter_model")   # files whose folders have the name
+FEW = 4   # steps, where no number is said
+_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+_KINDS = re.compile(r"(?<![a-z])(lcm|tcd|lightning|hyper|turbo)(?![a-z])")
+
+
+def apply(package: Package, file: TensorFile) -> None:
+    """Sets how a package is sampled by a file of it, or one that is merged into it, and adds a note; nothing
+    where the file does not say, or where a scheduler's config does.
+
+    Lightning and Hyper are words of styles too, so that they count beside a number of steps alone.
+    """
+    stem = file.path.parent.name if file.path.stem in FIXED else file.path.stem
+    for text in (stem, *(file.metadata.get(key, "") for key in NAMES)):
+        kinds, count = _KINDS.findall(text.lower()), _COUNT.search(text.lower())
+        steps = int(count[1]) if count and int(count[1]) else None
+        kind = next((k for k in kinds if steps or k not in ("lightning", "hyper")), None)
+        if kind is not None and scheduler.METADATA not in file.metadata:
+            package.sampling = s = _sampling(package.sampling, kind, steps, text.lower())
+            how = s.sampler + (" on trailing timesteps" if s.sampler == "ddim" else "")
+            free = "" if s.guided or package.unet.config.guidance_dim else ", without guidance"
+            package.notes.append(f"{file.path.name} is of few steps by its name or metadata ({kind}): "
+                                 f"sampled by {how}, in {s.steps} steps{free}, unless a run says otherwise")
+            return
+
+
+def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:
+    """On the timesteps that the steps were distilled at."""
+    made_for = replace(sampling, few_steps=kind, steps=steps or FEW)
+    if (kind, steps) == ("lightning", 1) and "x0" in text and sampling.why == FAMILY_RULE:
+        made_for = replace(made_for, prediction="x0", why="its name")
+    if kind in ("lcm", "tcd") or (kind, steps) == ("hyper", 1):   # Hyper's one step is TCD's
+        return replace(made_for, sampler="lcm" if kind == "lcm" else "tcd")
+    return replace(made_for, sampler="ddim", timestep_spacing="trailing", final_alpha=1.0,
+                   guided=kind == "hyper" and "cfg" in text)
