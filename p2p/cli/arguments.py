@@ -16,8 +16,8 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
                     help="run the edit again that made this picture")
-    ap.add_argument("--editor", choices=["masactrl", "plug-and-play"],
-                    help="inject in another way than Prompt-to-Prompt, whose "
+    ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
+                    help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights then do not count")
     ap.add_argument("--upscale", action="store_true",
                     help="end in pictures four times larger, by the super-resolution stage "
@@ -86,7 +86,7 @@ def batch(ap: argparse.ArgumentParser) -> None:
     groups.engine(ap)
     ap.add_argument("--together", type=int, default=4, metavar="N",
                     help="at most so many jobs in one batch of the network (4)")
-    ap.add_argument("--editor", choices=["masactrl", "plug-and-play"], help="as for edit")
+    ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"], help="as for edit")
     ap.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
     groups.inversion(ap)
     groups.injection(ap)

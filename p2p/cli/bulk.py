@@ -28,7 +28,7 @@ from p2p.lists.protocol import find as find_method
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.ready import unread
 from p2p.request.settings import to_dict
-from p2p.request.source import METHODS
+from p2p.request.source import METHODS, OWN
 from p2p.show.sweep import shown
 from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
@@ -54,7 +54,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
                 "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
                 "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
                 "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
-                "proximal": values.proximal(args), "negative_prompt": values.negative(args)}
+                "proximal": values.proximal(args), "negative_prompt": values.negative(args),
+                **{name: getattr(args, name) for name in OWN}}
     return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 

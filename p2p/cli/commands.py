@@ -25,6 +25,7 @@ from p2p.request.emphasis import read
 from p2p.request.inverting import expected
 from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import prompt_notes
+from p2p.request.source import OWN
 from p2p.request.start import Sampling, solver
 from p2p.run import Result
 from p2p.show.pictures import grid, heat, names, overlay, table
@@ -86,7 +87,7 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
     given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps,
                  inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
                  final_alpha=args.final_alpha, fit=args.fit, guidance_scale=args.cfg, height=args.height,
-                 width=args.width)
+                 width=args.width, **{name: getattr(args, name) for name in OWN})
     return {k: v for k, v in given.items() if v is not None}
 
 

@@ -16,13 +16,23 @@ def engine(parser: argparse.ArgumentParser) -> None:
 def inversion(parser: argparse.ArgumentParser) -> None:
     ap = parser.add_argument_group("real pictures")
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt",
-                                         "null-text", "direct", "edit-friendly"],
+                                         "null-text", "direct", "edit-friendly", "uni-inv", "rf-solver",
+                                         "fireflow", "rf-inversion", "flow-edit", "ddcm", "turbo-edit"],
                     help="how a picture is inverted (edit-friendly)")
     ap.add_argument("--skip", type=int, metavar="N",
-                    help="leave out the N noisiest steps (noise: 0; edit-friendly: 0.24 of them)")
+                    help="leave out the N noisiest steps (0; edit-friendly: 0.24 of them; flow-edit: 0.34)")
     ap.add_argument("--inner-steps", type=int, metavar="N",
                     help="of null-text's optimiser (10) or fixed-point's solver (5)")
-    ap.add_argument("--inversion-cfg", type=float, metavar="X", help="guidance while inverting (1)")
+    ap.add_argument("--inversion-cfg", type=float, metavar="X",
+                    help="guidance while inverting (1; rf-inversion: 0, without the prompt)")
+    ap.add_argument("--gamma", type=float, metavar="X",
+                    help="of rf-inversion: how much the way up is drawn to noise (0.5)")
+    ap.add_argument("--control", type=float, metavar="X",
+                    help="... and the way down to the picture (0.9)")
+    ap.add_argument("--control-steps", type=float, metavar="X", help="... in this share of the steps (0.25)")
+    ap.add_argument("--n-avg", type=int, metavar="N", help="of flow-edit: noises a step (1)")
+    ap.add_argument("--n-min", type=int, metavar="N",
+                    help="of flow-edit: how many last steps sample without the source (0)")
     ap.add_argument("--final-alpha", type=float, metavar="X",
                     help="alphas_cumprod at which the picture is taken to be; "
                     "default: the model's; 1: as O-BELM's code")
@@ -93,8 +103,8 @@ def settings(parser: argparse.ArgumentParser, seed: str) -> None:
                     "pictures, or once for each, the source first")
     ap.add_argument("--seed", type=int, default=None, help=seed)
     ap.add_argument("--eta", type=float,
-                    help="0: DDIM, 1: DDPM; default: the model's own; of an edit-friendly "
-                    "inversion: above 0 (1)")
+                    help="0: DDIM, 1: DDPM; default: the model's own; of an inversion by "
+                    "edit-friendly or turbo-edit: above 0 (1)")
     ap.add_argument("--sampler", choices=["ddim", "dpm++", "lcm", "tcd"],
                     help="ddim, dpm++ (2M: 10 to 20 steps), or lcm and tcd for models distilled by these (4 "
                     "steps); default: what the model was made for")

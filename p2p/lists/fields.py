@@ -196,6 +196,9 @@ FIELDS: dict[str, Check] = {
     "inversion_guidance": (_number(), "one finite number"),
     "inner_steps": (_whole(1), "one number, whole and from 1"),
     "final_alpha": (_number(math.nextafter(0, 1), 1), "one number above 0, at most 1"),
+    **dict.fromkeys(("gamma", "control", "control_steps"), (_number(0, 1), "one number from 0 to 1")),
+    "n_avg": (_whole(1), "one number of noises, whole and from 1"),
+    "n_min": (_whole(0), "one number of steps, whole and from 0"),
     "fit": _one_of(*FITS, "square"),
     "path": _one_of("inverted", "resampled"),
     # what else `edit` takes

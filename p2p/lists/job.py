@@ -13,11 +13,12 @@ from p2p.model import Model
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected, settings_read
 from p2p.request.settings import to_dict
+from p2p.request.source import OWN
 
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
 INVERTING = {   # see `invert`; "square" and path: `protocol.square`, `protocol.resampled`
     "method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
-    "fit": "crop", "path": "inverted"}
+    "fit": "crop", "path": "inverted", **dict.fromkeys(OWN)}
 OTHERS = ("proximal", "editor", "negative_prompt", "sampler", "timestep_spacing", "timesteps")
 
 
