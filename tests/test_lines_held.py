@@ -1,13 +1,17 @@
 """Faults that a fresh look at issue L's lines found, with inputs of its own: each with its right value."""
 import json
+import struct
+import time
 
 import pytest
 import torch
 
 import p2p
-from p2p import UsageError
+from p2p import CheckpointError, UsageError
 from p2p.cli.parser import main
 from p2p.lists import pie, pie_data
+from p2p.request.prompts import check
+from p2p.weights.load import find
 
 SOURCE, SWAPPED = "a red cat on grass", "a red dog on grass"
 
@@ -48,3 +52,24 @@ def test_rows_have_names_that_folders_beside_the_tables_can_have(tmp_path, capsy
 def test_a_row_is_like_one_that_is_named(like):
     with pytest.raises(UsageError, match="a row's name is a text"):
         pie.custom({"like": like})
+
+
+def test_a_window_of_no_word_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    assert main(["edit", SOURCE, SWAPPED, "--cross", "=0.4", "--out", str(tmp_path / "out")]) == 2
+    assert "--cross =0.4: expected END" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_header_of_very_many_tensors_takes_no_time(tmp_path):
+    head = json.dumps({f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(250_000)}).encode()
+    (tmp_path / "many.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="250,000 tensors, more than any model has"):
+        find(tmp_path / "many.safetensors")
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("prompt, word, weight", [("a cat ::2", "cat", "2"), ("hot dog :: 1.5 food", "dog", "1.5"), ("a cat::2", "cat", "2")])
+def test_weights_of_midjourney_are_noted_with_spaces_too(prompt, word, weight):
+    (note,) = check(prompt)
+    assert f"--weight {word}={weight} " in note
+    assert [check(text) for text in ("a :: b", "std::vector", "at 10 ::30", "a cat :: dog")] == [[]] * 4

@@ -71,10 +71,13 @@ class _MappedFile(TensorFile, ABC):
 class SafetensorsFile(_MappedFile):
     # most bytes of names, shapes and metadata: of Stable Diffusion XL, a quarter of a million
     HEADER = 2**24
+    TENSORS = 2**16   # most of a file: Stable Diffusion XL with averages has a tenth
 
     def __init__(self, path: Path):
         self.path = path
         self._open()
+        if (count := len(self._file.keys())) > self.TENSORS:
+            raise CheckpointError(f"{self.path}: {count:,} tensors, more than any model has.")
         slices = {k: self._file.get_slice(k) for k in self._file.keys()}
         self.shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
         self.dtypes = {k: s.get_dtype() for k, s in slices.items()}

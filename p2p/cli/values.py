@@ -103,7 +103,9 @@ def window(text: str, option: str) -> Window:
 
 def cross(item: str, option: str = "--cross") -> tuple[str, Window]:
     """[WORD=]END|START:END  ->  the word (`ALL` where none is named) and its window"""
-    word, _, value = item.rpartition("=")
+    word, named, value = item.rpartition("=")
+    if named and not word:
+        raise UsageError(f"{option} {item}: expected END or START:END, or WORD= before it")
     return word or ALL, window(value, f"{option} {item}" if word else option)
 
 

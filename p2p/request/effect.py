@@ -108,8 +108,8 @@ def hybrid_edited(current: Tables, unet: Network) -> bool:
 
 
 def _rows_sum_to_one(current: Tables, hybrid: bool) -> bool:
-    """Whether the rows of P_src mix + P diag(keep), and of pixels, sum to 1 for all maps P_src and P. In hybrid
-    attention the text's share of a row is the source's, that of the pixels its own: they do not."""
+    """Whether the rows of P_src mix + P diag(keep), and of pixels, sum to 1 for all maps P_src and P. In
+    hybrid attention the text's share of a row is the source's, that of the pixels its own: they do not."""
     mix, keep = current.mix.sum(-1), current.keep                                          # (T, L) each
     if hybrid and mix.any():
         return False

@@ -37,7 +37,8 @@ _SYNTAX = tuple((re.compile(pattern), what, instead) for pattern, what, instead 
     (r"\)\s*\.(?:and|blend|swap)\(|\b\w+\.swap\(", "a conjunction",
      "write one prompt, and the other as an edit of it"),
 ))
-_BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|::([-+]?\d+\.?\d*|\.\d+))(?!\.?\w|:)")
+_BARE = re.compile(r"(?<![\w:.'-])([^\W\d][\w'-]*)(?::([-+]?\d*\.\d+)|\s*::\s*([-+]?\d+\.?\d*|\.\d+))"
+                   r"(?!\.?\w|:)")
 _EMPTY = re.compile(rf"(?<!\\)\([\s()]*(?::\s*{_NUMBER}\s*)?\)|(?<!\\)\[\s*\]")
 _TEXT = re.compile(r"\b(\w+)(?:\+\++|--+)(?!\w)|\{([^{}]+)\}")
 
