@@ -135,3 +135,61 @@ IF_UPSCALER = IF | {
     "scheduler/scheduler_config.json": IF_SCHEDULE | {"sample_max_value": 1.0},
 }
 MODELS = {"sd1": SD1, "sd2.1": SD21, "sd-turbo": SD_TURBO, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO, "if": IF, "if upscaler": IF_UPSCALER}
+T5XXL = {"architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096,
+         "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu",
+         "initializer_factor": 1.0, "is_encoder_decoder": True, "is_gated_act": True, "layer_norm_epsilon": 1e-06, "model_type": "t5",
+         "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24, "output_past": True, "pad_token_id": 0,
+         "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "tie_word_embeddings": False,
+         "torch_dtype": "float16", "transformers_version": "4.41.2", "use_cache": True, "vocab_size": 32128}
+VAE_16 = VAE | {"_diffusers_version": "0.29.0.dev0", "force_upcast": True, "latent_channels": 16, "latents_mean": None, "latents_std": None,
+                "mid_block_add_attention": True, "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+                "use_post_quant_conv": False, "use_quant_conv": False}
+CLIP_L_PROJECTED = CLIP_L | {"architectures": ["CLIPTextModelWithProjection"], "torch_dtype": "float16"}
+SD3_MEDIUM = {
+    "model_index.json": {
+        "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.29.0.dev0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"]},
+    "transformer/config.json": {
+        "_class_name": "SD3Transformer2DModel", "_diffusers_version": "0.29.0.dev0", "attention_head_dim": 64,
+        "caption_projection_dim": 1536, "in_channels": 16, "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 24,
+        "out_channels": 16, "patch_size": 2, "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "sample_size": 128},
+    "vae/config.json": VAE_16, "text_encoder/config.json": CLIP_L_PROJECTED, "text_encoder_2/config.json": CLIP_G,
+    "text_encoder_3/config.json": T5XXL, "tokenizer/tokenizer_config.json": TOKENIZER,
+    "tokenizer_2/tokenizer_config.json": TOKENIZER | {"pad_token": "!"},
+    "tokenizer_3/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "model_max_length": 512},
+    "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.29.0.dev0",
+                                        "num_train_timesteps": 1000, "shift": 3.0}}
+SD35_LARGE = SD3_MEDIUM | {"transformer/config.json": SD3_MEDIUM["transformer/config.json"] | {
+    "caption_projection_dim": 2432, "num_attention_heads": 38, "num_layers": 38, "qk_norm": "rms_norm"}}
+SD35_MEDIUM = SD3_MEDIUM | {
+    "transformer/config.json": SD3_MEDIUM["transformer/config.json"] | {
+        "dual_attention_layers": list(range(13)), "pos_embed_max_size": 384, "qk_norm": "rms_norm"},
+    "scheduler/scheduler_config.json": SD3_MEDIUM["scheduler/scheduler_config.json"] | {
+        "base_image_seq_len": 256, "base_shift": 0.5, "invert_sigmas": False, "max_image_seq_len": 4096, "max_shift": 1.15,
+        "shift_terminal": None, "use_beta_sigmas": False, "use_dynamic_shifting": False, "use_exponential_sigmas": False,
+        "use_karras_sigmas": False}}
+FLUX_DEV = {
+    "model_index.json": {
+        "_class_name": "FluxPipeline", "_diffusers_version": "0.30.0.dev0", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]},
+    "transformer/config.json": {
+        "_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0", "_name_or_path": "../checkpoints/flux-dev/transformer",
+        "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096, "num_attention_heads": 24,
+        "num_layers": 19, "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768},
+    "vae/config.json": VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "text_encoder/config.json": CLIP_L, "text_encoder_2/config.json": T5XXL, "tokenizer/tokenizer_config.json": TOKENIZER,
+    "tokenizer_2/tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "model_max_length": 512},
+    "scheduler/scheduler_config.json": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0.dev0", "base_image_seq_len": 256,
+        "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+        "use_dynamic_shifting": True}}
+FLUX_SCHNELL = FLUX_DEV | {
+    "transformer/config.json": FLUX_DEV["transformer/config.json"] | {"guidance_embeds": False},
+    "scheduler/scheduler_config.json": FLUX_DEV["scheduler/scheduler_config.json"] | {"shift": 1.0, "use_dynamic_shifting": False}}
+FLOWS = {"3 medium": SD3_MEDIUM, "3.5 large": SD35_LARGE, "3.5 medium": SD35_MEDIUM, "dev": FLUX_DEV, "schnell": FLUX_SCHNELL}
