@@ -45,7 +45,8 @@ class Edit:
     chosen from the prompts.
     cross_replace_steps: share of the steps with cross-attention injected: an end, (start, end), or by word of
         the target prompt {"default_": ..., "word": ...}; words that are not named are injected throughout.
-        None: by what the edit does (0.8; where a thing is added, less), see `request.windows`.
+        None: by what the edit does (0.8; less where a thing is added, or a place swapped), see
+        `request.windows`.
     self_replace_steps: share of the steps with self-attention injected, at sites of at most `self_max_tokens`
         pixels: an end, or (start, end). None: by what the edit does (0.4, or less).
     self_max_tokens: None: 32 * 32 in a UNet, as in the official code; in an MM-DiT no limit.
@@ -137,9 +138,9 @@ def choose_mode(source: Tokens, edit: Edit, target: Tokens) -> str:
     return "replace" if align.is_swap(source, target) else "refine"
 
 
-def decided(source: Tokens, target: Tokens, edit: Edit, mode: str) -> Edit:
+def decided(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> Edit:
     """The edit in this mode, with the usual windows of what it does in place of those that are None."""
-    usual = windows.usual(source, target, mode)
+    usual = windows.usual(source, target, mode, length)
     cross, self_ = edit.cross_replace_steps, edit.self_replace_steps
     return replace(edit, mode=cast(Any, mode), cross_replace_steps=usual.cross if cross is None else cross,
                    self_replace_steps=usual.self_ if self_ is None else self_)
@@ -246,7 +247,7 @@ class Tables(NamedTuple):
 def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
            schedule_steps: int | None = None) -> Tables:
     """Computes the tables of one target. schedule_steps: of the schedule, where some are left out."""
-    edit = decided(source, target, edit, mode)
+    edit = decided(source, target, edit, mode, length)
     m, a = alignment(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(cast(Window, edit.cross_replace_steps), target, window_steps, length)[:steps]

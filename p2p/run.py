@@ -58,9 +58,25 @@ class Result:
         return f"<Result of {what}: {b} x {size}, {self.prompts}, latents {tuple(shape)}>"
 
     def grid(self, side: int = 256) -> Image.Image:
-        """The pictures in a row, `side` pixels high, captioned by their prompts; words that the source's
-        lacks are in colour."""
-        return pictures.grid(self.images, self.prompts, whole("side", side, 8, 4096))
+        """The pictures in a row, `side` pixels high, captioned by their prompts, and by weights and other
+        settings that tell edits apart; words that the source's lacks are in colour."""
+        return pictures.grid(self.images, self.captions(), whole("side", side, 8, 4096))
+
+    def captions(self) -> list[str]:
+        """Of the pictures, see `grid`; pictures of one prompt differ in their seeds."""
+        seeds = self.settings.get("seed")
+        if isinstance(seeds, list):
+            return [f"{prompt} (seed {seed})" for prompt, seed in zip(self.prompts, seeds)]
+        return pictures.captions(self.prompts, self.edits)
+
+    def names(self) -> list[str]:
+        """Of the pictures' files: source, edit; of several edits what each does, "edit-1-cat-to-dog"; 1, 2,
+        ... of `generate`."""
+        if self.settings.get("command") != "edit":
+            return [str(k) for k in range(1, len(self.images) + 1)]
+        source = self.prompts[0]
+        return pictures.names(len(self.images), [pictures.difference(source, e.prompt, e.equalizer)
+                                                 for e in self.edits])
 
     def _repr_html_(self) -> str:
         """The grid, in a notebook."""
@@ -68,13 +84,11 @@ class Result:
         return f'<img alt="{alt}" src="data:image/png;base64,{png}">'
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes source.png, edit.png (edit-1.png, ...; of `generate` 1.png, ...), grid.png and settings.json
-        into a folder.  -> their paths. Raises UsageError where one exists: nothing is overwritten."""
+        """Writes the pictures (see `names`), grid.png and settings.json into a folder.  -> their paths.
+        Raises UsageError where one exists: nothing is overwritten."""
         folder = place("folder", folder)
-        edited, n = self.settings.get("command") == "edit", len(self.images)
-        stems = pictures.names(n) if edited else [str(i + 1) for i in range(n)]
         found = {folder / f"{stem}.png": image
-                 for stem, image in zip([*stems, "grid"], [*self.images, self.grid()])}
+                 for stem, image in zip([*self.names(), "grid"], [*self.images, self.grid()])}
         files = [*found, folder / "settings.json"]
         if there := [file.name for file in files if file.exists()]:
             raise UsageError(f"{folder}: holds {', '.join(there)} already; name another folder")
@@ -258,6 +272,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
                      seed=0 if seed is None else seed, **common)
     names = ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")
     stage = {name: large.settings[name] for name in names}
+    large.edits = small.edits
     large.settings = small.settings | {"upscale": stage | {"noise_level": noise_level, "edited": edited}}
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}

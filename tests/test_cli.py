@@ -35,7 +35,7 @@ def pixels(path):
 
 def test_edit_writes_source_edit_and_grid(capsys, tmp_path):
     code, out, err = run(capsys, *EDIT, "--seed", 5, "-o", tmp_path / "out")
-    folder = tmp_path / "out" / "0001-a-red-cat-on-grass"
+    folder = tmp_path / "out" / "0001-cat-to-dog"
     assert code == 0 and out.split() == [str(folder / f) for f in ("source.png", "edit.png", "grid.png")]
     assert "mode replace (chosen from the prompts)" in err and "seed" not in err
     assert pixels(folder / "source.png").shape == (64, 64, 3)
@@ -69,7 +69,7 @@ def test_from_runs_an_edit_again_to_the_same_pixels(capsys, tmp_path):
 
 def test_several_targets_and_generate(capsys, tmp_path):
     code, out, _ = run(capsys, *EDIT, "a red cat in the snow", "-o", tmp_path, "--seed", 1)
-    assert code == 0 and [os.path.basename(p) for p in out.split()] == ["source.png", "edit-1.png", "edit-2.png", "grid.png"]
+    assert code == 0 and [os.path.basename(p) for p in out.split()] == ["source.png", "edit-1-cat-to-dog.png", "edit-2-on-grass-to-in-the-snow.png", "grid.png"]
     code, out, _ = run(capsys, "generate", "a red cat", "a house", "--steps", 2, "--seed", 1, "-o", tmp_path)
     assert code == 0 and [os.path.basename(p) for p in out.split()] == ["1.png", "2.png", "grid.png"]
     code, _, err = run(capsys, "edit", "--from", out.split()[0], "-o", tmp_path)
@@ -160,7 +160,7 @@ def test_tokens_shows_pieces_and_partners(capsys):
 
 
 USAGE = {
-    "--steps, --seed: not with --from": ["edit", "--from", "x.png", "--steps", "7", "--seed", "1"],
+    "--ema, --tile: not with --from": ["edit", "--from", "x.png", "--tile", "7", "--ema"],
     "--weight, --blend: not with a prompt without targets": ["maps", "a cat", "--weight", "cat=2", "--blend", "cat"],
     "--cross: given more than once for all words": ["edit", "a cat", "a dog", "--cross", "0.2", "--cross", "0.8"],
     "--over: given more than once for 'cross'": ["sweep", "a cat", "a dog", "--over", "cross=0", "--over", "cross=1"],

@@ -37,7 +37,7 @@ def test_a_window_of_a_word_means_the_same_in_a_command_in_python_and_in_a_list(
     line = {"source": PROMPTS[0], "targets": [PROMPTS[1]], **listed}
     edits = [p2p.Edit(PROMPTS[1], **options.edit_settings(parsed("edit", *PROMPTS, *argv))),
              p2p.Edit(PROMPTS[1], cross_replace_steps=meant), jobs.parse(line, 1, Path(), emoji).targets[0]]
-    windows = [decided(tokens(PROMPTS[0]), target, e, "replace").cross_replace_steps for e in edits]
+    windows = [decided(tokens(PROMPTS[0]), target, e, "replace", 32).cross_replace_steps for e in edits]
     alphas = [cross_alpha(w, target, 50, 32) for w in windows]
     assert (alphas[0] == alphas[1]).all() and (alphas[0] == alphas[2]).all()
 
@@ -85,6 +85,8 @@ def shown(action):
     """An option as it is typed, with a value that its parser takes."""
     if action.nargs == 0:
         return [action.option_strings[-1]]
+    if action.dest == "for_":
+        return ["--for", "1", "--cross", "1"]
     return [action.option_strings[0], str(action.choices[0]) if action.choices else "1"]
 
 

@@ -30,7 +30,7 @@ KINDS = [
 @pytest.mark.parametrize("source, target, kind", KINDS)
 def test_what_an_edit_does_is_told_from_its_words(source, target, kind):
     a, b = tokens(source), tokens(target)
-    assert windows.usual(a, b, choose_mode(a, Edit(target), b)) == kind
+    assert windows.usual(a, b, choose_mode(a, Edit(target), b), 77) == kind
 
 
 @pytest.mark.parametrize("target, kind", [("a dog on grass", windows.SWAPS), ("a cat and a dog on grass", ADDS)])
@@ -52,6 +52,24 @@ def test_a_window_that_is_given_wins_alone(narrow):
     assert any(note.endswith(f"{ADDS.does}: self_replace_steps {ADDS.self_}") for note in r.notes)
     word = p2p.edit(narrow, SOURCE, p2p.Edit("a cat and a dog on grass", cross_replace_steps={"dog": 0.1}), steps=1)
     assert word.edits[0].cross_replace_steps == {"dog": 0.1}
+
+
+PLACES = [("a cat in the snow", "a cat in the desert", ["desert"]), ("a cat on grass", "a cat at night", ["at", "night"]),
+          ("a cat on a red boat", "a cat on a blue boat", ["blue"]), ("a dog. A cat on sand.", "a dog. A dog on grass.", ["grass."]),
+          ("snow and a cat in snow", "snow and a cat in sand", ["sand"]), ("a cat in sand, snow", "a cat in snow, snow", ["snow,"])]
+
+
+@pytest.mark.parametrize("source, target, words", PLACES)
+def test_the_words_of_a_swapped_place_have_short_windows(narrow, source, target, words):
+    edit = p2p.edit(narrow, source, target, steps=1).edits[0]
+    assert edit.mode == "replace" and edit.self_replace_steps == 0.4
+    assert edit.cross_replace_steps == {"default_": 0.8, **dict.fromkeys(words, 0.4)}
+
+
+def test_a_swap_beyond_what_the_text_tower_reads_has_no_window(narrow):
+    long = "a dog " * 20 + "in the "
+    r = p2p.edit(narrow, "a cat " + long + "snow", "a cat " + long[:-4].replace("dog", "car", 1) + "the sand", steps=1)
+    assert r.edits[0].cross_replace_steps == 0.8
 
 
 def test_tables_of_an_edit_without_windows(narrow):

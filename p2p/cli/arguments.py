@@ -15,7 +15,8 @@ def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--inversion", type=Path, metavar="FILE",
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
-                    help="run the edit again that made this picture")
+                    help="run the edit again that made this picture; options of injection and sampling "
+                    "that are given change these alone")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights then do not count")
@@ -37,6 +38,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     help="measure what changed that the edit is not about (always with --scope)")
     groups.inversion(ap)
     groups.injection(ap)
+    groups.for_target(ap)
     groups.sampling(ap)
 
 
@@ -68,6 +70,7 @@ def maps(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--max-tokens", type=int,
                     help="record maps of at most so many pixels (1024; of an MM-DiT, any number)")
     groups.injection(ap)
+    groups.for_target(ap)
     groups.sampling(ap)
 
 

@@ -14,11 +14,15 @@ INJECTION = options_of(groups.injection)
 INVERSION = options_of(groups.inversion)
 SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source has its own
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
-# Options that --from allows: the model's files, where and how it runs, and the output. All others are
+# What --from may change of a picture's settings: what is injected, and how source and edits are sampled.
+SAMPLED = ("steps", "cfg", "seed", "eta", "negative", "proximal")
+CHANGES = (*INJECTION, "for_", *SAMPLED, *SCHEDULE, "height", "width",
+           *(name for name in INVERSION if name != "fit"))   # the recorded picture is fitted already
+# Options that --from allows: these, the model's files, where and how it runs, and the output. All others are
 # recorded in the picture.
 REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "lora", "embedding", "device",
           "compile", "offload", "upscale", "upscaler", *ENLARGED, "report", "leakage", "out", "verbose",
-          "quiet"}
+          "quiet", *CHANGES}
 # of `eval`, read by rows of --methods
 ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")
 
@@ -43,9 +47,10 @@ def edit(args: argparse.Namespace) -> None:
     else:
         refuse(args, "--image, which is inverted by DDIM, at timesteps of its own", SCHEDULE)
     if args.editor is not None:
-        refuse(args, "--editor (these are Prompt-to-Prompt's)",
-               [name for name in INJECTION if not name.startswith("blend")])
-    values.edit_settings(args)
+        for section in (args, *(args.for_ or {}).values()):
+            refuse(section, "--editor (these are Prompt-to-Prompt's)",
+                   [name for name in INJECTION if not name.startswith("blend")])
+    values.settings_by_target(args, len(values.prompts(args)) - (args.inversion is None))
     values.proximal(args)
     values.timesteps(args)
 
@@ -64,9 +69,9 @@ def invert(args: argparse.Namespace) -> None:
 def maps(args: argparse.Namespace) -> None:
     values.timesteps(args)
     if args.targets:
-        values.edit_settings(args)
+        values.settings_by_target(args, len(args.targets))
     else:
-        refuse(args, "a prompt without targets", INJECTION)
+        refuse(args, "a prompt without targets", (*INJECTION, "for_"))
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
     if args.steps_range is not None:

@@ -14,7 +14,6 @@ from p2p import align
 from p2p.cli import options, replay, values
 from p2p.cli.output import Output
 from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
-from p2p.editors import find_editor
 from p2p.image import open_picture
 from p2p.models.attention import SelfAttention
 from p2p.models.t5 import EncodedPrompts
@@ -28,7 +27,7 @@ from p2p.request.ready import prompt_notes
 from p2p.request.source import OWN
 from p2p.request.start import Sampling, solver
 from p2p.run import Result
-from p2p.show.pictures import grid, heat, names, overlay, table
+from p2p.show.pictures import heat, overlay, table
 from p2p.show.sweep import shown
 from p2p.show.sweep import sweep as run_sweep
 from p2p.weights.convert import convert as run_convert
@@ -42,22 +41,23 @@ def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         return replay.run(args)
     prompts = values.prompts(args)
-    out = Output(args.out, prompts[0])
-    settings = dict(**options.edit_settings(args), proximal=values.proximal(args),
-                    editor=find_editor(args.editor), negative_prompt=values.negative(args),
+    targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
+    settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),
                     record=options.record(args))
-    if args.inversion is not None:
-        source, targets = p2p.Inversion.load(args.inversion), prompts
+    inversion = args.inversion and p2p.Inversion.load(args.inversion)
+    out = Output(args.out, options.title(inversion.prompt if inversion else prompts[0], targets))
+    if inversion is not None:
+        source = inversion
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family)
-        targets, sampling = prompts[1:], dict(guidance_scale=args.cfg)
+        sampling = dict(guidance_scale=args.cfg)
         planned = expected(model, args.source, **_inversion_settings(args))
         edit_request(model, planned, targets, **settings, **sampling)   # before minutes of inverting
         source = _invert(args, model, picture)
     else:
-        source, *targets = prompts
+        source = prompts[0]
         model, sampling = options.load_for_sampling(args)
     if args.image is None:
         upscaler = stage(args, model.family)
@@ -98,15 +98,15 @@ def generate(args: argparse.Namespace) -> None:
     options.say(cost(args, result))
     for i, image in enumerate(result.images):
         out.picture(str(i + 1), image, result.settings)
-    out.picture("grid", grid(result.images, result.prompts), result.settings)
+    out.picture("grid", result.grid(), result.settings)
     out.json("settings.json", result.settings)
     out.write(args.quiet)
 
 
 def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, with and without the edit (the paper's figure 4)."""
-    out = Output(args.out, args.prompt)
-    shared = options.edit_settings(args) if args.targets else {}
+    targets = options.targets(args, args.targets) if args.targets else []
+    out = Output(args.out, options.title(args.prompt, targets))
     model, sampling = options.load_for_sampling(args)
     run_steps = solver(model, Sampling(**options.solver(args)))[1]
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
@@ -116,7 +116,7 @@ def maps(args: argparse.Namespace) -> None:
                         before=bool(args.targets), mean=not apart, layers=args.site)
     sampling |= dict(record=record, negative_prompt=values.negative(args))
     if args.targets:
-        result = edited(args, model, args.prompt, args.targets, **shared, **sampling)
+        result = edited(args, model, args.prompt, targets, **sampling)
     else:
         result = generated(args, model, args.prompt, **sampling)
     options.say(cost(args, result))
@@ -124,7 +124,7 @@ def maps(args: argparse.Namespace) -> None:
                                      side=None if args.side is None else _side(result, args.side))
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
-    for k, name in enumerate(names(len(result.images))[1:], 1):
+    for k, name in enumerate(result.names()[1:] if targets else [], 1):
         rows += [(name, k, False), (f"{name}-before", k, True)]
     for name, row, before in rows:
         picture = result.images[row]
@@ -161,11 +161,11 @@ def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    out = Output(args.out, f"sweep {args.source}")
     over = values.over(args.over)
     if "seed" in over:
         args.seed = 0   # none is drawn and printed: the sweep has its own
     base = p2p.Edit(args.target, **options.edit_settings(args))
+    out = Output(args.out, f"sweep {options.title(args.source, [base])}")
     model, sampling = options.load_for_sampling(args)
     done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=values.negative(args),
                      progress=options.progress(args))

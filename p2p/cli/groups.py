@@ -48,9 +48,9 @@ def injection(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--mode", choices=["replace", "refine", "reweight"],
                     help="default: chosen from the prompts")
     ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
-                    help="share of the steps with the source's cross-attention, for all words (0.8; where a "
-                    "thing is added, less) or for one of the target's; where words are named, the "
-                    "others are injected throughout unless END is given too")
+                    help="share of the steps with the source's cross-attention, for all words (0.8; less "
+                    "where a thing is added or a place swapped) or for one of the target's; where words are "
+                    "named, the others are injected throughout unless END is given too")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
                     help="the same for self-attention (0.4, or less)")
     ap.add_argument("--windows-over", choices=["run", "schedule"],
@@ -90,6 +90,19 @@ def injection(parser: argparse.ArgumentParser) -> None:
                     'of depth, or several ("mid+up"); for cross- and self-attention alike, or for one')
     ap.add_argument("--aligner", choices=["exact", "official"],
                     help="official: google/prompt-to-prompt's mappers")
+
+
+def for_target(parser: argparse.ArgumentParser) -> None:
+    """Its values are taken out before the parser reads the others, see `parser`."""
+    ap = parser.add_argument_group("one target's own")
+    ap.add_argument("--for", dest="for_", metavar="N OPTION...", type=_in_full,
+                    help="what is injected into target N alone, in place of what is said for all; stands "
+                    'last, once for each target: p2p edit "a cat" "a dog" "a red cat" --cross 0.6 '
+                    "--for 2 --cross 0.3")
+
+
+def _in_full(text: str) -> None:
+    raise argparse.ArgumentTypeError("write --for in full, after all other options")
 
 
 def settings(parser: argparse.ArgumentParser, seed: str) -> None:

@@ -13,6 +13,7 @@ import p2p
 from p2p.cli import values
 from p2p.image import open_picture
 from p2p.request.loading import find_device
+from p2p.show.pictures import difference
 from p2p.weights.untrusted import printable
 
 
@@ -67,14 +68,32 @@ def say(notes: Sequence[str]) -> None:
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options set."""
-    settings = values.edit_settings(args)
-    if blend := settings.get("local_blend"):
-        if "mask" in blend:
-            blend["mask"] = open_picture(blend["mask"])
-        settings["local_blend"] = p2p.LocalBlend(**blend)
-    return settings
+    return _with_blend(values.edit_settings(args))
+
+
+def targets(args: argparse.Namespace, prompts: Sequence[str]) -> list[p2p.Edit]:
+    """The edits that the options ask for, of these prompts."""
+    settings = values.settings_by_target(args, len(prompts))
+    return [p2p.Edit(prompt, **_with_blend(each)) for prompt, each in zip(prompts, settings)]
+
+
+def _with_blend(settings: dict[str, Any]) -> dict[str, Any]:
+    blend = settings.get("local_blend")
+    return settings | {"local_blend": p2p.LocalBlend(**opened(blend))} if blend else settings
+
+
+def opened(blend: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a local blend, with the picture that its mask names."""
+    return blend | {"mask": open_picture(blend["mask"])} if "mask" in blend else blend
+
+
+def title(source: str, edits: Sequence[p2p.Edit]) -> str:
+    """What a run does, for its folder: "cat to dog"."""
+    found = dict.fromkeys(difference(source, e.prompt, e.equalizer) for e in edits)
+    return ", ".join(filter(None, found)) or source
 
 
 def record(args: argparse.Namespace) -> p2p.Record:
-    shown = args.report or args.leakage or args.scope
+    scoped = any(each.scope for each in (args, *(args.for_ or {}).values()))
+    shown = args.report or args.leakage or scoped
     return p2p.Record(text=None, mean=True) if shown else p2p.Record()

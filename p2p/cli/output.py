@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p2p.errors import UsageError
-from p2p.show.pictures import save_png
+from p2p.show.pictures import save_png, slug
 from p2p.weights.aside import aside, settle, sweep
 
 
@@ -23,7 +23,7 @@ class Output:
     def __init__(self, parent: Path, title: str):
         """Raises UsageError if the folder cannot be written, before minutes of sampling."""
         self.parent = parent
-        self.slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:48] or "run"
+        self.slug = slug(title) or "run"
         self.files: dict[str, Callable[[Path], None]] = {}
         self.listed: list[str] = []
         created = [p for p in (parent, *parent.parents) if not p.exists()]

@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from typing import NamedTuple, NoReturn
 
 from p2p import __version__
-from p2p.cli import arguments, checks
+from p2p.cli import arguments, checks, groups
 from p2p.errors import CheckpointError, NumericsError, UsageError
 from p2p.lists.stop import Lasting, at_once, exit_code, stoppable
 from p2p.weights.untrusted import printable
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     ap, commands = parsers()
     try:
-        if argv and argv[0] in commands:   # prompts may stand before, between and after the options
-            args = commands[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+        if argv and argv[0] in commands:
+            args = _parsed(argv[0], commands[argv[0]], argv[1:])
         else:
             args = ap.parse_args(argv)
     except SystemExit as stop:   # argparse has said what was wrong
@@ -125,6 +125,28 @@ def _run(argv: list[str]) -> int:
         return _fail(error, NUMERICS)
     except UsageError as error:
         return _fail(error, USAGE)
+
+
+def _parsed(command: str, parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Prompts may stand before, between and after the options; what follows --for N is of target N alone."""
+    takes = any(action.dest == "for_" for action in parser._actions)
+    starts = [i for i, word in enumerate(argv) if word.partition("=")[0] == "--for"] if takes else []
+    head = argv[:starts[0]] if starts else argv
+    args = parser.parse_intermixed_args(head, argparse.Namespace(command=command))
+    for start, end in zip(starts, [*starts[1:], len(argv)]):
+        first, *more = argv[start].partition("=")[2:] + tuple(argv[start + 1:end])
+        number, more = (first, more) if first else ("".join(more[:1]), more[1:])
+        if not number.isdecimal() or int(number) in (args.for_ or {}) or not more:
+            parser.error(f"{f'--for {number}'.strip()}: the number of a target is needed, once, and options "
+                         "for it: --for 2 --cross 0.3")
+        of_one = Parser(prog=parser.prog, add_help=False)
+        groups.injection(of_one)
+        section, left = of_one.parse_known_args(more)
+        if left:
+            parser.error(f"--for {number}: {' '.join(left)}: not of one target; give it before the first "
+                         "--for")
+        args.for_ = {**(args.for_ or {}), int(number): section}
+    return args
 
 
 def _function(command: str) -> Callable[[argparse.Namespace], int | None]:

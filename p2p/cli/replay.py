@@ -10,6 +10,7 @@ import torch
 
 import p2p
 from p2p.cli import options, values
+from p2p.cli.checks import CHANGES, INVERSION, SCHEDULE
 from p2p.cli.output import Output
 from p2p.cli.results import Stage, edited, enlarged, stage, write_edit
 from p2p.cli.values import refuse
@@ -17,7 +18,7 @@ from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
 from p2p.request import add_ons
 from p2p.request.checks import choice
-from p2p.request.inverting import settings_recorded
+from p2p.request.inverting import settings_read, settings_recorded
 from p2p.request.settings import from_settings
 from p2p.run import Result
 from p2p.show.pictures import read_settings
@@ -49,33 +50,72 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     if settings.get("changed_between_steps"):
         raise p2p.UsageError("its latents were changed between steps by a function in Python, which is not "
                              "recorded")
-    edits = from_settings(settings)
-    out = Output(args.out, str(settings["source"]))
+    edits = _changed(args, from_settings(settings))
+    out = Output(args.out, options.title(str(settings["source"]), edits))
+    if changes := values.given_options(args, CHANGES):
+        options.say([f"not as {args.replay} records: {', '.join(changes)}"])
     model = _recorded(args, settings)
     arguments = dict(guidance_scale=settings["guidance_scale"], proximal=settings["proximal"],
-                     editor=find_editor(settings["editor"]), negative_prompt=settings.get("negative_prompt"),
-                     record=options.record(args))
+                     editor=find_editor(settings["editor"]), negative_prompt=settings.get("negative_prompt"))
+    given = dict(guidance_scale=args.cfg, proximal=values.proximal(args),
+                 negative_prompt=values.negative(args))
     upscaler = _stage(args, settings["upscale"]) if settings.get("upscale") else stage(args, model.family)
     source = None
     if settings["inversion"] is not None:
-        source = _again(model, settings["inversion"], options.progress(args))
+        refuse(args, "--from a real picture: it is inverted by DDIM, in the size that it was brought to",
+               (*SCHEDULE, "height", "width"))
+        source = _again(args, model, settings["inversion"])
     else:
-        arguments |= {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
-        later = ("sampler", "timestep_spacing", "timesteps")   # older pictures lack them
-        arguments |= {k: settings[k] for k in later if k in settings}
-    result = edited(args, model, settings["source"] if source is None else source, edits, **arguments)
+        refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])
+        arguments |= _sampling(args, settings)
+    arguments |= {k: v for k, v in given.items() if v is not None}
+    result = edited(args, model, settings["source"] if source is None else source, edits,
+                    record=options.record(args), **arguments)
     return result, source, enlarged(upscaler, result, args), out
 
 
-def _again(model: p2p.Model, record: dict[str, Any], progress: bool) -> p2p.Inversion:
-    """Makes the inversion again that an edit's settings record. Raises UsageError."""
+def _changed(args: argparse.Namespace, edits: list[p2p.Edit]) -> list[p2p.Edit]:
+    """The recorded edits with what the options change of each. Raises UsageError."""
+    out = []
+    for edit, changes in zip(edits, values.changed_by_target(args, len(edits))):
+        if blend := changes.pop("local_blend", None):
+            changes["local_blend"] = replace(edit.local_blend or p2p.LocalBlend(), **options.opened(blend))
+        out.append(replace(edit, **changes))
+    return out
+
+
+def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """How a generated source was sampled, with what the options change of it; recorded settings that do not
+    go with the changes are left to their defaults."""
+    recorded = {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
+    later = SCHEDULE   # older pictures lack them
+    recorded |= {k: settings[k] for k in later if k in settings}
+    given = {k: v for k, v in dict(options.solver(args), seed=args.seed, height=args.height,
+                                   width=args.width).items() if v is not None}
+    for name, others in {"sampler": ("eta", "timestep_spacing"), "timesteps": ("steps", "timestep_spacing"),
+                         "steps": ("timesteps",), "timestep_spacing": ("timesteps",)}.items():
+        if name in given:
+            recorded |= dict.fromkeys(others)
+    return recorded | given
+
+
+def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any]) -> p2p.Inversion:
+    """Makes the inversion again that an edit's settings record, with what the options change of it. Raises
+    UsageError."""
     if record["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
-    arguments = settings_recorded(record)
+    arguments, method = settings_recorded(record), record["method"] if args.method is None else args.method
+    if method != record["method"]:   # the others are the former method's own
+        common = ("steps", "guidance_scale", "inversion_guidance", "final_alpha", "negative_prompt")
+        arguments = settings_read(method, {k: v for k, v in arguments.items() if k in common})
+    given = dict(steps=args.steps, skip=args.skip, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
+                 inversion_guidance=args.inversion_cfg, inner_steps=args.inner_steps,
+                 final_alpha=args.final_alpha)
+    arguments |= {k: v for k, v in given.items() if v is not None}
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
-    inversion = p2p.invert(model, picture, record["prompt"], method=record["method"], height=picture.height,
-                           width=picture.width, progress=progress, **arguments)
+    inversion = p2p.invert(model, picture, record["prompt"], method=method, height=picture.height,
+                           width=picture.width, progress=options.progress(args), **arguments)
     return replace(inversion, fit=choice("fit", fit, FITS))
 
 

@@ -10,7 +10,6 @@ from p2p.cli.output import Output
 from p2p.request.ready import prepared
 from p2p.run import Result, generation, run
 from p2p.show.leakage import leakage
-from p2p.show.pictures import grid, names
 from p2p.show.report import report
 
 # the super-resolution stage that ships with a family
@@ -57,19 +56,19 @@ def enlarged(stage: Stage | None, result: Result, args: argparse.Namespace) -> R
 
 def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion: p2p.Inversion | None,
                large: Result | None) -> None:
-    shown, n = large or result, len(result.images)
+    shown = large or result
     counted = [f"{taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
     options.say([*(note for note in shown.notes if note not in result.notes), *counted, *cost(args, shown)])
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
-    for name, image in zip(names(n), shown.images):
+    for name, image in zip(result.names(), shown.images):
         out.picture(name, image, shown.settings)
-    out.picture("grid", grid(shown.images, shown.prompts), shown.settings)
+    out.picture("grid", shown.grid(), shown.settings)
     if large is not None:
-        out.picture("small", grid(result.images, result.prompts), result.settings)
+        out.picture("small", result.grid(), result.settings)
     out.json("settings.json", shown.settings)
     if result.maps is not None:
-        leaks = [leakage(result, k) for k in range(1, n)]
+        leaks = [leakage(result, k) for k in range(1, len(result.images))]
         out.json("leakage.json", [leak._asdict() for leak in leaks])
         for k, leak in enumerate(leaks, 1):
             options.say([f'"{result.prompts[k]}" is about {", ".join(leak.about) or "nothing"}; elsewhere '

@@ -181,8 +181,47 @@ def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
 
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options set; a local blend is a dict of its fields, its mask a path."""
-    settings: dict[str, Any] = dict(mode=args.mode, renormalise=args.renormalise)
+    """The fields of `Edit` that the options set; a local blend is a dict of its fields, its mask a path.
+    Raises UsageError."""
+    return _whole_blend(changed(args))
+
+
+def settings_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
+    """`edit_settings` of each of n targets: those for all, and after --for N those of target N, which take
+    their place. Raises UsageError."""
+    return [_whole_blend(settings) for settings in changed_by_target(args, n)]
+
+
+def changed_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
+    """The fields that the options set, of each of n targets; of local blends, any part. Raises UsageError."""
+    sections = args.for_ or {}
+    if beyond := [number for number in sections if not 1 <= number <= n]:
+        raise UsageError(f"--for {beyond[0]}: there {'is' if n == 1 else 'are'} {n} target"
+                         f"{'' if n == 1 else 's'}, counted from 1")
+    shared, out = changed(args), []
+    for number in range(1, n + 1):
+        own = changed(sections[number]) if number in sections else {}
+        if "local_blend" in shared and "local_blend" in own:
+            own["local_blend"] = shared["local_blend"] | own["local_blend"]
+        out.append(shared | own)
+    return out
+
+
+def _whole_blend(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings. Raises UsageError for a local blend that has no words."""
+    blend = settings.get("local_blend")
+    if blend and not {"words", "mask"} & set(blend) and not settings.get("scope"):
+        raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
+    return settings
+
+
+def changed(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Edit` that the options set, and of local blends those that they set."""
+    settings: dict[str, Any] = {}
+    if args.mode is not None:
+        settings["mode"] = args.mode
+    if args.renormalise:
+        settings["renormalise"] = True
     if args.cross:
         windows = once([cross(item) for item in args.cross], "--cross")
         settings["cross_replace_steps"] = windows[ALL] if list(windows) == [ALL] else windows
@@ -215,6 +254,4 @@ def _blend(args: argparse.Namespace) -> dict[str, Any]:
             out[field] = getattr(args, f"blend_{field}")
     if args.blend_threshold is not None:
         out["threshold"] = window(args.blend_threshold, "--blend-threshold")
-    if out and not {"words", "mask"} & set(out) and not args.scope:
-        raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
     return out

@@ -128,7 +128,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
     source_tokens, target_tokens = tokens[0], tokens[1:]
-    given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t))
+    given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t), model.length)
                            for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
     notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt

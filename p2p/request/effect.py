@@ -29,7 +29,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
             schedule_steps: int | None = None, hybrid: bool = False) -> list[str]:
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
     makes them of the other arguments. hybrid: some of the edited layers are hybrid attention."""
-    given, edit = edit, decided(source, target, edit, mode)
+    given, edit = edit, decided(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
 
@@ -51,7 +51,7 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
             closed = not alpha[:, align.word_tokens(target, new, length)].any()
             why = empty if closed else f'mode {mode} pairs it with "{new}" anyhow'
             notes.append(f'swap of "{old}" changes nothing: {why}')
-    by_word = edit.cross_replace_steps
+    by_word = given.cross_replace_steps
     if isinstance(by_word, Mapping):
         for word, bounds in by_word.items():
             other = window(by_word.get("default_", (0.0, 1.0)), word)

@@ -53,7 +53,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
 def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) -> list[str]:
     source, notes = request.tokens[0], []
     for current, (e, t), given in zip(edit_tables, request.pairs(), request.given):
-        notes += _chosen(source, t, e, given) + below_zero(e.prompt, e.equalizer or {})
+        notes += _chosen(source, t, e, given, request.model.length) + below_zero(e.prompt, e.equalizer or {})
         plain = read(request.source).plain and read(e.prompt).plain
         if source.ids == t.ids and plain and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
@@ -64,9 +64,9 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
     return notes
 
 
-def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit) -> list[str]:
+def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int) -> list[str]:
     """What was chosen from the prompts."""
-    usual = windows.usual(source, target, str(edit.mode))
+    usual = windows.usual(source, target, str(edit.mode), length)
     defaults = [f"{name} {value}" for name, value in (("cross_replace_steps", usual.cross),
                                                       ("self_replace_steps", usual.self_))
                 if getattr(given, name) is None]

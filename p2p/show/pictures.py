@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,54 @@ CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, 
 _INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
-def names(pictures: int) -> list[str]:
-    """Names for the pictures of an edit, the source first."""
-    return ["source", "edit"] if pictures == 2 else ["source", *(f"edit-{k}" for k in range(1, pictures))]
+def names(pictures: int, what: Sequence[str] = ()) -> list[str]:
+    """Names for the pictures of an edit, the source first. what: each target's `difference`."""
+    if pictures == 2:
+        return ["source", "edit"]
+    tails = [f"-{tail}" if (tail := slug(text, 40)) else "" for text in what] or [""] * (pictures - 1)
+    return ["source", *(f"edit-{k}{tail}" for k, tail in enumerate(tails, 1))]
+
+
+def slug(text: str, longest: int = 48) -> str:
+    """A text as a part of a file's name: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("×", "x")).strip("-")[:longest].strip("-")
+
+
+def difference(source: str, prompt: str, equalizer: Mapping[str, float] | None = None) -> str:
+    """What an edit does to a prompt: "cat to dog", "with snowy", "without red", "foggy × 2"."""
+    a, b, parts = source.split(), prompt.split(), []
+    for kind, i, k, j, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        old, new = " ".join(a[i:k]), " ".join(b[j:m])
+        parts += {"equal": [], "replace": [f"{old} to {new}"], "insert": [f"with {new}"],
+                  "delete": [f"without {old}"]}[kind]
+    return ", ".join([*parts, *_weights(equalizer)])
+
+
+def _weights(equalizer: Mapping[str, float] | None) -> list[str]:
+    return [f"{word} × {weight:g}" for word, weight in (equalizer or {}).items()]
+
+
+def captions(prompts: Sequence[str], edits: Sequence[Any]) -> list[str]:
+    """The prompts of a run, the source's first, each with what tells its `Edit` from others: its weights, and
+    of edits of one prompt the settings in which they differ."""
+    out = list(prompts)
+    for k, edit in enumerate(edits, 1):
+        twins = [e for e in edits if e.prompt == edit.prompt]
+        apart = [f.name for f in fields(edit) if f.name not in ("prompt", "equalizer", "local_blend")
+                 and any(getattr(e, f.name) != getattr(edit, f.name) for e in twins)]
+        said = [*_weights(edit.equalizer),
+                *(f"{name.removesuffix('_replace_steps')} {_brief(getattr(edit, name))}" for name in apart)]
+        out[k] += f" ({', '.join(said)})" if said else ""
+    return out
+
+
+def _brief(value: Any) -> str:
+    """A setting in a caption: 0.3:0.8 is a window, dog=0.4 that of a word."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}={_brief(v)}" if k != "default_" else _brief(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ":".join(map(_brief, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 256) -> Image.Image:

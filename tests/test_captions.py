@@ -1,0 +1,48 @@
+"""Captions, file and folder names tell edits apart."""
+import pytest
+
+import p2p
+from p2p.cli.parser import main
+from p2p.show.pictures import captions, difference, names, slug
+
+SOURCE = "a cat on grass"
+
+
+@pytest.mark.parametrize("target, weights, said", [
+    ("a dog on grass", None, "cat to dog"), ("a cat on foggy grass", {"foggy": 2.0}, "with foggy, foggy × 2"), (SOURCE, {"cat": -0.5}, "cat × -0.5"),
+    ("a cat", None, "without on grass"), (SOURCE, None, ""), ("a big dog at night", None, "cat on grass to big dog at night")])
+def test_what_an_edit_does(target, weights, said):
+    assert difference(SOURCE, target, weights) == said
+
+
+def test_captions_say_in_what_edits_of_one_prompt_differ():
+    edits = [p2p.Edit("a dog", cross_replace_steps=0.2), p2p.Edit("a dog", cross_replace_steps={"default_": 0.8, "dog": (0, 0.4)}),
+             p2p.Edit("a cat", equalizer={"cat": 2}, layers=("up", (0.2, 1.0)))]
+    found = captions([SOURCE, "a dog", "a dog", "a cat"], edits)
+    assert found == [SOURCE, "a dog (cross 0.2)", "a dog (cross 0.8 dog=0:0.4)", "a cat (cat × 2)"]
+    assert captions(["a cat"], []) == ["a cat"]
+
+
+def test_names_of_files_are_safe_and_their_own():
+    assert names(2, ["cat to dog"]) == ["source", "edit"] and names(3) == ["source", "edit-1", "edit-2"]
+    assert names(4, ["cat to ../dog", "cat to 猫", "foggy × 2"]) == ["source", "edit-1-cat-to-dog", "edit-2-cat-to", "edit-3-foggy-x-2"]
+    assert slug("../..") == "" and len(slug("word " * 50)) <= 48
+
+
+def test_a_result_is_saved_and_shown_by_what_its_edits_do(narrow, tmp_path):
+    r = p2p.edit(narrow, SOURCE, ["a dog on grass", p2p.Edit(SOURCE, equalizer={"grass": 2.0})], steps=1)
+    assert r.captions() == [SOURCE, "a dog on grass", "a cat on grass (grass × 2)"]
+    assert [f.name for f in r.save(tmp_path / "x")][1:3] == ["edit-1-cat-to-dog.png", "edit-2-grass-x-2.png"]
+    twice = p2p.generate(narrow, ["a cat", "a cat"], seed=[3, 4], steps=1)
+    assert twice.captions() == ["a cat (seed 3)", "a cat (seed 4)"] and twice.names() == ["1", "2"]
+
+
+@pytest.mark.usefixtures("once")
+@pytest.mark.parametrize("argv, folder", [
+    (["edit", SOURCE, "a dog on grass"], "0001-cat-to-dog"), (["edit", SOURCE, SOURCE, "--weight", "cat=2"], "0001-cat-x-2"),
+    (["edit", SOURCE, "a dog on grass", "a cat"], "0001-cat-to-dog-without-on-grass"), (["maps", SOURCE], "0001-a-cat-on-grass"),
+    (["maps", SOURCE, "a dog on grass"], "0001-cat-to-dog"), (["sweep", SOURCE, "a dog on grass", "--over", "cross=0,1"], "0001-sweep-cat-to-dog"),
+    (["generate", "../猫"], "0001-run")])
+def test_a_folder_is_named_by_what_was_done(tmp_path, argv, folder):
+    assert main([*argv, "--steps", "1", "--seed", "1", "-q", "-o", str(tmp_path)]) == 0
+    assert [f.name for f in tmp_path.iterdir()] == [folder]
