@@ -24,10 +24,10 @@ ROWS = 4
 @torch.no_grad()
 def row(name: str) -> str:
     config, towers, side = FAMILIES[name]
-    model = SimpleNamespace(unet=SimpleNamespace(config=config), shrink=8, tile=None, vae=SimpleNamespace(config=SD, dtype=torch.float32))
-    activations = ROWS * memory._network(model, (4, side, side))
+    model = SimpleNamespace(shrink=8, tile=None, vae=SimpleNamespace(config=SD, dtype=torch.float32))
     with torch.device("meta"):
         unet, others = UNet(config), [*map(TextEncoder, towers), AutoencoderKL(SD)]
+        activations = ROWS * unet.numbers_held(side, side)
         vector = torch.zeros(1, config.vector_dim) if config.vector_dim else None
         with FlopCounterMode(display=False) as counter:
             unet(torch.zeros(1, 4, side, side), torch.zeros(1).long(), torch.zeros(1, 77, config.context_dim), vector=vector)

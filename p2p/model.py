@@ -109,7 +109,9 @@ class Model:
     @property
     def unit(self) -> int:
         """The number of pixels that the sides of pictures must be multiples of."""
-        return self.unet.unit if self.vae is None else max(8, self.shrink * self.unet.unit)
+        if self.vae is None or self.flow is not None:
+            return self.shrink * self.unet.unit
+        return max(8, self.shrink)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of that size. Raises UsageError."""

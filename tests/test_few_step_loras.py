@@ -55,7 +55,7 @@ def test_a_lora_is_sampled_as_its_name_says(base, tmp_path, name):
     model = p2p.load(folder, lora=path, device="cpu")
     assert (model.sampler, model.steps, model.guidance_scale) == (sampler, steps, scale)
     schedule = model.schedule(steps, sampler)
-    assert list(schedule.timesteps[:2]) == first and (schedule.alphas[-1] == 1) == (steps < 50 and sampler != "tcd")
+    assert list(schedule.timesteps[:2]) == first and (schedule.levels[-1].sigma == 0) == (steps < 50 and sampler != "tcd")
     assert any("of few steps by its name" in note and sampler in note for note in model.notes) == (steps < 50)
     assert p2p.load(folder, lora=(path, 0), device="cpu").steps == 50   # it does nothing
 

@@ -256,7 +256,7 @@ def test_what_inspect_says(saved):
 
 
 def test_turbo_and_kontext_are_told_by_their_names(saved, tmp_path):
-    kind, pipe, folder, one = saved
+    kind, _, _, one = saved
     ae = tmp_path / "ae.safetensors"
     save_file({k.removeprefix("first_stage_model."): v for k, v in load_file(one).items() if k.startswith("first_stage_model.")}, ae)
     named = bare(one, tmp_path / "sd3.5_large_TURBO.safetensors", "")
@@ -271,7 +271,7 @@ def test_turbo_and_kontext_are_told_by_their_names(saved, tmp_path):
 
 
 def test_what_is_asked_of_a_flow_in_vain(saved, tmp_path):
-    kind, pipe, folder, one = saved
+    kind, _, folder, one = saved
     family = made.FAMILY[kind]
     for asked, said in ((dict(prediction="eps"), "are flows; leave out prediction"), (dict(zero_snr=True), "leave out zero_snr"),
                         (dict(ema=True), "leave out ema"), (dict(family="sdxl"), f"a model of the family {family}")):

@@ -107,8 +107,8 @@ def test_prompts_encoded_beforehand(saved, tmp_path, capsys):
     file = capsys.readouterr().out.strip()
     model = p2p.load(without_t5(folder, tmp_path / "bare", made.FAMILY[kind]), device="cpu", text=file)
     check(model, kind, pipe)
-    assert model.tokens("", -1).ids == [1] and model.identity()["text"]
-    for ask in (model.condition, lambda prompts: model.tokens(prompts[0], -1)):
+    assert model.tokens("").ids[-1:] == [1] and model.identity()["text"]
+    for ask in (model.condition, lambda prompts: model.tokens(prompts[0])):
         with pytest.raises(p2p.UsageError, match='"a bird" is not among the encoded ones'):
             ask(["a bird"])
     t5(tmp_path / "if", width=made.WIDTH)

@@ -57,23 +57,21 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     three, a diffusers pipeline in memory, whose weights stay shared where device and dtype allow it), or a
     stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
-    family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji") and prediction ("eps", "v", "x0") are detected
-    where None, and reported in `Model.notes`. device: None for a pipeline's own, or a GPU if there is one.
-    dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in; SDXL's autoencoder always
-    runs in float32, where half precision overflows.
-    vae: another autoencoder (see `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX,
-    the folder of a model that holds T5 (the model's own where None; CLIP too, where the model has none), or
-    a file of encoded prompts (see `p2p.models.t5.EncodedPrompts`). compile: run the UNet through
-    torch.compile, with one graph for all words, weights and windows of a batch's shape (another where maps
-    are read, or renormalised, or nothing of an inverted source is read any more); the first step then takes
-    a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights are stored:
-    each layer widens its own as it computes, which halves the memory. offload: keep text towers and
-    autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in which
+    family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji", "emoji-flow") and prediction ("eps", "v",
+    "x0", "flow") are detected where None, and reported in `Model.notes`. device: None for a pipeline's own,
+    or a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
+    SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
+    `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX, the folder of a model that holds
+    T5 (the model's own where None; CLIP too, where the model has none), or a file of encoded prompts (see
+    `p2p.models.t5.EncodedPrompts`). compile: run the UNet through torch.compile, with one graph for all
+    words, weights and windows of a batch's shape (others where maps are read, or a source no more); the first
+    step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights
+    are stored: each layer widens its own as it computes, which halves the memory. offload: keep text towers
+    and autoencoder on the CPU while they do not run. tile: side in latents (64) of the squares in which
     pictures are decoded. ema: use the averaged weights, where the file has both. clip_skip: layers of text
-    left out before those that the family leaves out, as diffusers counts (1 is the "clip skip 2" of other
-    programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023); it matters where
-    t = 999 is visited. lora: a file of LoRA or its kin, a pair (path, weight), or a list of these, merged
-    into the weights in turn (see `p2p.weights.lora`). embeddings: files of textual inversion (see
+    left out before those that the family leaves out (1 is the "clip skip 2" of other programs). zero_snr:
+    rescale the noise schedule to zero terminal SNR (Lin et al. 2023). lora: a file of LoRA or its kin, a pair
+    (path, weight), or a list of these (see `p2p.weights.lora`). embeddings: files of textual inversion (see
     `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are their own.
     Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
     """

@@ -93,17 +93,22 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         "source": request.source, **to_settings(request.recorded, size, fit), "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
-    if isinstance(editor, Guiding):
-        join, empty = editor.guide, condition(model, [request.source] * batch.unconditional, *start.size)
-    else:
-        join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
-        empty = empty_prompts(model, inversion, batch.unconditional, start.size, sampling.negative_prompt)
+    join, empty = _guidance(model, request, batch, start.size)
     solved = inversion is not None and inversion.method in SOLVED
     step = descent(model, inversion, start.schedule) if solved else stepper_of(model, start, before)
     if editor is not None and editor.source_prompt is not None:
         prompts = [editor.source_prompt, *prompts[1:]]
     return Ready(prompts, start, batch, step, empty, recorded, notes, planned, edit_tables, blend, known,
                  join, start.guidance_scale, request.edits)
+
+
+def _guidance(model: Model, request: EditRequest, batch: Batch, size: tuple[int, int]) -> tuple[Any, Any]:
+    """How two predictions join, and the conditioning of the unconditional rows. size: of the picture."""
+    editor, sampling, n = request.editor, request.sampling, batch.unconditional
+    if isinstance(editor, Guiding):
+        return editor.guide, condition(model, [request.source] * n, *size)
+    join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
+    return join, empty_prompts(model, request.inversion, n, size, sampling.negative_prompt)
 
 
 def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
