@@ -6,7 +6,8 @@ from typing import Any
 
 from p2p.blend import Blend
 from p2p.edits import Tables
-from p2p.request.editing import EditRequest, Guiding, negatives
+from p2p.request.editing import EditRequest, negatives
+from p2p.request.editor import Guiding
 from p2p.request.effect import (
     blend_idle,
     blends_without,
