@@ -29,6 +29,7 @@ from p2p.request.inverting import settings_read
 from p2p.weights.emoji import recogniser
 from p2p.weights.emoji.world import COLOURS, STYLES, Mix, Scene, caption, edited, held_out, novel, render, sample
 
+ALONE = dict(cross_replace_steps=0.0, self_replace_steps=0.0)   # of Prompt-to-Prompt's injection
 # How each is inverted, and what else invert (skip: a share of the steps) and edit are told.
 METHODS: dict[str, tuple[str, dict, dict]] = {
     "noise": ("noise", dict(skip=0.4), {}), "ddim": ("ddim", {}, {}), "fixed-point": ("fixed-point", {}, {}),
@@ -37,6 +38,10 @@ METHODS: dict[str, tuple[str, dict, dict]] = {
     "direct": ("direct", {}, {}), "edit-friendly": ("edit-friendly", {}, {}),
     "direct, MasaCtrl": ("direct", {}, dict(editor=p2p.MasaCtrl())),
     "direct, Plug-and-Play": ("direct", {}, dict(editor=p2p.PlugAndPlay())),
+    # of flows; as published they inject nothing, or nothing that is Prompt-to-Prompt's ("alone")
+    **{name: (name, {}, {}) for name in ("uni-inv", "rf-solver", "fireflow", "rf-inversion", "flow-edit", "ddcm", "turbo-edit")},
+    **{f"{name}, alone": (name, {}, ALONE) for name in ("rf-solver", "fireflow", "rf-inversion", "flow-edit", "ddcm")},
+    "uni-inv, Uni-Edit": ("uni-inv", dict(skip=0.4), dict(editor=p2p.UniEdit())),
 }
 FIGURES = {
     "reconstruction": "PSNR of the reconstructed source, dB", "outside": "PSNR outside the mask against the source, dB",
@@ -132,7 +137,8 @@ def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model)
             started = time.perf_counter()
             inverted = p2p.invert(model, to_pil(picture)[0], caption(a)[0], method=name, steps=steps,
                                   **settings_read(name, {"seed": i}), **inverting)
-            r = p2p.edit(model, inverted, p2p.Edit(caption(b)[0], cross_replace_steps=0.6), **editing)
+            windows = {} if "editor" in editing else {"cross_replace_steps": 0.6}
+            r = p2p.edit(model, inverted, caption(b)[0], **windows | editing)
             seconds = time.perf_counter() - started
             again, made = (from_pil(image) for image in r.images)
             change = may_change(kind, mask_a, mask_b)

@@ -23,7 +23,8 @@ from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag, place, whole
-from p2p.request.editing import SAMPLING, Editor, understood
+from p2p.request.editing import SAMPLING, understood
+from p2p.request.editor import Editor
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
 from p2p.request.negative import check_negative, negatives

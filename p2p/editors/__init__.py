@@ -1,5 +1,5 @@
-"""Other ways to edit than Prompt-to-Prompt's: injected through the same argument of the modules, or by joining
-predictions."""
+"""Other ways to edit than Prompt-to-Prompt's: injected through the same argument of the modules, or by
+joining predictions."""
 from __future__ import annotations
 
 from collections.abc import Mapping

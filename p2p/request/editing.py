@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 import p2p
 from p2p import align
 from p2p.blend import LocalBlend, listed, placed
-from p2p.denoise import Batch
 from p2p.edits import Edit, check, choose_mode, decided
 from p2p.errors import UsageError
 from p2p.model import Model
-from p2p.models.network import Network
 from p2p.models.text import Tokens
 from p2p.request import layers
 from p2p.request.checks import choice, finite, share
+from p2p.request.editor import Editor, without_guidance
 from p2p.request.effect import left_out
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens, weights_as_equalizer
@@ -40,26 +38,6 @@ from p2p.weights.untrusted import brief
 
 SAMPLING = tuple(f.name for f in fields(Sampling))
 EDITING = tuple(f.name for f in fields(Edit))[1:]
-
-
-@runtime_checkable
-class Editor(Protocol):
-    """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`."""
-
-    guided_source: bool          # an inverted source has an unconditional row too
-    source_prompt: str | None    # what the source is conditioned on; None: its own prompt
-
-    def plan(self, unet: Network, batch: Batch, steps: int, device: torch.device) -> list[Any]:
-        """For each step an edit by site, or one for all."""
-
-
-@runtime_checkable
-class Guiding(Editor, Protocol):
-    """An editor that joins two predictions of a target's latents, under the source's prompt and its own, in the
-    place of guidance."""
-
-    def guide(self, source: Tensor, target: Tensor, guidance_scale: float | Tensor) -> Tensor:
-        """Predictions (N, C, H, W) -> the one that is sampled by."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +89,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
         source, sampling = inversion.prompt, _sampled_from(inversion, model, sampling)
-    if isinstance(editor, Guiding):
-        sampling = _without_guidance(inversion, sampling, type(editor).__name__, settings)
+    sampling = without_guidance(editor, inversion, sampling, settings)
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
     settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
     edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
@@ -207,21 +184,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
         negative = inversion.negative_prompt
     few = model.sampler in DISTILLED   # ddcm: the steps are its own, at the sampler's timesteps
     return replace(sampling, sampler=model.sampler if few else "ddim", negative_prompt=negative,
-                   steps=inversion.steps, eta=None if few else inversion.eta, x_T=inversion.latents[-1:], guidance_scale=scale)
-
-
-def _without_guidance(inversion: Inversion | None, sampling: Sampling, name: str,
-                      given: Mapping[str, Any]) -> Sampling:
-    """The sampling of an editor that stands in the place of guidance. Raises UsageError for what it cannot
-    edit, and for what it would ignore."""
-    if inversion is None:
-        raise UsageError(f"editor {name} edits pictures: invert one first, by uni-inv or another method")
-    if inversion.method == "null-text":
-        raise UsageError(f"editor {name}: the source's prompt stands in the place of the empty one, which "
-                         "null-text inversion optimises; invert by another method")
-    if unread := [setting for setting in ("proximal", "negative_prompt") if given.get(setting) is not None]:
-        raise UsageError(f"{', '.join(unread)}: of guidance, in whose place editor {name} stands; leave it out")
-    return replace(sampling, negative_prompt=None)
+                   steps=inversion.steps, eta=None if few else inversion.eta, x_T=inversion.latents[-1:],
+                   guidance_scale=scale)
 
 
 def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any]) -> list[Edit]:

@@ -61,22 +61,14 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
              width: int | None = None, fit: str = "crop", **own: float | None) -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
     device). height, width: of the picture as fitted. own: `source.OWN`. Raises UsageError."""
-    if model.unet.enlarges:
-        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
-                         "model, see `upscale`")
     choice("inversion method", method, METHODS)
-    if method != "ddcm":
-        by_ddim(model, f"a picture is inverted (by {method}; ddcm takes few steps)")
     _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
                 **own)
+    _check_model(model, method)
     notes = _check_prompts(model, prompt, negative_prompt)
     shape = model.latent_shape(height, width)
     schedule = schedule_of(model, whole("steps", steps), shape[1:])
-    if final_alpha is not None and model.flow is not None:
-        raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
-    if final_alpha is not None and share("final_alpha", final_alpha) == 0:
-        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
-    schedule = schedule.ending(final_alpha)
+    schedule = schedule.ending(_final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
     if inversion_guidance not in (None, 1) and _empty(model, prompt):
         notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
@@ -100,10 +92,31 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
                         negative_prompt=negative_prompt, **_own(method, steps - skip, own))
     check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += late_start(model, schedule)
+    notes += [*late_start(model, schedule), *_uncontrolled(planned)]
     if method == "null-text" and guidance_scale == 1:
         notes += unguided(method)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
+
+
+def _check_model(model: Model, method: str) -> None:
+    """Raises UsageError for a model that the method does not invert."""
+    if model.unet.enlarges:
+        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
+                         "model, see `upscale`")
+    if method != "ddcm":
+        by_ddim(model, f"a picture is inverted (by {method}; ddcm takes few steps)")
+    if method == "null-text" and model.unet.reads_guidance:
+        raise UsageError(f"null-text: {model.name} was distilled with its guidance and reads no empty prompt "
+                         "that could be optimised; invert by another method")
+
+
+def _final(model: Model, final_alpha: float | None) -> float | None:
+    """Raises UsageError unless a picture can be at that level."""
+    if final_alpha is not None and model.flow is not None:
+        raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
+    if final_alpha is not None and share("final_alpha", final_alpha) == 0:
+        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
+    return final_alpha
 
 
 def schedule_of(model: Model, steps: int, size: Sequence[int]) -> Schedule:
@@ -123,6 +136,14 @@ def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any
         own |= {"n_avg": whole("n_avg", own["n_avg"], most=AVERAGED),
                 "n_min": whole("n_min", own["n_min"], 0, run_steps)}
     return own
+
+
+def _uncontrolled(planned: Inversion) -> list[str]:
+    """A note on a control of edits that covers none of their steps."""
+    if planned.control and int((planned.control_steps or 0) * planned.calls) == 0:
+        return [f"control changes nothing: control_steps {planned.control_steps:g} covers none of the "
+                f"{planned.calls} steps"]
+    return []
 
 
 def _check_prompts(model: Model, prompt: str, negative_prompt: str | None) -> list[str]:

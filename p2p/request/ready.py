@@ -19,7 +19,8 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.models.text import TextEncoder
 from p2p.request import layers
-from p2p.request.editing import Editor, EditRequest, Guiding, edit_request, proximal_by
+from p2p.request.editing import EditRequest, edit_request, proximal_by
+from p2p.request.editor import Editor, Guiding
 from p2p.request.emphasis import condition, parsed
 from p2p.request.emphasis import notes as weights_notes
 from p2p.request.negative import negatives
@@ -93,7 +94,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         "source": request.source, **to_settings(request.recorded, size, fit), "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
-    join, empty = _guidance(model, request, batch, start.size)
+    join, empty = _guidance(request, batch, start)
     solved = inversion is not None and inversion.method in SOLVED
     step = descent(model, inversion, start.schedule) if solved else stepper_of(model, start, before)
     if editor is not None and editor.source_prompt is not None:
@@ -102,13 +103,14 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
                  join, start.guidance_scale, request.edits)
 
 
-def _guidance(model: Model, request: EditRequest, batch: Batch, size: tuple[int, int]) -> tuple[Any, Any]:
-    """How two predictions join, and the conditioning of the unconditional rows. size: of the picture."""
-    editor, sampling, n = request.editor, request.sampling, batch.unconditional
-    if isinstance(editor, Guiding):
-        return editor.guide, condition(model, [request.source] * n, *size)
+def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[
+        Callable[..., Tensor], Conditioning | list[Conditioning] | None]:
+    """How predictions join, and what the unconditional rows are told."""
+    model, sampling, n = request.model, request.sampling, batch.unconditional
+    if isinstance(request.editor, Guiding):
+        return request.editor.guide, condition(model, [request.source] * n, *start.size)
     join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
-    return join, empty_prompts(model, request.inversion, n, size, sampling.negative_prompt)
+    return join, empty_prompts(model, request.inversion, n, start.size, sampling.negative_prompt)
 
 
 def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
@@ -130,7 +132,7 @@ def _from_inversion(model: Model, start: Start, inversion: Inversion
     known, before = Known(path, inversion.method in FOLLOW), None
     if inversion.offsets is not None:
         known = known._replace(offsets=inversion.offsets.to(start.x.device))
-    start = start._replace(schedule=schedule,
+    start = start._replace(schedule=schedule, x=path[:1].expand(len(start.x), -1, -1, -1),
                            noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
     # two levels are needed to go on: the first step is the source's
     if inversion.method == "belm" and schedule.steps > 1:

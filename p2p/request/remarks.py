@@ -8,7 +8,8 @@ from p2p.blend import Blend
 from p2p.edits import Edit, Tables
 from p2p.models.text import Tokens
 from p2p.request import windows
-from p2p.request.editing import EditRequest, Guiding
+from p2p.request.editing import EditRequest
+from p2p.request.editor import Guiding
 from p2p.request.effect import (
     blend_idle,
     blends_without,

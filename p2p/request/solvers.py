@@ -56,9 +56,8 @@ class Network(NamedTuple):
 
     @staticmethod
     def of(model: Model, schedule: Schedule) -> Network:
-        """The lowest level is that of timestep 0. Of a network that says the picture it is the schedule's last
-        with noise: the velocity of a picture without any is what it says of that, divided by next to
-        nothing."""
+        """The lowest level is that of timestep 0. Of a network that says the picture it is the schedule's
+        last with noise: what it says of a picture without any would be divided by next to nothing."""
         if "x0" in (model.prediction, getattr(model.unet.config, "says", None)):
             lowest = schedule.timesteps[-1], schedule.levels[-2]
         else:
@@ -97,9 +96,9 @@ def midpoint(schedule: Schedule, network: Network) -> Stepper:
 
 def euler(schedule: Schedule, network: Network, to: Tensor | None = None, at: Level | None = None,
           strengths: tuple[float, ...] = ()) -> Stepper:
-    """The step function of Euler's rule. to, at, strengths: what the velocity is drawn to, at which level, and
-    how much in each of the first steps, see `controlled`. Where levels repeat, velocities add up to their
-    mean, by which x then goes."""
+    """The step function of Euler's rule. to, at, strengths: what the velocity is drawn to, at which level,
+    and how much in each of the first steps, see `controlled`. Where levels repeat, x waits, and then goes by
+    the mean of their velocities."""
     held: list[Tensor] = []
 
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class Inversion:
 
     prompt: str
     method: str
-    latents: Tensor   # (T + 1, C, H, W), x_0 first, T: see `calls`; float32 (float64 of latents that were), CPU
+    latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
     steps: int                             # of the schedule
     skip: int                              # how many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for

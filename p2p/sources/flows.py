@@ -1,5 +1,5 @@
-"""Inversions that follow a flow's velocity from the picture to the noise; of every model, in the coordinates of
-`sampler.velocity`. Each returns latents (T + 1, C, H, W), the picture's first, at the levels of
+"""Inversions that follow a flow's velocity from the picture to the noise; of every model, in the coordinates
+of `sampler.velocity`. Each returns latents (T + 1, C, H, W), the picture's first, at the levels of
 `solvers.asked`."""
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from p2p.sources.given import Run
 
 
 def uni_inv(run: Run, planned: Inversion) -> Tensor:
-    """Undoes Euler's steps: each is taken back by the velocity at its own beginning, which is what it leads to
-    here, and is guessed by the velocity of the step before (Jiao et al. 2025, Uni-Inv). The guess is an error
-    of third order of a step; DDIM's own, its end for its beginning, is one of second order."""
+    """Undoes Euler's steps (Jiao et al. 2025, Uni-Inv): each is taken back by the velocity at its beginning,
+    which is where it leads to here, guessed by the velocity of the step before. The guess makes an error of
+    third order a step; DDIM's guess, the step's end for its beginning, one of second order."""
     network, scale = Network.of(run.model, run.schedule), planned.inversion_guidance
     x, latents = run.x_0, [run.x_0]
     v = network.velocity(x, run.predict(x, network.timestep, scale), run.schedule.levels[-1])
@@ -37,8 +37,8 @@ def by_midpoints(run: Run, planned: Inversion) -> Tensor:
 
 
 def rf_inversion(run: Run, planned: Inversion) -> Tensor:
-    """The controlled forward ODE (Rout et al. 2024, algorithm 1): the velocity is drawn to that which leads to
-    a sample of noise, by a share of `gamma`."""
+    """The controlled forward ODE (Rout et al. 2024, algorithm 1): the velocity is drawn to that which leads
+    to a sample of noise, by a share of `gamma`."""
     noise, = draw(run.x_0.shape[1:], [planned.seed or 0], 1)
     network = Network.of(run.model, run.schedule)
     schedule, strengths = network.upwards(run.schedule), (planned.gamma or 0.0,) * run.schedule.steps

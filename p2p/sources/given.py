@@ -38,12 +38,20 @@ class Run(NamedTuple):
             x_0 = (x - before.sigma * eps) / before.alpha
         return ddim_step(x_0, eps, before, after)
 
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether the network runs two rows."""
+        return guidance_scale != 0 and self.model.guided(guidance_scale)
+
     def predict(self, x: Tensor, t: int | float, guidance_scale: float = 1.0) -> Tensor:
-        """The network's output for one picture: one row, or two with guidance that is neither 0 nor 1."""
+        """The network's output for one picture: one row, or two with guidance that is neither 0 nor 1 and no
+        input of the network."""
         if isinstance(t, float):   # between two timesteps
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
-        if guidance_scale in (0, 1):
-            return self.model.predict(x, t, self.conditioning if guidance_scale else self.empty)[0]
+        conditioning = self.conditioning if guidance_scale else self.empty
+        if self.model.unet.reads_guidance:
+            conditioning = conditioning._replace(guidance=torch.tensor([guidance_scale], device=x.device))
+        if not self.guided(guidance_scale):
+            return self.model.predict(x, t, conditioning)[0]
         return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)
 
     def upwards(self) -> Iterable[tuple[int | float, Level, Level]]:

@@ -23,12 +23,12 @@ In a flow's coordinates, which every model has (see `sampler.velocity` and `solv
                      et al. 2025); edits sample by DDIM
     rf-solver        the midpoint rule, up and down (Wang et al. 2024)
     fireflow         the same, reusing the last midpoint's velocity: one call a step (Deng et al. 2024)
-    rf-inversion     drawn to noise on the way up, by `gamma`, and to the picture on the way down, by `control`
-                     in the first `control_steps` (Rout et al. 2024)
-    flow-edit        no inversion: fresh noise at every step, and the difference of the velocities of source and
-                     target (Kulikov et al. 2024, FlowEdit), here on top of Prompt-to-Prompt's injection: as
-                     published with windows of 0. inversion_guidance and guidance_scale are the source's and
-                     the target's; n_max is what skip leaves
+    rf-inversion     drawn to noise on the way up, by `gamma`, and to the picture on the way down, by
+                     `control` in the first `control_steps` (Rout et al. 2024)
+    flow-edit        no inversion: fresh noise at every step, and the difference of the velocities of source
+                     and target (Kulikov et al. 2024, FlowEdit), here on top of Prompt-to-Prompt's injection:
+                     as published with windows of 0. inversion_guidance and guidance_scale are the source's
+                     and the target's; n_max is what skip leaves
     ddcm             fresh noise at every step, and the difference of the predicted pictures (Xu et al. 2023,
                      InfEdit): for few steps too
 """
@@ -75,18 +75,18 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
 
     picture: a picture, its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where
     None) or "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes.
-    method: see above. skip: steps left out at the noisy end (0; edit-friendly: 0.24 of them, flow-edit: 0.34).
-    guidance_scale: of the edits to come (null-text is optimised for it); None for the model's own, 0 for 1.
-    inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing); 0 is without the
-    prompt here, as in PnPInversion's ablation and by default of rf-inversion. inner_steps: of the optimiser
-    (null-text, 10) or the solver (fixed-point, 5). eta: edit-friendly and turbo-edit, 1 for DDPM. seed: of the
-    noise that a method draws, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be;
-    None for the model's own (Stable Diffusion: that of its first timestep, at which it was trained to end), 1
-    for a picture without noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from,
-    in place of the empty prompt; also of the edits to come, unless they have their own. gamma, control,
-    control_steps: shares, of rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but
-    for the last so many (0), which sample without the source. A setting that a method does not read is
-    refused. Raises UsageError, NumericsError.
+    method: see above. skip: steps left out at the noisy end (0; of edit-friendly 0.24 of them, of flow-edit
+    0.34). guidance_scale: of the edits to come (null-text is optimised for it); None for the model's own, 0
+    for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing); 0 is without
+    the prompt here, as in PnPInversion's ablation and by default of rf-inversion. inner_steps: of null-text's
+    optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and turbo-edit, 1 for DDPM. seed: of the
+    noise that is drawn, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
+    for the model's own (Stable Diffusion: that of its first timestep, at which it was trained to end), 1 for
+    a picture without noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from;
+    also of the edits to come, unless they have their own. gamma, control, control_steps: shares, of
+    rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but for the last so many
+    (0), which sample without the source. A setting that a method does not read is refused. Raises UsageError,
+    NumericsError.
     """
     model = find_model(model)
     flag("progress", progress)
@@ -99,8 +99,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     else:
         picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
-                     inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
-                     final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
+                       inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
+                       final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
                        fit=fit_mode, gamma=gamma, control=control, control_steps=control_steps, n_avg=n_avg,
                        n_min=n_min)
     if isinstance(picture, Tensor):
@@ -126,7 +126,7 @@ def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> Run
 def _inverted(run: Run, planned: Inversion) -> Inversion:
     """The planned inversion with its tensors. Raises NumericsError."""
     method, scale, null_context, offsets = planned.method, planned.inversion_guidance, None, None
-    rows = 1 if scale in (0, 1) else 2
+    rows = 2 if run.guided(scale) else 1
     exactly = _explicit_where_small(run) if method == "null-text" else nullcontext()
     with torch.no_grad(), exactly:
         if method == "noise":
@@ -135,7 +135,6 @@ def _inverted(run: Run, planned: Inversion) -> Inversion:
             latents = _noised(run, planned.seed, independent=True, ahead=method == "turbo-edit",
                               shared=planned.n_min or 0)
             offsets = _offsets(run, latents, planned).cpu()
-            # without predictions at the last steps
             rows *= run.schedule.steps - _unpredicted(planned)
         elif method == "belm":
             latents = _belm(run, scale)
@@ -222,8 +221,8 @@ def _unpredicted(planned: Inversion) -> int:
 
 
 def _offsets(run: Run, latents: Tensor, planned: Inversion) -> Tensor:
-    """The difference of what each step leads to and the next latents: of DDPM's steps, the edit-friendly noise
-    times its scale.  -> (T, C, H, W)"""
+    """The difference of what each step leads to and the next latents: of DDPM's steps, the edit-friendly
+    noise times its scale.  -> (T, C, H, W)"""
     none, schedule, model = torch.zeros_like(run.x_0), run.schedule, run.model
     if planned.method in DDPM:
         step = stepper(schedule, model.prediction, model.clip, planned.eta, [none] * schedule.steps)
