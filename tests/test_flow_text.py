@@ -57,7 +57,7 @@ def test_the_text_is_that_of_diffusers(saved):
 
 def test_padding_is_read_by_t5(saved):
     """Stable Diffusion 3 and FLUX do not mask it, DeepFloyd does: another text."""
-    kind, pipe, folder = saved
+    _, _, folder = saved
     tower = p2p.load(folder, device="cpu").text_encoders[-1]
     ids = tower.tokenize(["a cat"])
     masked = tower.tower(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
