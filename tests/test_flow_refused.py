@@ -6,6 +6,9 @@ from safetensors.torch import save_file
 
 from p2p import CheckpointError
 from p2p.models.mmdit import FLUX_DEV, MMDiTConfig, build
+from p2p.models.vae import AutoencoderKL, VAEConfig
+from p2p.weights.convert import _rename
+from p2p.weights.keys import ldm_sources, vae_prefixes
 from p2p.weights.load import find
 
 FLUX = MMDiTConfig(in_channels=4, out_channels=4, dim=64, heads=2, double=1, single=1, context_dim=24, vector_dim=20, qk_norm=True,
@@ -99,3 +102,19 @@ def test_damaged_metadata_are_refused(metadata, tmp_path):
     with pytest.raises(CheckpointError) as error:
         find(tmp_path / "m.safetensors")
     assert "no autoencoder" not in str(error.value)
+
+
+def test_a_lora_is_refused_beside_a_flow(tmp_path):
+    save_file(zeros("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"),
+              tmp_path / "lora.safetensors")
+    ae = {f"first_stage_model.{k}": v for k, v in vae_state().items()}
+    save_file({"model.diffusion_model." + k: v for k, v in tensors(FLUX).items()} | ae, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="no LoRA is merged into models of the family flux yet"):
+        find(tmp_path / "m.safetensors", lora=[(tmp_path / "lora.safetensors", 1.0)])
+
+
+def vae_state():
+    """The autoencoder's tensors from which its sizes are read."""
+    c = VAEConfig(latent_channels=4, channels=(32,), layers_per_block=1, quant_conv=False)
+    state = AutoencoderKL(c).state_dict()
+    return _rename(iter(state.items()), ldm_sources(state, vae_prefixes(c)))
