@@ -24,29 +24,35 @@ T, C, H, W = 3, 3, 8, 8
 PICTURE = Image.new("RGB", (W, H), "red")
 
 
+CALLS = {"rf-solver": 2 * T, "fireflow": T + 1}   # where an edit does not ask the network once a step
+OWN = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25}, "flow-edit": {"n_avg": 1, "n_min": 0}}
+OFFSET = ("edit-friendly", "flow-edit", "ddcm", "turbo-edit")
+
+
 def inversion(method="edit-friendly", **changed):
     """A small one, complete, of a model that maps pixels to pixels."""
+    n = CALLS.get(method, T)
     return replace(
         Inversion(
             "a cat",
             method,
-            torch.randn(T + 1, C, H, W),
+            torch.randn(n + 1, C, H, W),
             4,
             1,
             7.5,
             1.0,
             None,
-            1.0 if method == "edit-friendly" else 0.0,
+            1.0 if method in ("edit-friendly", "turbo-edit") else 0.0,
             0,
             "emoji",
             "x0",
             "0" * 64,
             7,
             torch.randn(T, 77, 5) if method == "null-text" else None,
-            torch.randn(T, C, H, W) if method == "edit-friendly" else None,
+            torch.randn(T, C, H, W) if method in OFFSET else None,
             PICTURE,
         ),
-        **changed,
+        **(OWN.get(method, {}) | changed),
     )
 
 

@@ -104,12 +104,11 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     for prompt in (source, *(e.prompt for e in edits), *negatives(sampling.negative_prompt, 1)):
         weight_notes(model, prompt)   # raises where a part of a word is weighed
     tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
-    source_tokens, target_tokens = tokens[0], tokens[1:]
+    source_tokens, *target_tokens = tokens
     given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t), model.length)
                            for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
-    notes = [note for raw, e in zip(written, edits) if raw.prompt != e.prompt
-             for note in check_prompt(raw.prompt)]
+    notes = sum((check_prompt(a.prompt) for a, e in zip(written, edits) if a.prompt != e.prompt), [])
     for e, t in zip(edits, target_tokens):
         _check_words(e, source_tokens, t, model.length, windows=editor is None)
         if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):
