@@ -13,6 +13,8 @@ from p2p.weights.convert import convert
 from p2p.weights.fill import read_tensors
 from p2p.weights.load import find
 
+pytestmark = pytest.mark.slow
+
 SIZE = ["--height", "16", "--width", "16", "--seed", "1"]
 
 

@@ -23,6 +23,8 @@ from p2p.weights.load import find, find_vae
 from p2p.weights.mmdit import T5
 from p2p.weights.scheduler import Flow
 
+pytestmark = pytest.mark.slow
+
 UNET = "model.diffusion_model."
 DYNAMIC = ((256.0, 0.5), (4096.0, 1.15))
 FULL = {"3 medium": mmdit.SD3, "3.5 large": mmdit.SD35_LARGE, "3.5 medium": mmdit.SD35_MEDIUM, "dev": mmdit.FLUX_DEV,

@@ -25,6 +25,8 @@ from p2p.sources.methods import _ddim
 from p2p.weights.emoji.world import render, sample
 from p2p.weights.scheduler import Flow
 
+pytestmark = pytest.mark.slow
+
 SOURCE, TARGET = "a red cat on grass", "a blue dog on grass"
 FREE = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 

@@ -14,6 +14,8 @@ from p2p.models.t5 import NoT5
 from p2p.models.text import TextEncoder
 from p2p.weights.mmdit import T5
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a big red cat, on grass", "", " ".join(["a dog on grass,"] * 30)]   # the last one is cut by CLIP, not by T5
 
 

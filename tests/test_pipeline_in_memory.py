@@ -18,6 +18,8 @@ from p2p.show.pictures import read_settings
 from p2p.weights.convert import convert
 from p2p.weights.load import find
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(steps=2, height=16, width=16, seed=3)
 CLASSES = {"sd1": diffusers.StableDiffusionPipeline, "sd2": diffusers.StableDiffusionPipeline,
            "sdxl": diffusers.StableDiffusionXLPipeline}

@@ -110,7 +110,7 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
 
 def _sample_as_asked(package: Package, path: Path, prediction: str | None, zero_snr: bool) -> None:
     """Changes what was recognised of the sampling. Raises CheckpointError."""
-    flow = package.family in FLOWS
+    flow = package.sampling.flow is not None
     if prediction and (prediction == "flow") != flow:
         raise CheckpointError(f"{path}: asked to predict {prediction}, but models of the family "
                               f"{package.family} are {'flows' if flow else 'no flows'}; leave out "

@@ -176,7 +176,7 @@ def model(parser: argparse.ArgumentParser) -> None:
 def checkpoint(ap: argparse._ActionsContainer) -> None:
     ap.add_argument("--family", choices=["sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji", "emoji-flow"],
                     help="insist on this family")
-    ap.add_argument("--prediction", choices=["eps", "v", "x0"],
+    ap.add_argument("--prediction", choices=["eps", "v", "x0", "flow"],
                     help="what the model predicts, where that was guessed wrongly")
     ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or "
                     "of a whole model), or org/name on the Hub")

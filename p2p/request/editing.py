@@ -108,7 +108,8 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t), model.length)
                            for e, t in zip(edits, target_tokens)]
     blends: list[LocalBlend | None] = []
-    notes = sum((check_prompt(a.prompt) for a, e in zip(written, edits) if a.prompt != e.prompt), [])
+    changed = [w.prompt for w, e in zip(written, edits) if w.prompt != e.prompt]
+    notes = [note for prompt in changed for note in check_prompt(prompt)]
     for e, t in zip(edits, target_tokens):
         _check_words(e, source_tokens, t, model.length, windows=editor is None)
         if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):

@@ -87,9 +87,9 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     sample without the source. A setting that a method does not read is refused. Raises UsageError,
     NumericsError.
     """
-    model = find_model(model)
+    model, fit_mode = find_model(model), "crop" if fit is None else fit
     flag("progress", progress)
-    fitted, cropped, fit_mode = None, [], "crop" if fit is None else fit
+    fitted, cropped = None, []
     if isinstance(picture, Tensor):
         if any(given is not None for given in (height, width, fit)):
             raise UsageError("height, width, fit: latents have their size; leave these out")
