@@ -1,9 +1,10 @@
 """Captions, file and folder names tell edits apart."""
 import pytest
+from PIL import Image
 
 import p2p
 from p2p.cli.parser import main
-from p2p.show.pictures import captions, difference, names, slug
+from p2p.show.pictures import captions, difference, grid, names, slug
 
 SOURCE = "a cat on grass"
 
@@ -21,6 +22,13 @@ def test_captions_say_in_what_edits_of_one_prompt_differ():
     found = captions([SOURCE, "a dog", "a dog", "a cat"], edits)
     assert found == [SOURCE, "a dog (cross 0.2)", "a dog (cross 0.8 dog=0:0.4)", "a cat (cat × 2)"]
     assert captions(["a cat"], []) == ["a cat"]
+
+
+def test_no_caption_is_drawn_as_a_box(narrow):
+    """Pillow's font has no multiplication sign."""
+    picture = Image.new("RGB", (64, 64))
+    drawn, written = (grid([picture] * 2, ["a cat", f"a cat (cat {sign} 2)"]).tobytes() for sign in "×x")
+    assert drawn == written
 
 
 def test_names_of_files_are_safe_and_their_own():

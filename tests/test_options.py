@@ -87,7 +87,8 @@ def shown(action):
         return [action.option_strings[-1]]
     if action.dest == "for_":
         return ["--for", "1", "--cross", "1"]
-    return [action.option_strings[0], str(action.choices[0]) if action.choices else "1"]
+    value = {"weight": "a=1", "swap": "a=b", "proximal": "l0"}.get(action.dest, "1")
+    return [action.option_strings[0], str(action.choices[0]) if action.choices else value]
 
 
 def given_options(command):

@@ -22,7 +22,7 @@ assert {"edit", "LocalBlend"} <= set(dir(p2p)) and issubclass(p2p.UsageError, Va
 from p2p.cli import main
 
 mistakes = [["paint"], ["edit", "a cat", "a dog", "--nope"], ["edit", "a cat"], ["edit", "a", "b", "--from", "x.png"],
-            ["edit", "--from", "x.png", "--cross", "0.2"], ["edit", "a cat", "a dog", "--cross", "dog=much"],
+            ["edit", "--from", "x.png", "--cross", "x"], ["edit", "a cat", "a dog", "--cross", "dog=much"],
             ["edit", "a", "b", "--self", "x"], ["edit", "a", "b", "--weight", "red"], ["edit", "a", "b", "--proximal", "l0:x"],
             ["edit", "a", "b", "--blend-level", "4"], ["edit", "a", "b", "--swap", "c=d", "--swap", "c=e"],
             ["edit", "a", "b", "--upscale-steps", "3"], ["edit", "a", "b", "--method", "direct"],

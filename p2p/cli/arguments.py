@@ -20,14 +20,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights then do not count")
-    ap.add_argument("--upscale", action="store_true",
-                    help="end in pictures four times larger, by the super-resolution stage "
-                    "that ships with the model")
-    ap.add_argument("--upscaler", metavar="MODEL", help="... or by this one")
-    ap.add_argument("--upscale-steps", type=int, metavar="N", help="of that stage (50; bundled: 10)")
-    ap.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
-    ap.add_argument("--upscale-level", type=int, metavar="T",
-                    help="timestep of the noise on the small pictures (250; bundled: 0)")
+    groups.upscaling(ap)
     ap.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
     ap.add_argument("--proximal", metavar="NORM[:QUANTILE]",
                     help="guide along the largest differences alone: l0, l1, or published "
@@ -51,7 +44,9 @@ def invert(ap: argparse.ArgumentParser) -> None:
 
 def generate(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("prompts", nargs="+", metavar="PROMPT")
-    groups.sampling(ap)
+    groups.upscaling(ap)
+    ap.set_defaults(upscale_edited=False)   # there is no edit
+    groups.sampling(ap, seeds=True)
 
 
 def maps(ap: argparse.ArgumentParser) -> None:

@@ -27,14 +27,23 @@ REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "lora
 ROWS = ("editors", "steps", "cfg", "seed", "cross", "self_", "no_blend")
 
 
-def edit(args: argparse.Namespace) -> None:
+def _upscaling(args: argparse.Namespace) -> None:
     if not args.upscale and args.upscaler is None and (options := given_options(args, ENLARGED)):
         raise UsageError(f"{', '.join(options)}: not without --upscale")
+
+
+def edit(args: argparse.Namespace) -> None:
+    _upscaling(args)
     if args.replay is not None:
         if args.source is not None:
             raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
-        return refuse(args, "--from, which does as the picture records",
-                      [name for name in EDIT if name not in REPLAY])
+        refuse(args, "--from, which does as the picture records",
+               [name for name in EDIT if name not in REPLAY])
+        for section in (args, *(args.for_ or {}).values()):
+            values.changed(section)
+        values.proximal(args)
+        values.timesteps(args)
+        return
     if args.inversion is not None and args.image is not None:
         raise UsageError("give --image or --inversion, not both")
     if len(values.prompts(args)) < (2 if args.inversion is None else 1):
@@ -56,6 +65,10 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
+    _upscaling(args)
+    if isinstance(args.seed, list) and len(args.prompts) not in (1, len(args.seed)):
+        raise UsageError(f"--seed: {len(args.seed)} seeds and {len(args.prompts)} prompts; give one prompt, "
+                         "or one for each seed")
     values.timesteps(args)
 
 

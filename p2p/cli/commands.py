@@ -94,11 +94,16 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    result = generated(args, model, args.prompts, **sampling, negative_prompt=values.negative(args))
-    options.say(cost(args, result))
-    for i, image in enumerate(result.images):
-        out.picture(str(i + 1), image, result.settings)
+    upscaler = stage(args, model.family)
+    prompts = args.prompts * (len(args.seed) if isinstance(args.seed, list) and len(args.prompts) == 1 else 1)
+    small = generated(args, model, prompts, **sampling, negative_prompt=values.negative(args))
+    result = enlarged(upscaler, small, args) or small
+    options.say([*(note for note in result.notes if note not in small.notes), *cost(args, result)])
+    for name, image in zip(result.names(), result.images):
+        out.picture(name, image, result.settings)
     out.picture("grid", result.grid(), result.settings)
+    if upscaler:
+        out.picture("small", small.grid(), small.settings)
     out.json("settings.json", result.settings)
     out.write(args.quiet)
 

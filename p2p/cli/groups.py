@@ -105,7 +105,27 @@ def _in_full(text: str) -> None:
     raise argparse.ArgumentTypeError("write --for in full, after all other options")
 
 
-def settings(parser: argparse.ArgumentParser, seed: str) -> None:
+def upscaling(ap: argparse._ActionsContainer) -> None:
+    ap.add_argument("--upscale", action="store_true",
+                    help="end in pictures four times larger, by the super-resolution stage "
+                    "that ships with the model")
+    ap.add_argument("--upscaler", metavar="MODEL", help="... or by this one")
+    ap.add_argument("--upscale-steps", type=int, metavar="N", help="of that stage (50; bundled: 10)")
+    ap.add_argument("--upscale-cfg", type=float, metavar="X", help="its guidance; default: its own")
+    ap.add_argument("--upscale-level", type=int, metavar="T",
+                    help="timestep of the noise on the small pictures (250; bundled: 0)")
+
+
+def _seeds(text: str) -> int | list[int]:
+    """N, or a list N,N,..."""
+    seeds = [int(part) for part in text.split(",")]
+    return seeds if len(seeds) > 1 else seeds[0]
+
+
+_seeds.__name__ = "int"   # in argparse's messages
+
+
+def settings(parser: argparse.ArgumentParser, seed: str, seeds: bool = False) -> None:
     ap = parser.add_argument_group("sampling")
     ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50; 4 by lcm and tcd")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
@@ -114,7 +134,8 @@ def settings(parser: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--negative", action="append", metavar="PROMPT",
                     help="what guidance leads away from, in place of the empty prompt: once for all "
                     "pictures, or once for each, the source first")
-    ap.add_argument("--seed", type=int, default=None, help=seed)
+    ap.add_argument("--seed", type=_seeds if seeds else int, default=None, help=seed,
+                    metavar="N,..." if seeds else None)
     ap.add_argument("--eta", type=float,
                     help="0: DDIM, 1: DDPM; default: the model's own; of an inversion by "
                     "edit-friendly or turbo-edit: above 0 (1)")
@@ -130,9 +151,11 @@ def settings(parser: argparse.ArgumentParser, seed: str) -> None:
     ap.add_argument("--width", type=int, default=None)
 
 
-def sampling(ap: argparse.ArgumentParser) -> None:
+def sampling(ap: argparse.ArgumentParser, seeds: bool = False) -> None:
+    """seeds: --seed may be a list."""
     model(ap)
-    settings(ap, seed="default: drawn, and printed; of an inversion that draws noise: 0")
+    settings(ap, "several: a picture for each, or one for each prompt; default: drawn, and printed" if seeds
+             else "default: drawn, and printed; of an inversion that draws noise: 0", seeds)
     ap.add_argument("-o", "--out", type=Path, default=Path("out"),
                     help="folder; every run makes a new one inside (out)")
     said = ap.add_mutually_exclusive_group()

@@ -77,6 +77,7 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     font = ImageFont.load_default(15)
     gap, line = 12, 20
     shown = [_at_height(p, side) for p in pictures]
+    captions = [c.replace("×", "x") for c in captions]   # which Pillow's font lacks
     lines = [_wrap(_marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
     height = side + 3 * gap + line * max(map(len, lines))
     sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
