@@ -32,7 +32,7 @@ from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
 from p2p.request.source import Inversion
 from p2p.request.start import Sampling, Settled, settle
-from p2p.sampler import PROXIMAL, proximal_guide
+from p2p.sampler import PROXIMAL, guide, proximal_guide
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
 
@@ -83,8 +83,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     settings = understood(settings, EDITING + SAMPLING, "an edit")
     editor = _checked_editor(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
-    if sampling.proximal is not None:
-        proximal_by(sampling.proximal)
+    proximal_by(sampling.proximal)
     source = Inversion.load(source) if isinstance(source, Path) else source
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
@@ -248,8 +247,11 @@ def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, lengt
                 align.word_tokens(prompt, word, length)
 
 
-def proximal_by(proximal: tuple[str, float]) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """Guidance by `proximal_guide` with this norm and quantile. Raises UsageError."""
+def proximal_by(proximal: tuple[str, float] | None) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Guidance by `proximal_guide` with this norm and quantile; by the plain rule where None. Raises
+    UsageError."""
+    if proximal is None:
+        return guide
     try:
         norm, quantile = proximal if isinstance(proximal, (list, tuple)) else ()
         if choice("norm", norm, PROXIMAL) and share("quantile", quantile) == 1:

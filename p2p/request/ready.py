@@ -109,8 +109,8 @@ def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[
     model, sampling, n = request.model, request.sampling, batch.unconditional
     if isinstance(request.editor, Guiding):
         return request.editor.guide, condition(model, [request.source] * n, *start.size)
-    join = guide if sampling.proximal is None else proximal_by(sampling.proximal)
-    return join, empty_prompts(model, request.inversion, n, start.size, sampling.negative_prompt)
+    empty = empty_prompts(model, request.inversion, n, start.size, sampling.negative_prompt)
+    return proximal_by(sampling.proximal), empty
 
 
 def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
