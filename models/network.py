@@ -4,9 +4,10 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from p2p.models.attention import Attention, CrossAttention, HybridAttention, JointAttention, SelfAttention
+from p2p.models.conditioning import Conditioning
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,3 +71,12 @@ class Network(nn.Module):
     def reads_guidance(self) -> bool:
         """Whether the guidance scale is one of its inputs."""
         raise NotImplementedError
+
+    def with_guidance(self, conditioning: Conditioning, scale: float | Tensor) -> Conditioning:
+        """The conditioning with the guidance scale, one or one a row, where that is one of its inputs."""
+        if not self.reads_guidance:
+            return conditioning
+        scales = torch.as_tensor(scale, dtype=torch.float32, device=self.device).flatten()
+        if isinstance(conditioning.context, Tensor):   # not read yet: rows may still be cut and joined
+            scales = scales.expand(len(conditioning.context))
+        return conditioning._replace(guidance=scales)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -185,10 +185,7 @@ def _conditioning(model: Model, ready: Ready) -> Conditioning:
 def _completed(model: Model, ready: Ready, conditioning: Conditioning) -> Conditioning:
     """With the guidance scale of a network that reads it, and the pictures that a super-resolution stage
     enlarges."""
-    start = ready.start
-    if model.unet.reads_guidance:
-        scales = torch.as_tensor(ready.guidance_scale, device=model.device).flatten()
-        conditioning = conditioning._replace(guidance=scales.expand(len(cast(Tensor, conditioning.context))))
+    start, conditioning = ready.start, model.unet.with_guidance(conditioning, ready.guidance_scale)
     if start.low is None:
         return conditioning
     return conditioning._replace(low=start.low.to(model.dtype), level=start.level)

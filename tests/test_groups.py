@@ -415,3 +415,5 @@ def test_small_models_as_diffusers_saves_them_are_edited(tmp_path, kind, t5):
     assert (r.latents[1] - alone.latents[0]).abs().max() > 1e-3 and leakage(r, 1).about == ["cat", "dog"]
     assert "grass</span>" in report(r) and r.maps.word("dog", 1).shape == (8, 8) and r.latents.isfinite().all()
     assert [n for _, n in model.text_groups] == {"3": [77, 256], "d": [512], "s": [256]}[kind[0]]
+    again = p2p.edit(model, p2p.trace(model, SOURCE, **how), targets[0])
+    assert (again.latents - r.latents[:2]).abs().max() < 1e-4

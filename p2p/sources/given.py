@@ -48,8 +48,7 @@ class Run(NamedTuple):
         if isinstance(t, float):   # between two timesteps
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
         conditioning = self.conditioning if guidance_scale else self.empty
-        if self.model.unet.reads_guidance:
-            conditioning = conditioning._replace(guidance=torch.tensor([guidance_scale], device=x.device))
+        conditioning = self.model.unet.with_guidance(conditioning, guidance_scale)
         if not self.guided(guidance_scale):
             return self.model.predict(x, t, conditioning)[0]
         return guide(*self.model.predict(x.expand(2, -1, -1, -1), t, self.both)[0].chunk(2), guidance_scale)

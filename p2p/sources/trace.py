@@ -99,7 +99,8 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         _afford(model, steps, dtype, start.x.shape[2:])
     check_negative(model, sampling.negative_prompt, start.guidance_scale, 1)
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
-    loop = denoise(model, start.x, condition(model, [prompt], *start.size), empty, start.schedule,
+    text = model.unet.with_guidance(condition(model, [prompt], *start.size), start.guidance_scale)
+    loop = denoise(model, start.x, text, empty, start.schedule,
                    stepper_of(model, start), batch,
                    guidance_scale=start.guidance_scale, watch=_sites(model) if queries else ())
     path, rows, stored = [start.x], 0, {}
@@ -139,7 +140,8 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     -> (T, N, h d) each, noisiest first, CPU
     """
     pixels = tuple(side * model.shrink for side in inversion.latents.shape[2:])
-    text = model.read(condition(model, [inversion.prompt], *pixels))
+    text = model.unet.with_guidance(condition(model, [inversion.prompt], *pixels), inversion.guidance_scale)
+    text = model.read(text)
     stored, path = {}, inversion.latents.flip(0)
     schedule = schedule_of(model, inversion.steps, inversion.latents.shape[2:]).after(inversion.skip)
     timesteps = asked(model, schedule, inversion).timesteps
