@@ -134,7 +134,7 @@ def _autoencoder(package: Package, vae: str | Path | None,
     channels, latents = package.unet.config.in_channels, package.vae.config.latent_channels
     if latents != channels:
         raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the "
-                              f"model {channels}; it is the autoencoder of another kind of model.")
+                              f"{'transformer' if package.family in FLOWS else 'UNet'} {channels}; it is the autoencoder of another kind of model.")
 
 
 def skip_layers(package: Package, clip_skip: int) -> None:
