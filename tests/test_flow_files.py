@@ -71,7 +71,7 @@ ODD = {   # a field away from what is supported, and what is said of it
         (S, {"shift": "3"}, "shift = '3'"), (S, {"_class_name": "DDIMScheduler"}, "_class_name = 'DDIMScheduler' .supported: 'FlowMatchEuler"),
         (S, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "FlowMatchHeun"),
         (V, {"use_quant_conv": True}, "both or neither"), (V, {"latents_mean": [0.0]}, "latents_mean"), (V, {"shift_factor": "x"}, "shift_factor"),
-        (V, {"latent_channels": 4}, "its latents have 4 channels, those of the model 16"),
+        (V, {"latent_channels": 4}, "its latents have 4 channels, those of the transformer 16"),
         ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "its text_encoder is"),
         ("model_index.json", {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}, "UniPCMultistepScheduler"),
         ("model_index.json", {"controlnet": ["diffusers", "SD3ControlNetModel"]}, "controlnet")],

@@ -150,8 +150,9 @@ def _autoencoder(package: Package, vae: str | Path | None,
                               "file, a folder, or an org/name on the Hub.")
     channels, latents = package.unet.config.in_channels, package.vae.config.latent_channels
     if latents != channels:
+        network = "transformer" if package.family in FLOWS else "UNet"
         raise CheckpointError(f"{package.vae.file.path}: its latents have {latents} channels, those of the "
-                              f"model {channels}; it is the autoencoder of another kind of model.")
+                              f"{network} {channels}; it is the autoencoder of another kind of model.")
 
 
 def skip_layers(package: Package, clip_skip: int) -> None:
