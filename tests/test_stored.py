@@ -17,7 +17,7 @@ from p2p import CheckpointError, UsageError
 from p2p.cli.output import Output
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import Tokens
-from p2p.request.source import METHODS, Inversion
+from p2p.request.source import DDPM, METHODS, OFFSET, OWN, Inversion
 from p2p.weights.deepfloyd import load_prompts
 
 T, C, H, W = 3, 3, 8, 8
@@ -30,21 +30,22 @@ def inversion(method="edit-friendly", **changed):
         Inversion(
             "a cat",
             method,
-            torch.randn(T + 1, C, H, W),
+            torch.randn({"rf-solver": 2 * T, "fireflow": T + 1}.get(method, T) + 1, C, H, W),
             4,
             1,
             7.5,
             1.0,
             None,
-            1.0 if method == "edit-friendly" else 0.0,
+            1.0 if method in DDPM else 0.0,
             0,
             "emoji",
             "x0",
             "0" * 64,
             7,
             torch.randn(T, 77, 5) if method == "null-text" else None,
-            torch.randn(T, C, H, W) if method == "edit-friendly" else None,
+            torch.randn(T, C, H, W) if method in OFFSET else None,
             PICTURE,
+            **{name: 1 for name, of in OWN.items() if of == method},
         ),
         **changed,
     )

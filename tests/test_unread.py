@@ -25,7 +25,7 @@ def read(folder, model, *said, **defaults):
 
 
 PICTURE = {"image": "photo.png", "steps": 2}
-READ = {"seed": ("noise", "edit-friendly"), "eta": ("edit-friendly",), "inner_steps": ("fixed-point", "null-text")}
+READ = {"seed": ("noise", "flow-edit", "ddcm", "turbo-edit", "rf-inversion", "edit-friendly"), "eta": ("turbo-edit", "edit-friendly"), "inner_steps": ("fixed-point", "null-text")}
 VALUES = {"seed": 5, "eta": 0.5, "inner_steps": 3}
 
 

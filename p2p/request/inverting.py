@@ -70,10 +70,11 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     schedule = schedule_of(model, whole("steps", steps), shape[1:])
     schedule = schedule.ending(_final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
-    if inversion_guidance not in (None, 1) and _empty(model, prompt):
+    usual = GUIDANCE.get(method, 1.0)
+    inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
+                                inversion_guidance)
+    if inversion_guidance not in (usual, 1) and _empty(model, prompt):
         notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
-    inversion_guidance = GUIDANCE.get(method, 1) if inversion_guidance is None else inversion_guidance
-    inversion_guidance = finite("inversion_guidance", inversion_guidance)
     _check_negative(method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
