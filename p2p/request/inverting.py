@@ -70,9 +70,10 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     schedule = schedule_of(model, whole("steps", steps), shape[1:])
     schedule = schedule.ending(_final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
-    usual = GUIDANCE.get(method, 1) if inversion_guidance is None else inversion_guidance
-    inversion_guidance, given = finite("inversion_guidance", usual), inversion_guidance is not None
-    if given and inversion_guidance != 1 and _empty(model, prompt):
+    usual = GUIDANCE.get(method, 1.0)
+    inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
+                                inversion_guidance)
+    if inversion_guidance not in (usual, 1) and _empty(model, prompt):
         notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
     _check_negative(method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps

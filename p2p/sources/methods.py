@@ -73,18 +73,19 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
            fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
-    picture: a picture, its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (where
-    None) or "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes.
+    picture: also its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (None) or
+    "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes.
     method: see above. skip: steps left out at the noisy end (0; of edit-friendly 0.24 of them, of flow-edit
-    0.34). guidance_scale: of the edits to come; None for the model's own, 0 for 1. inversion_guidance: while
-    inverting, 1 where None; 0 is without the prompt here (rf-inversion's default). inner_steps: of
-    null-text's optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and turbo-edit, 1 for DDPM.
-    seed: of the noise that is drawn, 0 where None. final_alpha: alphas_cumprod at which the picture is taken
-    to be; None for the model's own, 1 for a picture without noise. negative_prompt: what inversion_guidance
-    leads away from; also of the edits to come, unless they have their own. gamma, control, control_steps:
-    shares, of rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but for the last
-    so many (0), which sample without the source. A setting that a method does not read is refused. Raises
-    UsageError, NumericsError.
+    0.34). guidance_scale: of the edits to come (null-text is optimised for it); None for the model's own, 0
+    for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts nothing); 0 is without
+    the prompt here, as in PnPInversion's ablation and by default of rf-inversion. inner_steps: of null-text's
+    optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and turbo-edit, 1 for DDPM. seed: of the
+    noise that is drawn, 0 where None. final_alpha: alphas_cumprod at which the picture is taken to be; None
+    for the model's own (Stable Diffusion: that of its first timestep, at which it was trained to end), 1 for
+    a picture without noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away from;
+    also of the edits to come, unless they have their own. gamma, control, control_steps: shares, of
+    rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but for the last so many
+    (0), which sample without the source. What is not read is refused. Raises UsageError, NumericsError.
     """
     model, fit_mode = find_model(model), "crop" if fit is None else fit
     flag("progress", progress)
@@ -104,8 +105,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:
-        fitted = fit_picture(picture, (height, width), fit_mode)
-        x_0 = model.encode(fitted)
+        x_0 = model.encode(fitted := fit_picture(picture, (height, width), fit_mode))
     inversion = _inverted(_begun(model, x_0, planned, progress), planned)
     return replace(inversion, picture=fitted, notes=(*planned.notes, *cropped))
 
