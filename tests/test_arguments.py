@@ -123,8 +123,9 @@ def test_the_message_names_the_argument(emoji, name, value):
 def test_names_stand_for_models_pictures_and_inversions(emoji, tmp_path, monkeypatch):
     monkeypatch.setattr("p2p.request.loading.load", lambda source: emoji if source == "emoji" else pytest.fail(source))
     assert p2p.generate("emoji", SOURCE, steps=1).images[0].size == (64, 64)
-    with pytest.raises(p2p.UsageError, match=r"such as p2p.MasaCtrl\(\)"):   # editors are handed in: the command line knows names
-        edited("emoji", steps=1, editor="masactrl")
+    assert torch.equal(edited("emoji", steps=1, editor="masactrl").latents, edited(emoji, steps=1, editor=p2p.MasaCtrl()).latents)
+    with pytest.raises(p2p.UsageError, match="editor 'masa' is not known"):
+        edited("emoji", steps=1, editor="masa")
     PICTURE.save(tmp_path / "x.png")
     found = inverted("emoji", picture=tmp_path / "x.png", steps=1)
     assert torch.equal(found.latents, inverted(emoji, picture=str(tmp_path / "x.png"), steps=1).latents)

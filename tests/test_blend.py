@@ -8,7 +8,7 @@ from PIL import Image
 import p2p
 from p2p import align
 from p2p.blend import fixed
-from p2p.edits import cross_alpha
+from p2p.edits import choose_mode, cross_alpha, decided
 from p2p.errors import UsageError
 
 SOURCE, SWAP, REFINED = (f"a red {words}" for words in (
@@ -70,6 +70,8 @@ def columns_of(model, prompts, edit, steps):
 @torch.no_grad()
 def oracle(model, prompts, edit, steps):
     """Algorithm 1 with a local edit, written out: the latents of source and target."""
+    source, target = map(model.tokens, prompts)
+    edit = decided(source, target, edit, choose_mode(source, edit, target), model.length)
     size, blend, seen = SIZE[model.family], edit.local_blend, []
 
     def inside(i, *maps):

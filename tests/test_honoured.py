@@ -13,7 +13,7 @@ from p2p.request.inverting import READ_BY
 from p2p.request.source import METHODS
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
-VALUES = {"inner_steps": 2, "seed": 5, "inversion_guidance": 2.0, "eta": 0.5, "skip": 1, "final_alpha": 0.99995, "guidance_scale": 1.7,
+VALUES = {"inner_steps": 2, "seed": 5, "inversion_guidance": 2.0, "eta": 0.5, "skip": 2, "final_alpha": 0.99995, "guidance_scale": 1.7,
           "steps": 4, "fit": "pad"}
 OPTIONS = {"inversion_guidance": "--inversion-cfg", "guidance_scale": "--cfg"}
 

@@ -92,7 +92,7 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
             if lo < hi and not covers[name]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                              f"of the {steps} steps")
-    limit = edit.self_max_tokens != DEFAULT["self_max_tokens"]
+    limit = edit.self_max_tokens not in (None, 32 * 32)   # the latter is a UNet's own, as it is recorded
     share = given.self_replace_steps is not None
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
         notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")

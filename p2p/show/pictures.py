@@ -46,7 +46,7 @@ def difference(source: str, prompt: str, equalizer: Mapping[str, float] | None =
 
 
 def _weights(equalizer: Mapping[str, float] | None) -> list[str]:
-    return [f"{word} × {weight:g}" for word, weight in (equalizer or {}).items()]
+    return [f"{word} × {_brief(weight)}" for word, weight in (equalizer or {}).items()]
 
 
 def captions(prompts: Sequence[str], edits: Sequence[Any]) -> list[str]:
