@@ -37,7 +37,8 @@ class Mixture:
     """A model whose velocity is known: pixels of two Gaussians. x = (1 - t) x_0 + t eps, so E[x_0 | x] and E[eps | x] are
     means of those of the two, weighted by their share of p_t(x)."""
 
-    prediction, clip, flow, alphas_cumprod, unet = "flow", None, True, torch.empty(0), SimpleNamespace(config=None, reads_guidance=False)
+    prediction, clip, flow, alphas_cumprod, unet = "flow", None, True, torch.empty(0), SimpleNamespace(
+        config=None, reads_guidance=False, with_guidance=lambda conditioning, scale: conditioning)
     means, spread = (-1.0, 0.6), 0.5
 
     def guided(self, guidance_scale):

@@ -139,7 +139,7 @@ def test_autoencoders_of_other_kinds_are_refused(made, single, tmp_path):
     wide = diffusers.AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=16,
                                    up_block_types=("UpDecoderBlock2D",) * 2)
     wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(CheckpointError, match="its latents have 16 channels, those of the model 4"):
+    with pytest.raises(CheckpointError, match="its latents have 16 channels, those of the UNet 4"):
         load(single, vae=tmp_path / "wide")
 
 
