@@ -13,6 +13,12 @@ def engine(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
 
 
+def picture(ap: argparse._ActionsContainer, prompt: str) -> None:
+    """prompt: the name of the argument that describes it."""
+    ap.add_argument("--image", type=Path, metavar="PICTURE",
+                    help=f"a picture that {prompt} describes, in place of a generated one; see real pictures")
+
+
 def inversion(parser: argparse.ArgumentParser) -> None:
     ap = parser.add_argument_group("real pictures")
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt",
