@@ -63,8 +63,8 @@ class LocalBlend:
     feather: latents on either side of the mask's edge over which it fades, 0: a hard edge, as in the official
         code. Maps are coarse, so that a hard edge has steps of `level` latents.
 
-    Outside of the mask and its feather the latents are the source's. In latent models the decoder looks a little beyond the
-    mask's edge, so there the pixels near it are not.
+    Outside of the mask and its feather the latents are the source's. In latent models the decoder looks a
+    little beyond the mask's edge, so there the pixels near it are not.
     """
 
     words: tuple[Words, Words] | None = None
