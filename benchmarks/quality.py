@@ -189,6 +189,11 @@ class Bench:
                 **{f"amount at {c:+g}": mean_ci(t[:, k]) for k, c in enumerate(values)}}
 
 
+    def feather(self, n: int) -> dict:
+        """Local blends of real pictures with feathered edges, against hard ones."""
+        from benchmarks import feather  # it takes its figures from here
+        return feather.measure(self.model, n, self.steps)
+
     def upscale(self, n: int) -> dict:
         """The super-resolution stage on true small pictures: PSNR to the true large ones, against bicubic; is the content kept?"""
         stage, rows = p2p.load("emoji-upscaler"), []
@@ -233,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = {
         "recogniser": lambda: bench.recogniser(), "captions": lambda: bench.captions("held out", a.n),
         "novel": lambda: bench.captions("novel", a.n), "swap": lambda: bench.swap(a.pairs),
-        "upscale": lambda: bench.upscale(a.n),
+        "upscale": lambda: bench.upscale(a.n), "feather": lambda: bench.feather(a.pairs),
         **{w: lambda w=w: bench.refine(a.seeds, w) for w in ("place", "colour", "style")},
         **{w: lambda w=w: bench.reweight(a.seeds, w) for w in REWEIGHT},
     }

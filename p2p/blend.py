@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from math import ceil
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,11 +30,12 @@ from p2p.models.attention import QK, Edits
 from p2p.models.maps import site_maps
 from p2p.models.network import Network
 from p2p.models.text import Tokens
-from p2p.request.checks import choice, flag, share, whole
+from p2p.request.checks import choice, finite, flag, share, whole
 from p2p.request.mask_sites import level_in, sites_of_side
 from p2p.weights.untrusted import brief
 
 Words = str | Sequence[str]
+FEATHER = 1024   # most latents
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,11 @@ class LocalBlend:
     mask: a picture, or its file (cropped as `image.fit` crops pictures, or padded as the inverted one was;
         transparent is dark), or a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead
         of words, or, with words, a limit to them.
+    feather: latents on either side of the mask's edge over which it fades, 0: a hard edge, as in the official
+        code. Maps are coarse, so that a hard edge has steps of `level` latents.
 
-    Outside of the mask the latents are the source's. In latent models the decoder looks a little beyond the
-    mask's edge, so there the pixels near it are not.
+    Outside of the mask and its feather the latents are the source's. In latent models the decoder looks a
+    little beyond the mask's edge, so there the pixels near it are not.
     """
 
     words: tuple[Words, Words] | None = None
@@ -72,6 +76,7 @@ class LocalBlend:
     keep: Literal["stored", "sampled"] = "stored"
     middle: bool = False
     mask: Image.Image | str | Path | Tensor | None = None
+    feather: float = 0.0
 
 
 class Blend(NamedTuple):
@@ -86,6 +91,8 @@ class Blend(NamedTuple):
     fixed: Tensor        # (N, 1, H, W) bool: the user's own masks
     sampled: Tensor      # (N,) bool: outside of the mask stands the source's row as sampled, not as stored
     source_row: Tensor   # (N,) long: of each target; the S sources come before the N targets
+    feather: Tensor      # (N,) latents
+    reach: int           # the farthest that any feather goes, in whole latents
     sites: tuple[str, ...] = ()   # the layers whose maps count
 
 
@@ -158,11 +165,13 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         masks.append(fixed(b.mask, size, fit))
+    feathers = [b.feather if b else 0.0 for b in blends]
     sampled = torch.tensor([b is not None and b.keep == "sampled" for b in blends], device=device)
     return Blend(side, pad_sequence(columns, batch_first=True).to(device), torch.stack(threshold).to(device),
                  torch.tensor(start, device=device), torch.tensor(everywhere, device=device),
                  torch.stack(masks).to(device), sampled,
-                 torch.zeros(len(targets), dtype=torch.long, device=device), sites)
+                 torch.zeros(len(targets), dtype=torch.long, device=device),
+                 torch.tensor(feathers, device=device), ceil(max(feathers)), sites)
 
 
 def placed(blends: Sequence[LocalBlend | None], unet: Network,
@@ -215,6 +224,8 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
         whole("local_blend: level", b.level, most=2**31)
     choice("local_blend: keep", b.keep, ("stored", "sampled"))
     flag("local_blend: middle", b.middle)
+    if not 0 <= finite("local_blend: feather", b.feather) <= FEATHER:
+        raise UsageError(f"local_blend: feather {brief(b.feather)} must lie within 0 and {FEATHER} latents")
     if b.mask is not None:
         _check_mask(b.mask)
 
@@ -274,12 +285,23 @@ def _strongest(words: Tensor, rivals: Tensor) -> Tensor:
     return (rivals * (compact & apart)[..., None, None]).amax(1)
 
 
+def feathered(mask: Tensor, blend: Blend) -> Tensor:
+    """Masks (N, 1, H, W) bool -> how much of the targets stands at each position, 0 to 1, float32: the mask,
+    smoothed by a triangle as wide as the feather on either side, and so exactly 0 beyond it."""
+    n, reach = len(mask), blend.reach
+    d = torch.arange(-reach, reach + 1, device=mask.device).abs()
+    triangle = (1 - d / (blend.feather[:, None] + 1)).clamp(min=0)                      # (N, 2 reach + 1)
+    kernel = (triangle / triangle.sum(1, keepdim=True))[:, None, None]
+    soft = F.pad(mask.float().transpose(0, 1), [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(soft, kernel, groups=n), kernel.mT, groups=n).transpose(0, 1).clamp(max=1)
+
+
 def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int,
                 source: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Puts the source's latents into the targets outside of their masks, once blending has begun.
 
     x (S + N, C, H, W) after a step, sources first; source (1, C, H, W): the source's stored latents.
-    -> x, and where the targets may differ at this step, (N, 1, H, W) bool
+    -> x, and where the targets may differ at this step, (N, 1, H, W) bool: the mask and its feather
     """
     started = (step >= blend.start)[:, None, None, None]
     n = len(blend.source_row)
@@ -287,4 +309,7 @@ def local_blend(x: Tensor, seen: Tensor, blend: Blend, step: int,
     outside = x[blend.source_row]
     if source is not None:
         outside = torch.where(blend.sampled[:, None, None, None], outside, source)
-    return torch.cat([x[:-n], torch.where(mask, x[-n:], outside)]), mask
+    if not blend.reach:
+        return torch.cat([x[:-n], torch.where(mask, x[-n:], outside)]), mask
+    soft = torch.where((blend.feather > 0)[:, None, None, None], feathered(mask, blend), mask.float())
+    return torch.cat([x[:-n], torch.lerp(outside, x[-n:], soft.to(x.dtype))]), soft > 0

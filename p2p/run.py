@@ -47,7 +47,8 @@ class Result:
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
-    masks: Tensor | None = None   # (N, 1, H, W) bool, where local edits could act at the last step, CPU
+    # (N, 1, H, W) bool, CPU: where local edits could act at the last step, at their edges' feather in part
+    masks: Tensor | None = None
     rows: int = 0                                    # that the UNet computed
     timings: dict[str, float] = field(default_factory=dict)   # seconds spent on text, steps and pictures
     edits: list[Edit] = field(default_factory=list)  # one a target, with the modes that were chosen

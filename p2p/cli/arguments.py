@@ -10,8 +10,7 @@ from p2p.cli import groups
 def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("source", nargs="?", help="prompt of the picture to be edited")
     ap.add_argument("targets", nargs="*", metavar="TARGET", help="prompts of the edited pictures")
-    ap.add_argument("--image", type=Path, metavar="PICTURE",
-                    help="a picture that SOURCE describes, to be edited")
+    groups.picture(ap, "SOURCE")
     ap.add_argument("--inversion", type=Path, metavar="FILE",
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
@@ -50,9 +49,10 @@ def generate(ap: argparse.ArgumentParser) -> None:
 
 
 def maps(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("prompt", metavar="PROMPT")
+    ap.add_argument("source", metavar="PROMPT")
     ap.add_argument("targets", nargs="*", metavar="TARGET",
                     help="edits of it: their maps before and after injection")
+    groups.picture(ap, "PROMPT")
     ap.add_argument("--ends", action="store_true", help="also the start and the end token")
     ap.add_argument("--components", action="store_true",
                     help="also the principal components of self-attention")
@@ -64,6 +64,7 @@ def maps(ap: argparse.ArgumentParser) -> None:
                     help="maps of this height; default: a quarter of the latents', or the largest")
     ap.add_argument("--max-tokens", type=int,
                     help="record maps of at most so many pixels (1024; of an MM-DiT, any number)")
+    groups.inversion(ap)
     groups.injection(ap)
     groups.for_target(ap)
     groups.sampling(ap)
@@ -75,6 +76,8 @@ def sweep(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,...",
                     help="cross and self (END or START:END, as --cross and --self say), weight:WORD, layers "
                     "or seed; the first given along the columns, a second along the rows")
+    groups.picture(ap, "SOURCE")
+    groups.inversion(ap)
     groups.injection(ap)
     groups.sampling(ap)
 

@@ -32,6 +32,14 @@ def _upscaling(args: argparse.Namespace) -> None:
         raise UsageError(f"{', '.join(options)}: not without --upscale")
 
 
+def _source(args: argparse.Namespace) -> None:
+    """Refuses options that the source, a prompt or a picture, does not read."""
+    if args.image is None:
+        refuse(args, "a source prompt alone", INVERSION)
+    else:
+        refuse(args, "--image, which is inverted by DDIM, at timesteps of its own", SCHEDULE)
+
+
 def edit(args: argparse.Namespace) -> None:
     _upscaling(args)
     if args.replay is not None:
@@ -51,10 +59,8 @@ def edit(args: argparse.Namespace) -> None:
                          'dog on grass"')
     if args.inversion is not None:
         refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *SCHEDULE, *INVERSION))
-    elif args.image is None:
-        refuse(args, "a source prompt alone", INVERSION)
     else:
-        refuse(args, "--image, which is inverted by DDIM, at timesteps of its own", SCHEDULE)
+        _source(args)
     if args.editor is not None:
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--editor (these are Prompt-to-Prompt's)",
@@ -80,6 +86,7 @@ def invert(args: argparse.Namespace) -> None:
 
 
 def maps(args: argparse.Namespace) -> None:
+    _source(args)
     values.timesteps(args)
     if args.targets:
         values.settings_by_target(args, len(args.targets))
@@ -92,7 +99,9 @@ def maps(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
+    _source(args)
     if "seed" in values.over(args.over):
+        refuse(args, "--over seed=...: a picture has its noise", ["image"])
         refuse(args, "--over seed=...", ["seed"])
     values.edit_settings(args)
     values.timesteps(args)

@@ -21,14 +21,14 @@ from p2p.models.text import tokenizer, tokens
 from p2p.request import add_ons
 from p2p.request.editing import edit_request
 from p2p.request.emphasis import read
-from p2p.request.inverting import expected
+from p2p.request.inverting import DEFAULT, expected
 from p2p.request.prompts import check as check_prompt
-from p2p.request.ready import prompt_notes
-from p2p.request.source import OWN
+from p2p.request.ready import prepared, prompt_notes
+from p2p.request.source import LONE, OWN
 from p2p.request.start import Sampling, solver
-from p2p.run import Result
+from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
-from p2p.show.sweep import shown
+from p2p.show.sweep import edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
 from p2p.weights.convert import convert as run_convert
 from p2p.weights.inspect import report as describe
@@ -53,9 +53,7 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family)
         sampling = dict(guidance_scale=args.cfg)
-        planned = expected(model, args.source, **_inversion_settings(args))
-        edit_request(model, planned, targets, **settings, **sampling)   # before minutes of inverting
-        source = _invert(args, model, picture)
+        source = _inverted(args, model, picture, targets, **settings, **sampling)
     else:
         source = prompts[0]
         model, sampling = options.load_for_sampling(args)
@@ -80,6 +78,19 @@ def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
             negative_prompt: str | None = None) -> p2p.Inversion:
     return p2p.invert(model, picture, args.source, **_inversion_settings(args),
                       negative_prompt=negative_prompt, progress=options.progress(args))
+
+
+def _planned(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
+    """What `_invert` will give, without its latents. Raises UsageError."""
+    return expected(model, args.source, **_inversion_settings(args))
+
+
+def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
+              **settings: Any) -> p2p.Inversion:
+    """The picture, inverted for these edits. Raises UsageError for faults in them too, before it spends
+    minutes."""
+    edit_request(model, _planned(args, model), edits, **settings)
+    return _invert(args, model, picture)
 
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,19 +122,29 @@ def generate(args: argparse.Namespace) -> None:
 def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, with and without the edit (the paper's figure 4)."""
     targets = options.targets(args, args.targets) if args.targets else []
-    out = Output(args.out, options.title(args.prompt, targets))
-    model, sampling = options.load_for_sampling(args)
-    run_steps = solver(model, Sampling(**options.solver(args)))[1]
+    if args.image is not None and not targets:
+        _check_unguided(args)
+    out = Output(args.out, options.title(args.source, targets))
+    if args.image is None:
+        model, sampling = options.load_for_sampling(args)
+        run_steps = solver(model, Sampling(**options.solver(args)))[1]
+    else:
+        picture, model = open_picture(args.image), options.load(args)
+        planned, sampling = _planned(args, model), dict(guidance_scale=args.cfg)
+        # O-BELM's first step is the source's
+        run_steps = planned.calls - (planned.method == "belm" and planned.calls > 1)
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
     _check_layers(model, args)
     apart = args.arrays or steps is not None or args.head is not None   # single steps and heads are shown
     record = p2p.Record(text=args.max_tokens, pixels=(args.max_tokens or 32 * 32) if args.components else 0,
                         before=bool(args.targets), mean=not apart, layers=args.site)
     sampling |= dict(record=record, negative_prompt=values.negative(args))
-    if args.targets:
-        result = edited(args, model, args.prompt, targets, **sampling)
+    if args.image is not None:
+        result = _run_on_picture(args, model, picture, targets, out, sampling)
+    elif targets:
+        result = edited(args, model, args.source, targets, **sampling)
     else:
-        result = generated(args, model, args.prompt, **sampling)
+        result = generated(args, model, args.source, **sampling)
     options.say(cost(args, result))
     selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
                                      side=None if args.side is None else _side(result, args.side))
@@ -154,6 +175,28 @@ def maps(args: argparse.Namespace) -> None:
     out.write(args.quiet)
 
 
+def _run_on_picture(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
+                    targets: list[p2p.Edit], out: Output, sampling: dict[str, Any]) -> Result:
+    """The edits of a picture; without targets, one of the picture to what it is, whose first row counts."""
+    edits = targets or [p2p.Edit(args.source, cross_replace_steps=0.0, self_replace_steps=0.0)]
+    source = _inverted(args, model, picture, edits, **sampling)
+    out.picture("input", source.picture)
+    options.say([taken(source)])
+    if targets:
+        return edited(args, model, source, edits, **sampling)
+    ready = prepared(model, source, edits, **sampling)
+    options.say([*model.notes, *prompt_notes(model, [args.source]), *source.notes])   # none on that edit
+    return run(model, ready, sampling["record"], options.progress(args))
+
+
+def _check_unguided(args: argparse.Namespace) -> None:
+    """Raises UsageError for options of guidance where the picture alone is shown, and follows its inversion
+    without any."""
+    if (method := args.method or DEFAULT) in LONE:
+        unguided = f"a picture alone, inverted by {method}: its row is not guided"
+        values.refuse(args, unguided, ("cfg", "negative"))
+
+
 def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
     """Raises UsageError for a name of no layer, and for components without self-attention."""
     layers, site = model.unet.text_sites(), args.site
@@ -171,9 +214,18 @@ def sweep(args: argparse.Namespace) -> None:
         args.seed = 0   # none is drawn and printed: the sweep has its own
     base = p2p.Edit(args.target, **options.edit_settings(args))
     out = Output(args.out, f"sweep {options.title(args.source, [base])}")
-    model, sampling = options.load_for_sampling(args)
-    done = run_sweep(model, args.source, base, over, **sampling, negative_prompt=values.negative(args),
-                     progress=options.progress(args))
+    source, sampling = args.source, dict(negative_prompt=values.negative(args))
+    if args.image is None:
+        model, sampled = options.load_for_sampling(args)
+        sampling |= sampled
+    else:
+        picture, model = open_picture(args.image), options.load(args)
+        sampling["guidance_scale"] = args.cfg
+        edits = edits_of(model, _planned(args, model), base, over)[2]
+        source = _inverted(args, model, picture, edits, **sampling)
+        out.picture("input", source.picture)
+        options.say([taken(source)])
+    done = run_sweep(model, source, base, over, **sampling, progress=options.progress(args))
     options.say([*done.runs[0].notes, *cost(args, *done.runs)])
     for r in done.runs:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""

@@ -13,6 +13,12 @@ def engine(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--retry-failed", action="store_true", help="run what failed, and that alone")
 
 
+def picture(ap: argparse._ActionsContainer, prompt: str) -> None:
+    """prompt: the name of the argument that describes it."""
+    ap.add_argument("--image", type=Path, metavar="PICTURE",
+                    help=f"a picture that {prompt} describes, in place of a generated one; see real pictures")
+
+
 def inversion(parser: argparse.ArgumentParser) -> None:
     ap = parser.add_argument_group("real pictures")
     ap.add_argument("--method", choices=["noise", "ddim", "fixed-point", "belm", "negative-prompt",
@@ -82,6 +88,8 @@ def injection(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--blend-middle", action="store_true", default=None,
                     help="the middle block's maps count too, as in RoyiRa's "
                     "code for SDXL")
+    ap.add_argument("--blend-feather", type=float, metavar="N",
+                    help="latents on either side over which the mask's edge fades (0: a hard edge)")
     ap.add_argument("--emphasis", choices=["attention", "embedding"],
                     help='what weights in a target, "a (red:1.3) dog", act on: attention, as --weight does '
                     "(the default), or the embedding, as in A1111 (always, in a source)")

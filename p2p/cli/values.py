@@ -249,7 +249,7 @@ def _blend(args: argparse.Namespace) -> dict[str, Any]:
                                  ("substruct", args.blend_without, "--blend-without")):
         if items:
             out[field] = sides(items, option)
-    for field in ("mask", "start", "level", "keep", "middle"):
+    for field in ("mask", "start", "level", "keep", "middle", "feather"):
         if getattr(args, f"blend_{field}") is not None:
             out[field] = getattr(args, f"blend_{field}")
     if args.blend_threshold is not None:

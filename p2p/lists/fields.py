@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from p2p.blend import LocalBlend
+from p2p.blend import FEATHER, LocalBlend
 from p2p.editors import find_editor
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
@@ -175,6 +175,7 @@ BLEND: dict[str, Check] = {
     "level": (_whole(1), "one number, whole and from 1"),
     "keep": _one_of("stored", "sampled"),
     "middle": (_flag, "true or false"),
+    "feather": (_number(0, FEATHER), f"one number of latents from 0 to {FEATHER}"),
     "mask": (_mask, "a picture in base64"),
 }
 FIELDS: dict[str, Check] = {

@@ -86,7 +86,8 @@ def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | N
     source_row = torch.cat([torch.full((n,), j, device=columns.device) for j, n in enumerate(targets)])
     joined = (torch.cat([getattr(b, name) for b in parts])
               for name in ("threshold", "start", "everywhere", "fixed", "sampled"))
-    return Blend(template.side, columns, *joined, source_row, template.sites)
+    feather, reach = torch.cat([b.feather for b in parts]), max(b.reach for b in parts)
+    return Blend(template.side, columns, *joined, source_row, feather, reach, template.sites)
 
 
 def _no_blend(template: Blend, n: int) -> Blend:
@@ -97,7 +98,7 @@ def _no_blend(template: Blend, n: int) -> Blend:
                  torch.ones(n, dtype=torch.bool, device=device),
                  torch.ones_like(template.fixed[:1]).expand(n, -1, -1, -1),
                  torch.zeros(n, dtype=torch.bool, device=device), template.source_row.new_zeros(n),
-                 template.sites)
+                 template.feather.new_zeros(n), 0, template.sites)
 
 
 def _parted(ready: Sequence[Ready], joined: Result) -> list[Result]:

@@ -99,6 +99,17 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     sampling: as in `edit`. Raises UsageError.
     """
     model = find_model(model)
+    over, variants, edits = edits_of(model, source, target, over, seed)
+    seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
+    runs = [edit(model, source, edits, seed=s, **sampling) for s in seeds]
+    return Sweep(_table(over, runs), runs, variants)
+
+
+def edits_of(model: Model, source: str | Inversion | Path, target: str | Edit,
+             over: Mapping[str, Sequence[Window]], seed: int = 0
+             ) -> tuple[dict[str, list[Any]], list[dict[str, Window]], list[Edit]]:
+    """The checked values of each setting, what each target of a sweep is run with, and the targets. Raises
+    UsageError."""
     if not isinstance(over, Mapping) or not all(
             isinstance(name, str) and isinstance(values, Sequence) and not isinstance(values, str)
             for name, values in over.items()):
@@ -113,7 +124,6 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     check(base)
     if "layers" in over and base.layers is not None:
         raise UsageError("layers: the sweep is over layers; leave them out of the edit")
-    seeds = [int(s) for s in over["seed"]] if "seed" in over else [check_seed(seed)]
     variants: list[dict[str, Window]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]
@@ -123,8 +133,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
         for name, value in chosen.items():
             e = variant(e, name, value)
         edits.append(e)
-    runs = [edit(model, source, edits, seed=s, **sampling) for s in seeds]
-    return Sweep(_table(over, runs), runs, variants)
+    return over, variants, edits
 
 
 def _table(over: Mapping[str, Sequence[Window]], runs: Sequence[Result]) -> Image.Image:
