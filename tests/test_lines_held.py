@@ -84,9 +84,10 @@ FOREIGN = {   # names and shapes of tensors
                       {"mid_block.attn2.processor.to_k_ip.0.weight": (9, 9)},
                       {"encoder_hid_proj.image_projection_layers.0.image_embeds.weight": (9, 9)}],
     "a PuLID": [{"pulid_ca.0.norm1.weight": (9,), "pulid_encoder.latents": (1, 9, 9)}, {"id_adapter.latents": (1, 9, 9)}],
-    "a ControlNet": [{"lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.conditioning1.0.weight": (9, 3, 4, 4)}],
-    "a tiny autoencoder": [{"taesd_decoder.1.weight": (64, 4, 3, 3), "taesd_decoder.3.conv.0.weight": (64, 64, 3, 3)},
-                           {"decoder.1.weight": (64, 4, 3, 3), "encoder.0.weight": (64, 3, 3, 3), "vae_scale": (1,), "vae_shift": (1,)}],
+    "a ControlNet": [{"lllite_unet_input_blocks_4_1_attn1_to_k.conditioning1.0.weight": (9, 3, 4, 4)}],
+    "a tiny autoencoder": [{"taesd_decoder.1.weight": (64, 4, 3, 3), "taesd_decoder.3.conv.0.weight": (64, 9)},
+                           {"decoder.1.weight": (64, 4, 3, 3), "encoder.0.weight": (64, 3, 3, 3)},
+                           {"decoder.1.bias": (64,), "vae_scale": (1,)}],
     "full differences": [{f"lora_unet_{c}.b_norm": (9,) for c in "abc"}],
 }
 
@@ -101,7 +102,8 @@ def test_other_layouts_of_foreign_files_are_named(tmp_path, kind, shapes):
 
 
 @pytest.mark.parametrize("change", [{"mid_block_type": None}, {"mid_block_type": "UNetMidBlock2D"},
-                                    {"transformer_layers_per_block": [1, [1, 2]]}, {"reverse_transformer_layers_per_block": [[1], 2]}])
+                                    {"transformer_layers_per_block": [1, [1, 2]]},
+                                    {"reverse_transformer_layers_per_block": [[1], 2]}])
 def test_a_folder_of_a_distilled_network_is_named(change):
     with pytest.raises(CheckpointError, match="config.json: a distilled network .SSD-1B"):
         folder.unet_from_config(Path("config.json"), change, "sdxl")
