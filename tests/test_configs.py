@@ -81,11 +81,11 @@ def test_every_field_of_transformers_is_in_a_table():
 
 REFUSED = [   # file, field, value, what the message names
     ("unet/config.json", "colour", 3, "colour = 3 .not known"),
-    ("unet/config.json", "mid_block_type", None, "mid_block_type"), ("unet/config.json", "class_embed_type", "projection", "class_embed"),
+    ("unet/config.json", "mid_block_type", None, "a distilled network"), ("unet/config.json", "class_embed_type", "projection", "class_embed"),
     ("unet/config.json", "transformer_layers_per_block", [[0], [2, 2], [4, 4]], "a distilled network .SSD-1B"),
     ("unet/config.json", "addition_embed_type", "text_time", "addition_embed_type 'text_time' in a model of the family sd1"),
     ("unet/config.json", "_class_name", "UNet3DConditionModel", "UNet3D"), ("unet/config.json", "out_channels", 8, "out_channels"),
-    ("vae/config.json", "_class_name", "AutoencoderTiny", "AutoencoderTiny"), ("vae/config.json", "shift_factor", 0.1, "shift_factor"),
+    ("vae/config.json", "_class_name", "AutoencoderTiny", "a tiny autoencoder"), ("vae/config.json", "shift_factor", 0.1, "shift_factor"),
     ("vae/config.json", "latents_mean", list(range(1000)), "latents_mean"), ("vae/config.json", "latent_channels", 16, "16 channels"),
     ("vae/config.json", "down_block_types", ["AttnDownEncoderBlock2D"], "AttnDown"), ("vae/config.json", "out_channels", 1, "gives 1"),
     ("text_encoder/config.json", "model_type", "bert", "model_type = 'bert'"),

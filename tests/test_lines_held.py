@@ -2,16 +2,19 @@
 import json
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import p2p
 from p2p import CheckpointError, UsageError
 from p2p.cli.parser import main
 from p2p.lists import pie, pie_data
 from p2p.request.prompts import check
-from p2p.weights.load import find
+from p2p.weights import folder
+from p2p.weights.load import find, find_vae
 
 SOURCE, SWAPPED = "a red cat on grass", "a red dog on grass"
 
@@ -73,3 +76,40 @@ def test_weights_of_midjourney_are_noted_with_spaces_too(prompt, word, weight):
     (note,) = check(prompt)
     assert f"--weight {word}={weight} " in note
     assert [check(text) for text in ("a :: b", "std::vector", "at 10 ::30", "a cat :: dog")] == [[]] * 4
+
+
+FOREIGN = {   # names and shapes of tensors
+    "a textual-inversion embedding": [{f"<{c}>": (768,) for c in "abc"}, {"<a>": (768,), "<b>": (2, 768), "<c>": (768,)}],
+    "an IP-Adapter": [{f"{n}.to_{c}_ip.weight": (9, 9) for n in (1, 3) for c in "kv"},
+                      {"mid_block.attn2.processor.to_k_ip.0.weight": (9, 9)},
+                      {"encoder_hid_proj.image_projection_layers.0.image_embeds.weight": (9, 9)}],
+    "a PuLID": [{"pulid_ca.0.norm1.weight": (9,), "pulid_encoder.latents": (1, 9, 9)}, {"id_adapter.latents": (1, 9, 9)}],
+    "a ControlNet": [{"lllite_unet_input_blocks_4_1_attn1_to_k.conditioning1.0.weight": (9, 3, 4, 4)}],
+    "a tiny autoencoder": [{"taesd_decoder.1.weight": (64, 4, 3, 3), "taesd_decoder.3.conv.0.weight": (64, 9)},
+                           {"decoder.1.weight": (64, 4, 3, 3), "encoder.0.weight": (64, 3, 3, 3)},
+                           {"decoder.1.bias": (64,), "vae_scale": (1,)}],
+    "full differences": [{f"lora_unet_{c}.b_norm": (9,) for c in "abc"}],
+}
+
+
+@pytest.mark.parametrize("kind, shapes", [(k, s) for k, each in FOREIGN.items() for s in each])
+def test_other_layouts_of_foreign_files_are_named(tmp_path, kind, shapes):
+    """Several words in one file; adapters saved by their processors alone; both halves of a tiny autoencoder."""
+    save_file({k: torch.ones(s) for k, s in shapes.items()}, tmp_path / "m.safetensors")
+    for read in (find, find_vae):
+        with pytest.raises(CheckpointError, match=f"m.safetensors: {kind}"):
+            read(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"mid_block_type": None}, {"mid_block_type": "UNetMidBlock2D"},
+                                    {"transformer_layers_per_block": [1, [1, 2]]},
+                                    {"reverse_transformer_layers_per_block": [[1], 2]}])
+def test_a_folder_of_a_distilled_network_is_named(change):
+    with pytest.raises(CheckpointError, match="config.json: a distilled network .SSD-1B"):
+        folder.unet_from_config(Path("config.json"), change, "sdxl")
+
+
+def test_the_folder_of_a_tiny_autoencoder_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "latent_channels": 4}))
+    with pytest.raises(CheckpointError, match="config.json: a tiny autoencoder"):
+        find_vae(tmp_path)

@@ -22,13 +22,13 @@ from p2p.weights.detect import Added, Package
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import TensorFile, open_file
 from p2p.weights.lora import check_numbers, holds_changes
+from p2p.weights.refuse import WIDTHS
 from p2p.weights.untrusted import brief
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 A1111 = "string_to_param"
 NAMELESS = ("emb_params", "clip_l", "clip_g")
 MOST = 75      # vectors of a word: what stands between the ends of a text
-WIDTHS = {768: "sd1, or the first tower of sdxl", 1024: "sd2", 1280: "the second tower of sdxl"}
 SYNTAX = "()[]{}:|,\\"   # of prompts
 
 

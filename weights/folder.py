@@ -16,7 +16,7 @@ from p2p.weights.averages import NOT_USED, USED
 from p2p.weights.detect import FLOWS, LATENTS, Package, Part, check_widths, count, for_family, unused_hf
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
-from p2p.weights.refuse import DISTILLED
+from p2p.weights.refuse import by_config
 from p2p.weights.scheduler import Sampling, scaled_linear
 from p2p.weights.sizes import check_given, per_level, read_json
 from p2p.weights.tokenizer import read_tokenizer
@@ -167,6 +167,8 @@ def check_vector(path: Path, c: dict[str, Any], family: str, pooled: int | None)
 
 
 def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
+    if kind := by_config(c):
+        raise CheckpointError(f"{path}: {kind}.")
     fields.check(path, c, fields.UNET)
     check_given(path, c, "in_channels", "out_channels", "block_out_channels", "layers_per_block",
                 "cross_attention_dim", "transformer_layers_per_block",
@@ -192,10 +194,7 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
     if channels_out != channels_in:
         raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels "
                               f"{fields.short(channels_in)}; as many are expected.")
-    blocks = c.get("transformer_layers_per_block", 1)
-    if isinstance(blocks, list) and any(isinstance(each, list) for each in blocks):
-        raise CheckpointError(f"{path}: {DISTILLED}.")
-    depth = per_level(path, "transformer_layers_per_block", blocks, n)
+    depth = per_level(path, "transformer_layers_per_block", c.get("transformer_layers_per_block", 1), n)
     # "attention_head_dim" holds the number of heads in these configs, an old slip of diffusers
     heads = per_level(path, "num_attention_heads or attention_head_dim",
                       c.get("num_attention_heads") or c.get("attention_head_dim", 8), n)
@@ -223,6 +222,8 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
     """
     where = path / "config.json"
     c = read_json(where)
+    if kind := by_config(c):
+        raise CheckpointError(f"{where}: {kind}.")
     fields.check(where, c, fields.VAE)
     check_given(where, c, "in_channels", "out_channels", "latent_channels", "block_out_channels",
                 "layers_per_block", "scaling_factor")

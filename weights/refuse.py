@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from p2p.weights import keys, keys_mmdit
 from p2p.weights.errors import CheckpointError
@@ -32,14 +33,17 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
       "add_embedding.image_"),
      "a Kandinsky model, driven by embedded pictures; use a Stable Diffusion model"),
     (("fuse_module.", "visual_projection_2.", "qformer_perceiver."), PHOTOMAKER),
-    (("image_proj.", "ip_adapter.", "ip_adapter_"), IP_ADAPTER),
+    (("image_proj.", "image_projection_layers.", "ip_adapter.", "ip_adapter_", ".to_k_ip.", ".to_v_ip."),
+     IP_ADAPTER),
+    (("pulid_ca.", "pulid_encoder.", "id_adapter.", "id_adapter_attn_layers."),
+     "a PuLID, which steers a model by a picture of a face; use the model that it steers"),
     (("controlnet_blocks.", "controlnet_x_embedder.", "controlnet_single_blocks."),
      "a ControlNet of Stable Diffusion 3 or FLUX; use the model that it steers"),
     (("redux_up.", "redux_down."),
      "FLUX.1 Redux, which steers FLUX.1 by a picture; use FLUX.1 dev or schnell themselves"),
     (("lora_controlnet",), "a Control-LoRA; use the Stable Diffusion model that it steers"),
     (("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks", "zero_convs",
-      "input_hint_block"), "a ControlNet; use the Stable Diffusion model that it steers"),
+      "input_hint_block", "lllite_"), "a ControlNet; use the Stable Diffusion model that it steers"),
     (("adapter.body.", "adapter.conv_in"), T2I_ADAPTER),
     (("motion_modules.", "temporal_transformer."),
      "a motion module (AnimateDiff), which makes films; use the plain model"),
@@ -52,7 +56,7 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".a1.weight", ".b1.weight"), "a GLoRA" + MERGE),
     (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
       "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + BESIDE),
-    ((".diff$", ".diff_b$", ".w_norm$"), "full differences from a model, as LyCORIS saves them" + BESIDE),
+    ((".diff$", ".diff_b$", ".w_norm$", ".b_norm$"), "full differences from a model, as LyCORIS saves them" + BESIDE),
     (("single_stream_modulation.", "double_stream_modulation_", "early_stream_modulations."),
      "FLUX.2 or one of its kind, whose text and latents are others; FLUX.1 is supported"),
     (("distilled_guidance_layer.",), "Chroma, whose modulations are others than FLUX.1's; use FLUX.1 dev or "
@@ -78,6 +82,7 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("RDB1.", "rdb1.conv", "upconv1.", "HRconv."),
      "an enlarger of pictures (ESRGAN or the like); give a text-to-image model"),
 )
+TINY = "a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's own kind"
 INPUTS = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}   # by channels
 DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its blocks are not those of its "
              "base model, which this project has; use that one")
@@ -106,19 +111,25 @@ def by_name(path: Path, s: Shapes, fp8: bool) -> None:
         raise CheckpointError(f"{path}: {kind}.")
 
 
+# widths of CLIP's words, and whose they are
+WIDTHS = {768: "sd1, or the first tower of sdxl", 1024: "sd2", 1280: "the second tower of sdxl"}
+# of each half in a file of its own, or of both
+TAESD = re.compile(r"((taesd_)?(encoder|decoder)\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)|vae_(scale|shift)")
+
+
 def _by_shapes(s: Shapes) -> str | None:
     """Kinds that only shapes tell."""
-    words = 0 < len(s) <= 2 and not any(k.endswith((".weight", ".bias")) for k in s)
-    if words and all(len(v) == 2 or (len(v) == 1 and v[0] in (768, 1024, 1280)) for v in s.values()):
+    words = bool(s) and not any(k.endswith((".weight", ".bias")) for k in s)
+    flat = len(s) <= 2 and all(len(v) == 2 for v in s.values())
+    if words and (flat or all(len(v) in (1, 2) and v[-1] in WIDTHS for v in s.values())):
         return EMBEDDING
     body = sum(k.startswith("body.") for k in s)
     if body and body + sum(k.startswith("conv_in.") for k in s) == len(s) > body:
         return T2I_ADAPTER
-    tiny = bool(s) and all(re.fullmatch(r"\d+\.(conv\.\d+\.|skip\.)?(weight|bias)", k) for k in s)
+    tiny = bool(s) and all(TAESD.fullmatch(k) for k in s)
     sides = ("decoder.layers.", "encoder.layers.")
     if tiny or any(k.startswith(sides) and len(v) == 4 for k, v in s.items()):
-        return ("a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's "
-                "own kind")
+        return TINY
     return None
 
 
@@ -170,6 +181,17 @@ def by_structure(state: Mapping[object, object]) -> str | None:
     if {"image_proj", "ip_adapter"} <= names:
         return IP_ADAPTER
     return None
+
+
+def by_config(config: Mapping[str, Any]) -> str | None:
+    """The kind of a diffusers network whose config names it, or blocks that none of its base has."""
+    if config.get("_class_name") == "AutoencoderTiny":
+        return TINY
+    depths = config.get("transformer_layers_per_block")
+    nested = isinstance(depths, list) and any(isinstance(each, list) for each in depths)
+    middle = config.get("mid_block_type", "")
+    reverse = config.get("reverse_transformer_layers_per_block") is not None
+    return DISTILLED if nested or reverse or middle in (None, "UNetMidBlock2D") else None
 
 
 FORMATS = {   # by suffix
