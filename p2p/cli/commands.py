@@ -211,7 +211,7 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def web(args: argparse.Namespace) -> None:
-    from p2p.web.serve import serve   # Gradio takes a second to import
+    from p2p.web.serve import serve  # Gradio takes a second to import
 
     serve(options.load(args), args.host, args.port, args.share)
 

@@ -50,10 +50,10 @@ class Asked:
         return bool(self.weights) or self.target not in ("", self.source)
 
 
-def read(unet: Network, source: Any, target: Any, hand: Any, usual: Any, cross: Any, self_: Any, guidance: Any,
-         steps: Any, seed: Any, negative: Any, layers: Any, blend: Any, method: Any) -> Asked:
-    """The controls' values as they came. hand: {"weights": {word: number}, "mask": data URL}. Raises UsageError
-    for those that no control gives."""
+def read(unet: Network, source: Any, target: Any, hand: Any, usual: Any, cross: Any, self_: Any,
+         guidance: Any, steps: Any, seed: Any, negative: Any, layers: Any, blend: Any, method: Any) -> Asked:
+    """The controls' values as they came. hand: {"weights": {word: number}, "mask": PNG in base64}. Raises
+    UsageError for those that no control gives."""
     hand = {} if hand is None or hand == "" else kind("faders and mask", hand, dict)
     names = [] if layers is None else kind("layers", layers, list)
     source = _text("the prompt", source)
@@ -120,8 +120,7 @@ def _weights(value: Any) -> tuple[tuple[str, float], ...]:
 
 
 def _mask(value: Any) -> str:
-    url = kind("mask", "" if value is None else value, str)
-    if len(url) > MASK:
-        raise UsageError(f"a mask of {len(url):,} characters; this page paints smaller ones")
-    return url.partition(",")[2] if url.startswith("data:") else url
-
+    mask = kind("mask", "" if value is None else value, str)
+    if len(mask) > MASK:
+        raise UsageError(f"a mask of {len(mask):,} characters; this page paints smaller ones")
+    return mask

@@ -36,7 +36,8 @@ class Bounded:
     def __init__(self, app: Any):
         self.app = app
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any],
+                       send: Callable[[Any], Any]) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
@@ -63,17 +64,18 @@ async def _refuse(send: Callable[[Any], Any], status: int) -> None:
 @contextmanager
 def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share: bool = False
            ) -> Iterator[gr.Blocks]:
-    """The page, served while the context lasts; its `local_url` says where. port: None: the first free one from
-    7860. Raises UsageError."""
+    """The page, served while the context lasts; its `local_url` says where. port: None: the first free one
+    from 7860. Raises UsageError."""
     with TemporaryDirectory(prefix="p2p-web-") as folder:
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         blocks = page(model, Path(folder))
         blocks.queue(max_size=WAITING, api_open=False)
         try:
-            blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True,
-                          show_error=True, inbrowser=False, max_file_size=1, footer_links=[], run_history=False,
-                          enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, num_workers=0,
-                          state_session_capacity=64, theme=gr.themes.Default(**FONTS), css=CSS,
+            blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
+                          quiet=True, show_error=True, inbrowser=False, max_file_size=1, footer_links=[],
+                          run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False,
+                          pwa=False, num_workers=0, state_session_capacity=64,
+                          theme=gr.themes.Default(**FONTS), css=CSS,
                           app_kwargs={"middleware": [Middleware(Bounded)]})
         except OSError as error:
             raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from None

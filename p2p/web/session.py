@@ -12,24 +12,21 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from p2p.align import named_words, word_tokens
-from p2p.blend import LocalBlend
+from p2p.align import named_words
 from p2p.edits import Edit
-from p2p.errors import UsageError
 from p2p.image import fit, to_pil
 from p2p.model import Model
-from p2p.models.text import Tokens
 from p2p.request.checks import whole
 from p2p.request.editing import edit_request
-from p2p.request.emphasis import prompt_tokens
 from p2p.request.inverting import expected
-from p2p.request.ready import prepared, prompt_notes
+from p2p.request.ready import prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
 from p2p.run import generation, run, steps
 from p2p.show.pictures import difference, heat, save_png, slug
-from p2p.web.asked import Asked, layer_choices, mask_picture
+from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
+from p2p.web.edit_asked import dropped_words, edit_of, tokens_of
 from p2p.web.sources import MAPS, Source, Sources
 
 LOOK = 0.4      # share of the steps after which a preview is shown
@@ -100,13 +97,13 @@ class Session:
         self.gallery.clear()
 
     def run(self, asked: Asked) -> Iterator[View]:
-        """The source, a preview of its edit, and the edit; ends early where another request replaces this one.
-        Raises UsageError, NumericsError."""
+        """The source, a preview of its edit, and the edit; ends early where another request replaces this
+        one. Raises UsageError, NumericsError."""
         began, picture = time.perf_counter(), self.picture
-        dropped = self._dropped(asked)
+        dropped = dropped_words(self.model, asked)
         asked = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
         self.wanted = asked
-        edit = self._edit(asked) if asked.edits else None
+        edit = edit_of(self.model, asked) if asked.edits else None
         if edit is not None:
             self._refuse(asked, edit, picture)
         source = self.sources.of(asked, picture)
@@ -129,8 +126,6 @@ class Session:
         self.picture = item.picture
         return self.run(item.asked)
 
-    # ------------------------------------------------------------------------------------------------ parts of a run
-
     def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None, notes: tuple[str, ...],
                       began: float) -> View:
         idle = [name for name in ("mask", "blend", "layers") if getattr(asked, name)]
@@ -145,7 +140,8 @@ class Session:
         return View(image, None, words, (*notes, *dict.fromkeys(more)),
                     seconds=time.perf_counter() - began)
 
-    def _edited(self, asked: Asked, source: Source, edit: Edit, picture: Image.Image | None) -> Iterator[View]:
+    def _edited(self, asked: Asked, source: Source, edit: Edit,
+                picture: Image.Image | None) -> Iterator[View]:
         sampling = self._guided(asked) if isinstance(source.given, Inversion) else self._chosen(asked)
         ready = prepared(self.model, source.given, [edit], record=MAPS, **sampling)
         total, sums, step = ready.start.schedule.steps, {}, None
@@ -155,13 +151,14 @@ class Session:
             if self.wanted != asked:
                 return
             if step.index == int(LOOK * total):
-                yield View(source.picture, self._decoded(step.x_0[-1:]), self._words(asked, source), done=False)
+                look = self._decoded(step.x_0[-1:])
+                yield View(source.picture, look, self._words(asked, source), done=False)
         assert step is not None
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
         settings = ready.settings if picture is not None else self._plain(asked, edit)
-        self._keep(image, difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt, settings, asked,
-                   picture)
+        caption = difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt
+        self._keep(image, caption, settings, asked, picture)
         yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(ready.notes)))
 
     def _decoded(self, x: Tensor) -> Image.Image:
@@ -191,52 +188,10 @@ class Session:
         if not any(item.asked == asked and item.picture is picture for item in self.gallery):
             self.gallery.append(Item(next(self.numbers), image, caption, settings, asked, picture))
 
-    # ---------------------------------------------------------------------------------------- from controls to an Edit
-
-    def _tokens(self, asked: Asked) -> tuple[Tokens, Tokens]:
-        prompt_notes(self.model, [asked.source, asked.target])   # raises for what is not a prompt
-        source = prompt_tokens(self.model, asked.source)
-        return source, prompt_tokens(self.model, asked.target) if asked.target else source
-
-    def _dropped(self, asked: Asked) -> list[str]:
-        """Faders of words that the prompt has no more."""
-        names = {name for name, _ in named_words(self._tokens(asked)[1])}
-        return [word for word, _ in asked.weights if word not in names]
-
-    def _edit(self, asked: Asked) -> Edit:
-        windows = {} if asked.usual else dict(cross_replace_steps=asked.cross, self_replace_steps=asked.self_)
-        choices = layer_choices(self.model.unet)
-        return Edit(asked.target or asked.source, equalizer=dict(asked.weights) or None,
-                    local_blend=self._blend(asked), layers=[choices[name] for name in asked.layers] or None,
-                    **windows)
-
-    def _blend(self, asked: Asked) -> LocalBlend | None:
-        """Words separated by commas: each in the prompts that have it, or old:new. Raises UsageError."""
-        tokens, sides = self._tokens(asked), ([], [])
-        for item in filter(None, (part.strip() for part in asked.blend.split(","))):
-            if ":" in item:
-                for side, word in zip(sides, item.split(":", 1)):
-                    side += [word.strip()] if word.strip() else []
-                continue
-            found = [side for side, prompt in zip(sides, tokens) if self._has(prompt, item)]
-            if not found:
-                word_tokens(tokens[1], item, self.model.length)   # raises, with the words that there are
-            for side in found:
-                side.append(item)
-        mask = mask_picture(asked.mask)
-        if not any(sides) and mask is None:
-            return None
-        return LocalBlend(words=(tuple(sides[0]), tuple(sides[1])) if any(sides) else None, mask=mask)
-
-    def _has(self, prompt: Tokens, word: str) -> bool:
-        try:
-            return bool(word_tokens(prompt, word, self.model.length))
-        except UsageError:
-            return False
-
-    def _words(self, asked: Asked, source: Source, sums: Mapping[str, Tensor] | None = None) -> tuple[Word, ...]:
+    def _words(self, asked: Asked, source: Source,
+               sums: Mapping[str, Tensor] | None = None) -> tuple[Word, ...]:
         """The faders: every word of the edited prompt, its map from the edit, or before that the source's."""
-        own, prompt = self._tokens(asked)
+        own, prompt = tokens_of(self.model, asked)
         if sums is None and source.maps is not None and prompt is own:
             sums = dict(source.maps.each_word())
         weights, maps = dict(asked.weights), sums or {}
