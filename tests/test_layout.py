@@ -1,4 +1,4 @@
-"""models <- weights <- p2p, and inside p2p: root <- sources, editors, show <- lists <- cli. Imports run one way."""
+"""models <- weights <- p2p, and inside p2p: root <- sources, editors, show <- lists, web <- cli. Imports run one way."""
 import ast
 from pathlib import Path
 
