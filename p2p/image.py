@@ -210,12 +210,11 @@ def to_base64(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def from_base64(text: str) -> Image.Image:
-    """What `to_base64` wrote. Raises UsageError."""
+def from_base64(text: str, name: str = "a picture inside of settings") -> Image.Image:
+    """What `to_base64` wrote, or another file in base64. Raises UsageError."""
     if not isinstance(text, str) or len(text) > TEXT:
-        raise UsageError(f"a picture inside of settings is text in base64 of at most {TEXT >> 20} MiB, not "
-                         f"{brief(text)}")
+        raise UsageError(f"{name} is text in base64 of at most {TEXT >> 20} MiB, not {brief(text)}")
     try:
         return _decoded(io.BytesIO(base64.b64decode(text, validate=True)))
     except Exception as error:   # decoders raise anything over damaged bytes
-        raise UsageError(f"a picture inside of settings cannot be read ({_why(error)})") from None
+        raise UsageError(f"{name} cannot be read ({_why(error)})") from None

@@ -1,4 +1,4 @@
-"""models <- weights <- p2p, and inside p2p: root <- sources, editors, show <- lists <- cli. Imports run one way."""
+"""models <- weights <- p2p, and inside p2p: root <- sources, editors, show <- lists, web <- cli. Imports run one way."""
 import ast
 from pathlib import Path
 
@@ -14,7 +14,8 @@ ROOMS = {   # what each may import of ours besides itself; the root of p2p is "p
     "editors": {"models", "weights", "p2p", "request"},
     "show": {"models", "weights", "p2p", "request"},
     "lists": {"models", "weights", "p2p", "request", "sources", "editors", "show"},
-    "cli": {"models", "weights", "p2p", "request", "sources", "editors", "show", "lists"},
+    "web": {"models", "weights", "p2p", "request", "sources", "editors", "show"},
+    "cli": {"models", "weights", "p2p", "request", "sources", "editors", "show", "lists", "web"},
 }
 FACADE = {"p2p/__init__.py", "p2p/__main__.py"}   # what a user imports, and the program: they reach into every room
 # What a run gives shows itself, by a leaf that knows of none.

@@ -164,6 +164,15 @@ def dataset(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("-q", "--quiet", action="store_true")
 
 
+def web(ap: argparse.ArgumentParser) -> None:
+    ap.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                    help="listen there (127.0.0.1: this machine alone; 0.0.0.0: whoever reaches it)")
+    ap.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
+    ap.add_argument("--share", action="store_true",
+                    help="also a link for anybody, through Gradio's servers, for as long as this runs")
+    groups.model(ap)
+
+
 def tokens(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("prompts", nargs="+", metavar="PROMPT")
 

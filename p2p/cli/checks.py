@@ -3,6 +3,7 @@ it. Each function raises UsageError."""
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 
 from p2p.cli import arguments, groups, values
 from p2p.cli.values import given_options, options_of, refuse
@@ -128,6 +129,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def dataset(args: argparse.Namespace) -> None:
     _positive(args, "samples", "keep", "steps", "together")
+
+
+def web(args: argparse.Namespace) -> None:
+    if args.port is not None:
+        whole("--port", args.port, most=65535)
+    if find_spec("gradio") is None:
+        raise UsageError("p2p web needs Gradio: pip install 'prompt-to-prompt[web]'")
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

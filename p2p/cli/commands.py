@@ -267,6 +267,12 @@ def encode(args: argparse.Namespace) -> None:
     out.write()
 
 
+def web(args: argparse.Namespace) -> None:
+    from p2p.web.serve import serve  # Gradio takes a second to import
+
+    serve(options.load(args), args.host, args.port, args.share)
+
+
 def inspect(args: argparse.Namespace) -> None:
     lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema,
                      zero_snr=args.zero_snr, lora=add_ons.loras(values.loras(args)))

@@ -61,6 +61,8 @@ COMMANDS: dict[str, Command] = {
                        checks.dataset,
         'Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
         "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE"),
+    "web": Command("open a page in the browser, with a fader for every word", arguments.web, checks.web,
+                   "Example: p2p web --port 7860"),
     "tokens": Command("show the tokens of prompts, and which of two prompts belong together",
                       arguments.tokens, None,
         'Example: p2p tokens "a cat on grass" "a hippopotamus on grass"'),
@@ -156,7 +158,7 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
         from p2p.cli import commands as run
         single = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
                   "sweep": run.sweep, "tokens": run.show_tokens, "encode": run.encode,
-                  "inspect": run.inspect, "convert": run.convert}
+                  "inspect": run.inspect, "convert": run.convert, "web": run.web}
         if command in single:
             return single[command]
         from p2p.cli import bulk

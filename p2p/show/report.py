@@ -66,7 +66,7 @@ def report(result: Result, leaks: Sequence[Leakage] = ()) -> str:
 {figures}
 <h2>Timings</h2><table>{timings}</table>
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
-<h2>Settings</h2><pre>{escape(json.dumps(_short(result.settings), indent=2))}</pre>
+<h2>Settings</h2><pre>{escape(json.dumps(short(result.settings), indent=2))}</pre>
 <script>{_SCRIPT}</script></html>
 """
 
@@ -106,10 +106,10 @@ def _data(image: Image.Image) -> str:
     return f"data:image/png;base64,{to_base64(image)}"
 
 
-def _short(value):
+def short(value):
     """Settings with their pictures, in base64, cut short."""
     if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items()}
+        return {k: short(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_short(v) for v in value]
+        return [short(v) for v in value]
     return f"{value[:40]}..." if isinstance(value, str) and len(value) > 400 else value

@@ -1,0 +1,195 @@
+"""The page: controls, and what they call. What they do is in `session`."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from p2p.errors import CheckpointError, NumericsError, UsageError
+from p2p.image import to_base64
+from p2p.model import Model
+from p2p.request.inverting import DEFAULT
+from p2p.request.source import METHODS
+from p2p.show.report import short
+from p2p.web.asked import FILE, GUIDANCE, STEPS, Asked, layer_choices, read
+from p2p.web.session import Item, Session, View
+from p2p.web.visits import Visits
+
+USUAL_STEPS = 20
+
+
+# The controls whose values `asked.read` takes, in its order; "hand" is what stage.js says.
+VALUES = ("source", "target", "hand", "usual", "cross", "self_", "guidance", "steps", "seed", "negative",
+          "layers", "blend", "method")
+Components = dict[str, Any]   # by their names, which are their ids on the page
+
+
+def page(model: Model, folder: Path) -> gr.Blocks:
+    """folder: where pictures lie that are downloaded."""
+    c: Components = {}
+    with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(600, 3600),
+                   fill_width=True) as blocks:
+        gr.HTML(f"<h1>Prompt-to-Prompt</h1><p>{escape(model.name)}: a picture is edited by editing its "
+                "prompt; a word's fader weighs its attention</p>")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                _controls(c, model)
+            with gr.Column(scale=3, min_width=300):
+                _pictures(c)
+        _wire(c, Calls(model, folder), blocks)
+    return blocks
+
+
+def _controls(c: Components, model: Model) -> None:
+    c["source"] = gr.Textbox(label="prompt", placeholder="a red cat on grass", elem_id="source")
+    c["target"] = gr.Textbox(label="edited prompt", placeholder="a red dog on grass", elem_id="target")
+    c["run"] = gr.Button("run", variant="primary", elem_id="run")
+    with gr.Accordion("windows and sampling", open=False):
+        c["usual"] = gr.Checkbox(True, label="windows by what the edit does", elem_id="usual")
+        for name, label, value in (("cross", "cross-attention of the source, share of the steps", 0.8),
+                                   ("self_", "self-attention of the source, share of the steps", 0.4)):
+            c[name] = gr.Slider(0, 1, value, step=0.05, label=label, elem_id=name)
+        c["guidance"] = gr.Slider(0, GUIDANCE, model.guidance_scale, step=0.5, label="guidance",
+                                  elem_id="guidance")
+        steps = min(USUAL_STEPS, model.steps)
+        c["steps"] = gr.Slider(1, STEPS, steps, step=1, label="steps", elem_id="steps")
+        c["seed"] = gr.Textbox("0", label="seed", elem_id="seed")
+        c["negative"] = gr.Textbox(label="negative prompt", elem_id="negative")
+        c["layers"] = gr.CheckboxGroup(list(layer_choices(model.unet)), label="inject in these layers alone",
+                                       elem_id="layers")
+    with gr.Accordion("where the picture may change", open=False):
+        c["blend"] = gr.Textbox(label="blend words", placeholder="dog, or cat:dog", elem_id="blend",
+                                info="words that mark the place; or paint it on the picture")
+    with gr.Accordion("a picture of your own", open=False):
+        c["upload"] = _html("upload", "", most=FILE)
+        c["method"] = gr.Dropdown(list(METHODS), value=DEFAULT, label="inversion", elem_id="method")
+
+
+def _pictures(c: Components) -> None:
+    c["stage"] = _html("stage", {})
+    c["hand"] = gr.HTML({}, html_template="", js_on_load=_file("hand.js"), elem_id="hand")
+    c["gallery"] = gr.Gallery(label="this visit: choose one", format="png", allow_preview=False, buttons=[],
+                              interactive=False, elem_id="gallery")
+    with gr.Row():
+        c["replay"] = gr.Button("replay", elem_id="replay", min_width=80)
+        c["download"] = gr.DownloadButton("download", elem_id="download", min_width=80)
+    with gr.Accordion("settings", open=False):
+        c["settings"] = gr.Code(label="of the picture that was chosen", language="json", max_lines=16,
+                                elem_id="settings", interactive=False)
+
+
+def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
+    values, shown = [c[name] for name in VALUES], [c["stage"], c["gallery"]]
+    restored = [c[name] for name in VALUES if name != "hand"]
+    moved = [c["run"].click, *(c[name].input for name in ("hand", "usual", "layers", "method")),
+             *(c[name].submit for name in ("source", "target", "seed", "negative", "blend")),
+             *(c[name].release for name in ("cross", "self_", "guidance", "steps"))]
+    quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
+    work: dict[str, Any] = dict(quiet, concurrency_limit=1, concurrency_id="model")
+    # Moves that come while one is computed: the page sends the last of them when it is done, and `newer`
+    # stops what is computed until then.
+    gr.on(moved, calls.run, values, shown, trigger_mode="always_last", **work)
+    gr.on(moved, calls.newer, values, None, trigger_mode="multiple", queue=False, **quiet)
+    for name in ("cross", "self_"):
+        c[name].input(None, None, c["usual"], js="() => false")
+    c["upload"].upload(calls.upload, c["upload"], [c["stage"], c["upload"]], **work)
+    c["upload"].clear(calls.forget, None, c["stage"], **work)
+    c["gallery"].select(calls.choose, None, [c["settings"], c["download"]], **quiet)
+    c["replay"].click(calls.replay, None, [*shown, *restored], **work)
+    blocks.unload(calls.leave)
+
+
+class Calls:
+    """What the controls call: values of the page in, and out; every refusal is a message on it."""
+
+    def __init__(self, model: Model, folder: Path):
+        self.model, self.folder, self.visits = model, folder, Visits(model)
+
+    def run(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
+        session = self.visits.of(request)
+        yield from self._shown(session, lambda: session.run(read(self.model.unet, *values)))
+
+    def _shown(self, session: Session, begin: Callable[[], Iterator[View]],
+               hand: dict[str, Any] | None = None) -> Iterator[tuple[Any, Any]]:
+        try:
+            for view in begin():
+                pictures = [(item.image, item.caption) for item in session.gallery]
+                yield _value(view, hand), pictures if view.done else gr.skip()
+                hand = None
+        except (UsageError, NumericsError, CheckpointError) as error:
+            raise _refused(error) from None
+
+    def newer(self, request: gr.Request, *values: Any) -> None:
+        try:
+            self.visits.of(request).wanted = read(self.model.unet, *values)
+        except UsageError:
+            pass   # `run` says so
+
+    def upload(self, request: gr.Request, url: Any) -> tuple[Any, str]:
+        try:
+            return _value(self.visits.of(request).upload(url)), ""
+        except UsageError as error:
+            raise _refused(error) from None
+
+    def forget(self, request: gr.Request) -> Any:
+        return _value(self.visits.of(request).forget())
+
+    def choose(self, request: gr.Request, event: gr.SelectData) -> tuple[str, str]:
+        session = self.visits.of(request)
+        try:
+            item = session.choose(event.index)
+        except UsageError as error:
+            raise _refused(error) from None
+        return json.dumps(short(item.settings), indent=1), str(item.save(self.folder))
+
+    def replay(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        session = self.visits.of(request)
+        item = session.chosen
+        if item is None:
+            raise _refused("choose a picture of this visit first")
+        hand = {"weights": dict(item.asked.weights), "mask": item.asked.mask}
+        controls = _controls_of(item)
+        for stage, gallery in self._shown(session, lambda: session.replay(item), hand):
+            yield stage, gallery, *controls
+
+    def leave(self, request: gr.Request) -> None:
+        self.visits.end(request)
+
+
+def _controls_of(item: Item) -> tuple[Any, ...]:
+    a: Asked = item.asked
+    return (a.source, a.target, a.usual, a.cross, a.self_, a.guidance, a.steps, str(a.seed), a.negative,
+            list(a.layers), a.blend, a.method)
+
+
+def _refused(error: object) -> gr.Error:
+    return gr.Error(escape(str(error)), title="not done", print_exception=False)
+
+
+def _value(view: View, hand: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A view as stage.js takes it; hand: faders and mask are set to this."""
+    shown = view.edit or view.source
+    said = "no picture" if shown is None else "a preview" if not view.done else \
+        f"done in {view.seconds:.1f} s" if view.seconds else "your picture"
+    return {"source": _url(view.source), "edit": _url(view.edit), "done": view.done, "said": said,
+            "notes": list(view.notes), "hand": hand,
+            "ratio": f"{shown.width}/{shown.height}" if shown else "",
+            "words": [{"name": w.name, "weight": w.weight, "map": _url(w.map)} for w in view.words]}
+
+
+def _url(image: Any) -> str:
+    return "" if image is None else f"data:image/png;base64,{to_base64(image)}"
+
+
+def _html(name: str, value: Any, **props: Any) -> gr.HTML:
+    return gr.HTML(value, html_template=_file(f"{name}.html"), css_template=_file(f"{name}.css"),
+                   js_on_load=_file(f"{name}.js"), elem_id=name, apply_default_css=False, **props)
+
+
+def _file(name: str) -> str:
+    return (files("p2p.web") / name).read_text(encoding="utf-8")

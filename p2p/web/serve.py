@@ -1,0 +1,95 @@
+"""The server of the page, and its bounds."""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from p2p.errors import UsageError
+from p2p.model import Model
+from p2p.web.asked import FILE
+from p2p.web.page import page
+
+BODY = 2 * FILE     # bytes of a request
+WAITING = 16        # requests for pictures that wait
+FONTS: dict[str, Any] = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+.gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
+#hand, footer { display: none !important; }
+#gallery .grid-wrap { min-height: 0 !important; height: auto !important; max-height: 22rem; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)) !important; }
+#gallery .caption-label { font-size: .7em; max-width: 100%; }
+#settings { overflow-wrap: anywhere; }
+"""
+
+
+class Bounded:
+    """Requests of at most BODY bytes, none of which uploads a file: pictures arrive inside of messages."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any],
+                       send: Callable[[Any], Any]) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload"):
+            return await _refuse(send, 403)
+        if not length.isdigit() or int(length) > BODY:
+            return await _refuse(send, 413)
+        read = 0
+
+        async def counted() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if read > BODY else message
+
+        await self.app(scope, counted, send)
+
+
+async def _refuse(send: Callable[[Any], Any], status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@contextmanager
+def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share: bool = False
+           ) -> Iterator[gr.Blocks]:
+    """The page, served while the context lasts; its `local_url` says where. port: None: the first free one
+    from 7860. Raises UsageError."""
+    with TemporaryDirectory(prefix="p2p-web-") as folder:
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
+        blocks = page(model, Path(folder))
+        blocks.queue(max_size=WAITING, api_open=False)
+        try:
+            blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
+                          quiet=True, show_error=True, inbrowser=False, max_file_size=1, footer_links=[],
+                          run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False,
+                          pwa=False, num_workers=0, state_session_capacity=64,
+                          theme=gr.themes.Default(**FONTS), css=CSS,
+                          app_kwargs={"middleware": [Middleware(Bounded)]})
+        except OSError as error:
+            raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from None
+        try:
+            yield blocks
+        finally:
+            blocks.close(verbose=False)
+
+
+def serve(model: Model, host: str, port: int | None, share: bool) -> None:
+    """Until it is interrupted."""
+    with served(model, host, port, share) as blocks:
+        print(f"{model.name} on {blocks.local_url}", flush=True)
+        if share and blocks.share_url is None:
+            raise UsageError("--share: no link could be had; without it the page is on this machine alone")
+        while True:
+            time.sleep(3600)

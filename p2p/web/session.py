@@ -1,0 +1,203 @@
+"""One visit of the page: what is computed for it, and what it has seen."""
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from p2p.align import named_words
+from p2p.edits import Edit
+from p2p.image import fit, to_pil
+from p2p.model import Model
+from p2p.request.checks import whole
+from p2p.request.editing import edit_request
+from p2p.request.inverting import expected
+from p2p.request.ready import prepared
+from p2p.request.source import Inversion
+from p2p.request.start import fitting
+from p2p.run import generation, run, steps
+from p2p.show.pictures import difference, heat, save_png, slug
+from p2p.web.asked import Asked
+from p2p.web.asked import picture as uploaded
+from p2p.web.edit_asked import dropped_words, edit_of, tokens_of
+from p2p.web.sources import MAPS, Source, Sources
+
+LOOK = 0.4      # share of the steps after which a preview is shown
+KEPT = 24       # pictures of a visit
+
+
+@dataclass(frozen=True)
+class Word:
+    name: str                   # "cat", or of several "cat#2"
+    weight: float
+    map: Image.Image | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows."""
+
+    source: Image.Image | None
+    edit: Image.Image | None = None
+    words: tuple[Word, ...] = ()         # of the prompt that the faders act on
+    notes: tuple[str, ...] = ()
+    done: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture of the visit, with all that makes it again."""
+
+    number: int
+    image: Image.Image
+    caption: str
+    settings: dict[str, Any]
+    asked: Asked
+    picture: Image.Image | None
+
+    def save(self, folder: Path) -> Path:
+        """Writes the PNG, its settings inside."""
+        file = folder / f"{self.number:03}-{slug(self.caption) or 'picture'}.png"
+        save_png(file, self.image, self.settings)
+        return file
+
+
+class Session:
+    """Of one visit. `wanted` is the latest request: a run for another one stops at its next step."""
+
+    def __init__(self, model: Model, sources: Sources):
+        self.model, self.sources = model, sources
+        self.picture: Image.Image | None = None       # uploaded, in the model's size
+        self.wanted: Asked | None = None
+        self.gallery: deque[Item] = deque(maxlen=KEPT)
+        self.numbers = count(1)
+        self.chosen: Item | None = None               # of the gallery
+
+    def upload(self, url: Any) -> View:
+        """Takes a picture, to be edited in the place of a generated one. Raises UsageError."""
+        picture, size, notes = fitting(self.model, uploaded(url), "crop")
+        self.picture = fit(picture, size)
+        return View(self.picture, notes=(*notes, "say in the prompt what it shows, then edit that"))
+
+    def forget(self) -> View:
+        self.picture = None
+        return View(None)
+
+    def close(self) -> None:
+        """The tab was closed: what runs for it stops."""
+        self.wanted, self.picture, self.chosen = None, None, None
+        self.gallery.clear()
+
+    def run(self, asked: Asked) -> Iterator[View]:
+        """The source, a preview of its edit, and the edit; ends early where another request replaces this
+        one. Raises UsageError, NumericsError."""
+        began, picture = time.perf_counter(), self.picture
+        dropped = dropped_words(self.model, asked)
+        asked = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
+        self.wanted = asked
+        edit = edit_of(self.model, asked) if asked.edits else None
+        if edit is not None:
+            self._refuse(asked, edit, picture)
+        source = self.sources.of(asked, picture)
+        notes = tuple(f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped)
+        if edit is None:
+            yield self._source_alone(asked, source, picture, notes, began)
+            return
+        if source.picture is not None:
+            yield View(source.picture, words=self._words(asked, source), notes=notes, done=False)
+        for view in self._edited(asked, source, edit, picture):
+            yield replace(view, notes=(*notes, *view.notes), seconds=time.perf_counter() - began)
+
+    def choose(self, place: Any) -> Item:
+        """A picture of the gallery, by its place there. Raises UsageError."""
+        self.chosen = list(self.gallery)[whole("a picture of this visit", place, 0, len(self.gallery) - 1)]
+        return self.chosen
+
+    def replay(self, item: Item) -> Iterator[View]:
+        """Makes a picture of the visit again."""
+        self.picture = item.picture
+        return self.run(item.asked)
+
+    def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None, notes: tuple[str, ...],
+                      began: float) -> View:
+        idle = [name for name in ("mask", "blend", "layers") if getattr(asked, name)]
+        more = [f"{', '.join(idle)}: of an edit; change a word or a fader"] if idle else []
+        image = picture
+        if picture is None:
+            ready = generation(self.model, [asked.source], **self._chosen(asked))
+            more += ready.notes
+            image = source.picture if source.picture is not None else run(self.model, ready).images[0]
+            self._keep(image, asked.source, ready.settings, asked, None)
+        words = self._words(asked, source)
+        return View(image, None, words, (*notes, *dict.fromkeys(more)),
+                    seconds=time.perf_counter() - began)
+
+    def _edited(self, asked: Asked, source: Source, edit: Edit,
+                picture: Image.Image | None) -> Iterator[View]:
+        sampling = self._guided(asked) if isinstance(source.given, Inversion) else self._chosen(asked)
+        ready = prepared(self.model, source.given, [edit], record=MAPS, **sampling)
+        total, sums, step = ready.start.schedule.steps, {}, None
+        for step in steps(self.model, source.given, [edit], record=MAPS, **sampling):
+            for word, values in step.maps.each_word(1):
+                sums[word] = sums[word] + values if word in sums else values
+            if self.wanted != asked:
+                return
+            if step.index == int(LOOK * total):
+                look = self._decoded(step.x_0[-1:])
+                yield View(source.picture, look, self._words(asked, source), done=False)
+        assert step is not None
+        image = self._decoded(step.x[-1:])
+        before = self._decoded(step.x[:1]) if source.picture is None else source.picture
+        settings = ready.settings if picture is not None else self._plain(asked, edit)
+        caption = difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt
+        self._keep(image, caption, settings, asked, picture)
+        yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(ready.notes)))
+
+    def _decoded(self, x: Tensor) -> Image.Image:
+        return to_pil(self.model.decode(x))[0]
+
+    def _chosen(self, asked: Asked) -> dict[str, Any]:
+        return dict(steps=asked.steps, seed=asked.seed) | self._guided(asked)
+
+    def _guided(self, asked: Asked) -> dict[str, Any]:
+        return dict(guidance_scale=asked.guidance, negative_prompt=asked.negative or None)
+
+    def _plain(self, asked: Asked, edit: Edit) -> dict[str, Any]:
+        """The settings of the same edit from its prompt alone, which `p2p edit --from` runs again. Raises
+        UsageError."""
+        return prepared(self.model, asked.source, [edit], **self._chosen(asked)).settings
+
+    def _refuse(self, asked: Asked, edit: Edit, picture: Image.Image | None) -> None:
+        """Raises UsageError for an edit that is refused, before its source takes its time."""
+        if picture is None:
+            self._plain(asked, edit)
+        else:
+            planned = expected(self.model, asked.source, method=asked.method, steps=asked.steps)
+            edit_request(self.model, planned, [edit], **self._guided(asked))
+
+    def _keep(self, image: Image.Image, caption: str, settings: dict[str, Any], asked: Asked,
+              picture: Image.Image | None) -> None:
+        if not any(item.asked == asked and item.picture is picture for item in self.gallery):
+            self.gallery.append(Item(next(self.numbers), image, caption, settings, asked, picture))
+
+    def _words(self, asked: Asked, source: Source,
+               sums: Mapping[str, Tensor] | None = None) -> tuple[Word, ...]:
+        """The faders: every word of the edited prompt, its map from the edit, or before that the source's."""
+        own, prompt = tokens_of(self.model, asked)
+        if sums is None and source.maps is not None and prompt is own:
+            sums = dict(source.maps.each_word())
+        weights, maps = dict(asked.weights), sums or {}
+        return tuple(Word(name, weights.get(name, 1.0), _map(maps[name]) if name in maps else None)
+                     for name, _ in named_words(prompt))
+
+
+def _map(values: Tensor) -> Image.Image:
+    return heat(values, (8 * values.shape[1], 8 * values.shape[0]))

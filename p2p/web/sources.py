@@ -1,0 +1,114 @@
+"""Sources that exist before the edit, computed once: the latest, within a budget of memory."""
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+
+from p2p.denoise import Batch, Step
+from p2p.image import to_pil
+from p2p.maps import AttentionMaps, Collector
+from p2p.model import Model
+from p2p.request.emphasis import prompt_tokens
+from p2p.request.inverting import settings_read
+from p2p.request.memory import CPU, machine
+from p2p.request.record import Record
+from p2p.request.schedules import DISTILLED
+from p2p.request.source import FOLLOW, Inversion, Queries
+from p2p.sources.methods import invert
+from p2p.sources.trace import size, trace
+from p2p.web.asked import Asked
+
+MAPS = Record(text=None, mean=True)
+BUDGET = 0.25   # of the machine's memory, for sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """What edits start from: a trace or an inversion, or a prompt where the model's sampler is not traced."""
+
+    given: Inversion | str
+    picture: Image.Image | None      # None: the edit's first row shows it
+    maps: AttentionMaps | None       # None: those of an edit
+
+    @property
+    def bytes(self) -> int:
+        if isinstance(self.given, str):
+            return 0
+        return sum(x.nbytes for x in (self.given.latents, *(self.given.queries or {}).values()))
+
+
+class Sources:
+    """The latest sources of all visits, by what decides their pixels; at least one is kept."""
+
+    def __init__(self, model: Model):
+        self.model, self.budget = model, BUDGET * (machine(CPU) or 2**33)
+        self.kept: OrderedDict[Any, Source] = OrderedDict()
+        self.lock = Lock()
+
+    def of(self, asked: Asked, picture: Image.Image | None) -> Source:
+        """Raises UsageError, NumericsError."""
+        key = self._key(asked, picture)
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return self.kept[key]
+        found = self._generated(asked) if picture is None else self._inverted(asked, picture)
+        with self.lock:
+            self.kept[key] = found
+            while len(self.kept) > 1 and sum(s.bytes for s in self.kept.values()) > self.budget:
+                self.kept.popitem(last=False)
+        return found
+
+    def _key(self, asked: Asked, picture: Image.Image | None) -> tuple[Any, ...]:
+        if picture is None:
+            return asked.source, asked.steps, asked.seed, asked.guidance, asked.negative
+        digest = hashlib.sha256(picture.tobytes()).digest()   # all are fitted to one size
+        optimised = asked.guidance if asked.method == "null-text" else None
+        return asked.source, asked.steps, asked.seed, optimised, asked.method, digest
+
+    def _generated(self, asked: Asked) -> Source:
+        if self.model.sampler in DISTILLED:
+            return Source(asked.source, None, None)
+        traced = trace(self.model, asked.source, steps=asked.steps, seed=asked.seed,
+                       guidance_scale=asked.guidance, negative_prompt=asked.negative or None,
+                       **self._held(asked.steps))
+        return Source(traced, _decoded(self.model, traced), _maps(self.model, traced))
+
+    def _inverted(self, asked: Asked, picture: Image.Image) -> Source:
+        own = settings_read(asked.method, {"seed": asked.seed})
+        inversion = invert(self.model, picture, asked.source, method=asked.method, steps=asked.steps,
+                           guidance_scale=asked.guidance, **own)
+        if asked.method not in FOLLOW:
+            return Source(inversion, None, None)
+        inversion = trace(self.model, inversion, **self._held(inversion.calls))
+        return Source(inversion, _decoded(self.model, inversion), _maps(self.model, inversion))
+
+    def _held(self, steps: int) -> dict[str, bool]:
+        """Queries and keys are stored where they fit the budget; edits then run the source's row."""
+        return {"latents_only": size(self.model, steps) > self.budget}
+
+
+def _decoded(model: Model, inversion: Inversion) -> Image.Image:
+    return to_pil(model.decode(inversion.latents[:1].float().to(model.device)))[0]
+
+
+@torch.no_grad()
+def _maps(model: Model, inversion: Inversion) -> AttentionMaps | None:
+    """Of the source's words, from its stored queries and keys."""
+    if inversion.queries is None:
+        return None
+    collector, stored = Collector(model.unet, MAPS), Queries(inversion.queries, model)
+    x = inversion.latents[:1].to(model.device)
+    sites = set(MAPS.sites(model.unet, *x.shape[2:]))
+    for i in range(len(stored)):
+        seen = {site: qk for site, qk in stored[i].items() if site in sites}
+        collector.add(Step(i, i, x, x, seen, None, Batch(1, 0, guided=False), None))
+    return collector.result([prompt_tokens(model, inversion.prompt)], tuple(x.shape[2:]), model.length)
+
+

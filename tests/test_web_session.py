@@ -1,0 +1,251 @@
+"""What the page does, as functions, without a browser and without Gradio."""
+import base64
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import p2p
+from p2p.cli import main
+from p2p.web import sources, visits
+from p2p.web.asked import read
+from p2p.web.session import Session
+from p2p.web.sources import Sources
+from p2p.web.visits import Visits
+
+CAT, DOG = "a red cat on grass", "a red dog on grass"
+PAGE = dict(source=CAT, target="", hand={}, usual=True, cross=0.8, self_=0.4, guidance=3.0, steps=4, seed="1", negative="",
+            layers=[], blend="", method="edit-friendly")
+
+
+@pytest.fixture
+def session(narrow):
+    return Session(narrow, Sources(narrow))
+
+
+def asked(session, **moved):
+    return read(session.model.unet, **PAGE | moved)
+
+
+def last(session, **moved):
+    return list(session.run(asked(session, **moved)))[-1]
+
+
+def url(data, kind="png"):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def apart(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+def test_a_prompt_shows_its_picture_and_a_fader_with_a_map_for_every_word(session):
+    view = last(session)
+    assert [word.name for word in view.words] == CAT.split() and view.edit is None and view.done
+    assert apart(view.source, p2p.generate(session.model, CAT, steps=4, seed=1, guidance_scale=3.0).images[0]) <= 1
+    recorded = p2p.generate(session.model, CAT, steps=4, seed=1, guidance_scale=3.0,
+                            record=p2p.Record(text=None, mean=True)).maps
+    trace = next(iter(session.sources.kept.values()))
+    for (name, ours), (_, theirs) in zip(trace.maps.each_word(), recorded.each_word()):
+        assert torch.allclose(ours, theirs, atol=1e-3), name
+
+
+def test_an_edit_is_that_of_the_library_with_a_preview_on_the_way(session):
+    views = list(session.run(asked(session, target=DOG, hand={"weights": {"red": 2.0, "dog": 1}}, layers=["up"], negative="night")))
+    settings = dict(steps=4, seed=1, guidance_scale=3.0, negative_prompt="night")
+    wanted = p2p.edit(session.model, CAT, p2p.Edit(DOG, equalizer={"red": 2.0}, layers=["up"]), **settings)
+    assert apart(views[-1].source, wanted.images[0]) <= 1 and apart(views[-1].edit, wanted.images[1]) <= 1
+    assert [(view.edit is None, view.done) for view in views] == [(True, False), (False, False), (False, True)]
+    assert [(w.name, w.weight) for w in views[-1].words][1:3] == [("red", 2.0), ("dog", 1.0)]
+    assert all(word.map is not None for word in views[-1].words)
+
+
+def test_a_moved_fader_costs_one_further_edit_and_no_source(session, monkeypatch):
+    traced, rows, real = [], [], sources.trace
+    monkeypatch.setattr(sources, "trace", lambda *a, **k: traced.append(a[1]) or real(*a, **k))
+    forward = type(session.model.unet).forward
+    monkeypatch.setattr(type(session.model.unet), "forward", lambda self, x, *a, **k: rows.append(len(x)) or forward(self, x, *a, **k))
+    last(session, target=DOG)
+    first, rows[:] = sum(rows), []
+    for moved in ({"hand": {"weights": {"dog": 2.0}}}, {"usual": False, "cross": 0.3}, {"blend": "dog"}, {"layers": ["up"]}):
+        last(session, target=DOG, **moved)
+        assert sum(rows) == first / 2 == 2 * 4   # the target's rows, with and without its prompt, at 4 steps
+        rows.clear()
+    assert len(traced) == 1
+    last(session, target=DOG, seed="2")
+    assert len(traced) == 2
+
+
+def test_a_run_that_is_replaced_stops_at_its_next_step(session):
+    run = session.run(asked(session, target=DOG))
+    next(run)
+    session.wanted = asked(session, target=DOG, hand={"weights": {"dog": 2.0}})
+    assert list(run) == [] and not session.gallery
+    run = session.run(asked(session, target=DOG))
+    next(run)
+    session.wanted = asked(session, target=DOG, hand={"weights": {"dog": 1}})   # another request for the same
+    assert list(run)[-1].done
+
+
+def test_a_closed_tab_stops_what_runs_for_it(narrow):
+    all_visits, request = Visits(narrow), SimpleNamespace(session_hash="a")
+    session = all_visits.of(request)
+    run = session.run(asked(session, target=DOG))
+    next(run)
+    all_visits.end(request)
+    assert list(run) == [] and all_visits.of(request) is not session
+
+
+def test_faders_of_words_that_are_gone_are_said(session):
+    view = last(session, target=DOG, hand={"weights": {"cat": 3.0}})
+    assert 'the fader of "cat" is left out: the prompt has no such word' in view.notes
+
+
+def test_what_waits_for_an_edit_is_said(session):
+    assert any("blend, layers: of an edit" in note for note in last(session, blend="cat", layers=["up"]).notes)
+
+
+@pytest.mark.parametrize("blend, words", [("dog", ((), ("dog",))), ("red, cat:dog", (("red", "cat"), ("red", "dog"))),
+                                          ("cat:", (("cat",), ()))])
+def test_blend_words_are_found_in_the_prompts_that_have_them(session, blend, words):
+    last(session, target=DOG, blend=blend)
+    recorded = session.gallery[-1].settings["targets"][0]["local_blend"]["words"]
+    assert tuple(map(tuple, recorded)) == words
+
+
+def test_outside_of_a_painted_mask_nothing_changes(session):
+    mask = np.zeros((256, 256), np.uint8)
+    mask[:128] = 255
+    view = last(session, target=DOG, hand={"mask": base64.b64encode(png(Image.fromarray(mask))).decode()})
+    changed = np.asarray(view.source) != np.asarray(view.edit)
+    assert changed[:32].any() and not changed[32:].any()
+
+
+@pytest.mark.parametrize("method", ["edit-friendly", "ddim", "direct"])
+def test_a_picture_of_ones_own_is_edited(session, method, emoji):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+    view = session.upload(url(png(photo)))
+    assert view.source.size == (64, 64) and any("cropped" in note for note in view.notes)
+    assert apart(last(session, method=method).source, view.source) == 0
+    view = last(session, target=DOG, method=method)
+    inversion = p2p.invert(session.model, session.picture, CAT, method=method, steps=4, guidance_scale=3.0,
+                           **({"seed": 1} if method == "edit-friendly" else {}))
+    assert apart(view.edit, p2p.edit(session.model, inversion, DOG, guidance_scale=3.0).images[1]) <= 1
+    assert len(session.sources.kept) == 1 and session.gallery[-1].settings["inversion"]["picture"]
+    assert session.forget().source is None and session.picture is None
+
+
+def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, tmp_path, capsys):
+    view = last(session, target=DOG, hand={"weights": {"red": 2.0}})
+    file = session.choose(0).save(tmp_path)
+    assert main(["edit", "--from", str(file), "--out", str(tmp_path / "out"), "-q"]) == 0
+    again = next((tmp_path / "out").rglob("edit.png"))
+    assert apart(Image.open(again), view.edit) <= 1
+
+
+def test_a_picture_of_the_visit_is_replayed(session):
+    session.upload(url(png(Image.new("RGB", (64, 64), "red"))))
+    first = last(session, target=DOG)
+    session.forget()
+    last(session, target=DOG)
+    assert [item.caption for item in session.gallery] == ["cat to dog"] * 2
+    view = list(session.replay(session.choose(0)))[-1]
+    assert apart(view.edit, first.edit) == 0 and session.picture is not None and len(session.gallery) == 2
+    for wrong in (2, -1, True, "0", None, 10**9):
+        with pytest.raises(p2p.UsageError):
+            session.choose(wrong)
+
+
+def test_a_gallery_and_its_sources_are_bounded(session, monkeypatch):
+    monkeypatch.setattr(session.sources, "budget", 10)
+    for seed in range(3):
+        last(session, seed=str(seed), steps=1)
+    assert len(session.sources.kept) == 1 and session.gallery.maxlen == 24
+    given = next(iter(session.sources.kept.values())).given
+    assert given.queries is None   # they do not fit the budget: an edit runs the source's row
+    assert last(session, seed="2", steps=1, target=DOG).done
+
+
+def test_visits_are_bounded(narrow, monkeypatch):
+    monkeypatch.setattr(visits, "MOST", 2)
+    all_visits = Visits(narrow)
+    first = all_visits.of(SimpleNamespace(session_hash="0"))
+    for name in "120":
+        all_visits.of(SimpleNamespace(session_hash=name))
+    assert len(all_visits.sessions) == 2 and all_visits.of(SimpleNamespace(session_hash="0")) is not first
+
+
+NAN = float("nan")
+HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(source=" \n\t"), dict(source=5), dict(source=None), dict(source="a \ud800 cat"),
+           dict(target=["a"]), dict(target="(" * 1999), dict(target="[cat:dog:0.4]"), dict(hand=[]), dict(hand={"weights": []}),
+           dict(hand={"weights": {"cat": NAN}}), dict(hand={"weights": {"cat": "2"}}), dict(hand={"weights": {"cat": 10**400}}),
+           dict(hand={"weights": {f"w{i}": 2 for i in range(1000)}}), dict(hand={"mask": "/etc/passwd"}, target=DOG),
+           dict(hand={"mask": {"path": "/etc/passwd"}}), dict(hand={"mask": "A" * 2**21}), dict(usual="yes"), dict(cross=NAN),
+           dict(cross=float("inf")), dict(self_=-1), dict(self_="0.4"), dict(guidance=1e300), dict(guidance=True), dict(steps=10**9),
+           dict(steps=0), dict(steps=2.5), dict(steps=NAN), dict(seed="-5x"), dict(seed="1" * 30), dict(seed=NAN), dict(seed=None),
+           dict(seed=str(-2**63 - 1)), dict(negative={}), dict(layers="up"), dict(layers=["nowhere"]), dict(layers=[["up"]]),
+           dict(blend="unicorn", target=DOG), dict(blend=":", target=DOG, hand={"mask": "x"}), dict(blend="cat:unicorn", target=DOG),
+           dict(method="../../etc/passwd"), dict(method=None)]
+
+
+@pytest.mark.parametrize("moved", HOSTILE, ids=lambda moved: repr(moved)[:50])
+def test_what_no_control_gives_is_refused(session, moved):
+    with pytest.raises(p2p.UsageError) as error:
+        last(session, **moved)
+    assert len(str(error.value)) < 600 and not session.sources.kept
+    assert last(session, steps=1).done
+
+
+@pytest.mark.parametrize("moved", [dict(source="a\x00\x1b[31m cat"), dict(source="<script>alert(1)</script> cat"), dict(seed="-5"),
+                                   dict(source="猫 🐈 קאט"), dict(source="$" * 1999)], ids=repr)
+def test_strange_values_that_mean_something_are_drawn(session, moved):
+    assert last(session, **moved, steps=1).done
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+BOMB = Image.new("1", (30_000, 30_000))
+
+
+@pytest.mark.parametrize("value", [None, 5, [], {"path": "/etc/passwd"}, "/etc/passwd", "http://127.0.0.1/x.png", "data:image/png;base64,!",
+                                   url(b"plain text"), url(SVG, "svg+xml"), url(b""), "data:,", "x" * 30 * 2**20,
+                                   url(png(Image.new("RGB", (64, 64)))[:60])], ids=lambda value: repr(value)[:40])
+def test_uploads_that_are_no_pictures_are_refused(session, value):
+    with pytest.raises(p2p.UsageError) as error:
+        session.upload(value)
+    assert len(str(error.value)) < 300 and session.picture is None
+
+
+def test_large_uploads(session):
+    assert session.upload(url(png(Image.new("L", (5000, 4000), 90)))).source.size == (64, 64)   # 20 megapixels
+    session.forget()
+    with pytest.raises(p2p.UsageError, match="pixels"):
+        session.upload(url(png(BOMB)))
+
+
+def test_the_page_is_offered_without_its_weight(monkeypatch, capsys):
+    """Help imports neither torch nor Gradio; without Gradio the command says what to install."""
+    code = ("import sys; from p2p.cli import main; assert main(['web', '--help']) == 0; "
+            "assert not {'torch', 'gradio'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--share" in done.stdout, done.stderr
+    assert main(["web", "--port", "70000"]) == 2 and "65535" in capsys.readouterr().err
+    monkeypatch.setattr("p2p.cli.checks.find_spec", lambda name: None)
+    assert main(["web"]) == 2
+    assert capsys.readouterr().err == "p2p: p2p web needs Gradio: pip install 'prompt-to-prompt[web]'\n"
+
+
+def test_settings_are_json(session):
+    last(session, target=DOG)
+    assert json.loads(json.dumps(session.gallery[-1].settings))["source"] == CAT
