@@ -241,9 +241,9 @@ def test_requests_are_bounded_and_no_files_are_taken_or_given(site):
     at = urlsplit(site.local_url)
     assert at.hostname == "127.0.0.1" and site.share_url is None and site.config["analytics_enabled"] is False
 
-    def status(method, path, body=None, headers={}):
+    def status(method, path, body=None, headers=()):
         connection = HTTPConnection(at.hostname, at.port, timeout=60)
-        connection.request(method, path, body, headers)
+        connection.request(method, path, body, dict(headers))
         code = connection.getresponse().status
         connection.close()
         return code
