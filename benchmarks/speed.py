@@ -114,7 +114,8 @@ def around(net: UNet, x: Tensor, at: Time, context: Tensor, edit: AttentionEdit)
     columns[:, 0, :, 2] = 1                                                          # a word of each prompt
     blend = Blend((16, 16), columns, torch.full((1, 2), 0.3, device=x.device), torch.zeros(1, device=x.device),
                   torch.zeros(1, dtype=torch.bool, device=x.device), torch.ones_like(x[:1, :1], dtype=torch.bool),
-                  torch.zeros(1, dtype=torch.bool, device=x.device), torch.zeros(1, dtype=torch.long, device=x.device), sites)
+                  torch.zeros(1, dtype=torch.bool, device=x.device), torch.zeros(1, dtype=torch.long, device=x.device),
+                  torch.zeros(1, device=x.device), 0, sites)
     everyone, shown = [0, 1, 2, 3], torch.tensor([2, 3], device=x.device)
     reading, recording = step(everyone, edit, sites), step(everyone, edit, small)
     traced = source_at(2, 1)._replace(cached=net(x[2:3], at, context[2:3], watch=[m.site for m in net.layers(Attention)])[1])

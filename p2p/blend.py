@@ -15,7 +15,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,14 +23,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from p2p.align import word_tokens
 from p2p.errors import UsageError
-from p2p.image import PIXELS, as_picture, brightness, to_base64
-from p2p.image import fit as fit_picture
 from p2p.models.attention import QK, Edits
 from p2p.models.maps import site_maps
 from p2p.models.network import Network
 from p2p.models.text import Tokens
 from p2p.request.checks import choice, finite, flag, share, whole
 from p2p.request.mask_sites import level_in, sites_of_side
+from p2p.request.masks import check_mask, fixed
 from p2p.weights.untrusted import brief
 
 Words = str | Sequence[str]
@@ -105,42 +103,6 @@ def _columns(prompt: Tokens, words: Words, length: int) -> Tensor:
     for word in listed(words):
         out[word_tokens(prompt, word, length)] = 1
     return out
-
-
-def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], fit: str = "crop") -> Tensor:
-    """(1, H, W) bool at the latents' size; a position counts if half of it is bright.
-    fit: "crop" or "pad", see `image.fit`."""
-    if mask is None:
-        return torch.ones(1, *size, dtype=torch.bool)
-    _check_mask(mask)
-    if not isinstance(mask, Tensor):
-        mask = brightness(as_picture(mask))
-        grey = fit_picture(mask, size, fit, Image.Resampling.BOX).convert("L")
-        return torch.from_numpy(np.array(grey))[None] > 127
-    return F.interpolate(mask.float().cpu()[None, None], size=size, mode="area")[0] >= 0.5
-
-
-def picture_of(mask: Image.Image | str | Path | Tensor | None) -> str | None:
-    """A mask as a grey picture in base64, for JSON."""
-    if mask is None:
-        return None
-    return to_base64(brightness(as_picture(mask)) if not isinstance(mask, Tensor) else
-                     Image.fromarray((mask.float() * 255).round().byte().cpu().numpy()))
-
-
-def _check_mask(mask: Any) -> None:
-    """Raises UsageError."""
-    if not isinstance(mask, Tensor):
-        as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
-    elif mask.numel() > PIXELS:
-        raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; "
-                         "make it smaller")
-    elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
-        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} "
-                         f"{tuple(mask.shape)}")
-    elif not (mask >= 0).all() or not (mask <= 1).all():
-        raise UsageError(f"local_blend: a mask tensor holds values from 0 to 1, not {mask.min().item():g} to "
-                         f"{mask.max().item():g}")
 
 
 def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequence[Tokens], *,
@@ -227,7 +189,7 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
     if not 0 <= finite("local_blend: feather", b.feather) <= FEATHER:
         raise UsageError(f"local_blend: feather {brief(b.feather)} must lie within 0 and {FEATHER} latents")
     if b.mask is not None:
-        _check_mask(b.mask)
+        check_mask(b.mask)
 
 
 def _is_pair_of_words(pair: Any) -> bool:

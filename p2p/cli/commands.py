@@ -87,8 +87,7 @@ def _planned(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
 
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
               **settings: Any) -> p2p.Inversion:
-    """The picture, inverted for these edits. Raises UsageError for faults in them too, before it spends
-    minutes."""
+    """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
     edit_request(model, _planned(args, model), edits, **settings)
     return _invert(args, model, picture)
 
@@ -148,6 +147,16 @@ def maps(args: argparse.Namespace) -> None:
     options.say(cost(args, result))
     selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
                                      side=None if args.side is None else _side(result, args.side))
+    _add_maps(args, out, result, selection, targets)
+    if args.arrays:
+        out.add("maps.npz", result.maps.save)
+    out.json("settings.json", result.settings)
+    out.write(args.quiet)
+
+
+def _add_maps(args: argparse.Namespace, out: Output, result: Result, selection: dict[str, Any],
+              targets: list[p2p.Edit]) -> None:
+    """The pictures, the maps of their words and, where asked for, their components."""
     numbers: dict[str, Any] = {}
     rows = [("source" if args.targets else "", 0, False)]
     for k, name in enumerate(result.names()[1:] if targets else [], 1):
@@ -163,16 +172,12 @@ def maps(args: argparse.Namespace) -> None:
                                            [picture, *(overlay(picture, m) for _, m in each)]],
                                           [f"{name or 'picture'}", *labels], ["map", "overlay"]))
         if args.components and not before:
-            parts = result.maps.components(row, sites=args.site, heads=args.head, steps=steps)
+            parts = result.maps.components(row, sites=args.site, heads=args.head, steps=selection["steps"])
             columns = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
             heads = ["picture", *(f"{i + 1}" for i in range(len(columns)))]
             out.picture(f"{stem}components", table([[picture, *columns]], heads))
         numbers[name or "picture"] = {w: {"share": float(m.mean()), "max": float(m.max())} for w, m in each}
     out.json("maps.json", numbers)
-    if args.arrays:
-        out.add("maps.npz", result.maps.save)
-    out.json("settings.json", result.settings)
-    out.write(args.quiet)
 
 
 def _run_on_picture(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
@@ -190,8 +195,7 @@ def _run_on_picture(args: argparse.Namespace, model: p2p.Model, picture: Image.I
 
 
 def _check_unguided(args: argparse.Namespace) -> None:
-    """Raises UsageError for options of guidance where the picture alone is shown, and follows its inversion
-    without any."""
+    """Raises UsageError for options of guidance where the picture's row, shown alone, has none."""
     if (method := args.method or DEFAULT) in LONE:
         unguided = f"a picture alone, inverted by {method}: its row is not guided"
         values.refuse(args, unguided, ("cfg", "negative"))

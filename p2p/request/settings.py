@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from p2p.blend import LocalBlend, fixed, picture_of
+from p2p.blend import LocalBlend
 from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_base64, to_base64
 from p2p.request.checks import whole
+from p2p.request.masks import fixed, picture_of
 from p2p.weights.untrusted import brief
 
 # The fields that all versions recorded. Later ones (windows_over, say) default to the former behaviour.
