@@ -56,7 +56,8 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".a1.weight", ".b1.weight"), "a GLoRA" + MERGE),
     (("lora_up", "lora_down", "lora_mid", "lora_A", "lora_B", "lora.up", "lora.down", "_lora.", ".lora_",
       "lora_linear_layer", "lora_magnitude", "dora_scale"), "a LoRA" + BESIDE),
-    ((".diff$", ".diff_b$", ".w_norm$", ".b_norm$"), "full differences from a model, as LyCORIS saves them" + BESIDE),
+    ((".diff$", ".diff_b$", ".w_norm$", ".b_norm$"),
+     "full differences from a model, as LyCORIS saves them" + BESIDE),
     (("single_stream_modulation.", "double_stream_modulation_", "early_stream_modulations."),
      "FLUX.2 or one of its kind, whose text and latents are others; FLUX.1 is supported"),
     (("distilled_guidance_layer.",), "Chroma, whose modulations are others than FLUX.1's; use FLUX.1 dev or "
@@ -114,7 +115,8 @@ def by_name(path: Path, s: Shapes, fp8: bool) -> None:
 # widths of CLIP's words, and whose they are
 WIDTHS = {768: "sd1, or the first tower of sdxl", 1024: "sd2", 1280: "the second tower of sdxl"}
 # of each half in a file of its own, or of both
-TAESD = re.compile(r"((taesd_)?(encoder|decoder)\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)|vae_(scale|shift)")
+TAESD = re.compile(r"((taesd_)?(encoder|decoder)\.)?\d+\.(conv\.\d+\.|skip\.)?(weight|bias)"
+                   r"|vae_(scale|shift)")
 
 
 def _by_shapes(s: Shapes) -> str | None:

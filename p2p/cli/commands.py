@@ -3,26 +3,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 import p2p
-from p2p import align
 from p2p.cli import options, replay, values
 from p2p.cli.output import Output
 from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.image import open_picture
 from p2p.models.attention import SelfAttention
-from p2p.models.t5 import EncodedPrompts
-from p2p.models.text import tokenizer, tokens
-from p2p.request import add_ons
 from p2p.request.editing import edit_request
-from p2p.request.emphasis import read
 from p2p.request.inverting import DEFAULT, expected
-from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE, OWN
 from p2p.request.start import Sampling, solver
@@ -30,11 +22,6 @@ from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
 from p2p.show.sweep import edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
-from p2p.weights.convert import convert as run_convert
-from p2p.weights.inspect import report as describe
-from p2p.weights.load import find
-from p2p.weights.texts import load_t5
-from p2p.weights.untrusted import printable
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -243,51 +230,10 @@ def sweep(args: argparse.Namespace) -> None:
     out.write(args.quiet)
 
 
-def show_tokens(args: argparse.Namespace) -> None:
-    split = [tokens(read(p).text) for p in args.prompts]
-    for t in split:
-        print(t.text)
-        for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
-            word = tokenizer().decode([token]).strip()
-            print(f"  {i:3}  {token:5}  {word:20} {t.text[start:end]}".rstrip())
-    for target in split[1:]:
-        length = max(77, len(split[0].ids), len(target.ids))
-        mapper, a = align.refinement(split[0], target, length)
-        print(f"{target.text!r} from {split[0].text!r}: token of the target <- token of the source")
-        for j in range(len(target.ids)):
-            print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
-
-
-def encode(args: argparse.Namespace) -> None:
-    out = Output(args.out, args.prompts[0])
-    for prompt in args.prompts:
-        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weight nothing']
-        options.say([*check_prompt(prompt), *weighs])
-    tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
-    encoded = EncodedPrompts.encoded_by(tower, args.prompts)
-    if not encoded.embeddings.isfinite().all():
-        raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
-    out.add("prompts.safetensors", encoded.save)
-    out.write()
-
-
 def web(args: argparse.Namespace) -> None:
     from p2p.web.serve import serve  # Gradio takes a second to import
 
     serve(options.load(args), args.host, args.port, args.share)
-
-
-def inspect(args: argparse.Namespace) -> None:
-    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema,
-                     zero_snr=args.zero_snr, lora=add_ons.loras(values.loras(args)))
-    print("\n".join(map(printable, lines)))
-
-
-def convert(args: argparse.Namespace) -> None:
-    package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr,
-                   lora=add_ons.loras(values.loras(args)))
-    run_convert(package, args.out, args.half)
-    print(args.out)
 
 
 def _side(result: Result, side: int) -> tuple[int, int]:

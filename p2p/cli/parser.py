@@ -155,14 +155,16 @@ def _function(command: str) -> Callable[[argparse.Namespace], int | None]:
     """The function that runs a command. It is imported here: torch takes seconds, and help and usage errors
     do not need it."""
     with at_once():
+        if command in ("batch", "eval", "dataset"):
+            from p2p.cli import bulk
+            return {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}[command]
+        if command in ("tokens", "encode", "inspect", "convert"):
+            from p2p.cli import files
+            return {"tokens": files.show_tokens, "encode": files.encode, "inspect": files.inspect,
+                    "convert": files.convert}[command]
         from p2p.cli import commands as run
-        single = {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
-                  "sweep": run.sweep, "tokens": run.show_tokens, "encode": run.encode,
-                  "inspect": run.inspect, "convert": run.convert, "web": run.web}
-        if command in single:
-            return single[command]
-        from p2p.cli import bulk
-        return {"batch": bulk.batch, "eval": bulk.evaluate, "dataset": bulk.make_dataset}[command]
+        return {"edit": run.edit, "invert": run.invert, "generate": run.generate, "maps": run.maps,
+                "sweep": run.sweep, "web": run.web}[command]
 
 
 def _fail(message: object, code: int) -> int:

@@ -1,0 +1,63 @@
+"""The commands about prompts and files, given their parsed arguments: tokens, encode, inspect, convert."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import p2p
+from p2p import align
+from p2p.cli import options, values
+from p2p.cli.output import Output
+from p2p.models.t5 import EncodedPrompts
+from p2p.models.text import tokenizer, tokens
+from p2p.request import add_ons
+from p2p.request.emphasis import read
+from p2p.request.prompts import check as check_prompt
+from p2p.weights.convert import convert as run_convert
+from p2p.weights.inspect import report as describe
+from p2p.weights.load import find
+from p2p.weights.texts import load_t5
+from p2p.weights.untrusted import printable
+
+
+def show_tokens(args: argparse.Namespace) -> None:
+    split = [tokens(read(p).text) for p in args.prompts]
+    for t in split:
+        print(t.text)
+        for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
+            word = tokenizer().decode([token]).strip()
+            print(f"  {i:3}  {token:5}  {word:20} {t.text[start:end]}".rstrip())
+    for target in split[1:]:
+        length = max(77, len(split[0].ids), len(target.ids))
+        mapper, a = align.refinement(split[0], target, length)
+        print(f"{target.text!r} from {split[0].text!r}: token of the target <- token of the source")
+        for j in range(len(target.ids)):
+            print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
+
+
+def encode(args: argparse.Namespace) -> None:
+    out = Output(args.out, args.prompts[0])
+    for prompt in args.prompts:
+        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weight nothing']
+        options.say([*check_prompt(prompt), *weighs])
+    tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
+    encoded = EncodedPrompts.encoded_by(tower, args.prompts)
+    if not encoded.embeddings.isfinite().all():
+        raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
+    out.add("prompts.safetensors", encoded.save)
+    out.write()
+
+
+def inspect(args: argparse.Namespace) -> None:
+    lines = describe(args.file, args.family, args.prediction, args.vae, args.hash, ema=args.ema,
+                     zero_snr=args.zero_snr, lora=add_ons.loras(values.loras(args)))
+    print("\n".join(map(printable, lines)))
+
+
+def convert(args: argparse.Namespace) -> None:
+    package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr,
+                   lora=add_ons.loras(values.loras(args)))
+    run_convert(package, args.out, args.half)
+    print(args.out)
