@@ -11,14 +11,16 @@ import pytest
 from PIL import Image
 from test_web_session import CAT, DOG, PAGE, png, url
 
+from p2p.show.pictures import read_settings
+
 pytestmark = pytest.mark.slow
 gradio = pytest.importorskip("gradio", reason="needs Gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 OVER = """() => [...document.querySelectorAll('.gradio-container *')].filter(e => {
-  const box = e.getBoundingClientRect(); return box.width && box.right > innerWidth + 1 && !e.closest('.cm-scroller') &&
-  getComputedStyle(e).visibility !== 'hidden'; }).map(e => e.tagName + '.' + e.className)"""
+  const box = e.getBoundingClientRect(); return box.width && box.right > innerWidth + 1 &&
+  getComputedStyle(e).visibility !== 'hidden'; }).map(e => e.tagName + '.' + e.className + ' to ' + e.getBoundingClientRect().right)"""
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +98,17 @@ def test_the_seven_acts(chromium, site, calls, tmp_path):
         tab.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.2, steps=4)
         tab.mouse.up()
     assert done(tab, paint) != faded
-    now, before = np.asarray(session.gallery[-1].image), np.asarray(session.gallery[0].settings and session.sources.of(
-        session.gallery[-1].asked, None).picture)
+    now, before = np.asarray(session.gallery[-1].image), np.asarray(session.sources.of(session.gallery[-1].asked, None).picture)
     assert (now[:16] != before[:16]).any() and (now[32:] == before[32:]).all()
 
     tab.locator("#gallery .thumbnail-item, #gallery .thumbnail-lg").first.click()
-    tab.wait_for_function("document.querySelector('#download a, a#download, #download')?.outerHTML.includes('001-')")
+    tab.get_by_role("button", name="settings").click()
+    tab.wait_for_selector("#settings .cm-line >> text=command")   # the file comes with the settings
     with tab.expect_download() as download:
         tab.click("#download")
     download.value.save_as(tmp_path / "down.png")
     with Image.open(tmp_path / "down.png") as picture:
-        assert json.loads(picture.info["p2p"])["targets"][0]["prompt"] == DOG
+        assert read_settings(tmp_path / "down.png")["targets"][0]["prompt"] == DOG
         assert (np.asarray(picture) == np.asarray(session.gallery[0].image)).all()
 
     assert done(tab, lambda: tab.click("#replay")) == typed
@@ -132,7 +134,7 @@ def test_nothing_overflows(chromium, site, width, height):
     tab.locator("#gallery .thumbnail-item, #gallery .thumbnail-lg").first.click()
     tab.get_by_role("button", name="settings").click()
     tab.wait_for_selector("#settings .cm-line")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width and tab.evaluate(OVER) == []
+    assert tab.evaluate(OVER) == [] and tab.evaluate("document.documentElement.scrollWidth") <= width
     if shots := os.environ.get("P2P_SHOTS"):
         tab.screenshot(path=f"{shots}/web-{width}.png", full_page=True)
     tab.close()
@@ -215,7 +217,8 @@ def answer(site, moved, fn=0, data=None, name="test"):
 NAN = float("nan")
 HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(cross=NAN), dict(self_=float("inf")), dict(guidance=-1), dict(steps=10**9),
            dict(steps="many"), dict(seed="-1e9"), dict(seed={"path": "/etc/passwd"}), dict(layers="up"), dict(blend="unicorn", target=DOG),
-           dict(hand=5), dict(hand={"mask": "/etc/passwd"}, target=DOG), dict(method="nothing"), dict(usual=None), dict(source=["a", "cat"]),
+           dict(hand=5), dict(hand={"mask": "/etc/passwd"}, target=DOG), dict(method="nothing"), dict(usual=None), dict(target="(" * 1999),
+           dict(cross="a lot"),
            dict(hand={"weights": {"cat": NAN}}), dict(target="[cat:dog:0.4]"), dict(source="\x00" * 2001)]
 
 

@@ -32,8 +32,7 @@ Components = dict[str, Any]   # by their names, which are their ids on the page
 def page(model: Model, folder: Path) -> gr.Blocks:
     """folder: where pictures lie that are downloaded."""
     c: Components = {}
-    with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(600, 3600),
-                   fill_width=True) as blocks:
+    with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(600, 3600)) as blocks:
         gr.HTML(f"<h1>Prompt-to-Prompt</h1><p>{escape(model.name)}: a picture is edited by editing its "
                 "prompt; a word's fader weighs its attention</p>")
         with gr.Row():
@@ -80,7 +79,7 @@ def _pictures(c: Components) -> None:
         c["download"] = gr.DownloadButton("download", elem_id="download", min_width=80)
     with gr.Accordion("settings", open=False):
         c["settings"] = gr.Code(label="of the picture that was chosen", language="json", max_lines=16,
-                                elem_id="settings", interactive=False)
+                                elem_id="settings", interactive=False, wrap_lines=True)
 
 
 def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:

@@ -21,12 +21,11 @@ BODY = 2 * FILE     # bytes of a request
 WAITING = 16        # requests for pictures that wait
 FONTS: dict[str, Any] = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-.gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
 #hand, footer { display: none !important; }
 #gallery .grid-wrap { min-height: 0 !important; height: auto !important; max-height: 22rem; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)) !important; }
 #gallery .caption-label { font-size: .7em; max-width: 100%; }
-#settings { overflow-wrap: anywhere; }
+#settings, #gallery { contain: inline-size; }   /* long lines do not widen the page */
 """
 
 
