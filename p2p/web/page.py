@@ -85,15 +85,17 @@ def _pictures(c: Components) -> None:
 def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
     values, shown = [c[name] for name in VALUES], [c["stage"], c["gallery"]]
     restored = [c[name] for name in VALUES if name != "hand"]
-    moved = [c["run"].click, *(c[name].input for name in ("hand", "usual", "layers", "method")),
-             *(c[name].submit for name in ("source", "target", "seed", "negative", "blend")),
+    told = [c["run"].click, *(c[name].submit for name in ("source", "target"))]
+    moved = [*(c[name].input for name in ("hand", "usual", "layers", "method")),
+             *(c[name].submit for name in ("seed", "negative", "blend")),
              *(c[name].release for name in ("cross", "self_", "guidance", "steps"))]
     quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
     work: dict[str, Any] = dict(quiet, concurrency_limit=1, concurrency_id="model")
     # Moves that come while one is computed: the page sends the last of them when it is done, and `newer`
     # stops what is computed until then.
-    gr.on(moved, calls.run, values, shown, trigger_mode="always_last", **work)
-    gr.on(moved, calls.newer, values, None, trigger_mode="multiple", queue=False, **quiet)
+    gr.on(told, calls.run, values, shown, trigger_mode="always_last", **work)
+    gr.on(moved, calls.moved, values, shown, trigger_mode="always_last", **work)
+    gr.on([*told, *moved], calls.newer, values, None, trigger_mode="multiple", queue=False, **quiet)
     for name in ("cross", "self_"):
         c[name].input(None, None, c["usual"], js="() => false")
     c["upload"].upload(calls.upload, c["upload"], [c["stage"], c["upload"]], **work)
@@ -112,6 +114,11 @@ class Calls:
     def run(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
         session = self.visits.of(request)
         yield from self._shown(session, lambda: session.run(read(self.model.unet, *values)))
+
+    def moved(self, request: gr.Request, source: Any, *values: Any) -> Iterator[tuple[Any, Any]]:
+        """As `run`, but before there is a prompt a control may be set in peace."""
+        if source:
+            yield from self.run(request, source, *values)
 
     def _shown(self, session: Session, begin: Callable[[], Iterator[View]],
                hand: dict[str, Any] | None = None) -> Iterator[tuple[Any, Any]]:
