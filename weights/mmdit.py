@@ -12,7 +12,7 @@ from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.models.text import CLIP_L, OPENCLIP_G
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, keys, keys_mmdit, refuse, scheduler, t5
-from p2p.weights.detect import FLOWS, LATENTS, Package, Part, Shapes, hf_text, latents, ldm_vae_config, parsed
+from p2p.weights.detect import LATENTS, Package, Part, Shapes, hf_text, latents, ldm_vae_config, parsed
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import Renamed, TensorFile
@@ -268,7 +268,7 @@ def check_text(package: Package) -> None:
 
 def check_vae(package: Package, silent: bool) -> None:
     """Completes the autoencoder's config where its file does not say the latents' shift (silent)."""
-    if package.family in FLOWS and silent and package.vae is not None:
+    if silent and package.vae is not None:
         config: VAEConfig = package.vae.config
         package.vae.config = replace(config, shift=LATENTS[package.family][1])
 

@@ -80,7 +80,7 @@ def injection(parser: argparse.ArgumentParser) -> None:
                     help="share of a map's maximum that counts (0.3); Y: for --blend-without")
     ap.add_argument("--blend-start", type=float, metavar="X",
                     help="share of the steps before blending begins (0.2)")
-    ap.add_argument("--blend-level", type=int, metavar="N", 
+    ap.add_argument("--blend-level", type=int, metavar="N",
                     help="maps at the latents' side over this (4; of an MM-DiT, its patches')")
     ap.add_argument("--blend-keep", choices=["stored", "sampled"],
                     help="outside of the mask stands the picture as the inversion "
