@@ -168,10 +168,11 @@ def steps(model: Model | str | Path, source: str | Inversion | Path,
     row of a source whose latents are stored). record: the step's own maps come in `step.maps`."""
     model = find_model(model)
     ready = prepared(model, source, targets, editor=editor, record=record, **settings)
-    return _with_maps(model, ready, record)
+    return stepped(model, ready, record)
 
 
-def _with_maps(model: Model, ready: Ready, record: Record) -> Iterator[Step]:
+def stepped(model: Model, ready: Ready, record: Record = Record()) -> Iterator[Step]:
+    """The steps of a run, each with its own maps that `record` selects. Raises NumericsError."""
     for step in _loop(model, ready, record, _conditioning(model, ready)):
         collector = Collector(model.unet, record)
         collector.add(step)

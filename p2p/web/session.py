@@ -22,7 +22,7 @@ from p2p.request.inverting import expected
 from p2p.request.ready import prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
-from p2p.run import generation, run, steps
+from p2p.run import generation, run, stepped
 from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
@@ -104,8 +104,7 @@ class Session:
         asked = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
         self.wanted = asked
         edit = edit_of(self.model, asked) if asked.edits else None
-        if edit is not None:
-            self._refuse(asked, edit, picture)
+        plain = None if edit is None else self._checked(asked, edit, picture)
         source = self.sources.of(asked, picture)
         notes = tuple(f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped)
         if edit is None:
@@ -113,7 +112,7 @@ class Session:
             return
         if source.picture is not None:
             yield View(source.picture, words=self._words(asked, source), notes=notes, done=False)
-        for view in self._edited(asked, source, edit, picture):
+        for view in self._edited(asked, source, edit, picture, plain):
             yield replace(view, notes=(*notes, *view.notes), seconds=time.perf_counter() - began)
 
     def choose(self, place: Any) -> Item:
@@ -140,12 +139,12 @@ class Session:
         return View(image, None, words, (*notes, *dict.fromkeys(more)),
                     seconds=time.perf_counter() - began)
 
-    def _edited(self, asked: Asked, source: Source, edit: Edit,
-                picture: Image.Image | None) -> Iterator[View]:
+    def _edited(self, asked: Asked, source: Source, edit: Edit, picture: Image.Image | None,
+                plain: dict[str, Any] | None) -> Iterator[View]:
         sampling = self._guided(asked) if isinstance(source.given, Inversion) else self._chosen(asked)
         ready = prepared(self.model, source.given, [edit], record=MAPS, **sampling)
         total, sums, step = ready.start.schedule.steps, {}, None
-        for step in steps(self.model, source.given, [edit], record=MAPS, **sampling):
+        for step in stepped(self.model, ready, MAPS):
             for word, values in step.maps.each_word(1):
                 sums[word] = sums[word] + values if word in sums else values
             if self.wanted != asked:
@@ -156,9 +155,8 @@ class Session:
         assert step is not None
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
-        settings = ready.settings if picture is not None else self._plain(asked, edit)
         caption = difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt
-        self._keep(image, caption, settings, asked, picture)
+        self._keep(image, caption, ready.settings if plain is None else plain, asked, picture)
         yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(ready.notes)))
 
     def _decoded(self, x: Tensor) -> Image.Image:
@@ -170,18 +168,14 @@ class Session:
     def _guided(self, asked: Asked) -> dict[str, Any]:
         return dict(guidance_scale=asked.guidance, negative_prompt=asked.negative or None)
 
-    def _plain(self, asked: Asked, edit: Edit) -> dict[str, Any]:
-        """The settings of the same edit from its prompt alone, which `p2p edit --from` runs again. Raises
-        UsageError."""
-        return prepared(self.model, asked.source, [edit], **self._chosen(asked)).settings
-
-    def _refuse(self, asked: Asked, edit: Edit, picture: Image.Image | None) -> None:
-        """Raises UsageError for an edit that is refused, before its source takes its time."""
+    def _checked(self, asked: Asked, edit: Edit, picture: Image.Image | None) -> dict[str, Any] | None:
+        """Raises UsageError for an edit that is refused, before its source takes its time.  -> the settings
+        of the same edit from its prompt alone, which `p2p edit --from` runs again; None of a picture's."""
         if picture is None:
-            self._plain(asked, edit)
-        else:
-            planned = expected(self.model, asked.source, method=asked.method, steps=asked.steps)
-            edit_request(self.model, planned, [edit], **self._guided(asked))
+            return prepared(self.model, asked.source, [edit], **self._chosen(asked)).settings
+        planned = expected(self.model, asked.source, method=asked.method, steps=asked.steps)
+        edit_request(self.model, planned, [edit], **self._guided(asked))
+        return None
 
     def _keep(self, image: Image.Image, caption: str, settings: dict[str, Any], asked: Asked,
               picture: Image.Image | None) -> None:
