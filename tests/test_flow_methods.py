@@ -16,7 +16,7 @@ from p2p.image import to_pil
 from p2p.lists import jobs
 from p2p.models.mmdit import Flux
 from p2p.request.inverting import schedule_of
-from p2p.request.schedules import Level, sigma_levels, timestep_at
+from p2p.request.schedules import Level, sigma_levels, timesteps_at
 from p2p.request.solvers import Network, asked, euler, midpoint
 from p2p.request.start import draw
 from p2p.sources import flows
@@ -133,7 +133,7 @@ class Field:
         flow = self.model.prediction == "flow"
         size = 1.0 if flow else math.hypot(1 - share, share)
         a, s = (1 - share) / size, share / size
-        t = timestep_at(self.model.alphas_cumprod, Level(a, s)) if t is None else t
+        t = timesteps_at(self.model.alphas_cumprod, [Level(a, s)])[0] if t is None else t
         x = y * (a + s)
         if share == 0 and not flow:   # a picture is read as one of timestep 0
             a, s = Level.of(self.model.alphas_cumprod[0].item())

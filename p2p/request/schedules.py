@@ -232,13 +232,14 @@ def sigma_levels(sigmas: Iterable[float]) -> Schedule:
                     tuple(Level(1 - sigma, sigma) for sigma in falling))
 
 
-def timestep_at(alphas_cumprod: Tensor, level: Level) -> float:
-    """The timestep of a level: of a flow, whose alphas_cumprod is empty, 1000 t; else a fraction, between the
-    two timesteps whose shares of noise enclose its own."""
+def timesteps_at(alphas_cumprod: Tensor, levels: Sequence[Level]) -> list[float]:
+    """The timesteps of levels: of a flow, whose alphas_cumprod is empty, 1000 t; else fractions, between the
+    two timesteps whose shares of noise enclose the level's own."""
+    shares = [level.share for level in levels]
     if not len(alphas_cumprod):
-        return 1000 * level.share
-    shares = [Level.of(a).share for a in alphas_cumprod.tolist()]
-    return float(np.interp(level.share, shares, range(len(shares))))
+        return [1000 * share for share in shares]
+    known = [Level.of(a).share for a in alphas_cumprod.tolist()]
+    return np.interp(shares, known, range(len(known))).tolist()
 
 
 def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:

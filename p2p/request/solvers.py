@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from p2p.model import Model
-from p2p.request.schedules import Level, Schedule, timestep_at
+from p2p.request.schedules import Level, Schedule, timesteps_at
 from p2p.request.source import Inversion
 from p2p.sampler import Stepper, along, controlled, velocity, x0_and_eps
 
@@ -34,10 +34,10 @@ def asked(model: Model, schedule: Schedule, inversion: Inversion) -> Schedule:
         often = [inversion.n_avg or 1 if i < plain else 1 for i in range(schedule.steps)]
         asks = [ask for ask, n in zip(zip(schedule.timesteps, schedule.levels), often) for _ in range(n)]
     elif method in MIDPOINT:
-        own, middles = list(zip(schedule.timesteps, schedule.levels)), []
-        for _, level, after in schedule:
-            middle = Level.at((level.share + after.share) / 2, model.flow is not None)
-            middles.append((timestep_at(model.alphas_cumprod, middle), middle))
+        own = list(zip(schedule.timesteps, schedule.levels))
+        between = [Level.at((level.share + after.share) / 2, model.flow is not None)
+                   for _, level, after in schedule]
+        middles = list(zip(timesteps_at(model.alphas_cumprod, between), between))
         both = [ask for pair in zip(own, middles) for ask in pair]
         asks = both if method == "rf-solver" else [own[0], *middles]
     else:
