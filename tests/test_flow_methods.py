@@ -17,7 +17,7 @@ from p2p.lists import jobs
 from p2p.models.mmdit import Flux
 from p2p.request.inverting import schedule_of
 from p2p.request.schedules import Level, sigma_levels, timesteps_at
-from p2p.request.solvers import Network, asked, euler, midpoint
+from p2p.request.solvers import Reader, asked, euler, midpoint
 from p2p.request.start import draw
 from p2p.sources import flows
 from p2p.sources.given import Run
@@ -66,7 +66,7 @@ def up(method, steps, x_0):
 
 
 def down(method, steps, x):
-    network, schedule = Network("flow", None, 0, Level(1.0, 0.0)), uniform(steps)
+    network, schedule = Reader("flow", None, 0, Level(1.0, 0.0)), uniform(steps)
     schedule = asked(Mixture(), schedule, SimpleNamespace(method=method))
     step = midpoint(schedule, network) if method in ("rf-solver", "fireflow") else euler(schedule, network)
     for i, t in enumerate(schedule.timesteps):

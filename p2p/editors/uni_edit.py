@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from p2p.denoise import Batch
-from p2p.models.unet import UNet
+from p2p.models.network import Network
 from p2p.request.checks import finite
 
 
@@ -32,7 +32,7 @@ class UniEdit:
         """Raises UsageError."""
         finite("editor: omega", self.omega)
 
-    def plan(self, unet: UNet, batch: Batch, steps: int, device: torch.device) -> list[Any]:
+    def plan(self, unet: Network, batch: Batch, steps: int, device: torch.device) -> list[Any]:
         """No attention is edited."""
         return [None] * steps
 

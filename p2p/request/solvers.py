@@ -46,7 +46,7 @@ def asked(model: Model, schedule: Schedule, inversion: Inversion) -> Schedule:
     return Schedule(timesteps, (*levels, schedule.levels[-1]))
 
 
-class Network(NamedTuple):
+class Reader(NamedTuple):
     """How what a network predicts is read, and the lowest level at which it is asked."""
 
     prediction: str
@@ -55,14 +55,14 @@ class Network(NamedTuple):
     lowest: Level
 
     @staticmethod
-    def of(model: Model, schedule: Schedule) -> Network:
+    def of(model: Model, schedule: Schedule) -> Reader:
         """The lowest level is that of timestep 0. Of a network that says the picture it is the schedule's
         last with noise: what it says of a picture without any would be divided by next to nothing."""
         if "x0" in (model.prediction, getattr(model.unet.config, "says", None)):
             lowest = schedule.timesteps[-1], schedule.levels[-2]
         else:
             lowest = 0, Level(1.0, 0.0) if model.flow else Level.of(float(model.alphas_cumprod[0]))
-        return Network(model.prediction, model.clip, *lowest)
+        return Reader(model.prediction, model.clip, *lowest)
 
     def velocity(self, x: Tensor, out: Tensor, level: Level) -> Tensor:
         return velocity(x, out, max(level, self.lowest, key=lambda each: each.sigma), self.prediction,
@@ -73,7 +73,7 @@ class Network(NamedTuple):
         return Schedule((self.timestep, *schedule.timesteps[:0:-1]), schedule.levels[::-1])
 
 
-def midpoint(schedule: Schedule, network: Network) -> Stepper:
+def midpoint(schedule: Schedule, network: Reader) -> Stepper:
     """The step function of the midpoint rule, on the levels of `asked`.
 
     From the midpoint that a velocity led to, x goes back to where that step began, then by the midpoint's own
@@ -94,7 +94,7 @@ def midpoint(schedule: Schedule, network: Network) -> Stepper:
     return step
 
 
-def euler(schedule: Schedule, network: Network, to: Tensor | None = None, at: Level | None = None,
+def euler(schedule: Schedule, network: Reader, to: Tensor | None = None, at: Level | None = None,
           strengths: tuple[float, ...] = ()) -> Stepper:
     """The step function of Euler's rule. to, at, strengths: what the velocity is drawn to, at which level,
     and how much in each of the first steps, see `controlled`. Where levels repeat, x waits, and then goes by
@@ -118,7 +118,7 @@ def euler(schedule: Schedule, network: Network, to: Tensor | None = None, at: Le
     return step
 
 
-def consistent(schedule: Schedule, network: Network) -> Stepper:
+def consistent(schedule: Schedule, network: Reader) -> Stepper:
     """The step function of DDCM: the predicted picture without its noise."""
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         level, after = schedule.levels[i:i + 2]
@@ -130,7 +130,7 @@ def consistent(schedule: Schedule, network: Network) -> Stepper:
 
 def descent(model: Model, inversion: Inversion, schedule: Schedule) -> Stepper:
     """The step function of the edits of an inversion by one of `SOLVED`, on the levels of `asked`."""
-    network, method = Network.of(model, schedule), inversion.method
+    network, method = Reader.of(model, schedule), inversion.method
     if method in MIDPOINT:
         return midpoint(schedule, network)
     if method == "ddcm":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from p2p.request.schedules import Level, Schedule
-from p2p.request.solvers import Network, euler, midpoint
+from p2p.request.solvers import Reader, euler, midpoint
 from p2p.request.source import Inversion
 from p2p.request.start import draw
 from p2p.sampler import Stepper, along
@@ -18,7 +18,7 @@ def uni_inv(run: Run, planned: Inversion) -> Tensor:
     """Undoes Euler's steps (Jiao et al. 2025, Uni-Inv): each is taken back by the velocity at its beginning,
     which is where it leads to here, guessed by the velocity of the step before. The guess makes an error of
     third order a step; DDIM's guess, the step's end for its beginning, one of second order."""
-    network, scale = Network.of(run.model, run.schedule), planned.inversion_guidance
+    network, scale = Reader.of(run.model, run.schedule), planned.inversion_guidance
     x, latents = run.x_0, [run.x_0]
     v = network.velocity(x, run.predict(x, network.timestep, scale), run.schedule.levels[-1])
     for t, after, before in run.upwards():
@@ -31,7 +31,7 @@ def uni_inv(run: Run, planned: Inversion) -> Tensor:
 
 def by_midpoints(run: Run, planned: Inversion) -> Tensor:
     """RF-Solver and FireFlow, see `solvers.midpoint`: the same steps upwards."""
-    network = Network.of(run.model, run.schedule)
+    network = Reader.of(run.model, run.schedule)
     schedule = network.upwards(run.schedule)
     return _ascent(run, planned, schedule, midpoint(schedule, network))
 
@@ -40,7 +40,7 @@ def rf_inversion(run: Run, planned: Inversion) -> Tensor:
     """The controlled forward ODE (Rout et al. 2024, algorithm 1): the velocity is drawn to that which leads
     to a sample of noise, by a share of `gamma`."""
     noise, = draw(run.x_0.shape[1:], [planned.seed or 0], 1)
-    network = Network.of(run.model, run.schedule)
+    network = Reader.of(run.model, run.schedule)
     schedule, strengths = network.upwards(run.schedule), (planned.gamma or 0.0,) * run.schedule.steps
     step = euler(schedule, network, noise.to(run.x_0), Level(0.0, 1.0), strengths)
     return _ascent(run, planned, schedule, step)
