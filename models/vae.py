@@ -24,6 +24,11 @@ class VAEConfig:
     quant_conv: bool = True   # 1 x 1 convolutions between encoder, latents and decoder
     shift: float = 0.0        # of the latents, subtracted in encoding
 
+    @property
+    def shrink(self) -> int:
+        """Pixels per latent, on each side."""
+        return 2 ** (len(self.channels) - 1)
+
 
 SD = VAEConfig()
 SD3 = VAEConfig(latent_channels=16, quant_conv=False, shift=0.0609)

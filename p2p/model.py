@@ -104,7 +104,7 @@ class Model:
     @property
     def shrink(self) -> int:
         """Pixels per latent, on each side."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.channels) - 1)
+        return 1 if self.vae is None else self.vae.config.shrink
 
     @property
     def unit(self) -> int:

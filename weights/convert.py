@@ -259,7 +259,7 @@ def _unet_config(package: Package) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(kinds)],
         "upcast_attention": c.upcast_attention, "norm_num_groups": 32, "norm_eps": 1e-5,
         "flip_sin_to_cos": True, "freq_shift": 0,
-        "sample_size": package.size[0] // 2 ** (len(package.vae.config.channels) - 1),
+        "sample_size": package.size[0] // package.vae.config.shrink,
     }
     if c.vector_dim:
         pooled = package.text[-1].config.pooled_dim

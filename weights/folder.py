@@ -127,7 +127,7 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
         configs.append(config)
     side = _sample_size(unet_config, family, notes)
     sides = side if isinstance(side, (list, tuple)) else (side, side)
-    shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
+    shrink = vae.config.shrink if vae else 8
     return Package(family, path, unet, text, vae, sampling, (sides[0] * shrink, sides[1] * shrink),
                    scale or LATENTS[family][0], [*notes, *sampling.notes],
                    family == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)), configs)

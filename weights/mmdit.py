@@ -160,7 +160,7 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     if (config := path / "scheduler" / "scheduler_config.json").exists():
         sampling = scheduler.read_flow(config, read_json(config), family, scheduler_class(index))
         configs.append(config)
-    shrink = 2 ** (len(vae.config.channels) - 1) if vae else 8
+    shrink = vae.config.shrink if vae else 8
     side = (c.get("sample_size") or 128) * shrink   # in FLUX's config it is not there
     package = Package(family, path, unet, [part for part, _ in towers], vae, sampling, (side, side),
                       scale or LATENTS[family][0], notes, configs=configs, t5=tower,
@@ -296,7 +296,7 @@ def to_config(package: Package) -> dict[str, Any]:
         return {"_class_name": "FluxTransformer2DModel", **shared, "num_single_layers": c.single,
                 "patch_size": 1, "in_channels": c.patch**2 * c.in_channels, "out_channels": None,
                 "guidance_embeds": c.guidance, "axes_dims_rope": c.axes}
-    shrink = 2 ** (len(package.vae.config.channels) - 1) if package.vae else 8
+    shrink = package.vae.config.shrink if package.vae else 8
     return {"_class_name": "SD3Transformer2DModel", **shared, "sample_size": package.size[0] // shrink,
             "patch_size": c.patch, "in_channels": c.in_channels, "out_channels": c.out_channels,
             "caption_projection_dim": c.dim, "pos_embed_max_size": c.table,
