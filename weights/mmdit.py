@@ -26,7 +26,6 @@ PIPELINES = {"StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux"}
 OTHERS = {"FluxFillPipeline": "FLUX.1 Fill", "FluxControlPipeline": "FLUX.1 Canny or Depth",
           "FluxKontextPipeline": "FLUX.1 Kontext", "FluxPriorReduxPipeline": "FLUX.1 Redux",
           "Flux2Pipeline": "FLUX.2", "Flux2KleinPipeline": "FLUX.2"}
-DYNAMIC = ((256.0, 0.5), (4096.0, 1.15))   # of FLUX.1 dev, see `Flow`
 T5 = {"sd3": "_3", "flux": "_2"}           # the end of the names of its folders
 CLIP = {"sd3": ("text_encoder", "text_encoder_2"), "flux": ("text_encoder",)}
 # in single files, as ComfyUI and Stability name them
@@ -57,7 +56,7 @@ def usual_flow(family: str, kind: str) -> Flow:
     """The levels of the released models."""
     if family == "sd3":
         return Flow(3.0, twice=True)
-    return Flow(dynamic=DYNAMIC) if kind == "dev" else Flow()
+    return Flow(dynamic=scheduler.DYNAMIC) if kind == "dev" else Flow()
 
 
 # ----------------------------------------------------------------------------------------------- single files

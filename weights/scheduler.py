@@ -26,6 +26,7 @@ ALIKE = {f"{name}Scheduler" for name in (
     "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "IPNDM")}
 DISTILLED = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}   # of models that these steps were distilled into
 FLOW = "FlowMatchEulerDiscreteScheduler"
+DYNAMIC = ((256, 0.5), (4096, 1.15))   # of FLUX.1 dev, see `Flow`
 OTHERS = {
     "EDMEulerScheduler": "of an EDM model, whose noise levels this project does not know",
     "EDMDPMSolverMultistepScheduler": "of an EDM model, whose noise levels this project does not know",
@@ -137,7 +138,8 @@ def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None =
     check_class(where, kind if kind is not None else c.get("_class_name"), flow=True)
     fields.check(where, c, fields.FLOW_SCHEDULER)
     dynamic = bool(c.get("use_dynamic_shifting"))
-    usual = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
+    (least, low), (most, high) = DYNAMIC
+    usual = {"base_image_seq_len": least, "base_shift": low, "max_image_seq_len": most, "max_shift": high}
     given = {name: c.get(name, value) for name, value in (usual if dynamic else {"shift": 1.0}).items()}
     first, *others = given.values()
     if not all(map(_number, (first, *others))) or (first >= others[1] if dynamic else first <= 0):
@@ -146,8 +148,8 @@ def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None =
                               "at the maximum than at the base.")
     if not dynamic:
         return flow(Flow(float(first), twice=family == "sd3"), "scheduler_config.json")
-    base, most, highest = map(float, others)
-    return flow(Flow(twice=family == "sd3", dynamic=((float(first), base), (most, highest))),
+    low, most, high = map(float, others)
+    return flow(Flow(twice=family == "sd3", dynamic=((float(first), low), (most, high))),
                 "scheduler_config.json")
 
 
@@ -224,7 +226,7 @@ def _clip(where: Path, c: Mapping[str, Any], family: str) -> float | tuple[float
 def config(s: Sampling) -> dict[str, Any]:
     """The scheduler_config.json of a sampling without a bound of x_0."""
     if s.flow is not None:
-        (least, low), (most, high) = s.flow.dynamic or ((256.0, 0.5), (4096.0, 1.15))
+        (least, low), (most, high) = s.flow.dynamic or DYNAMIC
         return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": s.flow.shift,
                 "use_dynamic_shifting": s.flow.dynamic is not None, "base_shift": low, "max_shift": high,
                 "base_image_seq_len": int(least), "max_image_seq_len": int(most)}
