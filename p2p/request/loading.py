@@ -12,9 +12,9 @@ from p2p.models.network import Network
 from p2p.request import add_ons
 from p2p.request.checks import flag, whole
 from p2p.request.schedules import DISTILLED
-from p2p.request.start import FEW
 from p2p.weights import load as loading
 from p2p.weights.detect import FAMILY_RULE, Package
+from p2p.weights.few_steps import FEW
 from p2p.weights.fill import stored
 from p2p.weights.identity import files
 from p2p.weights.in_memory import device_of, is_pipeline, name_of

@@ -20,10 +20,10 @@ from p2p.request.memory import check_run
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED, SAMPLERS, Level, Schedule, check_schedule
 from p2p.sampler import Stepper, stepper
+from p2p.weights.few_steps import FEW
 from p2p.weights.untrusted import brief
 
 UPSCALING = 4   # of a super-resolution stage, per side
-FEW = 4         # steps of a sampler for distilled models
 
 
 class Low(NamedTuple):
