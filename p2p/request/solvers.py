@@ -73,7 +73,7 @@ class Reader(NamedTuple):
         return Schedule((self.timestep, *schedule.timesteps[:0:-1]), schedule.levels[::-1])
 
 
-def midpoint(schedule: Schedule, network: Reader) -> Stepper:
+def midpoint(schedule: Schedule, reader: Reader) -> Stepper:
     """The step function of the midpoint rule, on the levels of `asked`.
 
     From the midpoint that a velocity led to, x goes back to where that step began, then by the midpoint's own
@@ -85,7 +85,7 @@ def midpoint(schedule: Schedule, network: Reader) -> Stepper:
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal start, v_before
         level, after = schedule.levels[i:i + 2]
-        v, middle = network.velocity(x, out, level), level.share
+        v, middle = reader.velocity(x, out, level), level.share
         end = 2 * middle - start
         x_end = x / level.scale + (start - middle) * v_before + (end - start) * v
         start, v_before = end, v
@@ -94,7 +94,7 @@ def midpoint(schedule: Schedule, network: Reader) -> Stepper:
     return step
 
 
-def euler(schedule: Schedule, network: Reader, to: Tensor | None = None, at: Level | None = None,
+def euler(schedule: Schedule, reader: Reader, to: Tensor | None = None, at: Level | None = None,
           strengths: tuple[float, ...] = ()) -> Stepper:
     """The step function of Euler's rule. to, at, strengths: what the velocity is drawn to, at which level,
     and how much in each of the first steps, see `controlled`. Where levels repeat, x waits, and then goes by
@@ -103,7 +103,7 @@ def euler(schedule: Schedule, network: Reader, to: Tensor | None = None, at: Lev
 
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         level, after = schedule.levels[i:i + 2]
-        v = network.velocity(x, out, level)
+        v = reader.velocity(x, out, level)
         if to is not None and at is not None and i < len(strengths):
             v = controlled(x, v, level, to, at, strengths[i])
         x_0, rows = x / level.scale - level.share * v, len(x)
@@ -118,11 +118,11 @@ def euler(schedule: Schedule, network: Reader, to: Tensor | None = None, at: Lev
     return step
 
 
-def consistent(schedule: Schedule, network: Reader) -> Stepper:
+def consistent(schedule: Schedule, reader: Reader) -> Stepper:
     """The step function of DDCM: the predicted picture without its noise."""
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         level, after = schedule.levels[i:i + 2]
-        x_0, _ = x0_and_eps(x, out, level, network.prediction, network.clip)
+        x_0, _ = x0_and_eps(x, out, level, reader.prediction, reader.clip)
         return after.alpha * x_0, x_0
 
     return step
@@ -130,14 +130,14 @@ def consistent(schedule: Schedule, network: Reader) -> Stepper:
 
 def descent(model: Model, inversion: Inversion, schedule: Schedule) -> Stepper:
     """The step function of the edits of an inversion by one of `SOLVED`, on the levels of `asked`."""
-    network, method = Reader.of(model, schedule), inversion.method
+    reader, method = Reader.of(model, schedule), inversion.method
     if method in MIDPOINT:
-        return midpoint(schedule, network)
+        return midpoint(schedule, reader)
     if method == "ddcm":
-        return consistent(schedule, network)
+        return consistent(schedule, reader)
     if method == "flow-edit":
-        return euler(schedule, network)
+        return euler(schedule, reader)
     assert inversion.control is not None and inversion.control_steps is not None
     picture = inversion.latents[:1].to(model.device)
     strengths = (inversion.control,) * int(inversion.control_steps * schedule.steps)
-    return euler(schedule, network, picture, schedule.levels[-1], strengths)
+    return euler(schedule, reader, picture, schedule.levels[-1], strengths)

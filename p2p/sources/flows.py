@@ -18,12 +18,12 @@ def uni_inv(run: Run, planned: Inversion) -> Tensor:
     """Undoes Euler's steps (Jiao et al. 2025, Uni-Inv): each is taken back by the velocity at its beginning,
     which is where it leads to here, guessed by the velocity of the step before. The guess makes an error of
     third order a step; DDIM's guess, the step's end for its beginning, one of second order."""
-    network, scale = Reader.of(run.model, run.schedule), planned.inversion_guidance
+    reader, scale = Reader.of(run.model, run.schedule), planned.inversion_guidance
     x, latents = run.x_0, [run.x_0]
-    v = network.velocity(x, run.predict(x, network.timestep, scale), run.schedule.levels[-1])
+    v = reader.velocity(x, run.predict(x, reader.timestep, scale), run.schedule.levels[-1])
     for t, after, before in run.upwards():
         guess = along(x, v, before, after)
-        v = network.velocity(guess, run.predict(guess, t, scale), after)
+        v = reader.velocity(guess, run.predict(guess, t, scale), after)
         x = along(x, v, before, after)
         latents.append(x)
     return torch.cat(latents)
@@ -31,18 +31,18 @@ def uni_inv(run: Run, planned: Inversion) -> Tensor:
 
 def by_midpoints(run: Run, planned: Inversion) -> Tensor:
     """RF-Solver and FireFlow, see `solvers.midpoint`: the same steps upwards."""
-    network = Reader.of(run.model, run.schedule)
-    schedule = network.upwards(run.schedule)
-    return _ascent(run, planned, schedule, midpoint(schedule, network))
+    reader = Reader.of(run.model, run.schedule)
+    schedule = reader.upwards(run.schedule)
+    return _ascent(run, planned, schedule, midpoint(schedule, reader))
 
 
 def rf_inversion(run: Run, planned: Inversion) -> Tensor:
     """The controlled forward ODE (Rout et al. 2024, algorithm 1): the velocity is drawn to that which leads
     to a sample of noise, by a share of `gamma`."""
     noise, = draw(run.x_0.shape[1:], [planned.seed or 0], 1)
-    network = Reader.of(run.model, run.schedule)
-    schedule, strengths = network.upwards(run.schedule), (planned.gamma or 0.0,) * run.schedule.steps
-    step = euler(schedule, network, noise.to(run.x_0), Level(0.0, 1.0), strengths)
+    reader = Reader.of(run.model, run.schedule)
+    schedule, strengths = reader.upwards(run.schedule), (planned.gamma or 0.0,) * run.schedule.steps
+    step = euler(schedule, reader, noise.to(run.x_0), Level(0.0, 1.0), strengths)
     return _ascent(run, planned, schedule, step)
 
 
