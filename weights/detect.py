@@ -26,8 +26,9 @@ from p2p.weights.scheduler import PREDICTION_NAMES, Flow, Sampling, scaled_linea
 from p2p.weights.sizes import check_sizes, read_settings
 from p2p.weights.untrusted import parse_object
 
+LDM = ("sd1", "sd2", "sdxl")   # the original code's; their files may hold averaged weights
 FLOWS = ("sd3", "flux")
-FAMILIES = ("sd1", "sd2", "sdxl", *FLOWS, "if", "emoji", "emoji-flow")
+FAMILIES = (*LDM, *FLOWS, "if", "emoji", "emoji-flow")
 OWN = ("p2p-emoji", "p2p-emoji-flow")   # formats of the bundled models' files
 PREDICTIONS = ("eps", "v", "x0", "flow")
 # in the metadata of an SDXL file: its empty prompt is encoded, not zeros

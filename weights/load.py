@@ -32,6 +32,7 @@ from p2p.weights import (
 from p2p.weights.detect import (
     FAMILIES,
     FLOWS,
+    LDM,
     PREDICTIONS,
     Package,
     Part,
@@ -49,7 +50,6 @@ from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
 
-LDM = ("sd1", "sd2", "sdxl")   # whose files may hold averaged weights
 LATENT = (*LDM, *FLOWS)
 EMOJI = Path(__file__).with_name("emoji")
 T = TypeVar("T")

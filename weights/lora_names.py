@@ -17,12 +17,11 @@ import torch
 from p2p.models.text import TextConfig, TextEncoder
 from p2p.models.unet import UNet
 from p2p.weights import keys
-from p2p.weights.detect import Package, Part
+from p2p.weights.detect import LDM, Package, Part
 from p2p.weights.fill import built
 from p2p.weights.keys import Source
 
 Shape = tuple[int, ...]
-LATENT = ("sd1", "sd2", "sdxl")
 
 # ----------------------------------------------------------------------------------------------- ends of keys
 
@@ -73,7 +72,7 @@ def layers(package: Package) -> tuple[Places, list[dict[str, Shape]]]:
     out: Places = {}
     own = _places(0, keys.same_sources(shapes[0]))
     _add(out, own, _UNET, _UNET_JOINED)
-    if package.family in LATENT:
+    if package.family in LDM:
         ldm = _places(0, keys.ldm_sources(shapes[0], keys.unet_prefixes(package.unet.config)))
         _add(out, _with_paths_of(own, ldm), _UNET_LDM, _UNET_JOINED)
     for i, tower in enumerate(([name for name in s if name != "vocab"] for s in shapes[1:]), 1):
@@ -159,12 +158,12 @@ def families(names: Iterable[str], widths: Mapping[str, int], projections: Itera
     widths: the input widths of layers. projections: the shapes of LoRA's first factors at the ends of a
     transformer.
     """
-    found, text = set(LATENT), "\n".join(names)
+    found, text = set(LDM), "\n".join(names)
     for pattern, only in _ONLY:
         found &= only if pattern.search(text) else found
     for layer, width in widths.items():
         table = _CONTEXT if CONTEXT.search(layer) else _TOWERS if "self_attn" in layer else {}
-        found &= set(table.get(width, LATENT))
+        found &= set(table.get(width, LDM))
     for shape in projections:
         found &= {"sd1"} if len(shape) == 4 else {"sd2", "sdxl"}
-    return [family for family in LATENT if family in found]
+    return [family for family in LDM if family in found]

@@ -13,7 +13,7 @@ from p2p.request import add_ons
 from p2p.request.checks import flag, whole
 from p2p.request.schedules import DISTILLED
 from p2p.weights import load as loading
-from p2p.weights.detect import FAMILY_RULE, Package
+from p2p.weights.detect import FAMILY_RULE, FLOWS, Package
 from p2p.weights.few_steps import FEW
 from p2p.weights.fill import stored
 from p2p.weights.identity import files
@@ -136,14 +136,14 @@ def _detected(package: Package, tiled: bool) -> dict[str, Any]:
 
 
 # steps and guidance scale of flows, as their authors give them
-FLOWS = {"3 medium": (28, 7.0), "3.5 medium": (50, 5.0), "3.5 large": (40, 4.5), "turbo": (4, 1.0),
-         "dev": (50, 3.5), "schnell": (4, 1.0)}
+AS_GIVEN = {"3 medium": (28, 7.0), "3.5 medium": (50, 5.0), "3.5 large": (40, 4.5), "turbo": (4, 1.0),
+            "dev": (50, 3.5), "schnell": (4, 1.0)}
 
 
 def _defaults(package: Package, unet: Network) -> dict[str, Any]:
     """Defaults of runs that differ from Stable Diffusion's."""
-    if package.family in ("sd3", "flux"):
-        steps, guidance_scale = FLOWS["turbo" if package.kind.endswith("turbo") else package.kind]
+    if package.family in FLOWS:
+        steps, guidance_scale = AS_GIVEN["turbo" if package.kind.endswith("turbo") else package.kind]
         return dict(steps=steps, guidance_scale=guidance_scale)
     family, enlarges, s = package.family, unet.enlarges, package.sampling
     if s.sampler in DISTILLED or s.few_steps:   # with guidance as an input of the network, or into it
