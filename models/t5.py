@@ -2,15 +2,10 @@
 that were encoded beforehand."""
 from __future__ import annotations
 
-import errno
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from p2p.models.text import Tokens
@@ -97,16 +92,6 @@ class EncodedPrompts(nn.Module):
             rows = [tower.encode(tower.tokenize([p]).to(device))[0].cpu() for p in prompts]
         return EncodedPrompts(prompts, [tower.tokens(p) for p in prompts], torch.cat(rows),
                               tower.config.masked)
-
-    def save(self, file: str | Path) -> None:
-        """Raises OSError."""
-        tokens = [self.split[p][:3] for p in self.prompts]
-        metadata = {"prompts": json.dumps(self.prompts), "tokens": json.dumps(tokens)}
-        metadata |= {} if self.config.masked else {"padding": "read"}
-        try:
-            save_file({"prompt_embeds": self.embeddings.cpu().contiguous()}, file, metadata)
-        except SafetensorError as error:   # of a full disk, say
-            raise OSError(errno.EIO, str(error)) from None
 
     def _known(self, prompt: str) -> str:
         if prompt not in self.split:

@@ -18,7 +18,8 @@ from p2p.cli.output import Output
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.text import Tokens
 from p2p.request.source import METHODS, Inversion
-from p2p.weights.t5 import load_prompts
+from p2p.weights import sealed
+from p2p.weights.t5 import load_prompts, save_prompts
 
 T, C, H, W = 3, 3, 8, 8
 PICTURE = Image.new("RGB", (W, H), "red")
@@ -81,6 +82,46 @@ def test_what_is_saved_is_loaded(tmp_path, method):
     got = Inversion.load(tmp_path / "i.safetensors")
     assert got.settings() == want.settings() and torch.equal(got.latents, want.latents)
     assert got.picture.tobytes() == PICTURE.tobytes()
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << at % 7   # of a letter: another letter
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("method", ["ddim", "null-text", "edit-friendly"])
+def test_one_bit_that_flips_anywhere_in_an_inversion_is_noticed(tmp_path, method):
+    path, want = tmp_path / "i.safetensors", inversion(method)
+    want.save(path)
+    size, head = path.stat().st_size, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    text = path.read_bytes().index(b"a cat")
+    for at in {text, head, size - 1, *range(head, size, size // 40)}:
+        flip(path, at)
+        refused(path, "changed or damaged after it was saved")
+        flip(path, at)
+    assert Inversion.load(path).settings() == want.settings()
+
+
+def test_one_bit_that_flips_in_encoded_prompts_is_noticed(tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_prompts(EncodedPrompts([""], [Tokens("", [1], [(0, 0)])], torch.randn(1, 7, 5)), path)
+    flip(path, path.stat().st_size - 2)
+    with pytest.raises(CheckpointError, match="changed or damaged after it was saved"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_seal_covers_names_types_shapes_values_and_metadata(tmp_path, dtype):
+    sealed.save({"a": torch.ones(2, 3, dtype=dtype)}, tmp_path / "s.safetensors", {"k": "v"})
+    with safe_open(tmp_path / "s.safetensors", "pt") as f:
+        said, a = f.metadata(), f.get_tensor("a")
+    sealed.check({"a": a}, said)
+    sealed.check({"a": a + 1}, {"k": "v"})   # of another program: no seal
+    for tensors, metadata in (({"b": a}, said), ({"a": a.mT}, said), ({"a": a + 1}, said), ({"a": a.int()}, said),
+                              ({"a": a, "b": a}, said), ({"a": a}, said | {"k": "w"}), ({}, said)):
+        with pytest.raises(ValueError, match="changed or damaged"):
+            sealed.check(tensors, metadata)
 
 
 FIELDS = {
@@ -315,7 +356,7 @@ def test_encoded_prompts_are_loaded_as_saved(tmp_path):
         [Tokens("", [1], [(0, 0)]), Tokens("a cat", [3, 4, 1], [(0, 1), (2, 5), (0, 0)])],
         torch.randn(2, 7, 5),
     )
-    want.save(tmp_path / "p.safetensors")
+    save_prompts(want, tmp_path / "p.safetensors")
     got = load_prompts(tmp_path / "p.safetensors")
     assert (
         got.prompts == want.prompts

@@ -1,6 +1,7 @@
 """T5: recognises it in folders and in single files, and loads it; prompts that were encoded beforehand."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from p2p.models.t5 import EncodedPrompts, T5Encoder
 from p2p.models.text import Tokens
-from p2p.weights import fields
+from p2p.weights import fields, sealed
 from p2p.weights.detect import Part, count
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile, open_file
@@ -25,13 +26,22 @@ PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
+def save_prompts(encoded: EncodedPrompts, path: Path) -> None:
+    """Writes a .safetensors file. Raises OSError."""
+    tokens = [encoded.split[p][:3] for p in encoded.prompts]
+    metadata = {"prompts": json.dumps(encoded.prompts), "tokens": json.dumps(tokens)}
+    metadata |= {} if encoded.config.masked else {"padding": "read"}
+    sealed.save({"prompt_embeds": encoded.embeddings}, path, metadata)
+
+
 def load_prompts(path: Path) -> EncodedPrompts:
-    """The inverse of `EncodedPrompts.save`. Raises CheckpointError."""
+    """The inverse of `save_prompts`. Raises CheckpointError."""
     file = open_file(path)
     try:
         prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
         tokens = [Tokens(text, ids, [(a, b) for a, b in spans]) for text, ids, spans in listed]
         embeddings = file["prompt_embeds"]
+        sealed.check({"prompt_embeds": embeddings}, file.metadata)
         _check_prompts(prompts, tokens, embeddings)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."

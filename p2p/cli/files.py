@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from p2p.request.prompts import check as check_prompt
 from p2p.weights.convert import convert as run_convert
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
+from p2p.weights.t5 import save_prompts
 from p2p.weights.texts import load_t5
 from p2p.weights.untrusted import printable
 
@@ -46,7 +48,7 @@ def encode(args: argparse.Namespace) -> None:
     encoded = EncodedPrompts.encoded_by(tower, args.prompts)
     if not encoded.embeddings.isfinite().all():
         raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
-    out.add("prompts.safetensors", encoded.save)
+    out.add("prompts.safetensors", partial(save_prompts, encoded))
     out.write()
 
 

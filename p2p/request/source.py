@@ -2,7 +2,6 @@
 traced."""
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from p2p import __version__
@@ -24,6 +22,7 @@ from p2p.models.attention import QK
 from p2p.request.checks import kind, place
 from p2p.request.memory import qk_shapes
 from p2p.request.start import check_latents
+from p2p.weights import sealed
 from p2p.weights.untrusted import check_regular, parse_object
 
 METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text", "direct", "edit-friendly",
@@ -102,11 +101,8 @@ class Inversion:
         file = place("file", file)
         tensors = {"latents": self.latents, "null_context": self.null_context, "offsets": self.offsets,
                    **{QUERIES + k: v for k, v in (self.queries or {}).items()}}
-        tensors = {k: v.contiguous() for k, v in tensors.items() if v is not None}
-        try:
-            save_file(tensors, file, {"inversion": json.dumps(self.settings())})
-        except SafetensorError as error:   # of a full disk, say
-            raise OSError(errno.EIO, str(error)) from None
+        sealed.save({k: v for k, v in tensors.items() if v is not None}, Path(file),
+                    {"inversion": json.dumps(self.settings())})
 
     @staticmethod
     def load(file: str | Path) -> Inversion:
@@ -158,10 +154,12 @@ def _read(file: str | Path) -> dict[str, Any]:
     try:
         check_regular(Path(file))
         with safe_open(file, "pt") as f:
-            said = parse_object((f.metadata() or {})["inversion"])
+            metadata = f.metadata() or {}
+            said = parse_object(metadata["inversion"])
             if len(f.keys()) > KEYS:
                 raise ValueError(f"{len(f.keys()):,} tensors")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
+        sealed.check(tensors, metadata)
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
     except (KeyError, ValueError, OSError, SafetensorError) as error:

@@ -1,0 +1,40 @@
+"""The package's own files of tensors, inversions and encoded prompts: damage is noticed by a digest in the
+header. It is no protection from forgery: whoever changes a file can write its digest."""
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+SEAL = "seal"   # its name among the metadata
+
+
+def save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file and, in its header, the digest of all that it holds. Raises OSError."""
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(tensors, file, {**metadata, SEAL: _digest(tensors, metadata)})
+    except SafetensorError as error:   # of a full disk, say
+        raise OSError(errno.EIO, str(error)) from None
+
+
+def check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raises ValueError where a sealed file is not what was saved; older files, and files of other programs,
+    have no seal."""
+    said = {name: text for name, text in metadata.items() if name != SEAL}
+    if SEAL in metadata and metadata[SEAL] != _digest(tensors, said):
+        raise ValueError("it was changed or damaged after it was saved")
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
