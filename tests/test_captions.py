@@ -4,7 +4,7 @@ from PIL import Image
 
 import p2p
 from p2p.cli.parser import main
-from p2p.show.pictures import captions, difference, grid, names, slug
+from p2p.show.pictures import captions, difference, grid, names, slug, table
 
 SOURCE = "a cat on grass"
 
@@ -29,6 +29,14 @@ def test_no_caption_is_drawn_as_a_box(narrow):
     picture = Image.new("RGB", (64, 64))
     drawn, written = (grid([picture] * 2, ["a cat", f"a cat (cat {sign} 2)"]).tobytes() for sign in "×x")
     assert drawn == written
+
+
+def test_emoji_are_drawn_by_their_names(narrow):
+    picture = Image.new("RGB", (64, 64))
+    for seen, said in (("a 🐱 on grass", "a [cat face] on grass"), ("✨❤️ a cat", "[sparkles][heavy black heart] a cat"),
+                       ("a 👩‍🎤", "a [woman][microphone]"), ("a café at 20°", "a café at 20°")):
+        assert grid([picture] * 2, [seen, seen]).tobytes() == grid([picture] * 2, [said, said]).tobytes()
+        assert table([[picture]], [seen], [seen], corner=seen).tobytes() == table([[picture]], [said], [said], corner=said).tobytes()
 
 
 def test_names_of_files_are_safe_and_their_own():

@@ -4,10 +4,13 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 import p2p
+from p2p.image import from_base64
 from p2p.show.leakage import leakage
+from p2p.show.pictures import ACCENT
 from p2p.show.report import report
 
 HOSTILE = 'a <script>document.title="owned"</script> cat & "dog" </p>'
@@ -53,12 +56,29 @@ def test_prompts_are_escaped(narrow):
 def test_settings_timings_and_words_are_there(run, page):
     html = page.read_text()
     assert html.count("<figure>") == 2 and html.count('class="word"') == 4 + 4 + 4 + 6
+    assert re.sub("<span[^>]*>|</span>", "", html).count("<del>cat</del> on grass") == 1 and "point at one, or tap it" in html
+    assert all(f"<summary>{what}</summary>" in html for what in ("Timings", "Settings"))   # folded away
     assert all(f"{name}<td>{seconds:.2f} s" in html for name, seconds in run.timings.items())
     assert "&quot;seed&quot;: 0" in html and "elsewhere" in html
 
 
-def test_without_maps_there_are_no_words_to_hover(narrow):
-    assert 'class="word"' not in report(p2p.edit(narrow, "a cat", "a dog", steps=1))
+@pytest.mark.parametrize("target, source, edit", [
+    ("a dog on grass", "a <del>cat</del> on grass", "a <ins>dog</ins> on grass"), ("a cat", "a cat <del>on</del> <del>grass</del>", "a cat"),
+    ("a cat on <b> grass", "a cat on grass", "a cat on <ins>&lt;b&gt;</ins> grass")])
+def test_words_that_differ_are_marked(narrow, target, source, edit):
+    html = report(p2p.edit(narrow, "a cat on grass", target, steps=1))
+    assert f"</span> {source}</p>" in html and f"</span> {edit}</p>" in html
+    assert 'class="word"' not in html and "point at one" not in html   # without maps there is nothing to hover
+
+
+def test_where_a_local_edit_may_change_the_picture_is_shown(narrow):
+    mask = torch.zeros(16, 16)
+    mask[:, :8] = 1
+    run = p2p.edit(narrow, "a cat", ["a dog", p2p.Edit("a dog", local_blend=p2p.LocalBlend(mask=mask))], steps=1)
+    html = report(run)
+    assert html.count("where it may change") == 1 and html.count('data-map="2-mask"') == html.count('data-word="2-mask"') == 1
+    shown = from_base64(re.search(r'data-map="2-mask" alt="" src="data:image/png;base64,([^"]+)"', html)[1]).convert("RGB")
+    assert shown.getpixel((0, 0)) == ACCENT and shown.getpixel((shown.width - 1, 0)) == (0, 0, 0)
 
 
 @pytest.mark.slow
@@ -99,6 +119,11 @@ def test_in_a_browser(page, tmp_path, monkeypatch):
         assert ImageChops.difference(before, shot("map.png")).getbbox()
         ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).pause(0.4).perform()
         assert not browser.find_elements(By.CSS_SELECTOR, ".map.on")
+        browser.find_elements(By.CSS_SELECTOR, "summary")[1].click()
+        assert browser.find_element(By.CSS_SELECTOR, "pre").is_displayed()
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
+        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+        browser.save_screenshot(str(tmp_path / "phone.png"))
         assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
     finally:
         browser.quit()

@@ -26,6 +26,9 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     "and published-l1, which compute what ProxEdit's code does (quantile 0.7)")
     ap.add_argument("--report", action="store_true",
                     help="also write report.html: pictures, attention maps, settings, timings")
+    ap.add_argument("--preview", action="store_true",
+                    help="write preview.png alone: the edit in 10 steps (or --steps), and where a local edit "
+                    "may change")
     ap.add_argument("--leakage", action="store_true",
                     help="measure what changed that the edit is not about (always with --scope)")
     groups.inversion(ap)
@@ -85,6 +88,9 @@ def sweep(ap: argparse.ArgumentParser) -> None:
 def batch(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
     groups.engine(ap)
+    ap.add_argument("--preview", type=int, metavar="N",
+                    help="check the list, write OUT/preview.png alone: the first N jobs in 10 steps, and "
+                    "where local edits may change")
     ap.add_argument("--together", type=int, default=4, metavar="N",
                     help="at most so many jobs in one batch of the network (4)")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"], help="as for edit")
@@ -145,6 +151,9 @@ def dataset(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--clip", type=Path, metavar="FILE",
                     help="open_clip's weights of OpenAI's ViT-L/14, for the filters; the bundled model is "
                     "read by its recogniser")
+    ap.add_argument("--preview", type=int, metavar="N",
+                    help="write OUT/preview.png alone: one sample of the first N prompts, as the judge finds "
+                    "it")
     ap.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
     ap.add_argument("--keep", type=int, default=4, help="of these (4)")
     ap.add_argument("--steps", type=int, default=100, help="(100)")

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import p2p
 from p2p.cli import options, values
 from p2p.editors import EDITORS
-from p2p.lists import dataset, metrics, pie, pie_data, pie_report
+from p2p.lists import dataset, metrics, pie, pie_data, pie_report, preview
 from p2p.lists.batch import Batch, load_for, run_jobs
 from p2p.lists.batch import run as run_batch
 from p2p.lists.ip2p import Recipe
 from p2p.lists.jobs import Job, Store
+from p2p.lists.jobs import read as read_jobs
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
@@ -29,6 +31,8 @@ from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.ready import unread
 from p2p.request.settings import to_dict
 from p2p.request.source import METHODS, OWN
+from p2p.show.pictures import save_png
+from p2p.show.preview import stacked
 from p2p.show.sweep import shown
 from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
@@ -38,6 +42,8 @@ from p2p.weights.untrusted import printable
 def batch(args: argparse.Namespace) -> int:
     config = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
                    args.quiet, _defaults(args))
+    if args.preview is not None:
+        return _preview_batch(config, args.preview)
     counts = run_batch(config, args.engine, args.workers)
     if not args.quiet:
         print(", ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
@@ -45,6 +51,33 @@ def batch(args: argparse.Namespace) -> int:
             print(f"why they failed: {args.out / 'failed'}; --retry-failed runs them again", file=sys.stderr)
     print(args.out / "results.jsonl")
     return 1 if counts["failed"] or counts["open"] else 0
+
+
+def _preview_batch(config: Batch, n: int) -> int:
+    """The first jobs of a list in few steps, as one picture; its path is printed."""
+    model = load_for(config)
+    options.say(model.notes)
+    rows, failed = [], 0
+    for job, row in preview.jobs(model, read_jobs(config.jobs, model, config.defaults, config.out)[:n]):
+        if isinstance(row, preview.Failure):
+            failed += 1
+            print(f"line {job.line} fails: {printable(row.error)}", file=sys.stderr)
+        else:
+            rows.append(row)
+    _put_preview(config.out, rows)
+    return 1 if failed else 0
+
+
+def _put_preview(out: Path, rows: list[Image.Image]) -> None:
+    """Raises UsageError."""
+    if not rows:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_png(out / "preview.png", stacked(rows))
+    except OSError as error:
+        raise p2p.UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(out / "preview.png")
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
@@ -173,6 +206,9 @@ def make_dataset(args: argparse.Namespace) -> int:
         least = 0.7 if args.clip else 0.5
     recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction,
                     text=args.min_text, together=args.together, seed=args.seed, sampler=args.recipe)
+    if args.preview is not None:
+        _put_preview(args.out, list(preview.samples(model, pairs[: args.preview], embedder, recipe)))
+        return 0
     todo = len(dataset.remaining(pairs, args.out))
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
                disable=args.quiet)

@@ -53,13 +53,17 @@ def edit(args: argparse.Namespace) -> None:
         values.proximal(args)
         values.timesteps(args)
         return
+    if args.preview:
+        refuse(args, "--preview, which writes preview.png alone",
+               ("report", "leakage", "upscale", "upscaler"))
     if args.inversion is not None and args.image is not None:
         raise UsageError("give --image or --inversion, not both")
     if len(values.prompts(args)) < (2 if args.inversion is None else 1):
         raise UsageError('edit needs a source prompt and at least one target: p2p edit "a cat on grass" "a '
                          'dog on grass"')
     if args.inversion is not None:
-        refuse(args, "--inversion", ("steps", "seed", "eta", "height", "width", *SCHEDULE, *INVERSION))
+        refuse(args, "--inversion",
+               ("preview", "steps", "seed", "eta", "height", "width", *SCHEDULE, *INVERSION))
     else:
         _source(args)
     if args.editor is not None:
@@ -109,7 +113,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def batch(args: argparse.Namespace) -> None:
-    _positive(args, "workers", "together")
+    _positive(args, "workers", "together", "preview")
     values.edit_settings(args)
     values.proximal(args)
     values.timesteps(args)
@@ -128,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def dataset(args: argparse.Namespace) -> None:
-    _positive(args, "samples", "keep", "steps", "together")
+    _positive(args, "samples", "keep", "steps", "together", "preview")
 
 
 def web(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from p2p.request.source import LONE, OWN
 from p2p.request.start import Sampling, solver
 from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
+from p2p.show.preview import STEPS
 from p2p.show.sweep import edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
 
@@ -27,6 +28,8 @@ from p2p.show.sweep import sweep as run_sweep
 def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         return replay.run(args)
+    if args.preview and args.steps is None and args.timesteps is None:
+        args.steps = STEPS
     prompts = values.prompts(args)
     targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
     settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),

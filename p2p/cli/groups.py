@@ -58,7 +58,7 @@ def injection(parser: argparse.ArgumentParser) -> None:
                     "where a thing is added or a place swapped) or for one of the target's; where words are "
                     "named, the others are injected throughout unless END is given too")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
-                    help="the same for self-attention (0.4, or less)")
+                    help="the same for self-attention (0.4)")
     ap.add_argument("--windows-over", choices=["run", "schedule"],
                     help="shares of the steps that are run (run), or of the whole "
                     "schedule though an inversion leaves some out, as edit-friendly's code counts")

@@ -10,6 +10,7 @@ from p2p.cli.output import Output
 from p2p.request.ready import prepared
 from p2p.run import Result, generation, run
 from p2p.show.leakage import leakage
+from p2p.show.preview import preview
 from p2p.show.report import report
 
 # the super-resolution stage that ships with a family
@@ -59,6 +60,10 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
     shown = large or result
     counted = [f"{taken(inversion)}; the edit, {result.rows}"] if inversion is not None else []
     options.say([*(note for note in shown.notes if note not in result.notes), *counted, *cost(args, shown)])
+    if args.preview:
+        out.picture("preview", preview(result), result.settings)
+        out.write(args.quiet)
+        return
     if inversion is not None and inversion.picture is not None:
         out.picture("input", inversion.picture)
     for name, image in zip(result.names(), shown.images):

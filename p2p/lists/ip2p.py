@@ -110,6 +110,18 @@ def dropped(cosines: dict[str, float], recipe: Recipe) -> str | None:
     return next((name for name, value in least.items() if not cosines[name] >= value), None)
 
 
+def judged(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], texts: Tensor, embedder: Embedder,
+           recipe: Recipe) -> list[tuple[dict[str, Any], Sequence[Image.Image], str | None]]:
+    """Samples in one batch: metadata, pictures, and the filter that each does not pass. texts: the embedded
+    prompts. Raises NumericsError, UsageError."""
+    before, after, images = SAMPLERS[recipe.sampler](model, prompts, draws, recipe.steps)
+    cosines = similarities(embedder.pictures(before), embedder.pictures(after), texts)
+    if not all(values.isfinite().all() for values in cosines.values()):
+        raise NumericsError("the judge finds similarities that are not finite")
+    each = [{name: values[i].item() for name, values in cosines.items()} for i in range(len(draws))]
+    return [(d | found, pair, dropped(found, recipe)) for d, found, pair in zip(draws, each, images)]
+
+
 def samples(model: Model, prompts: Prompts, embedder: Embedder,
             recipe: Recipe) -> tuple[list[Kept], Counter[str]]:
     """The best of a prompt's samples, and how many were drawn, dropped by each filter and kept."""
@@ -119,19 +131,12 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
         last = min(first + recipe.together, recipe.samples)
         draws = [drawn(prompts, j, recipe, model) for j in range(first, last)]
         try:
-            before, after, images = SAMPLERS[recipe.sampler](model, prompts, draws, recipe.steps)
-            cosines = similarities(embedder.pictures(before), embedder.pictures(after), texts)
-            if not all(values.isfinite().all() for values in cosines.values()):
-                raise NumericsError("the judge finds similarities that are not finite")
+            batch = judged(model, prompts, draws, texts, embedder, recipe)
         except (NumericsError, UsageError) as error:
             counts[f"failed: {error}"] += len(draws)
             break
-        for i, (d, pair) in enumerate(zip(draws, images)):
-            each = {name: values[i].item() for name, values in cosines.items()}
-            why = dropped(each, recipe)
-            counts.update(["samples", why or "passed"])
-            if why is None:
-                passed.append((d | each, pair))
+        counts.update(name for *_, why in batch for name in ("samples", why or "passed"))
+        passed += [(info, pair) for info, pair, why in batch if why is None]
         if recipe.sampler == "p2p" and len(passed) >= recipe.keep:
             break
     passed.sort(key=lambda p: (p[0]["clip_sim_dir"], p[0]["seed"]), reverse=True)

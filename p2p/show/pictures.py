@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import SequenceMatcher
@@ -19,7 +20,7 @@ from p2p.weights.aside import replacing
 from p2p.weights.untrusted import parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
-_INK, _ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
+_INK, ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
 def names(pictures: int, what: Sequence[str] = ()) -> list[str]:
@@ -77,8 +78,8 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     font = ImageFont.load_default(15)
     gap, line = 12, 20
     shown = [_at_height(p, side) for p in pictures]
-    captions = [c.replace("×", "x") for c in captions]   # which Pillow's font lacks
-    lines = [_wrap(_marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
+    captions = [_drawable(c) for c in captions]
+    lines = [_wrap(marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
     height = side + 3 * gap + line * max(map(len, lines))
     sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
     draw, x = ImageDraw.Draw(sheet), gap
@@ -87,7 +88,7 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
         for k, row in enumerate(rows):
             left = float(x)
             for word, new in row:
-                draw.text((left, gap + side + gap // 2 + k * line), word, fill=_ACCENT if new else _INK,
+                draw.text((left, gap + side + gap // 2 + k * line), word, fill=ACCENT if new else _INK,
                           font=font)
                 left += font.getlength(word + " ")
         x += picture.width + gap
@@ -100,6 +101,7 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
     font = ImageFont.load_default(14)
     gap, line = 6, 18
     width = max(round(side * p.width / p.height) for row in pictures for p in row)
+    columns, rows, corner = [_drawable(c) for c in columns], [_drawable(r) for r in rows], _drawable(corner)
     heads = [_wrap([(w, False) for w in c.split()], font, width) for c in columns]
     top = gap + line * max(1, *map(len, heads))
     labels = [*rows, corner]
@@ -107,7 +109,7 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
     sheet = Image.new("RGB", (left + (width + gap) * len(columns), top + (side + gap) * len(pictures)),
                       _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), corner, fill=_ACCENT, font=font)
+    draw.text((gap, gap), corner, fill=ACCENT, font=font)
     for j, head in enumerate(heads):
         for k, words in enumerate(head):
             text = " ".join(w for w, _ in words)
@@ -119,6 +121,16 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
         for j, picture in enumerate(row):
             sheet.paste(_at_height(picture, side), (left + j * (width + gap), y))
     return sheet
+
+
+def _drawable(text: str) -> str:
+    """A caption without what Pillow's font lacks: emoji by their names, "a [cat face] on grass"."""
+    text = re.sub("[\u200d\ufe0e\ufe0f]", "", text.replace("×", "x"))   # joiners, styles of emoji
+    def shown(c: str) -> str:
+        pictured = c > "\xff" and unicodedata.category(c) in ("So", "Sk")
+        return f"[{unicodedata.name(c).lower()}]" if pictured else c
+
+    return "".join(map(shown, text))
 
 
 # Anchors of a dark-to-bright colour scale, evenly spaced.
@@ -148,7 +160,7 @@ def _at_height(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize(size, Image.BICUBIC if picture.height < side else Image.LANCZOS)
 
 
-def _marked(source: str, caption: str) -> list[tuple[str, bool]]:
+def marked(source: str, caption: str) -> list[tuple[str, bool]]:
     """The words of a caption, and whether each is new against the source's."""
     a, b = source.split(), caption.split()
     unchanged = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -13,24 +14,25 @@ from p2p.align import words
 from p2p.image import to_base64
 from p2p.run import Result
 from p2p.show.leakage import Leakage
-from p2p.show.pictures import heat
+from p2p.show.pictures import ACCENT, heat, marked
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #28282e;
+body { font: 16px/1.5 system-ui, sans-serif; color: #28282e; overflow-wrap: anywhere;
   max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-figure { display: inline-block; margin: 0 2rem 2rem 0; vertical-align: top; width: 24rem; }
-.stack { position: relative; width: 24rem; aspect-ratio: var(--ratio); }
+.figures { display: flex; flex-wrap: wrap; gap: 2rem; } figure { margin: 0; width: min(24rem, 100%); }
+.stack { position: relative; width: 100%; aspect-ratio: var(--ratio); }
 .stack img { position: absolute; inset: 0; width: 100%; height: 100%;
-  object-fit: fill; image-rendering: auto; }
+  object-fit: fill; }
 .stack .over { clip-path: inset(0 0 0 var(--at, 50%)); }
 .stack .map { opacity: 0; mix-blend-mode: screen; transition: opacity .12s; pointer-events: none; }
 .stack .map.on { opacity: .9; } .stack.dim > img:not(.map) { filter: brightness(.55); }
 .stack .line { position: absolute; top: 0; bottom: 0; width: 2px; left: var(--at, 50%);
   background: #fff; pointer-events: none; }
 input[type=range] { width: 100%; margin: .4rem 0; accent-color: #cc3e16; }
-.word { cursor: default; padding: 0 .15em; border-radius: .2em; }
+ins { color: #cc3e16; text-decoration: none; } del { color: #77777f; }
+.word { cursor: help; border-bottom: 2px dotted #b9b9c0; }
 .word:hover, .word:focus { background: #cc3e16; color: #fff; }
-.prompt { margin: 0; } .label { color: #77777f; font-size: .85em; }
+.prompt { margin: 0; } .label { color: #77777f; font-size: .85em; } summary { cursor: pointer; }
 table { border-collapse: collapse; } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
 pre { overflow: auto; font-size: .85em; }
 """
@@ -50,41 +52,46 @@ for (const figure of document.querySelectorAll("figure")) {
 
 
 def report(result: Result, leaks: Sequence[Leakage] = ()) -> str:
-    """The page of an edit: a figure per target; with recorded maps of text, words show their
-    attention on hover."""
+    """The page of an edit: a figure per target, words that source and target do not share marked; with
+    recorded maps of text, words show their attention on hover, local edits where they could act."""
     figures = "\n".join(_figure(result, k, leaks[k - 1] if leaks else None)
                         for k in range(1, len(result.images)))
     timings = "".join(f"<tr><td>{escape(name)}<td>{seconds:.2f} s"
                       for name, seconds in result.timings.items())
+    settings = escape(json.dumps(short(result.settings), indent=2))
     notes = "".join(f"<li>{escape(note)}" for note in result.notes)
+    hint = "" if result.maps is None else (
+        '<p class="label">Dotted words show where pixels attend to them: point at one, or tap it.</p>')
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{escape(result.prompts[0])}</title><style>{_STYLE}</style>
 <h1>{escape(result.prompts[0])}</h1>
-{figures}
-<h2>Timings</h2><table>{timings}</table>
+{hint}<div class="figures">{figures}</div>
 {f"<h2>Notes</h2><ul>{notes}</ul>" if notes else ""}
-<h2>Settings</h2><pre>{escape(json.dumps(short(result.settings), indent=2))}</pre>
+<details><summary>Timings</summary><table>{timings}</table></details>
+<details><summary>Settings</summary><pre>{settings}</pre></details>
 <script>{_SCRIPT}</script></html>
 """
 
 
 def _figure(result: Result, target: int, leak: Leakage | None) -> str:
     source, edited = result.images[0], result.images[target]
+    texts = {row: _words(result, row) for row in (0, target)}
     lines, overlays = [], []
-    for row, label in ((0, "source"), (target, "edit")):
-        if result.maps is None:
-            line = escape(result.prompts[row])
-        else:
-            spans = []
-            texts = [word for word, _ in words(result.maps.prompts[row])]
-            for i, (word, (_, values)) in enumerate(zip(texts, result.maps.each_word(row))):
-                spans.append(f'<span class="word" tabindex="0" data-word="{row}-{i}">{escape(word)}</span>')
-                overlays.append(f'<img class="map" data-map="{row}-{i}" alt="" src="{_data(_map(values))}">')
-            line = " ".join(spans)
-        lines.append(f'<p class="prompt"><span class="label">{label}</span> {line}</p>')
+    for row, label, other, tag in ((0, "source", target, "del"), (target, "edit", 0, "ins")):
+        line = [escape(word) for word in texts[row]]
+        if result.maps is not None:
+            maps = [_map(values) for _, values in result.maps.each_word(row)]
+            overlays += [_overlay(f"{row}-{i}", picture) for i, picture in enumerate(maps)]
+            line = [_hovered(f"{row}-{i}", word) if i < len(maps) else word for i, word in enumerate(line)]
+        alone = marked(" ".join(texts[other]), " ".join(texts[row]))
+        line = [f"<{tag}>{shown}</{tag}>" if new else shown for shown, (_, new) in zip(line, alone)]
+        lines.append(f'<p class="prompt"><span class="label">{label}</span> {" ".join(line)}</p>')
+    if result.masks is not None and not result.masks[target - 1].all():
+        overlays.append(_overlay(f"{target}-mask", _mask(result.masks[target - 1, 0])))
+        lines.append(f'<p class="label">{_hovered(f"{target}-mask", "where it may change")}</p>')
     spread = ""
     if leak is not None:
         by_word = ", ".join(f"{escape(w)} {share:.0%}" for w, share in leak.by_word.items() if share >= 0.005)
@@ -96,6 +103,25 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
 {"".join(overlays)}<div class="line"></div></div>
 <input type="range" min="0" max="100" value="50" aria-label="source or edit">
 {"".join(lines)}{spread}</figure>"""
+
+
+def _words(result: Result, row: int) -> list[str]:
+    """Of a prompt, as they were read where maps tell."""
+    if result.maps is None:
+        return result.prompts[row].split()
+    return [word for word, _ in words(result.maps.prompts[row])]
+
+
+def _hovered(key: str, text: str) -> str:
+    return f'<span class="word" tabindex="0" data-word="{key}">{text}</span>'
+
+
+def _overlay(key: str, picture: Image.Image) -> str:
+    return f'<img class="map" data-map="{key}" alt="" src="{_data(picture)}">'
+
+
+def _mask(mask: Tensor) -> Image.Image:
+    return Image.fromarray((mask[..., None] * torch.tensor(ACCENT)).byte().numpy())
 
 
 def _map(values: Tensor) -> Image.Image:
