@@ -31,12 +31,12 @@ class AttentionEdit(NamedTuple):
     source: Tensor                      # (E,) long: the row whose text columns each edited row borrows
     mix: Tensor | None = None           # (E, L, L): source columns -> own columns
     keep: Tensor | None = None          # (E, L): share of the own columns that stays
-    renormalise: Tensor | None = None   # (E,) bool: divide P' V by the sums of each pixel's P', which an edit
-                                        # moves away from 1 (of its absolute values: weights may be negative)
+    renormalise: Tensor | None = None   # (E,) bool: divide P' V by each pixel's row sum of P', which an edit
+                                        # moves away from 1 (formed of |mix|, |keep|: weights may be negative)
     pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... in self-attention only, at sites of at most this many
-                                        # pixels; None: at every site, and in hybrid attention too
-    cached: Mapping[str, QK] | None = None   # by site: q and k of rows numbered after the batch's last
+    max_pixels: Tensor | None = None    # (E,) long: ... at sites of at most this many pixels alone, and never
+                                        # in hybrid attention; None: everywhere
+    cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are numbered after the batch's
 
 
 class TextKV(NamedTuple):
@@ -116,8 +116,9 @@ class Attention(nn.Module):
         """The edit of this layer."""
         return edit.get(self.site) if isinstance(edit, Mapping) else edit
 
-    def rows(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of every row that an edit may name: those of the batch, then the cached ones."""
+    def with_cached(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
+        """Queries and keys of every row that an edit may name: those of the batch, then the cached ones,
+        whose values nothing borrows."""
         if edit.cached is None:
             return q, k
         more_q, more_k = edit.cached[self.site]
@@ -132,12 +133,12 @@ class Attention(nn.Module):
         if edit.max_pixels is not None:
             chosen = torch.where(q.shape[1] <= edit.max_pixels, chosen, rows[-e:])
         of_q, of_k, of_v = torch.cat([rows[:-e].expand(3, -1), chosen], dim=1)   # (B,) each
-        all_q, all_k = self.rows(edit, q, k)
+        all_q, all_k = self.with_cached(edit, q, k)
         return all_q.index_select(0, of_q), all_k.index_select(0, of_k), v.index_select(0, of_v)
 
 
 class SelfAttention(Attention):
-    """Pixels attend to pixels. Injection: P_src V, the source's queries and keys with own values."""
+    """Pixels attend to pixels. Prompt-to-Prompt injects P_src V: the source's q and k with own values."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast)
@@ -171,7 +172,8 @@ class CrossAttention(Attention):
             seen[self.site] = q, k
         if edit is None or edit.mix is None or edit.keep is None:
             return attend(*self.split(q, k, v))
-        q_src, k_src = self.split(*(rows.index_select(0, edit.source) for rows in self.rows(edit, q, k)))
+        of_source = (x.index_select(0, edit.source) for x in self.with_cached(edit, q, k))
+        q_src, k_src = self.split(*of_source)                                    # (E, h, N or K, d)
         q, k, v = self.split(q, k, v)                                            # (B, h, N, d), (B, h, K, d)
         out = edited_attend(q, k, v, q_src, k_src, edit.mix, edit.keep)          # P' V
         if edit.renormalise is not None:   # row sums are P' times a column of ones: no map is needed either
@@ -210,8 +212,9 @@ class HybridAttention(CrossAttention):
 class JointAttention(HybridAttention):
     """Pixels and text attend to both in one softmax (MM-DiT): hybrid attention whose text has queries too.
 
-    The edit is of the pixels' rows; the text's are each row's own. Projections, norms and rotary positions
-    are its block's, and come before it.
+    mix and keep edit the pixels' rows alone. Borrowed q and k of pixels count in the whole softmax: beside
+    the row's own text keys, and in the rows of its text. Projections, norms and rotary positions are its
+    block's, and come before it.
     """
 
     def __init__(self, heads: int):

@@ -18,7 +18,8 @@ from p2p.models.attention import (
 
 def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
               mean: bool = False) -> tuple[Tensor, Tensor]:
-    """The maps of some rows of the batch, without and with the edit.
+    """The maps of some rows of the batch, without and with the edit; in joint and hybrid attention, whose
+    softmax also counts pixels, both with the pixels' q and k that the edit borrows.
 
     qk: as the layer put it into `seen`. rows (R,) long: sources and edited rows, these last, in the batch's
     order; cached ones are numbered after its last. mean: over heads, in single precision at least.
@@ -27,7 +28,7 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
     layer_edit = layer.site_edit(edit)
     if isinstance(layer, SelfAttention):
         return _pixel_maps(layer, qk, layer_edit, rows)
-    q, k = layer.rows(layer_edit, *qk) if layer_edit is not None else qk
+    q, k = layer.with_cached(layer_edit, *qk) if layer_edit is not None else qk
     q, k = layer.split(q.index_select(0, rows), k.index_select(0, rows))         # (R, h, N, d), (R, h, K, d)
     mix = keep = renormalise = None
     if layer_edit is not None:
@@ -56,8 +57,8 @@ def _pixel_maps(layer: Attention, qk: QK, edit: AttentionEdit | None, rows: Tens
     if edit is None:
         return (probs(*qk),) * 2
     used = layer.borrow(edit, *qk, qk[0])[:2]
-    beside = [x[len(qk[0]):] for x in layer.rows(edit, *qk)]   # the cached rows, which no edit changes
-    return probs(*layer.rows(edit, *qk)), probs(*(torch.cat(pair) for pair in zip(used, beside)))
+    beside = [x[len(qk[0]):] for x in layer.with_cached(edit, *qk)]   # the cached rows, which no edit changes
+    return probs(*layer.with_cached(edit, *qk)), probs(*(torch.cat(pair) for pair in zip(used, beside)))
 
 
 def _text_probs(q: Tensor, k: Tensor, pixels: int) -> Tensor:

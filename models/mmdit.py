@@ -1,6 +1,6 @@
 """Transformers in which pixels and text attend to both (MM-DiT): Stable Diffusion 3 and 3.5, and FLUX.1.
 
-They see latents in patches, a token each. What each was trained to predict is a velocity, noise - x_0.
+They see latents in patches, a token each, and give a velocity, noise - x_0.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MMDiTConfig:
     axes: tuple[int, int, int] | None = None
     theta: float = 10_000.0
     guidance: bool = False     # the guidance scale is an input: guidance was distilled
-    # "x0": its last layer says the picture, from which the velocity follows
+    # "x0": its last layer gives the picture, from which the velocity follows
     says: Literal["velocity", "x0"] = "velocity"
 
 

@@ -42,7 +42,7 @@ def rotation(height: int, width: int, text: int, axes: tuple[int, ...], theta: f
 
 
 def rotate(x: Tensor, angles: Rotation | None) -> Tensor:
-    """Neighbouring channels, in pairs, turned by the angles of the first tokens.  (B, N, h d) -> the same"""
+    """Neighbouring channels, in pairs, turned by the first N angles.  (B, N, h d) -> the same"""
     if angles is None:
         return x
     cos, sin = (table[:x.shape[1]] for table in angles)
@@ -100,9 +100,9 @@ def split_heads(qkv: Tensor, heads: int, norms: tuple[nn.Module, nn.Module]) -> 
 # -------------------------------------------------------------------------------------------------- streams
 
 class Projections(nn.Module):
-    """What tokens ask and offer in an attention, and what they make of what they read.
+    """The projections of a stream of tokens: to q, k and v, and out of the attention unless nothing reads it.
 
-    norms: "ln" as in Stable Diffusion 3.5, "norm" as in FLUX, or None. out: whether anything is read.
+    norms: "ln" as in Stable Diffusion 3.5, "norm" as in FLUX, or None.
     """
 
     def __init__(self, dim: int, heads: int, norms: str | None, out: bool = True):

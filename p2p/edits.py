@@ -48,7 +48,7 @@ class Edit:
         None: by what the edit does (0.8; less where a thing is added, or a place swapped), see
         `request.windows`.
     self_replace_steps: share of the steps with self-attention injected, at sites of at most `self_max_tokens`
-        pixels: an end, or (start, end). None: by what the edit does (0.4, or less).
+        pixels: an end, or (start, end). None: 0.4.
     self_max_tokens: None: 32 * 32 in a UNet, as in the official code; in an MM-DiT no limit.
     windows_over: the steps that these shares refer to: those of the "run", or all of the "schedule", though
         an inversion leaves some out; they are counted from the first that is run, as in the edit-friendly

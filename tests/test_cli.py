@@ -14,6 +14,8 @@ from PIL import Image
 import p2p
 from p2p.cli.parser import main, parsers
 from p2p.editors import EDITORS
+from p2p.edits import MODES
+from p2p.request.schedules import SAMPLERS, SPACINGS
 from p2p.request.source import METHODS
 from p2p.show.pictures import CHUNK, grid, read_settings, save_png
 from p2p.weights.detect import FAMILIES, PREDICTIONS
@@ -308,4 +310,5 @@ def test_choices_on_the_command_line_are_those_of_the_code():
     _, commands = parsers()
     choices = {a.dest: set(a.choices) for c in commands.values() for a in c._actions if a.choices}
     assert choices["method"] == set(METHODS) and choices["editor"] == set(EDITORS)
+    assert choices["mode"] == set(MODES) and choices["sampler"] == set(SAMPLERS) and choices["timestep_spacing"] == set(SPACINGS)
     assert choices["family"] == set(FAMILIES) and choices["prediction"] == set(PREDICTIONS)

@@ -18,9 +18,9 @@ _KINDS = re.compile(r"(?<![a-z])(lcm|tcd|lightning|hyper|turbo)(?![a-z])")
 
 def apply(package: Package, file: TensorFile) -> None:
     """Sets how a package is sampled by a file of it, or one that is merged into it, and adds a note; nothing
-    where the file does not say, or where a scheduler's config does.
+    where the file's name and metadata do not say, or its own header holds a scheduler's config.
 
-    Lightning and Hyper are words of styles too, so that they count beside a number of steps alone.
+    Lightning and Hyper are words of styles too, so they count only beside a number of steps.
     """
     stem = file.path.parent.name if file.path.stem in FIXED else file.path.stem
     for text in (stem, *(file.metadata.get(key, "") for key in NAMES)):

@@ -1,5 +1,5 @@
-"""LoRA and its kin: files of changes, merged into a model's weights as these are read; nothing of them stays
-beside.
+"""LoRA and its kin: files of changes, merged into a model's weights as these are read; no adapter is left
+when it runs.
 
 Every key is used, or named and refused; a file that does not fit is refused before a weight is read.
 """
@@ -100,7 +100,7 @@ def open_add_on(path: Path) -> AddOn:
 
 
 def check_numbers(file: TensorFile, keys: Iterable[str]) -> None:
-    """Raises CheckpointError for what is not stored as a fraction of a usual kind."""
+    """Raises CheckpointError for what is not stored in a floating-point type that is read."""
     known = {*DTYPES, *DTYPES.values()}
     if odd := sorted(key for key in keys if file.dtypes[key] not in known):
         raise CheckpointError(f"{file.path}: {odd[0]} is stored as {file.dtypes[odd[0]]}; supported: "

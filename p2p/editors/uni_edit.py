@@ -38,7 +38,8 @@ class UniEdit:
 
     def guide(self, source: Tensor, target: Tensor, guidance_scale: float | Tensor) -> Tensor:
         """Predictions (N, C, H, W) under both prompts -> their fusion m v_T + (1 - m) v_S, and the correction
-        omega (1 + m) (v_T - v_S): linear, so that it applies to eps, v, x_0 and a flow's velocity."""
+        omega (1 + m) (v_T - v_S). A scaled difference has the same m, so this holds of eps, v, x_0 and a
+        flow's velocity alike. guidance_scale is not read: the source's prompt takes the empty one's place."""
         difference = target - source
         size = difference.abs().mean(1, keepdim=True)                                # (N, 1, H, W)
         low, high = size.amin((1, 2, 3), keepdim=True), size.amax((1, 2, 3), keepdim=True)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from p2p.blend import FEATHER, LocalBlend
 from p2p.editors import find_editor
+from p2p.edits import MODES
 from p2p.errors import UsageError
 from p2p.image import FITS, from_base64
 from p2p.request import layers
@@ -208,7 +209,7 @@ FIELDS: dict[str, Check] = {
     "proximal": (_guidance, 'a pair such as ["l0", 0.7]'),
     # the fields of `Edit`
     "prompt": (_text, "a prompt"),
-    "mode": _one_of("replace", "refine", "reweight"),
+    "mode": _one_of(*MODES),
     "cross_replace_steps": (_either(_mapping(_WINDOW), Mapping, _WINDOW),
                             f"{_SHARE}, for all words or for each"),
     "self_replace_steps": (_WINDOW, _SHARE),

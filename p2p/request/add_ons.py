@@ -26,7 +26,7 @@ def loras(given: Any) -> list[tuple[Path, float]]:
             for path, weight in _pairs("lora", given, "weight", Real)]
 
 
-def words(given: Any) -> list[tuple[Path, str | None]]:
+def embeddings(given: Any) -> list[tuple[Path, str | None]]:
     """None, a path, {"<word>": path}, or a list of paths and of pairs (path, word). Raises UsageError."""
     if isinstance(given, Mapping):
         given = [(path, word) for word, path in given.items()]
@@ -36,9 +36,9 @@ def words(given: Any) -> list[tuple[Path, str | None]]:
     return pairs
 
 
-def _pairs(name: str, given: Any, value: str, lone: Any) -> list[tuple[Path, Any]]:
-    """lone: the types of a second item that make two items one pair instead of a list."""
-    pair = isinstance(given, (list, tuple)) and len(given) == 2 and isinstance(given[1], lone)
+def _pairs(name: str, given: Any, value: str, second: Any) -> list[tuple[Path, Any]]:
+    """second: the types of a second item that make two items one pair, not a list of two paths."""
+    pair = isinstance(given, (list, tuple)) and len(given) == 2 and isinstance(given[1], second)
     items = [] if given is None else given if isinstance(given, (list, tuple)) and not pair else [given]
     out = []
     for item in items:

@@ -1,5 +1,5 @@
-"""Which options of an edit change nothing: its tables with and without each option are compared, so that no
-list of cases is needed."""
+"""Which options of an edit change nothing: weights, swaps and windows by comparing its tables with and
+without each, the others case by case."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -81,7 +81,7 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     clip_skip = 0 if clip_skip is None else clip_skip   # checked where the tower's layers are known
     device = find_device(device_of(source) if is_pipeline(source) and device is None else device)
     package = loading.find(source, family, prediction, vae, ema, clip_skip, zero_snr, add_ons.loras(lora),
-                           add_ons.words(embeddings))
+                           add_ons.embeddings(embeddings))
     dtype = _compute_dtype(dtype, held, device, package)
     c = loading.load(package, device, dtype, torch.float32 if package.family == "sdxl" else None, text, held)
     _prepare(c, offload, compile)

@@ -22,12 +22,13 @@ from p2p.request.source import Inversion
 from p2p.sampler import Stepper, along, controlled, velocity, x0_and_eps
 
 MIDPOINT = ("rf-solver", "fireflow")
-SOLVED = (*MIDPOINT, "rf-inversion", "flow-edit", "ddcm")   # the others' edits step by DDIM or DDPM
+SOLVED = (*MIDPOINT, "rf-inversion", "flow-edit", "ddcm")   # edits of all others: `sampler.stepper`
 
 
 def asked(model: Model, schedule: Schedule, inversion: Inversion) -> Schedule:
-    """The levels at which a method asks the network, as a schedule of their own: with or at midpoints, or
-    n_avg times at each level but the last n_min. It has `inversion.calls` steps."""
+    """One entry for each call of the network, `inversion.calls` in all: rf-solver's levels with their
+    midpoints, fireflow's first level and then the midpoints alone, flow-edit's levels n_avg times each but
+    for the last n_min."""
     method = inversion.method
     if method == "flow-edit":
         plain = schedule.steps - (inversion.n_min or 0)
@@ -56,8 +57,8 @@ class Reader(NamedTuple):
 
     @staticmethod
     def of(model: Model, schedule: Schedule) -> Reader:
-        """The lowest level is that of timestep 0. Of a network that says the picture it is the schedule's
-        last with noise: what it says of a picture without any would be divided by next to nothing."""
+        """The lowest level is that of timestep 0; of a network that gives the picture x_0, the schedule's
+        last with noise: its velocity (x - x_0) / sigma would be divided by almost nothing."""
         if "x0" in (model.prediction, getattr(model.unet.config, "says", None)):
             lowest = schedule.timesteps[-1], schedule.levels[-2]
         else:
@@ -119,7 +120,7 @@ def euler(schedule: Schedule, reader: Reader, to: Tensor | None = None, at: Leve
 
 
 def consistent(schedule: Schedule, reader: Reader) -> Stepper:
-    """The step function of DDCM: the predicted picture without its noise."""
+    """The step function of DDCM: the predicted picture, scaled; its fresh noise is in the stored offsets."""
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         level, after = schedule.levels[i:i + 2]
         x_0, _ = x0_and_eps(x, out, level, reader.prediction, reader.clip)
@@ -129,7 +130,8 @@ def consistent(schedule: Schedule, reader: Reader) -> Stepper:
 
 
 def descent(model: Model, inversion: Inversion, schedule: Schedule) -> Stepper:
-    """The step function of the edits of an inversion by one of `SOLVED`, on the levels of `asked`."""
+    """The step function of the edits of an inversion by one of `SOLVED`, on the levels of `asked`. The last
+    lines are rf-inversion's."""
     reader, method = Reader.of(model, schedule), inversion.method
     if method in MIDPOINT:
         return midpoint(schedule, reader)

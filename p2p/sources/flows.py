@@ -15,9 +15,9 @@ from p2p.sources.given import Run
 
 
 def uni_inv(run: Run, planned: Inversion) -> Tensor:
-    """Undoes Euler's steps (Jiao et al. 2025, Uni-Inv): each is taken back by the velocity at its beginning,
-    which is where it leads to here, guessed by the velocity of the step before. The guess makes an error of
-    third order a step; DDIM's guess, the step's end for its beginning, one of second order."""
+    """Inverts Euler's steps (Jiao et al. 2025, Uni-Inv). A step from the noise uses the velocity at its
+    noisier end; here that end is guessed by a step with the velocity before, and asked. The guess makes an
+    error of third order a step; DDIM inversion, which asks where it stands, one of second order."""
     reader, scale = Reader.of(run.model, run.schedule), planned.inversion_guidance
     x, latents = run.x_0, [run.x_0]
     v = reader.velocity(x, run.predict(x, reader.timestep, scale), run.schedule.levels[-1])

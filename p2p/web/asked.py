@@ -28,7 +28,8 @@ THIRDS = {"first third": (0.0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last thi
 
 @dataclass(frozen=True)
 class Asked:
-    """The values of the controls, in their order on the page; two that are equal ask for the same picture."""
+    """The values of the controls, in their order on the page; with the uploaded picture, if there is one,
+    they say which pictures are asked for."""
 
     source: str
     target: str = ""                               # empty: the source's prompt

@@ -71,7 +71,8 @@ class Item:
 
 
 class Session:
-    """Of one visit. `wanted` is the latest request: a run for another one stops at its next step."""
+    """Of one visit. `wanted` is the latest request: an edit for another one stops at its next step (a source
+    is computed to its end: the next request may be of the same)."""
 
     def __init__(self, model: Model, sources: Sources):
         self.model, self.sources = model, sources
@@ -131,7 +132,7 @@ class Session:
         more = [f"{', '.join(idle)}: of an edit; change a word or a fader"] if idle else []
         image = picture
         if picture is None:
-            ready = generation(self.model, [asked.source], **self._chosen(asked))
+            ready = generation(self.model, [asked.source], **self._sampling(asked))
             more += ready.notes
             image = source.picture if source.picture is not None else run(self.model, ready).images[0]
             self._keep(image, asked.source, ready.settings, asked, None)
@@ -141,7 +142,7 @@ class Session:
 
     def _edited(self, asked: Asked, source: Source, edit: Edit, picture: Image.Image | None,
                 plain: dict[str, Any] | None) -> Iterator[View]:
-        sampling = self._guided(asked) if isinstance(source.given, Inversion) else self._chosen(asked)
+        sampling = self._guidance(asked) if isinstance(source.given, Inversion) else self._sampling(asked)
         ready = prepared(self.model, source.given, [edit], record=MAPS, **sampling)
         total, sums, step = ready.start.schedule.steps, {}, None
         for step in stepped(self.model, ready, MAPS):
@@ -162,19 +163,19 @@ class Session:
     def _decoded(self, x: Tensor) -> Image.Image:
         return to_pil(self.model.decode(x))[0]
 
-    def _chosen(self, asked: Asked) -> dict[str, Any]:
-        return dict(steps=asked.steps, seed=asked.seed) | self._guided(asked)
+    def _sampling(self, asked: Asked) -> dict[str, Any]:
+        return dict(steps=asked.steps, seed=asked.seed) | self._guidance(asked)
 
-    def _guided(self, asked: Asked) -> dict[str, Any]:
+    def _guidance(self, asked: Asked) -> dict[str, Any]:
         return dict(guidance_scale=asked.guidance, negative_prompt=asked.negative or None)
 
     def _checked(self, asked: Asked, edit: Edit, picture: Image.Image | None) -> dict[str, Any] | None:
         """Raises UsageError for an edit that is refused, before its source takes its time.  -> the settings
         of the same edit from its prompt alone, which `p2p edit --from` runs again; None of a picture's."""
         if picture is None:
-            return prepared(self.model, asked.source, [edit], **self._chosen(asked)).settings
+            return prepared(self.model, asked.source, [edit], **self._sampling(asked)).settings
         planned = expected(self.model, asked.source, method=asked.method, steps=asked.steps)
-        edit_request(self.model, planned, [edit], **self._guided(asked))
+        edit_request(self.model, planned, [edit], **self._guidance(asked))
         return None
 
     def _keep(self, image: Image.Image, caption: str, settings: dict[str, Any], asked: Asked,

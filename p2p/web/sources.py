@@ -90,7 +90,7 @@ class Sources:
         return Source(inversion, _decoded(self.model, inversion), _maps(self.model, inversion))
 
     def _held(self, steps: int) -> dict[str, bool]:
-        """Queries and keys are stored where they fit the budget; edits then run the source's row."""
+        """Queries and keys are stored where they fit the budget; else edits run the source's row again."""
         return {"latents_only": size(self.model, steps) > self.budget}
 
 

@@ -3,7 +3,7 @@ checkpoint.
 
     python -m p2p.weights.emoji.train_flow RUN_FOLDER --pictures 1240000
 
-A rectified flow, x_t = (1 - sigma) x_0 + sigma eps, whose network says x_0; sigma is drawn evenly, one of
+A rectified flow, x_t = (1 - sigma) x_0 + sigma eps, whose network gives x_0; sigma is drawn evenly, one of
 each share of the range a batch, and shifted (Esser et al. 2024, Eq. 23). The rest as `training` has it.
 """
 from __future__ import annotations
