@@ -13,6 +13,7 @@ from PIL import Image
 
 from p2p import UsageError
 from p2p.cli.parser import main
+from p2p.image import from_base64
 from p2p.lists import batch, dataset, jobs, work
 
 pytestmark = pytest.mark.usefixtures("once")
@@ -97,6 +98,17 @@ def test_what_tables_write_is_meant(emoji, tmp_path):
             identity(seed=seed)
 
 
+def test_a_mask_is_recorded_once_for_all_targets(emoji, tmp_path):
+    """Not once a target; of two masks each."""
+    blends = [{"words": ["cat", "dog"], "mask": mask(size)} for size in ((4, 4), (4, 4), (8, 8))]
+    line = {"source": "a cat", "targets": [{"prompt": "a dog", "local_blend": blend} for blend in blends]}
+    said = jobs.parse(line, 1, tmp_path, emoji).settings()
+    assert len(said["masks"]) == 2 and [t["local_blend"]["mask"] for t in said["targets"]] == [0, 0, 1]
+    assert from_base64(said["masks"][1]).size == (8, 8)
+    other = jobs.parse({**line, "targets": line["targets"][:2] + line["targets"][:1]}, 1, tmp_path, emoji)
+    assert other.id != jobs.parse(line, 1, tmp_path, emoji).id
+
+
 def test_every_text_file_is_opened_in_one_encoding():
     """Not in that of the machine: Path.read_text and its like take it unless they are told."""
     def named(call):
@@ -107,14 +119,14 @@ def test_every_text_file_is_opened_in_one_encoding():
         return any(isinstance(w, str) and "b" in w and len(w) <= 3 for w in words)
 
     left, seen = [], 0
-    for file in [f for folder in ("p2p", "weights", "benchmarks") for f in (ROOT / folder).rglob("*.py")]:
+    for file in [f for folder in ("p2p", "models", "weights", "benchmarks") for f in (ROOT / folder).rglob("*.py")]:
         for call in (n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
             owner = getattr(getattr(call.func, "value", None), "id", "")
             method = isinstance(call.func, ast.Attribute)   # `p2p.weights.untrusted.read_text`, a function, has the one encoding
             if (method and named(call) in ("read_text", "write_text")) or (
                     named(call) == "open" and owner not in ("Image", "tarfile", "os")):
                 seen += 1
-                if not binary(call) and "encoding" not in {k.arg for k in call.keywords}:
+                if not binary(call) and not {k.value.value for k in call.keywords if k.arg == "encoding"} & {"utf-8", "utf-8-sig", "ascii"}:
                     left.append(f"{file.name}:{call.lineno}")
     assert not left and seen > 20
 

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 import p2p
+from p2p.lists import ip2p
+from p2p.lists.together import edit_together
 from p2p.models.unet import SD1, SDXL, UNet
 from p2p.models.vae import SD, AutoencoderKL
 from p2p.request import memory
@@ -38,6 +40,8 @@ BEYOND = {
     "maps": (lambda m: p2p.generate(m, SOURCE, steps=1000, record=p2p.Record(pixels=2**20), height=256, width=256), "maps"),
     "queries": (lambda m: p2p.trace(m, SOURCE, steps=1000, height=512, width=512), "queries"),
     "a sweep": (lambda m: sweep(m, SOURCE, TARGET, {"weight:dog": range(10**6)}), "GB"),
+    "a sample's noises": (lambda m: ip2p.check(m, ip2p.Recipe(together=10**6, samples=10**6)), "noise"),
+    "samples of edits": (lambda m: ip2p.check(m, ip2p.Recipe(together=10**6, samples=10**6, sampler="p2p")), "tables of the edits"),
     "a wide sweep": (lambda m: sweep(m, SOURCE, TARGET, {"weight:dog": range(10**5), "weight:a": range(10**5)}), "GB"),
 }
 
@@ -50,6 +54,21 @@ def test_what_the_machine_cannot_hold_is_refused_at_once(emoji, what, monkeypatc
     with pytest.raises(p2p.UsageError, match=message):
         ask(emoji)
     assert time.process_time() - began < 5
+
+
+def test_edits_together_are_billed_together(narrow, monkeypatch):
+    """Each alone would fit."""
+    jobs = [dict(source=SOURCE, targets=TARGET, steps=2, seed=k, eta=1.0) for k in range(3)]
+    bills: list[int] = []
+    monkeypatch.setattr(memory, "machine", lambda device=None: None)
+    monkeypatch.setattr(memory, "afford", lambda bill, *_: bills.append(sum(bill.values())))
+    edit_together(narrow, jobs)
+    *alone, joined = bills
+    assert joined >= sum(alone) and len(alone) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "machine", lambda device=None: joined - 1)
+    with pytest.raises(p2p.UsageError, match="fewer pictures at a time"):
+        edit_together(narrow, jobs)
 
 
 def test_ordinary_sizes_are_not_refused(sd1):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from p2p import CheckpointError, UsageError
 from p2p.cli.parser import main
-from p2p.lists import pie_data
+from p2p.lists import batch, pie_data
 from p2p.request.source import Inversion
 from p2p.show.pictures import CHUNK, read_settings
 from p2p.weights.load import BUNDLED, find
@@ -335,6 +336,14 @@ def test_what_inspect_prints_is_harmless(tmp_path, capsys, sd1_tensors):
     assert printed(capsys, "inspect", tmp_path / "m.safetensors")[0] == 3
     code, said = printed(capsys, "inspect", tmp_path / "m.safetensors", "--prediction", "v")
     assert code == 0 and "v (as asked)" in said
+
+
+def test_why_a_job_failed_is_harmless(capsys):
+    """An unforeseen error's text is a stranger's too."""
+    job = SimpleNamespace(line=3)
+    batch._follow([(job, f"RuntimeError: {EVIL}")], [job], 1, quiet=True)
+    said = capsys.readouterr().err
+    assert "line 3 failed: RuntimeError" in said and said.replace("\n", "").replace("\r", "").isprintable()
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, UsageError])

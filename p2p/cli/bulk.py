@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> int:
         print(pie_report.published_table({name.split(", ")[0] for name in report}) + "\n")
     for name in ways:
         for key, why in list(report[name]["failed"].items())[:5]:
-            print(f"{name}, {key} failed: {why}", file=sys.stderr)
+            print(printable(f"{name}, {key} failed: {why}"), file=sys.stderr)
     for file in ("pie.md", "pie.csv", "pie.json"):
         print(args.out / file)
     return 1 if any(report[name]["failed"] for name in ways) else 0

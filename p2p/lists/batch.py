@@ -114,7 +114,7 @@ def _follow(finished: Iterable[tuple[Job, str | None]], todo: Sequence[Job], tot
         for count, (job, error) in enumerate(finished, 1):
             bar.update()
             if error:
-                tqdm.write(f"line {job.line} failed: {error}", file=sys.stderr)
+                tqdm.write(f"line {job.line} failed: {printable(error)}", file=sys.stderr)
             now = time.monotonic()
             if bar.disable and not quiet and (now - reported > 30 or count == len(todo)):
                 reported, rate = now, count / (now - started)

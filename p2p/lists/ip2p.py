@@ -36,6 +36,7 @@ from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.request.checks import finite
 from p2p.request.emphasis import escaped
+from p2p.request.memory import check_run
 from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
 from p2p.sampler import stepper
@@ -68,15 +69,19 @@ class Recipe:
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Raises UsageError for more steps than the model has, and for filters that nothing would pass."""
+    """Raises UsageError for more steps than the model has, for filters that nothing would pass, and for more
+    samples at a time than fit into memory."""
     for name in ("image", "direction", "text"):
         least = finite(f"least similarity ({name})", getattr(recipe, name))
         if least > 1:
             raise UsageError(f"least similarity ({name}): no cosine is above 1, so nothing would pass "
                              f"{least:g}")
     model.schedule(recipe.steps)
+    n, noises = min(recipe.together, recipe.samples), 1
     if recipe.sampler == "ip2p":
         sigma_schedule(model.alphas_cumprod, recipe.steps)
+        noises = 2 * (1 + recipe.steps)   # both pictures', see `ancestral`
+    check_run(model, 2 * n, model.latent_shape(), recipe.steps, noises=n * noises, targets=n)
 
 
 def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:

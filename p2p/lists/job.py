@@ -12,7 +12,7 @@ from p2p.image import check_file
 from p2p.model import Model
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected, settings_read
-from p2p.request.settings import to_dict
+from p2p.request.settings import to_settings
 from p2p.request.source import OWN
 
 SAMPLING = ("steps", "guidance_scale", "seed", "eta", "height", "width")
@@ -38,7 +38,7 @@ class Job(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """All settings, as JSON."""
-        return {"source": self.source, "targets": [to_dict(e) for e in self.targets], **self.sampling,
+        return {"source": self.source, **to_settings(self.targets), **self.sampling,
                 "image": self.image and str(self.image), **self.inverting, **self.others}
 
     def row(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from p2p.denoise import Batch
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
+from p2p.request.memory import check_run
 from p2p.request.ready import Ready, planned_edits, prepared
 from p2p.request.start import stepper_of
 from p2p.run import Result, run
@@ -47,7 +48,13 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
         if len(values) > 1:
             raise UsageError(f"edits run together need the same {name}, not "
                              f"{' and '.join(map(str, sorted(values)))}")
-    return ready and _parted(ready, run(model, _joined(model, ready), progress=progress))
+    if not ready:
+        return []
+    start, targets = ready[0].start, sum(len(r.prompts) - 1 for r in ready)
+    rows = len(ready) + targets
+    check_run(model, rows, tuple(start.x.shape[1:]), start.schedule.steps, guided=ready[0].batch.guided,
+              noises=rows * len(start.noise), targets=targets)
+    return _parted(ready, run(model, _joined(model, ready), progress=progress))
 
 
 def _joined(model: Model, ready: Sequence[Ready]) -> Ready:

@@ -60,16 +60,20 @@ def from_dict(entry: Mapping[str, Any], masks: Sequence[str] = ()) -> Edit:
         raise UsageError(f"not an edit as settings hold it, {brief(entry)} ({error})") from None
 
 
-def to_settings(edits: Sequence[Edit], size: tuple[int, int], fit: str = "crop") -> dict[str, Any]:
+def to_settings(edits: Sequence[Edit], size: tuple[int, int] | None = None,
+                fit: str = "crop") -> dict[str, Any]:
     """Converts edits to settings of a run. Masks are stored thresholded, at the latents' size (H, W), so that
-    they come out the same again, and each is stored once: targets refer to it by number."""
+    they come out the same again, or (None) as they were given. Each is stored once: targets refer to it by
+    number."""
     masks: dict[str, int] = {}
     targets = []
     for e in edits:
         number = None
         if e.local_blend is not None and e.local_blend.mask is not None:
-            mask = Image.fromarray(fixed(e.local_blend.mask, size, fit)[0].numpy())
-            number = masks.setdefault(to_base64(mask), len(masks))
+            mask = e.local_blend.mask
+            if size is not None:
+                mask = Image.fromarray(fixed(mask, size, fit)[0].numpy())
+            number = masks.setdefault(picture_of(mask) if size is None else to_base64(mask), len(masks))
         targets.append(to_dict(e, number))
     return {"targets": targets} | ({"masks": list(masks)} if masks else {})
 
