@@ -1,6 +1,6 @@
 """The paper's figures in miniature, made by the bundled model, each with the numbers behind it.
 
-    python -m benchmarks.figures [FOLDER] [--only 2,4,...,12,blend,scope] [--steps 50] [--n 200] [--seeds 100] [--draw]
+    python -m benchmarks.figures [FOLDER] [--only 2,4,...,12,blend,scope,samples] [--steps 50] [--n 200] [--seeds 100] [--draw]
 
 Every figure is a picture, and a JSON file beside it where there is something to count. --draw makes the pictures alone,
 without the statistics.
@@ -25,8 +25,9 @@ from p2p.image import to_pil
 from p2p.request.inverting import DEFAULT
 from p2p.show.leakage import NOTICED
 from p2p.show.pictures import grid, heat, save_png, table
+from p2p.show.preview import stacked
 from p2p.weights.emoji.recogniser import iou
-from p2p.weights.emoji.world import OBJECTS, PLACES, caption, render
+from p2p.weights.emoji.world import OBJECTS, PLACES, caption, render, sample
 
 PLAIN = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -52,6 +53,14 @@ class Figures(Bench):
         captions[3] = [prompt, *(prompt.replace("foggy", f"foggy({c:g})") for c in values)]
         upscaler = p2p.load("emoji-upscaler")
         return stacked([grid(p2p.upscale(upscaler, r).images, c, 200) for r, c in zip(rows, captions)])
+
+    # The card's samples: held-out captions as they come
+    def draw_samples(self) -> Image.Image:
+        texts, rows = caption(sample(40, 5_000_000, "held out")), []
+        for k in range(0, 40, 8):
+            r = p2p.generate(self.model, texts[k:k + 8], steps=self.steps, seed=list(range(k, k + 8)))
+            rows.append(table([r.images], texts[k:k + 8], side=112))
+        return stacked(rows)
 
     # Figure 2: a swapped word with the source's attention, and the same seed alone
     def draw_2(self) -> Image.Image:
@@ -326,14 +335,6 @@ def free_and_blended(prompt: str, old: str, new: str) -> list[p2p.Edit]:
 def mask(r: p2p.Result) -> Image.Image:
     """Of the second target."""
     return Image.fromarray(r.masks[1, 0].numpy()).convert("RGB")
-
-
-def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
-    """One below the other."""
-    out = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
-    for k, s in enumerate(sheets):
-        out.paste(s, (0, sum(t.height for t in sheets[:k])))
-    return out
 
 
 def curves(x: Sequence[float], lines: dict[str, Sequence[float]], label: str, size: tuple[int, int] = (520, 300)) -> Image.Image:
