@@ -1,4 +1,6 @@
 """Relatives of Stable Diffusion 3 and FLUX.1 that are not supported: each is refused by its name, in a short message."""
+from types import SimpleNamespace
+
 import flow_models as made
 import pytest
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import save_file
 from p2p import CheckpointError
 from p2p.models.mmdit import FLUX_DEV, MMDiTConfig, build
 from p2p.models.vae import AutoencoderKL, VAEConfig
+from p2p.weights import t5
 from p2p.weights.convert import _rename
 from p2p.weights.keys import ldm_sources, vae_prefixes
 from p2p.weights.load import find
@@ -118,3 +121,20 @@ def vae_state():
     c = VAEConfig(latent_channels=4, channels=(32,), layers_per_block=1, quant_conv=False)
     state = AutoencoderKL(c).state_dict()
     return _rename(iter(state.items()), ldm_sources(state, vae_prefixes(c)))
+
+
+BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize("name, shape, said", [
+    (BIAS, (33, 2), r"is \[33, 2\]; 32 positions"), (BIAS, (16, 2), "32 positions"), (BIAS, (0, 2), "32 positions"),
+    (BIAS, (32, 0), "32 positions"), (BIAS, (1, 32, 2), "32 positions"), ("shared.weight", None, "shared.weight is missing"),
+    ("shared.weight", (), "shared.weight is missing"), ("shared.weight", (1, 9, 24), r"shared.weight is \[1, 9, 24\]")])
+def test_a_t5_in_a_file_whose_sizes_are_no_t5s_is_refused(tmp_path, name, shape, said):
+    """Its sizes are read from shapes, so that what is misshapen there would make another network."""
+    shapes = {BIAS: (32, 2), "encoder.block.0.layer.0.SelfAttention.q.weight": (8, 24), "shared.weight": (9, 24),
+              "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (16, 24)}
+    assert t5.in_file(SimpleNamespace(path=tmp_path, shapes=shapes), "").config["vocab_size"] == 9
+    shapes |= {name: shape}
+    with pytest.raises(CheckpointError, match=said):
+        t5.in_file(SimpleNamespace(path=tmp_path, shapes={k: v for k, v in shapes.items() if v is not None}), "")

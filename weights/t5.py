@@ -23,6 +23,7 @@ from p2p.weights.untrusted import parse_json
 TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 PADDING_READ = "its T5 read the padding, as for Stable Diffusion 3 and FLUX"
 PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
+BUCKETS = 32   # of relative positions, in every released T5
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -89,17 +90,24 @@ def has_tokenizer(folder: Path, suffix: str) -> bool:
 
 def in_file(file: TensorFile, prefix: str) -> Part | None:
     """T5 under transformers' names in a file, with its config by shapes; its heads are those of its
-    positions."""
+    positions. Raises CheckpointError."""
     s, block = file.shapes, f"{prefix}encoder.block."
     layers = count(s, block)
     if not layers:
         return None
-    bias = s[f"{block}0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    positions = f"{block}0.layer.0.SelfAttention.relative_attention_bias.weight"
+    bias = s[positions]
+    if len(bias) != 2 or bias[0] != BUCKETS or not bias[1]:   # no other tensor tells how many there should be
+        raise CheckpointError(f"{file.path}: T5's {positions} is {list(bias)}; {BUCKETS} positions of each "
+                              "head are needed.")
     inner, width = s[f"{block}0.layer.0.SelfAttention.q.weight"]
     feed = f"{block}0.layer.1.DenseReluDense."
     gated = f"{feed}wi_0.weight" in s
-    vocab = next(s[prefix + k][0] for k in (SHARED, EMBEDDING) if prefix + k in s)
-    config = {"vocab_size": vocab, "d_model": width, "d_kv": inner // bias[1], "num_heads": bias[1],
+    embedding = next((s[prefix + k] for k in (SHARED, EMBEDDING) if prefix + k in s), ())
+    if len(embedding) != 2:
+        raise CheckpointError(f"{file.path}: T5's {SHARED} is {list(embedding) or 'missing'}; a row for each "
+                              "word is needed.")
+    config = {"vocab_size": embedding[0], "d_model": width, "d_kv": inner // bias[1], "num_heads": bias[1],
               "d_ff": s[f"{feed}{'wi_0' if gated else 'wi'}.weight"][0], "num_layers": layers,
               "relative_attention_num_buckets": bias[0],
               "feed_forward_proj": "gated-gelu" if gated else "relu"}
