@@ -1,10 +1,12 @@
 """Faults that an examiner found in weights, layers, samplers, negative prompts and steps: each its right value."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import p2p
 from p2p import align
@@ -14,7 +16,8 @@ from p2p.errors import UsageError
 from p2p.lists.together import edit_together
 from p2p.models.text import tokens
 from p2p.request.emphasis import equalizer, read
-from p2p.show.pictures import save_png
+from p2p.request.source import METHODS
+from p2p.show.pictures import read_settings, save_png
 from p2p.show.sweep import sweep
 
 EASY = dict(steps=2, seed=1)
@@ -124,3 +127,59 @@ def test_notes_are_true(narrow):
     assert "has never seen zebra" in noted(narrow, "a cat", "a dog", negative_prompt="a zebra")
     assert 'a weight is written "(word:1.3)"' in noted(narrow, "a cat", "a (dog:1e3)")
     assert "pure noise is taken for a picture of that level" in " ".join(p2p.generate(narrow, "a cat", timesteps=[100, 50]).notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_over_the_schedule_count_calls_of_the_network(narrow, method):
+    """A midpoint is a call of its own; without a step left out both countings are one."""
+    inversion = p2p.invert(narrow, Image.new("RGB", (64, 64), "red"), "a cat", method=method, steps=4, skip=0)
+    run, schedule = (p2p.edit(narrow, inversion, "a dog", windows_over=over).latents for over in ("run", "schedule"))
+    assert torch.equal(run, schedule)
+
+
+@pytest.mark.slow
+def test_a_flow_methods_own_settings_are_changed_by_from(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    assert main(["edit", "--image", str(tmp_path / "p.png"), "a cat", "a dog", "--method", "rf-inversion", "--steps", "3", "-o", str(tmp_path)]) == 0
+    made = next(p for p in capsys.readouterr().out.split() if p.endswith("edit.png"))
+    assert main(["edit", "--from", made, "--gamma", "0.1", "-o", str(tmp_path)]) == 0
+    again = next(p for p in capsys.readouterr().out.split() if p.endswith("edit.png"))
+    assert read_settings(again)["inversion"]["gamma"] == 0.1 and Image.open(again).tobytes() != Image.open(made).tobytes()
+    assert main(["edit", "--from", made, "--n-avg", "2", "-o", str(tmp_path)]) == 2 and "n_avg" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editor", ["masactrl", "plug-and-play"])
+def test_an_edit_by_another_editor_replays(tmp_path, capsys, editor):
+    assert main(["edit", "a cat", "a dog", "--editor", editor, "--steps", "2", "--seed", "1", "-o", str(tmp_path)]) == 0
+    made = next(p for p in capsys.readouterr().out.split() if p.endswith("edit.png"))
+    settings = read_settings(made)
+    settings["targets"][0]["self_max_tokens"] = 1024   # as it was recorded before
+    save_png(Path(made), Image.open(made), settings)
+    assert main(["edit", "--from", made, "-o", str(tmp_path)]) == 0
+    again = next(p for p in capsys.readouterr().out.split() if p.endswith("edit.png"))
+    assert Image.open(again).tobytes() == Image.open(made).tobytes()
+
+
+def test_what_a_flow_cannot_do_is_refused_by_its_name(flow_lora, tmp_path, capsys):
+    with pytest.raises(p2p.CheckpointError, match="no LoRA is merged"):
+        p2p.load("emoji-flow", lora=flow_lora, device="cpu")
+    (tmp_path / "p.jsonl").write_text('{"caption": "a cat", "edit": "x", "output": "a dog"}\n')
+    assert main(["dataset", "--recipe", "ip2p", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--model", "emoji-flow"]) == 2
+    assert "take the recipe p2p" in capsys.readouterr().err
+
+
+@pytest.fixture
+def flow_lora(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file({f"lora_unet_x.lora_{part}.weight": torch.zeros(2, 2) for part in ("up", "down")}, file)
+    return file
+
+
+@pytest.mark.slow
+def test_a_preview_leaves_out_the_same_share_of_the_steps(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    assert main(["edit", "--image", str(tmp_path / "p.png"), "a cat", "a dog", "--skip", "25", "--preview", "-o", str(tmp_path / "o")]) == 0
+    file, = (tmp_path / "o").rglob("preview.png")
+    assert (read_settings(file)["inversion"]["steps"], read_settings(file)["inversion"]["skip"]) == (10, 5)

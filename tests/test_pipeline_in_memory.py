@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import families
+import lora_files
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,10 @@ from peft import LoraConfig, inject_adapter_in_model
 import p2p
 from p2p import CheckpointError, UsageError
 from p2p.cli.parser import main
+from p2p.models.unet import UNet
 from p2p.show.pictures import read_settings
 from p2p.weights.convert import convert
+from p2p.weights.fill import read_tensors
 from p2p.weights.load import find
 
 pytestmark = pytest.mark.slow
@@ -371,3 +374,14 @@ def test_an_inversion_is_of_the_weights_as_they_were(pipe):
         pipe.unet.conv_out.bias += 0.5
     with pytest.raises(UsageError, match="sha256"):
         p2p.edit(model, inversion, "a dog")
+
+
+def test_a_merged_lora_leaves_the_pipelines_own_weights_alone(pipe, tmp_path, folders):
+    weight = dict(read_tensors(find(folders["sd1"]).unet, UNet))
+    g, kind = torch.Generator().manual_seed(1), next(iter(lora_files.KINDS))
+    layers = {name: lora_files.KINDS[kind](g, weight[f"{name}.weight"])[0] for name in lora_files.LAYERS["sd1"]}
+    lora_files.write(tmp_path / "a.safetensors", layers)
+    before, plain = {k: v.clone() for k, v in pipe.unet.state_dict().items()}, latents(p2p.load(pipe, device="cpu"))
+    merged = latents(p2p.load(pipe, device="cpu", lora=tmp_path / "a.safetensors"))
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items()) and (merged - plain).abs().max() > 1e-3
+    assert torch.equal(latents(p2p.load(pipe, device="cpu")), plain)

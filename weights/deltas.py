@@ -41,7 +41,8 @@ class Change:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The weight with this change, in float32 or wider. Raises CheckpointError where it is not finite."""
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        # a copy: the tensor may be in use, by a pipeline in memory
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         k, n = self.share
         piece = (wide.T if self.transposed else wide).chunk(n)[k]
         held = {role: self._read(key).to(wide.dtype) for role, key in self.keys.items()}

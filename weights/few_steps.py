@@ -38,7 +38,7 @@ def apply(package: Package, file: TensorFile) -> None:
 
 def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:
     """On the timesteps that the steps were distilled at."""
-    made_for = replace(sampling, few_steps=kind, steps=steps or FEW)
+    made_for = replace(sampling, few_steps=kind, steps=steps or FEW, guided=False)
     if (kind, steps) == ("lightning", 1) and "x0" in text and sampling.why == FAMILY_RULE:
         made_for = replace(made_for, prediction="x0", why="its name")
     if kind in ("lcm", "tcd") or (kind, steps) == ("hyper", 1):   # Hyper's one step is TCD's

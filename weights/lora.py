@@ -15,7 +15,7 @@ from typing import Any
 
 from p2p.weights import deltas, few_steps, refuse
 from p2p.weights.deltas import DORA, DORA_PEFT, Change
-from p2p.weights.detect import FLOWS, Added, Package, listed
+from p2p.weights.detect import Added, Package, listed
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import TensorFile, open_file
 from p2p.weights.fill import DTYPES
@@ -178,7 +178,7 @@ def attach_loras(package: Package, given: Sequence[tuple[Path, float]]) -> None:
     CheckpointError."""
     if not given:
         return
-    if package.family in FLOWS:
+    if package.sampling.flow is not None:
         raise CheckpointError(f"{given[0][0]}: no LoRA is merged into models of the family {package.family} "
                               "yet; merge it by another program, and use the model that this writes.")
     names, shapes = layers(package)

@@ -12,6 +12,7 @@ from p2p.cli import options, replay, values
 from p2p.cli.output import Output
 from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.image import open_picture
+from p2p.model import STEPS as USUAL
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected
@@ -29,7 +30,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         return replay.run(args)
     if args.preview and args.steps is None and args.timesteps is None:
-        args.steps = STEPS
+        _shorten(args)
     prompts = values.prompts(args)
     targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
     settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),
@@ -52,6 +53,14 @@ def edit(args: argparse.Namespace) -> None:
     result = edited(args, model, source, targets, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
+
+
+def _shorten(args: argparse.Namespace) -> None:
+    """For a preview: what counts steps keeps its share of them."""
+    args.steps = STEPS
+    for name in ("skip", "n_min"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name) * STEPS // USUAL)
 
 
 def invert(args: argparse.Namespace) -> None:

@@ -76,6 +76,9 @@ def check(model: Model, recipe: Recipe) -> None:
         if least > 1:
             raise UsageError(f"least similarity ({name}): no cosine is above 1, so nothing would pass "
                              f"{least:g}")
+    if model.flow is not None and recipe.sampler == "ip2p":
+        raise UsageError("recipe ip2p: Euler ancestral's steps are of models with alphas_cumprod, and this "
+                         "one is a flow; take the recipe p2p")
     model.schedule(recipe.steps)
     n, noises = min(recipe.together, recipe.samples), 1
     if recipe.sampler == "ip2p":

@@ -30,6 +30,7 @@ from p2p.request.negative import check_negative, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
+from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import Inversion
 from p2p.request.start import Sampling, Settled, settle
 from p2p.sampler import PROXIMAL, guide, proximal_guide
@@ -60,7 +61,7 @@ class EditRequest:
     @property
     def schedule_steps(self) -> int | None:
         """Number of steps of the schedule, of which an inversion may leave some out; None without one."""
-        return None if self.inversion is None else self.inversion.steps
+        return None if self.inversion is None else replace(self.inversion, skip=0).calls
 
     @property
     def recorded(self) -> list[Edit]:
@@ -68,7 +69,7 @@ class EditRequest:
         edits = [layers.for_network(e, self.model.unet) for e in self.edits]
         if self.editor is None:
             return edits
-        edits = [replace(e, cross_replace_steps=None, self_replace_steps=None) for e in edits]
+        edits = [replace(e, **WINDOWS_UNREAD) for e in edits]
         return [replace(e, mode=None) if e.scope is None else e for e in edits]
 
     def pairs(self) -> list[tuple[Edit, Tokens]]:

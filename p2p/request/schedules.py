@@ -141,7 +141,7 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
         rising = np.linspace(0, total - 1, steps).round()
     else:
         raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
-                         "linspace")
+                         "linspace; karras is of the sampler dpm++")
     return listed_schedule(alphas_cumprod, rising[::-1], final_alpha)
 
 

@@ -18,6 +18,8 @@ from p2p.weights.untrusted import brief
 
 # The fields that all versions recorded. Later ones (windows_over, say) default to the former behaviour.
 RECORDED = ("mode", "cross_replace_steps", "self_replace_steps", "self_max_tokens", "equalizer", "aligner")
+WINDOWS_UNREAD: dict[str, Any] = dict.fromkeys(   # by another editor than Prompt-to-Prompt
+    ("cross_replace_steps", "self_replace_steps", "self_max_tokens"))
 RECORDED_OF_BLENDS = ("words", "substruct", "threshold", "start", "level", "mask")
 
 
@@ -92,5 +94,5 @@ def from_settings(settings: Mapping[str, Any]) -> list[Edit]:
             raise UsageError(f'the record of "{target["prompt"]}" does not say its {", ".join(lost)}, on '
                              "which the pixels depend: they cannot be made again")
     if settings.get("editor") is not None:   # older versions recorded windows, which no other editor reads
-        edits = [replace(e, cross_replace_steps=None, self_replace_steps=None) for e in edits]
+        edits = [replace(e, **WINDOWS_UNREAD) for e in edits]
     return edits
