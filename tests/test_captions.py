@@ -34,7 +34,8 @@ def test_no_caption_is_drawn_as_a_box(narrow):
 def test_emoji_are_drawn_by_their_names(narrow):
     picture = Image.new("RGB", (64, 64))
     for seen, said in (("a 🐱 on grass", "a [cat face] on grass"), ("✨❤️ a cat", "[sparkles][heavy black heart] a cat"),
-                       ("a 👩‍🎤", "a [woman][microphone]"), ("a café at 20°", "a café at 20°")):
+                       ("a 👩\u200d🎤", "a [woman][microphone]"),
+                       ("a café – “Zürich”, ½", 'a cafe - "Zurich", 1/2'), ("20€ 猫 \u0301\ue000", "20[euro sign] [u+732b] [u+e000]")):
         assert grid([picture] * 2, [seen, seen]).tobytes() == grid([picture] * 2, [said, said]).tobytes()
         assert table([[picture]], [seen], [seen], corner=seen).tobytes() == table([[picture]], [said], [said], corner=said).tobytes()
 

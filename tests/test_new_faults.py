@@ -1,6 +1,7 @@
 """Faults that an examiner found in weights, layers, samplers, negative prompts and steps: each its right value."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from p2p.request.emphasis import equalizer, read
 from p2p.request.source import METHODS
 from p2p.show.pictures import read_settings, save_png
 from p2p.show.sweep import sweep
+from p2p.weights import fill
 
 EASY = dict(steps=2, seed=1)
 
@@ -183,3 +185,15 @@ def test_a_preview_leaves_out_the_same_share_of_the_steps(tmp_path, capsys):
     assert main(["edit", "--image", str(tmp_path / "p.png"), "a cat", "a dog", "--skip", "25", "--preview", "-o", str(tmp_path / "o")]) == 0
     file, = (tmp_path / "o").rglob("preview.png")
     assert (read_settings(file)["inversion"]["steps"], read_settings(file)["inversion"]["skip"]) == (10, 5)
+
+
+def test_fp8_in_a_part_of_a_folder_is_named():
+    """It ended in a traceback: the library has no least and greatest of such numbers."""
+    part = SimpleNamespace(file=MappedTensors(a=torch.zeros(2, 2).to(torch.float8_e4m3fn)))
+    source = SimpleNamespace(keys=["a"], share=(0, 1), swapped=False, transposed=False)
+    with pytest.raises(p2p.CheckpointError, match="m.safetensors: a is fp8; use the fp16"):
+        fill._tensor(part, source, torch.zeros(2, 2))
+
+
+class MappedTensors(dict):
+    path = Path("m.safetensors")

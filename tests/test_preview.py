@@ -74,6 +74,14 @@ def test_batch_shows_the_first_jobs_and_what_fails(tmp_path, capsys):
     assert main(["batch", str(tmp_path / "jobs.jsonl"), "-o", str(tmp_path / "other"), "--preview", "0"]) == 2
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["batch", "x.jsonl", "--workers", "2"], "--workers: not with --preview"), (["batch", "x.jsonl", "--retry-failed"], "--retry-failed: not with"),
+    (["batch", "x.jsonl", "--engine", "ray"], "--engine ray: not with --preview"),
+    (["dataset", "x.jsonl", "--recipe", "p2p", "--format", "parquet"], "--format parquet: not with --preview")])
+def test_what_a_preview_does_not_read_is_refused(tmp_path, capsys, argv, said):
+    assert main([*argv, "--preview", "1", "-o", str(tmp_path)]) == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("once")
 def test_dataset_shows_a_sample_of_each_prompt_and_the_judges_verdict(tmp_path, monkeypatch):
     entries = [{"caption": SOURCE, "edit": "make it a dog", "output": TARGET}] * 3
@@ -82,6 +90,7 @@ def test_dataset_shows_a_sample_of_each_prompt_and_the_judges_verdict(tmp_path, 
     monkeypatch.setattr("p2p.lists.preview.grid", lambda pictures, captions: said.append(captions) or grid(pictures, captions))
     assert main(["dataset", "--recipe", "ip2p", str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / "out"), "--steps", "2", "--preview", "2",
                  "--min-image", "1"]) == 0
+    assert main(["dataset", "--recipe", "ip2p", str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / "no"), "--preview", "1", "--min-image", "2"]) == 2
     assert [f.name for f in (tmp_path / "out").rglob("*")] == ["preview.png"] and len(said) == 2
     assert said[0][0].startswith(f"{SOURCE} (text ") and "dropped by clip_sim_image" in said[0][1]
 

@@ -179,6 +179,9 @@ def _joined(tensors: Sequence[Tensor], source: Source, shape: torch.Size) -> Ten
 
 def _tensor(part: Part, source: Source, want: Tensor) -> Tensor:
     tensor = _joined([part.file[k] for k in source.keys], source, want.shape)
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+        raise CheckpointError(f"{part.file.path}: {source.keys[0]} is fp8; use the fp16 or fp32 file of the "
+                              "same model.")
     if tensor.is_floating_point() != want.is_floating_point():
         raise CheckpointError(f"{part.file.path}: {source.keys[0]} holds {tensor.dtype}.")
     # isfinite() of the whole would allocate as much again, and the allocator keeps what it once held

@@ -114,6 +114,10 @@ def sweep(args: argparse.Namespace) -> None:
 
 def batch(args: argparse.Namespace) -> None:
     _positive(args, "workers", "together", "preview")
+    if args.preview is not None:
+        refuse(args, "--preview, which runs the first jobs in this process", ("workers", "retry_failed"))
+        if args.engine != "local":
+            raise UsageError(f"--engine {args.engine}: not with --preview, which runs in this process")
     values.edit_settings(args)
     values.proximal(args)
     values.timesteps(args)
@@ -133,6 +137,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def dataset(args: argparse.Namespace) -> None:
     _positive(args, "samples", "keep", "steps", "together", "preview")
+    if args.preview is not None and args.format != "folders":
+        raise UsageError(f"--format {args.format}: not with --preview, which writes preview.png alone")
 
 
 def web(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from p2p.lists.dataset import Pair
-from p2p.lists.ip2p import Recipe, drawn, judged
+from p2p.lists.ip2p import Recipe, check, drawn, judged
 from p2p.lists.jobs import Job
 from p2p.lists.metrics import Embedder
 from p2p.lists.work import Failure, compute
@@ -36,6 +36,7 @@ def quick(job: Job) -> Job:
 def samples(model: Model, pairs: Sequence[Pair], embedder: Embedder, recipe: Recipe) -> Iterator[Image.Image]:
     """The first sample of each prompt, captioned with the similarities that the judge finds, and with the
     filter that drops it. Raises NumericsError, UsageError."""
+    check(model, recipe)
     for pair in pairs:
         texts, draws = embedder.texts(list(pair.prompts)), [drawn(pair.prompts, 0, recipe, model)]
         (info, pictures, why), = judged(model, pair.prompts, draws, texts, embedder, recipe)

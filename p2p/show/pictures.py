@@ -78,7 +78,7 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     font = ImageFont.load_default(15)
     gap, line = 12, 20
     shown = [_at_height(p, side) for p in pictures]
-    captions = [_drawable(c) for c in captions]
+    captions = [_drawable(c, font) for c in captions]
     lines = [_wrap(marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
     height = side + 3 * gap + line * max(map(len, lines))
     sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
@@ -101,7 +101,8 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
     font = ImageFont.load_default(14)
     gap, line = 6, 18
     width = max(round(side * p.width / p.height) for row in pictures for p in row)
-    columns, rows, corner = [_drawable(c) for c in columns], [_drawable(r) for r in rows], _drawable(corner)
+    columns, rows = ([_drawable(text, font) for text in each] for each in (columns, rows))
+    corner = _drawable(corner, font)
     heads = [_wrap([(w, False) for w in c.split()], font, width) for c in columns]
     top = gap + line * max(1, *map(len, heads))
     labels = [*rows, corner]
@@ -123,14 +124,27 @@ def table(pictures: Sequence[Sequence[Image.Image]], columns: Sequence[str], row
     return sheet
 
 
-def _drawable(text: str) -> str:
-    """A caption without what Pillow's font lacks: emoji by their names, "a [cat face] on grass"."""
-    text = re.sub("[\u200d\ufe0e\ufe0f]", "", text.replace("×", "x"))   # joiners, styles of emoji
-    def shown(c: str) -> str:
-        pictured = c > "\xff" and unicodedata.category(c) in ("So", "Sk")
-        return f"[{unicodedata.name(c).lower()}]" if pictured else c
+_ALIKE = str.maketrans("×⁄’‘“”–—", """x/''""--""")
 
-    return "".join(map(shown, text))
+
+def _drawable(text: str, font: Any) -> str:
+    """A text in what the font has: letters without accents that it lacks, other characters by their names,
+    "a [cat face] on grass", or numbers."""
+    box = bytes(font.getmask("\U0010ffff"))
+
+    def has(c: str) -> bool:
+        return c.isascii() or bytes(font.getmask(c)) != box
+
+    def shown(c: str) -> str:
+        if has(c):
+            return c
+        if plain := "".join(filter(has, unicodedata.normalize("NFKD", c).translate(_ALIKE))):
+            return plain
+        if (kind := unicodedata.category(c)) in ("Mn", "Me", "Cf"):   # accents, joiners, styles of emoji
+            return ""
+        return f"[{unicodedata.name(c).lower()}]" if kind[0] in "SP" else f"[u+{ord(c):x}]"
+
+    return "".join(map(shown, text.translate(_ALIKE)))
 
 
 # Anchors of a dark-to-bright colour scale, evenly spaced.
