@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from importlib import import_module
 
 import pyarrow.parquet as pq
 import pytest
@@ -116,7 +115,7 @@ def test_whatever_a_writer_raises_for_want_of_room_names_out(tmp_path, monkeypat
         open(file, "w").close()
         raise error
 
-    monkeypatch.setattr(import_module("p2p.request.source"), "save_file", full)
+    monkeypatch.setattr("p2p.weights.sealed.save_file", full)
     Image.new("RGB", (64, 64), "green").save(tmp_path / "photo.png")
     assert main(["invert", str(tmp_path / "photo.png"), "a cat", "--method", "noise", "--steps", "1", "--out", str(tmp_path / "out"), "-q"]) == 2
     said = capsys.readouterr().err
