@@ -1,4 +1,4 @@
-"""Inversions and encoded prompts from files: what was changed in them is named before anything is computed."""
+"""Inversions from files: what was changed in them is named before anything is computed."""
 
 import base64
 import io
@@ -13,13 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import p2p
-from p2p import CheckpointError, UsageError
+from p2p import UsageError
 from p2p.cli.output import Output
-from p2p.models.t5 import EncodedPrompts
-from p2p.models.text import Tokens
 from p2p.request.source import METHODS, Inversion
 from p2p.weights import sealed
-from p2p.weights.t5 import load_prompts, save_prompts
 
 T, C, H, W = 3, 3, 8, 8
 PICTURE = Image.new("RGB", (W, H), "red")
@@ -101,14 +98,6 @@ def test_one_bit_that_flips_anywhere_in_an_inversion_is_noticed(tmp_path, method
         refused(path, "changed or damaged after it was saved")
         flip(path, at)
     assert Inversion.load(path).settings() == want.settings()
-
-
-def test_one_bit_that_flips_in_encoded_prompts_is_noticed(tmp_path):
-    path = tmp_path / "p.safetensors"
-    save_prompts(EncodedPrompts([""], [Tokens("", [1], [(0, 0)])], torch.randn(1, 7, 5)), path)
-    flip(path, path.stat().st_size - 2)
-    with pytest.raises(CheckpointError, match="changed or damaged after it was saved"):
-        load_prompts(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -337,73 +326,3 @@ def test_a_full_disk_is_the_folders_fault(tmp_path, monkeypatch, small_files):
     with small_files, pytest.raises(UsageError, match="cannot be written .*File too large"):
         out.write()
     assert not list(tmp_path.iterdir())
-
-
-# -------------------------------------------------------------------------------- encoded prompts
-
-
-def prompts(**changed):
-    text = {
-        "prompts": ["", "a cat"],
-        "tokens": [["", [1], [[0, 0]]], ["a cat", [3, 4, 1], [[0, 1], [2, 5], [0, 0]]]],
-    }
-    return {k: json.dumps(v) for k, v in (text | changed).items()}
-
-
-def test_encoded_prompts_are_loaded_as_saved(tmp_path):
-    want = EncodedPrompts(
-        ["", "a cat"],
-        [Tokens("", [1], [(0, 0)]), Tokens("a cat", [3, 4, 1], [(0, 1), (2, 5), (0, 0)])],
-        torch.randn(2, 7, 5),
-    )
-    save_prompts(want, tmp_path / "p.safetensors")
-    got = load_prompts(tmp_path / "p.safetensors")
-    assert (
-        got.prompts == want.prompts
-        and got.split == want.split
-        and torch.equal(got.embeddings, want.embeddings)
-    )
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"prompts": ["a", "a"]},
-        {"prompts": [""]},
-        {"prompts": [1, 2]},
-        {"prompts": "ab"},
-        {"prompts": 3},
-        {"tokens": []},
-        {"tokens": 3},
-        {"tokens": [["", [1], [[0, 0]]]] * 3},
-        {"tokens": [["", [1], [[0, 9]]], ["a cat", [3], [[0, 1]]]]},
-        {"tokens": [[1, 2, 3]] * 2},
-        {"tokens": [["", [1.5], [[0, 0]]], ["a", [3], [[0, 1]]]]},
-        {"tokens": [["", [-1], [[0, 0]]], ["a", [3], [[0, 1]]]]},
-        {"tokens": [["", [1, 2], [[0, 0]]], ["a", [3], [[0, 1]]]]},
-        {"tokens": [["", [1], [[1, 0]]], ["a", [3], [[0, 1]]]]},
-        {"tokens": [["", [1], [["a", "b"]]], ["a", [3], [[0, 1]]]]},
-        {"tokens": [[["x"], [1], [[0, 0]]], ["a", [3], [[0, 1]]]]},
-    ],
-)
-def test_prompts_that_somebody_changed(tmp_path, changed):
-    save_file({"prompt_embeds": torch.zeros(2, 7, 5)}, tmp_path / "p.safetensors", prompts(**changed))
-    with pytest.raises(CheckpointError, match="p.safetensors: not a file of encoded prompts") as error:
-        load_prompts(tmp_path / "p.safetensors")
-    assert len(str(error.value)) < 400
-
-
-@pytest.mark.parametrize(
-    "embeddings",
-    [
-        torch.zeros(3, 7, 5),
-        torch.zeros(2, 7),
-        torch.zeros(2, 7, 5).int(),
-        torch.full((2, 7, 5), float("nan")),
-        torch.zeros(2, 0, 5),
-    ],
-)
-def test_embeddings_that_somebody_changed(tmp_path, embeddings):
-    save_file({"prompt_embeds": embeddings}, tmp_path / "p.safetensors", prompts())
-    with pytest.raises(CheckpointError, match="not a file of encoded prompts"):
-        load_prompts(tmp_path / "p.safetensors")
