@@ -201,9 +201,9 @@ class Bench:
             texts, seeds = caption(every[slice(k, k + 10)]), list(range(k, min(k + 10, n)))
             truth, *few = (shown(p2p.generate(self.model, texts, seed=seeds, **how)) for how in (dict(steps=250), *FEW.values()))
             rows.append(torch.stack([psnr(pictures, truth) for pictures in few], dim=1))
-        t = torch.cat(rows)
-        gains = {f"{name}, over {first}": mean_ci(t[:, i] - t[:, 0]) for first in list(FEW)[:1] for i, name in enumerate(FEW) if i}
-        return {name: mean_ci(t[:, i]) for i, name in enumerate(FEW)} | gains
+        found = dict(zip(FEW, torch.cat(rows).unbind(1)))
+        (first, base), *others = found.items()
+        return {name: mean_ci(v) for name, v in found.items()} | {f"{name}, over {first}": mean_ci(v - base) for name, v in others}
 
     def upscale(self, n: int) -> dict:
         """The super-resolution stage on true small pictures: PSNR to the true large ones, against bicubic; is the content kept?"""

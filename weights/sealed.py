@@ -36,5 +36,5 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for name, t in sorted(tensors.items()):
         digest.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
-        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -27,10 +27,11 @@ from p2p.lists.jobs import read as read_jobs
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
+from p2p.lists.work import Failure
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.ready import unread
 from p2p.request.settings import to_dict
-from p2p.request.source import METHODS, OWN
+from p2p.request.source import METHODS
 from p2p.show.pictures import save_png
 from p2p.show.preview import stacked
 from p2p.show.sweep import shown
@@ -59,7 +60,7 @@ def _preview_batch(config: Batch, n: int) -> int:
     options.say(model.notes)
     rows, failed = [], 0
     for job, row in preview.jobs(model, read_jobs(config.jobs, model, config.defaults, config.out)[:n]):
-        if isinstance(row, preview.Failure):
+        if isinstance(row, Failure):
             failed += 1
             print(f"line {job.line} fails: {printable(row.error)}", file=sys.stderr)
         else:
@@ -84,11 +85,9 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     """Default settings of the jobs, with the names and types of a list."""
     defaults, edit = (to_dict(p2p.Edit("", **settings)) for settings in ({}, options.edit_settings(args)))
     settings = {**options.solver(args), "guidance_scale": args.cfg, "seed": args.seed,
-                "height": args.height, "width": args.width, "method": args.method, "skip": args.skip,
-                "inner_steps": args.inner_steps, "inversion_guidance": args.inversion_cfg,
-                "final_alpha": args.final_alpha, "fit": args.fit, "editor": args.editor,
-                "proximal": values.proximal(args), "negative_prompt": values.negative(args),
-                **{name: getattr(args, name) for name in OWN}}
+                "height": args.height, "width": args.width, "method": args.method, "fit": args.fit,
+                **options.inverting(args), "editor": args.editor, "proximal": values.proximal(args),
+                "negative_prompt": values.negative(args)}
     return {k: v for k, v in (settings | edit).items() if v is not None and v != defaults.get(k)}
 
 

@@ -17,11 +17,12 @@ from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.ready import prepared, prompt_notes
-from p2p.request.source import LONE, OWN
+from p2p.request.source import LONE
 from p2p.request.start import Sampling, solver
 from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
-from p2p.show.preview import STEPS
+from p2p.show.preview import STEPS as PREVIEW
+from p2p.show.preview import shortened
 from p2p.show.sweep import edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
 
@@ -30,7 +31,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         return replay.run(args)
     if args.preview and args.steps is None and args.timesteps is None:
-        _shorten(args)
+        vars(args).update(shortened(vars(args), USUAL), steps=PREVIEW)
     prompts = values.prompts(args)
     targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
     settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),
@@ -53,14 +54,6 @@ def edit(args: argparse.Namespace) -> None:
     result = edited(args, model, source, targets, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
-
-
-def _shorten(args: argparse.Namespace) -> None:
-    """For a preview: what counts steps keeps its share of them."""
-    args.steps = STEPS
-    for name in ("skip", "n_min"):
-        if getattr(args, name) is not None:
-            setattr(args, name, getattr(args, name) * STEPS // USUAL)
 
 
 def invert(args: argparse.Namespace) -> None:
@@ -93,10 +86,8 @@ def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, 
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `p2p.invert` that were given."""
-    given = dict(method=args.method, skip=args.skip, inner_steps=args.inner_steps,
-                 inversion_guidance=args.inversion_cfg, eta=args.eta, steps=args.steps, seed=args.seed,
-                 final_alpha=args.final_alpha, fit=args.fit, guidance_scale=args.cfg, height=args.height,
-                 width=args.width, **{name: getattr(args, name) for name in OWN})
+    given = dict(method=args.method, fit=args.fit, eta=args.eta, steps=args.steps, seed=args.seed,
+                 guidance_scale=args.cfg, height=args.height, width=args.width, **options.inverting(args))
     return {k: v for k, v in given.items() if v is not None}
 
 

@@ -13,6 +13,7 @@ import p2p
 from p2p.cli import values
 from p2p.image import open_picture
 from p2p.request.loading import find_device
+from p2p.request.source import OWN
 from p2p.show.pictures import difference
 from p2p.weights.untrusted import printable
 
@@ -54,6 +55,12 @@ def solver(args: argparse.Namespace) -> dict[str, Any]:
     """How many steps, of what kind, at which timesteps."""
     return dict(steps=args.steps, eta=args.eta, sampler=args.sampler, timestep_spacing=args.timestep_spacing,
                 timesteps=values.timesteps(args))
+
+
+def inverting(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of an inversion, but for its method, under their names in `invert`."""
+    return dict(skip=args.skip, inner_steps=args.inner_steps, inversion_guidance=args.inversion_cfg,
+                final_alpha=args.final_alpha, **{name: getattr(args, name) for name in OWN})
 
 
 def progress(args: argparse.Namespace) -> bool:

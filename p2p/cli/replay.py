@@ -20,7 +20,6 @@ from p2p.request import add_ons
 from p2p.request.checks import choice
 from p2p.request.inverting import settings_read, settings_recorded
 from p2p.request.settings import from_settings
-from p2p.request.source import OWN
 from p2p.run import Result
 from p2p.show.pictures import read_settings
 from p2p.weights.averages import taken_unasked
@@ -109,9 +108,8 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any]) -
     if method != record["method"]:   # the others are the former method's own
         common = ("steps", "guidance_scale", "inversion_guidance", "final_alpha", "negative_prompt")
         arguments = settings_read(method, {k: v for k, v in arguments.items() if k in common})
-    given = dict(steps=args.steps, skip=args.skip, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
-                 inversion_guidance=args.inversion_cfg, inner_steps=args.inner_steps,
-                 final_alpha=args.final_alpha, **{name: getattr(args, name) for name in OWN})
+    given = dict(steps=args.steps, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
+                 **options.inverting(args))
     arguments |= {k: v for k, v in given.items() if v is not None}
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")

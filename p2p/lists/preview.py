@@ -13,7 +13,7 @@ from p2p.lists.metrics import Embedder
 from p2p.lists.work import Failure, compute
 from p2p.model import Model
 from p2p.show.pictures import grid
-from p2p.show.preview import STEPS, preview
+from p2p.show.preview import STEPS, preview, shortened
 
 
 def jobs(model: Model, listed: Sequence[Job]) -> Iterator[tuple[Job, Image.Image | Failure]]:
@@ -28,9 +28,8 @@ def quick(job: Job) -> Job:
     steps = job.sampling["steps"]
     if steps is None or steps <= STEPS or job.others.get("timesteps") is not None:
         return job
-    fewer = {k: job.inverting[k] * STEPS // steps for k in ("skip", "n_min")
-             if job.inverting.get(k) is not None}
-    return job._replace(sampling={**job.sampling, "steps": STEPS}, inverting={**job.inverting, **fewer})
+    return job._replace(sampling={**job.sampling, "steps": STEPS},
+                        inverting={**job.inverting, **shortened(job.inverting, steps)})
 
 
 def samples(model: Model, pairs: Sequence[Pair], embedder: Embedder, recipe: Recipe) -> Iterator[Image.Image]:

@@ -60,7 +60,8 @@ class EditRequest:
 
     @property
     def schedule_steps(self) -> int | None:
-        """Number of steps of the schedule, of which an inversion may leave some out; None without one."""
+        """How often the network is asked along the whole schedule, of which an inversion may leave some steps
+        out; None without one."""
         return None if self.inversion is None else replace(self.inversion, skip=0).calls
 
     @property

@@ -1,9 +1,11 @@
 """An edit at a glance: its pictures, and for local edits where they may change."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from p2p.run import Result
 from p2p.show.pictures import grid
@@ -11,16 +13,27 @@ from p2p.show.pictures import grid
 STEPS = 10   # of a preview: they divide 1000, so that its first is at the noise
 
 
+def shortened(settings: Mapping[str, Any], steps: int) -> dict[str, int]:
+    """Those settings of an inversion that count steps, as large a share of STEPS as of `steps`."""
+    return {name: settings[name] * STEPS // steps for name in ("skip", "n_min")
+            if settings.get(name) is not None}
+
+
+def local_mask(result: Result, target: int) -> Tensor | None:
+    """Where a target, from 1, may differ from the source, (H, W) bool; None: everywhere."""
+    mask = None if result.masks is None else result.masks[target - 1, 0]
+    return None if mask is None or mask.all() else mask
+
+
 def preview(result: Result) -> Image.Image:
     """The pictures of an edit in a row, then for each local edit its picture again, dark where it may not
     change."""
     pictures, captions = list(result.images), result.captions()
-    for k, image in enumerate(result.images[1:]):
-        if result.masks is not None and not result.masks[k].all():
-            mask = Image.fromarray(result.masks[k, 0].byte().mul(255).numpy())
-            mask = mask.resize(image.size, Image.NEAREST)
-            pictures.append(Image.composite(image, image.point(lambda v: v // 4), mask))
-            captions.append(f"{captions[k + 1]} (where it may change)")
+    for k, image in enumerate(result.images[1:], 1):
+        if (mask := local_mask(result, k)) is not None:
+            shape = Image.fromarray(mask.numpy()).resize(image.size, Image.NEAREST)
+            pictures.append(Image.composite(image, image.point(lambda v: v // 4), shape))
+            captions.append(f"{captions[k]} (where it may change)")
     return grid(pictures, captions)
 
 

@@ -15,6 +15,7 @@ from p2p.image import to_base64
 from p2p.run import Result
 from p2p.show.leakage import Leakage
 from p2p.show.pictures import ACCENT, heat, marked
+from p2p.show.preview import local_mask
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #28282e; overflow-wrap: anywhere;
@@ -89,8 +90,8 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
         alone = marked(" ".join(texts[other]), " ".join(texts[row]))
         line = [f"<{tag}>{shown}</{tag}>" if new else shown for shown, (_, new) in zip(line, alone)]
         lines.append(f'<p class="prompt"><span class="label">{label}</span> {" ".join(line)}</p>')
-    if result.masks is not None and not result.masks[target - 1].all():
-        overlays.append(_overlay(f"{target}-mask", _mask(result.masks[target - 1, 0])))
+    if (mask := local_mask(result, target)) is not None:
+        overlays.append(_overlay(f"{target}-mask", _coloured(mask)))
         lines.append(f'<p class="label">{_hovered(f"{target}-mask", "where it may change")}</p>')
     spread = ""
     if leak is not None:
@@ -120,7 +121,7 @@ def _overlay(key: str, picture: Image.Image) -> str:
     return f'<img class="map" data-map="{key}" alt="" src="{_data(picture)}">'
 
 
-def _mask(mask: Tensor) -> Image.Image:
+def _coloured(mask: Tensor) -> Image.Image:
     return Image.fromarray((mask[..., None] * torch.tensor(ACCENT)).byte().numpy())
 
 
