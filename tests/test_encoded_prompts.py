@@ -71,6 +71,7 @@ def test_prompts_that_somebody_changed(tmp_path, changed):
         torch.zeros(2, 7, 5).int(),
         torch.full((2, 7, 5), float("nan")),
         torch.zeros(2, 0, 5),
+        torch.zeros(2, 7, 5).to(torch.float8_e4m3fn),
     ],
 )
 def test_embeddings_that_somebody_changed(tmp_path, embeddings):

@@ -1,6 +1,7 @@
 """Files of Stable Diffusion 3 and FLUX: every form in which they are found gives the same model; others are refused by name."""
 import inspect
 import json
+import math
 import shutil
 
 import flow_models as made
@@ -247,6 +248,26 @@ def test_converted_both_ways_it_is_the_same(saved, tmp_path):
         with pytest.raises(CheckpointError, match="its T5 has no tokenizer, which a folder needs"):
             convert(find(one), tmp_path / "no tokenizer")
         assert not (tmp_path / "no tokenizer").exists()
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda s: s.pop("encoder.block.0.layer.0.SelfAttention.v.weight"), "1 missing: .*SelfAttention.v.weight"),
+    (lambda s: s.update({"encoder.final_layer_norm.weight": torch.ones(5)}), r"final_layer_norm.weight is \[5\]"),
+    (lambda s: s["shared.weight"].fill_(math.nan), "embed_tokens.weight holds values that are not finite"),
+    (lambda s: s.update({"shared.weight": s["shared.weight"].to(torch.float8_e4m3fn)}), "embed_tokens.weight is fp8"),
+    (lambda s: s.update({"encoder.more.weight": torch.ones(5)}), "1 unexpected: encoder.more.weight")])
+def test_a_damaged_t5_is_not_copied(saved, tmp_path, damage, said):
+    """The words' embedding is named as in the encoder."""
+    kind, pipe, folder, one = saved
+    where = tmp_path / "m" / f"text_encoder{T5[made.FAMILY[kind]]}" / "model.safetensors"
+    shutil.copytree(folder, tmp_path / "m")
+    state = load_file(where)
+    damage(state)
+    save_file(state, where)
+    for out in ("folder", "one.safetensors"):
+        with pytest.raises(CheckpointError, match=said):
+            convert(find(tmp_path / "m"), tmp_path / out)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_what_inspect_says(saved):

@@ -123,17 +123,19 @@ def vae_state():
     return _rename(iter(state.items()), ldm_sources(state, vae_prefixes(c)))
 
 
+QUERIES = "encoder.block.0.layer.0.SelfAttention.q.weight"
+FEED = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
 BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 @pytest.mark.parametrize("name, shape, said", [
     (BIAS, (33, 2), r"is \[33, 2\]; 32 positions"), (BIAS, (16, 2), "32 positions"), (BIAS, (0, 2), "32 positions"),
     (BIAS, (32, 0), "32 positions"), (BIAS, (1, 32, 2), "32 positions"), ("shared.weight", None, "shared.weight is missing"),
-    ("shared.weight", (), "shared.weight is missing"), ("shared.weight", (1, 9, 24), r"shared.weight is \[1, 9, 24\]")])
+    *((name, shape, f"T5's {name} is {said}") for name in (BIAS, QUERIES, FEED, "shared.weight")
+      for shape, said in ((None, "missing"), ((), r"\[\]; "), ((9,), r"\[9\]; "), ((1, 9, 24), r"\[1, 9, 24\]; ")))])
 def test_a_t5_in_a_file_whose_sizes_are_no_t5s_is_refused(tmp_path, name, shape, said):
     """Its sizes are read from shapes, so that what is misshapen there would make another network."""
-    shapes = {BIAS: (32, 2), "encoder.block.0.layer.0.SelfAttention.q.weight": (8, 24), "shared.weight": (9, 24),
-              "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (16, 24)}
+    shapes = {BIAS: (32, 2), QUERIES: (8, 24), "shared.weight": (9, 24), FEED: (16, 24)}
     assert t5.in_file(SimpleNamespace(path=tmp_path, shapes=shapes), "").config["vocab_size"] == 9
     shapes |= {name: shape}
     with pytest.raises(CheckpointError, match=said):

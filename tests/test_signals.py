@@ -9,8 +9,10 @@ import signal
 import pytest
 from PIL import Image
 
+from p2p.cli import output
 from p2p.cli.parser import main
 from p2p.weights import aside
+from p2p.weights.errors import CheckpointError
 
 PAIRS = [{"caption": "a cat on grass", "edit": "make it a dog", "output": "a dog on grass"},
          {"caption": "a cat on a road", "edit": "make it a dog", "output": "a dog on a road"}]
@@ -143,3 +145,35 @@ def test_what_stops_between_the_two_steps_of_a_move_leaves_nothing(tmp_path, mon
     with pytest.raises(FileExistsError):
         aside.settle(tmp_path / "a", tmp_path / "there")
     assert (tmp_path / "there").read_text() == "x" and (tmp_path / "a").is_dir()
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stop_that_a_library_takes_for_damage_is_a_stop(tmp_path, monkeypatch, capsys, sd1_file, stop):
+    """safetensors makes an error of its own of whatever is raised while it reads."""
+    def damaged(*args, **settings):
+        try:
+            os.kill(os.getpid(), stop)
+        except BaseException as error:
+            raise CheckpointError(f"the file is damaged: {error!r}") from None
+
+    monkeypatch.setattr("p2p.load", damaged)
+    code = main(["edit", "a cat", "a dog", "--model", str(sd1_file), "--out", str(tmp_path / "out")])
+    assert code == STOPS[stop] and capsys.readouterr().err.splitlines()[-1] == "p2p: interrupted" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("second", STOPS)
+def test_no_stop_interrupts_the_cleaning_up(tmp_path, monkeypatch, capsys, here, second):
+    """Neither the first nor a second one, as when a terminal closes: SIGHUP, then SIGTERM."""
+    real = aside.shutil.rmtree
+
+    def slow(*args, **options):
+        os.kill(os.getpid(), second)
+        real(*args, **options)
+
+    monkeypatch.setattr(aside.shutil, "rmtree", slow)
+    for first in (second, signal.SIGTERM):
+        with monkeypatch.context() as m:
+            if first != second:
+                monkeypatch.setattr(output, "sweep", lambda parent: os.kill(os.getpid(), first))
+            assert here("edit") == STOPS[first] and "interrupted" in capsys.readouterr().err
+    assert written(tmp_path).keys() == {"x.png", "jobs.jsonl", "pairs.jsonl"}

@@ -97,6 +97,11 @@ def test_one_bit_that_flips_anywhere_in_an_inversion_is_noticed(tmp_path, method
         flip(path, at)
         refused(path, "changed or damaged after it was saved")
         flip(path, at)
+    name = path.read_bytes().index(b'"seal":')
+    for at in range(name + 1, name + 5):
+        flip(path, at)
+        refused(path, "among its metadata, belongs to none")
+        flip(path, at)
     assert Inversion.load(path).settings() == want.settings()
 
 
@@ -105,12 +110,12 @@ def test_a_seal_covers_names_types_shapes_values_and_metadata(tmp_path, dtype):
     sealed.save({"a": torch.ones(2, 3, dtype=dtype)}, tmp_path / "s.safetensors", {"k": "v"})
     with safe_open(tmp_path / "s.safetensors", "pt") as f:
         said, a = f.metadata(), f.get_tensor("a")
-    sealed.check({"a": a}, said)
-    sealed.check({"a": a + 1}, {"k": "v"})   # of another program: no seal
+    sealed.check({"a": a}, said, ("k",))
+    sealed.check({"a": a + 1}, {"k": "v"}, ("k",))   # of another program: no seal
     for tensors, metadata in (({"b": a}, said), ({"a": a.mT}, said), ({"a": a + 1}, said), ({"a": a.int()}, said),
                               ({"a": a, "b": a}, said), ({"a": a}, said | {"k": "w"}), ({}, said)):
         with pytest.raises(ValueError, match="changed or damaged"):
-            sealed.check(tensors, metadata)
+            sealed.check(tensors, metadata, ("k",))
 
 
 FIELDS = {

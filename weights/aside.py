@@ -27,16 +27,21 @@ def aside(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:   # a stop, in the middle of it
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """The path to write a file to, which then replaces `file` atomically: readers see the old one or the new
-    one.
+    one. What killed processes left beside it goes.
 
     Raises OSError.
     """
+    sweep(file.parent)
     with aside(file.parent) as folder:
         yield folder / file.name
         os.replace(folder / file.name, file)

@@ -139,11 +139,8 @@ def _hf(text: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _t5(part: Part, half: bool) -> Iterator[tuple[str, Tensor]]:
     """The tensors of T5's encoder under transformers' names."""
-    file = t5.whole_encoder(part).file
-    for name in file.shapes:
-        if name.startswith("encoder."):
-            tensor = file[name]
-            yield t5.SHARED if name == t5.EMBEDDING else name, tensor.half() if half else tensor
+    for name, tensor in t5.tensors(part, t5.empty(part)):
+        yield t5.SHARED if name == t5.EMBEDDING else name, tensor.half() if half else tensor
 
 
 def _folder(package: Package, out: Path, half: bool) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_prompts(path: Path) -> EncodedPrompts:
         prompts, listed = parse_json(file.metadata["prompts"]), parse_json(file.metadata["tokens"])
         tokens = [Tokens(text, ids, [(a, b) for a, b in spans]) for text, ids, spans in listed]
         embeddings = file["prompt_embeds"]
-        sealed.check({"prompt_embeds": embeddings}, file.metadata)
+        sealed.check({"prompt_embeds": embeddings}, file.metadata, ("prompts", "tokens", "padding", "format"))
         _check_prompts(prompts, tokens, embeddings)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a file of encoded prompts ({error}); `p2p encode` writes one."
@@ -52,7 +53,8 @@ def load_prompts(path: Path) -> EncodedPrompts:
 
 def _check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: Tensor) -> None:
     """Raises ValueError or TypeError."""
-    if embeddings.ndim != 3 or not embeddings.is_floating_point() or not embeddings.numel():
+    wide = embeddings.is_floating_point() and embeddings.dtype.itemsize > 1   # no fp8
+    if embeddings.ndim != 3 or not wide or not embeddings.numel():
         raise ValueError(f"its embeddings are {embeddings.dtype} of the shape {list(embeddings.shape)}")
     if not len(prompts) == len(tokens) == len(embeddings):
         raise ValueError(f"{len(prompts)} prompts, {len(tokens)} splits and {len(embeddings)} embeddings")
@@ -91,25 +93,28 @@ def has_tokenizer(folder: Path, suffix: str) -> bool:
 def in_file(file: TensorFile, prefix: str) -> Part | None:
     """T5 under transformers' names in a file, with its config by shapes; its heads are those of its
     positions. Raises CheckpointError."""
-    s, block = file.shapes, f"{prefix}encoder.block."
-    layers = count(s, block)
+    layers = count(file.shapes, f"{prefix}encoder.block.")
     if not layers:
         return None
-    positions = f"{block}0.layer.0.SelfAttention.relative_attention_bias.weight"
-    bias = s[positions]
-    if len(bias) != 2 or bias[0] != BUCKETS or not bias[1]:   # no other tensor tells how many there should be
-        raise CheckpointError(f"{file.path}: T5's {positions} is {list(bias)}; {BUCKETS} positions of each "
-                              "head are needed.")
-    inner, width = s[f"{block}0.layer.0.SelfAttention.q.weight"]
-    feed = f"{block}0.layer.1.DenseReluDense."
-    gated = f"{feed}wi_0.weight" in s
-    embedding = next((s[prefix + k] for k in (SHARED, EMBEDDING) if prefix + k in s), ())
-    if len(embedding) != 2:
-        raise CheckpointError(f"{file.path}: T5's {SHARED} is {list(embedding) or 'missing'}; a row for each "
-                              "word is needed.")
-    config = {"vocab_size": embedding[0], "d_model": width, "d_kv": inner // bias[1], "num_heads": bias[1],
-              "d_ff": s[f"{feed}{'wi_0' if gated else 'wi'}.weight"][0], "num_layers": layers,
-              "relative_attention_num_buckets": bias[0],
+    attention, feed = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+
+    def matrix(name: str, needed: str = "a matrix is", rows: int | None = None) -> tuple[int, ...]:
+        shape = file.shapes.get(prefix + name)
+        if shape is None or len(shape) != 2 or not all(shape) or rows not in (None, shape[0]):
+            found = "missing" if shape is None else list(shape)
+            raise CheckpointError(f"{file.path}: T5's {prefix}{name} is {found}; {needed} needed.")
+        return shape
+
+    embedding = next((name for name in (SHARED, EMBEDDING) if prefix + name in file.shapes), SHARED)
+    words = matrix(embedding, "a row for each word is")[0]
+    # no other tensor tells how many positions there should be
+    heads = matrix(f"{attention}relative_attention_bias.weight", f"{BUCKETS} positions of each head are",
+                   BUCKETS)[1]
+    inner, width = matrix(f"{attention}q.weight")
+    gated = prefix + f"{feed}wi.weight" not in file.shapes   # as every T5 of a released model
+    config = {"vocab_size": words, "d_model": width, "d_kv": inner // heads, "num_heads": heads,
+              "d_ff": matrix(f"{feed}{'wi_0' if gated else 'wi'}.weight")[0], "num_layers": layers,
+              "relative_attention_num_buckets": BUCKETS,
               "feed_forward_proj": "gated-gelu" if gated else "relu"}
     return Part(file, prefix, "own", config)
 
@@ -130,19 +135,12 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int 
 def load_part(part: Part, folder: Path, suffix: str, device: torch.device, dtype: torch.dtype, length: int,
               masked: bool) -> T5Encoder:
     """Loads T5 from a part, its tokenizer from the folder of a model. Raises CheckpointError."""
-    try:
-        from transformers import AutoTokenizer, T5Config, T5EncoderModel
-    except ImportError:
-        raise CheckpointError(f"{folder}: T5 is read by transformers, which is not installed: pip install "
-                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+    tower = empty(part)
     _check_code(folder, suffix)
-    try:
-        with torch.device("meta"):
-            tower = T5EncoderModel(T5Config.from_dict(part.config))
-    except Exception as error:   # of transformers; they vary from release to release
-        raise CheckpointError(f"{folder}: no T5 has its config ({type(error).__name__}: {error}).") from None
     _fill(tower, part, device, dtype)
     try:
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", use_fast=True,
                                                   trust_remote_code=False, local_files_only=True)
         _check_tokenizer(tokenizer, tower.config.vocab_size)
@@ -190,22 +188,39 @@ def _check_tokenizer(tokenizer: Any, known: int) -> None:
         raise ValueError(f"it has the token {most}, of a network that knows {known}")
 
 
-def whole_encoder(part: Part) -> Part:
-    """The part with its tensors under the encoder's names, the words' embedding among them."""
-    # one tensor, under either name or both
+def empty(part: Part) -> nn.Module:
+    """transformers' network of a part's config, without memory. Raises CheckpointError."""
+    where = part.file.path
+    try:
+        from transformers import T5Config, T5EncoderModel
+    except ImportError:
+        raise CheckpointError(f"{where}: T5 is read by transformers, which is not installed: pip install "
+                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+    try:
+        with torch.device("meta"):
+            return T5EncoderModel(T5Config.from_dict(part.config))
+    except Exception as error:   # of transformers; they vary from release to release
+        raise CheckpointError(f"{where}: no T5 has its config ({type(error).__name__}: {error}).") from None
+
+
+def tensors(part: Part, tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the encoder under transformers' names, one at a time, the words' embedding among them.
+    Raises CheckpointError naming what does not fit."""
+    # the embedding is one tensor, under either name or both
     names = {k.removeprefix(part.prefix): k for k in part.file.shapes if k.startswith(part.prefix)}
     if SHARED in names:
         names[EMBEDDING] = names[SHARED]
-    return Part(Renamed(part.file, names), "encoder.", "own", None)
+    encoder = Part(Renamed(part.file, names), "encoder.", "own", None)
+    for name, tensor in read_tensors(encoder, lambda _: tower.encoder, "T5"):
+        yield f"encoder.{name}", tensor
 
 
 def _fill(tower: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts every tensor of the encoder in its place, one at a time. Raises CheckpointError naming what does
-    not fit."""
+    """Puts every tensor of the encoder in its place. Raises CheckpointError."""
     state = {}
-    for name, tensor in read_tensors(whole_encoder(part), lambda _: tower.encoder, "T5"):
+    for name, tensor in tensors(part, tower):
         # transformers keeps these in float32 too: their outputs overflow float16
         keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
-        state[f"encoder.{name}"] = tensor.to(device, torch.float32 if keep_float32 else dtype)
+        state[name] = tensor.to(device, torch.float32 if keep_float32 else dtype)
     tower.load_state_dict(state | {SHARED: state[EMBEDDING]}, strict=True, assign=True)
     tower.tie_weights()

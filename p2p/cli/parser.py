@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 from p2p import __version__
 from p2p.cli import arguments, checks, groups
 from p2p.errors import CheckpointError, NumericsError, UsageError
-from p2p.lists.stop import Lasting, at_once, exit_code, stoppable
+from p2p.lists.stop import Lasting, at_once, exit_code, stoppable, unmasked
 from p2p.weights.untrusted import printable
 
 USAGE, MODEL_FILE, NUMERICS = 2, 3, 4
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             return _fail("interrupted", exit_code(stop))
         except OSError as error:   # of stdout, on a full disk: every other file has its own message
-            return _fail(error.strerror or error, USAGE)
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror or error}", USAGE)
 
 
 def _run(argv: list[str]) -> int:
@@ -118,9 +119,10 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:   # argparse has said what was wrong
         return int(stop.code or 0)
     try:
-        if check := COMMANDS[args.command].check:
-            check(args)
-        return _function(args.command)(args) or 0
+        with unmasked():
+            if check := COMMANDS[args.command].check:
+                check(args)
+            return _function(args.command)(args) or 0
     except CheckpointError as error:
         return _fail(error, MODEL_FILE)
     except NumericsError as error:

@@ -115,7 +115,10 @@ def evaluate(model: Model, items: Sequence[Item], ways: Mapping[str, Way | Mappi
     judge_id = judges.identity()
     for name, way in ways.items():
         folder, jobs = out / name, all_jobs[name]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot be written ({error.strerror})") from None
         write(folder / "settings.json", json.dumps(_row_settings(way, model, data), indent=1))
         write(folder / PICTURES, json.dumps(all_pictures[name], indent=1))
         if way.job is not None:

@@ -4,22 +4,42 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 
+GRACE = 2.0   # seconds after a signal in which others are taken for the same: no cleaning up is interrupted
+_last: list[tuple[int, float]] = []   # the signal that came, and when
+
+
 def _interrupt(number: int, _: Any) -> None:
-    raise KeyboardInterrupt(number)
+    if not _last or time.monotonic() - _last[-1][1] > GRACE:
+        _last[:] = [(number, time.monotonic())]
+        raise KeyboardInterrupt(number)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP raise a KeyboardInterrupt (with the signal's number) as Ctrl-C does, so that
-    unfinished files are removed. Signals that are ignored (nohup) or handled already stay so."""
-    with _handled([s for s in _known("SIGTERM", "SIGHUP") if signal.getsignal(s) is signal.SIG_DFL],
+    """Makes Ctrl-C, SIGTERM and SIGHUP raise a KeyboardInterrupt with the signal's number, so that unfinished
+    files are removed. Signals that are ignored (nohup) or handled already stay so."""
+    _last.clear()
+    untouched = (signal.SIG_DFL, signal.default_int_handler)
+    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) in untouched],
                   _interrupt):
         yield
+
+
+@contextmanager
+def unmasked() -> Iterator[None]:
+    """Raises KeyboardInterrupt in place of what a library made of it (safetensors calls the file damaged)."""
+    try:
+        yield
+    except Exception:
+        if _last:
+            raise KeyboardInterrupt(_last[-1][0]) from None
+        raise
 
 
 @contextmanager
@@ -31,8 +51,8 @@ def at_once() -> Iterator[None]:
             os.write(2, b"p2p: interrupted\n")
         os._exit(128 + number)
 
-    ours = (signal.default_int_handler, _interrupt)
-    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) in ours], end):
+    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) is _interrupt],
+                  end):
         yield
 
 
@@ -43,8 +63,8 @@ def _known(*names: str) -> list[signal.Signals]:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Makes processes that are started inside ignore Ctrl-C."""
-    with _handled([signal.SIGINT], signal.SIG_IGN):
+    """Makes processes that are started inside ignore Ctrl-C and the end of their terminal."""
+    with _handled(_known("SIGINT", "SIGHUP"), signal.SIG_IGN):
         yield
 
 

@@ -14,6 +14,7 @@ from p2p.errors import NumericsError, UsageError
 from p2p.image import open_picture
 from p2p.lists.jobs import Job, Store
 from p2p.lists.protocol import resampled, square
+from p2p.lists.stop import unmasked
 from p2p.lists.together import run_together
 from p2p.model import Model
 from p2p.request.loading import load
@@ -72,7 +73,8 @@ def _tried(model: Model, do: Callable[[], T]) -> tuple[T | Failure, float]:
     """Calls `do`.  -> its value or failure, and the seconds. Raises UsageError if the device is lost."""
     started, failure = time.perf_counter(), None
     try:
-        value = do()
+        with unmasked():
+            value = do()
     except (UsageError, NumericsError) as error:
         failure = Failure(str(error) or type(error).__name__)
     except Exception as error:   # any other failure of this job: out of memory, or a bug
@@ -129,6 +131,7 @@ def work(model: Model, todo: Iterable[Group], store: Store,
 def loaded(batch: Batch, device: str | None) -> Model:
     """Loads the model in a worker. Raises RuntimeError, which the parent process reports."""
     try:
-        return load(**batch.loading, device=device)
+        with unmasked():
+            return load(**batch.loading, device=device)
     except Exception as error:
         raise RuntimeError(f"no model on {device or 'this worker'}: {error}") from None

@@ -159,7 +159,7 @@ def _read(file: str | Path) -> dict[str, Any]:
             if len(f.keys()) > KEYS:
                 raise ValueError(f"{len(f.keys()):,} tensors")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        sealed.check(tensors, metadata)
+        sealed.check(tensors, metadata, ("inversion", "format"))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
     except (KeyError, ValueError, OSError, SafetensorError) as error:
