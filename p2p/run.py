@@ -151,7 +151,7 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, len(prompts))
     notes = [*model.notes, *late_start(model, settled.schedule, sampling),
              *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
-             *sampling_idle(sampling, settled)]
+             *sampling_idle(model, sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))
     batch = Batch(len(prompts), 0, model.guided(start.guidance_scale))
     recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}

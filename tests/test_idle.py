@@ -1,4 +1,5 @@
 """What is asked for and changes nothing is said to, and it is so: the latents with it and without it are the same."""
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import p2p
 from p2p import UsageError
 from p2p.cli.parser import main
 from p2p.lists import ip2p
+from p2p.models.mmdit import Flux
 from p2p.show.sweep import sweep
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
@@ -76,7 +78,7 @@ def test_what_stands_for_the_empty_prompt_is_read_by_guidance_alone(narrow, meth
     made = [p2p.invert(narrow, picture, SOURCE, method=m, steps=2, guidance_scale=1.0) for m in (method, "ddim")]
     first, second = (p2p.edit(narrow, m, TARGET) for m in made)
     assert torch.allclose(first.latents, second.latents, atol=1e-5)
-    assert sum(f"{method} inversion changes nothing at guidance_scale 1" in note for note in first.notes) == 1
+    assert sum(f"{method} inversion changes nothing: what it puts" in note for note in first.notes) == 1
     assert not any("inversion changes nothing" in note for note in p2p.edit(narrow, made[0], TARGET, guidance_scale=3.0).notes
                    if method == "negative-prompt")
 
@@ -125,3 +127,40 @@ def test_what_own_shapes_cut_off_is_not_cured_by_own_shapes(narrow):
     notes = [p2p.invert(narrow, strip, SOURCE, method="noise", steps=1, fit=fit).notes for fit in ("own", "crop")]
     own, crop = ("".join(note for note in each if "cropped" in note) for each in notes)
     assert "--pad" in own and "--fit own" not in own and "--fit own its shape" in crop
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """A small random flow that reads its guidance as a number, as FLUX.1 dev does."""
+    torch.manual_seed(1)
+    flow = p2p.load("emoji-flow", device="cpu")
+    net = Flux(replace(flow.unet.config, dim=32, heads=2, double=1, single=1, axes=(4, 6, 6), guidance=True))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return replace(flow, unet=net.requires_grad_(False).eval(), name="small dev")
+
+
+def test_what_stands_for_the_empty_prompt_is_not_read_where_guidance_is_a_number(distilled):
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    negative, plain = (p2p.invert(distilled, picture, SOURCE, method=m, steps=2) for m in ("negative-prompt", "ddim"))
+    said = "negative-prompt inversion changes nothing: .*small dev reads guidance as a number, and no empty prompt"
+    first, second = (p2p.edit(distilled, m, TARGET, guidance_scale=3.0) for m in (negative, plain))
+    assert torch.allclose(first.latents, second.latents, atol=1e-5)
+    for made in (negative, first):
+        assert sum(bool(re.match(said, note)) for note in made.notes) == 1, made.notes
+
+
+def test_proximal_guidance_where_guidance_is_a_number(distilled):
+    with_it, without = (edited(distilled, guidance_scale=3.0, **more) for more in (dict(proximal=("l0", 0.7)), {}))
+    assert torch.equal(with_it.latents, without.latents)
+    assert sum("proximal changes nothing: small dev reads guidance as a number" in note for note in with_it.notes) == 1
+
+
+def test_a_trace_is_read_at_its_own_guidance_where_the_network_reads_it(distilled):
+    """Its queries and keys are of that guidance; latents alone serve any."""
+    traced = p2p.trace(distilled, SOURCE, steps=2, guidance_scale=3.0)
+    with pytest.raises(UsageError, match="guidance_scale 5.0: the trace holds queries and keys of guidance 3.0, which small dev reads"):
+        p2p.edit(distilled, traced, TARGET, guidance_scale=5.0)
+    direct = p2p.edit(distilled, SOURCE, TARGET, steps=2, guidance_scale=3.0)
+    assert (p2p.edit(distilled, traced, TARGET).latents[1] - direct.latents[1]).abs().max() < 1e-4
+    assert p2p.edit(distilled, p2p.trace(distilled, SOURCE, steps=2, guidance_scale=3.0, latents_only=True), TARGET, guidance_scale=5.0)

@@ -161,19 +161,18 @@ def test_a_stop_that_a_library_takes_for_damage_is_a_stop(tmp_path, monkeypatch,
     assert code == STOPS[stop] and capsys.readouterr().err.splitlines()[-1] == "p2p: interrupted" and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("second", STOPS)
-def test_no_stop_interrupts_the_cleaning_up(tmp_path, monkeypatch, capsys, here, second):
+@pytest.mark.parametrize("earlier", [None, signal.SIGTERM])
+@pytest.mark.parametrize("stop", STOPS)
+def test_no_stop_interrupts_the_cleaning_up(tmp_path, monkeypatch, capsys, here, stop, earlier):
     """Neither the first nor a second one, as when a terminal closes: SIGHUP, then SIGTERM."""
     real = aside.shutil.rmtree
 
     def slow(*args, **options):
-        os.kill(os.getpid(), second)
+        os.kill(os.getpid(), stop)
         real(*args, **options)
 
     monkeypatch.setattr(aside.shutil, "rmtree", slow)
-    for first in (second, signal.SIGTERM):
-        with monkeypatch.context() as m:
-            if first != second:
-                monkeypatch.setattr(output, "sweep", lambda parent: os.kill(os.getpid(), first))
-            assert here("edit") == STOPS[first] and "interrupted" in capsys.readouterr().err
+    if earlier:
+        monkeypatch.setattr(output, "sweep", lambda parent: os.kill(os.getpid(), earlier))
+    assert here("edit") == STOPS[earlier or stop] and "interrupted" in capsys.readouterr().err
     assert written(tmp_path).keys() == {"x.png", "jobs.jsonl", "pairs.jsonl"}

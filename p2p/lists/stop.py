@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-
 GRACE = 2.0   # seconds after a signal in which others are taken for the same: no cleaning up is interrupted
 _last: list[tuple[int, float]] = []   # the signal that came, and when
 

@@ -94,8 +94,8 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
     notes += [*late_start(model, schedule), *_uncontrolled(planned)]
-    if method == "null-text" and guidance_scale == 1:
-        notes += unguided(method)
+    if method == "null-text" or model.unet.reads_guidance:
+        notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
 
 
@@ -185,9 +185,16 @@ def _empty(model: Model, prompt: str) -> bool:
     return not model.zero_negative and prompt_tokens(model, prompt).ids == model.tokens("").ids
 
 
-def unguided(method: str) -> list[str]:
-    """A note where an inversion replaces the empty prompt, which nothing reads without guidance."""
-    if method not in ("negative-prompt", "null-text"):
+def without_empty(model: Model) -> str:
+    """Why a run reads no empty prompt, where it is not guided."""
+    if model.unet.reads_guidance:
+        return f"{model.name} reads guidance as a number, and no empty prompt"
+    return "at guidance_scale 1 there is no guidance"
+
+
+def unguided(model: Model, method: str, guidance_scale: float) -> list[str]:
+    """A note where an inversion replaces the empty prompt, and nothing reads it."""
+    if method not in ("negative-prompt", "null-text") or model.guided(guidance_scale):
         return []
-    return [f"{method} inversion changes nothing at guidance_scale 1: what it puts in place of the empty "
-            "prompt is read by guidance alone"]
+    return [f"{method} inversion changes nothing: what it puts in place of the empty prompt is not read; "
+            f"{without_empty(model)}"]

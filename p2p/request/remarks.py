@@ -6,6 +6,7 @@ from typing import Any
 
 from p2p.blend import Blend
 from p2p.edits import Edit, Tables
+from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.request import windows
 from p2p.request.editing import EditRequest
@@ -21,7 +22,7 @@ from p2p.request.effect import (
     without,
 )
 from p2p.request.emphasis import below_zero, read
-from p2p.request.inverting import unguided
+from p2p.request.inverting import unguided, without_empty
 from p2p.request.negative import negatives
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late_start
@@ -36,9 +37,9 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
         notes += _of_tables(request, edit_tables, steps)
     else:
         notes += _of_editor(request, planned, steps)
-    notes += sampling_idle(request.sampling, request.settled, known=inversion is not None)
-    if inversion is not None and request.settled.guidance_scale == 1:
-        notes += unguided(inversion.method)
+    notes += sampling_idle(request.model, request.sampling, request.settled, known=inversion is not None)
+    if inversion is not None:
+        notes += unguided(request.model, inversion.method, request.settled.guidance_scale)
     notes += request.notes
     if request.editor is None:
         notes += self_idle(request.given, request.edits, request.model, shape)
@@ -92,11 +93,11 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
     return notes
 
 
-def sampling_idle(sampling: Sampling, settled: Settled, known: bool = False) -> list[str]:
+def sampling_idle(model: Model, sampling: Sampling, settled: Settled, known: bool = False) -> list[str]:
     """Notes on a run's sampling that changes nothing. known: its source is inverted or traced."""
     notes = []
-    if sampling.proximal is not None and settled.guidance_scale == 1:
-        notes.append("proximal changes nothing: at guidance_scale 1 there is no guidance")
+    if sampling.proximal is not None and not model.guided(settled.guidance_scale):
+        notes.append(f"proximal changes nothing: {without_empty(model)}")
     elif sampling.proximal is not None and sampling.proximal[1] == 0:
         what = "nothing" if sampling.proximal[0] == "l0" else "next to nothing"
         notes.append(f"proximal {sampling.proximal[0]} changes {what}: from quantile 0 on all differences "

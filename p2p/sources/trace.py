@@ -111,7 +111,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
         _keep(stored, step.index, steps, step.seen, dtype)
     notes = [*late_start(model, start.schedule, sampling),
              *prompt_notes(model, [prompt, *negatives(sampling.negative_prompt, 1)]),
-             *sampling_idle(sampling, settled)]
+             *sampling_idle(model, sampling, settled)]
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
                       overrides=model.overrides, notes=tuple(dict.fromkeys(notes)),

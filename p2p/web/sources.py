@@ -69,8 +69,8 @@ class Sources:
         if picture is None:
             return asked.source, asked.steps, asked.seed, asked.guidance, asked.negative
         digest = hashlib.sha256(picture.tobytes()).digest()   # all are fitted to one size
-        optimised = asked.guidance if asked.method == "null-text" else None
-        return asked.source, asked.steps, asked.seed, optimised, asked.method, digest
+        held = asked.guidance if asked.method == "null-text" or self.model.unet.reads_guidance else None
+        return asked.source, asked.steps, asked.seed, held, asked.method, digest
 
     def _generated(self, asked: Asked) -> Source:
         if self.model.sampler in DISTILLED:
