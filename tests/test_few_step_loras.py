@@ -1,10 +1,12 @@
 """LoRAs and files of few steps: what their names and metadata say is done, said, recorded, and overridden by what is asked for."""
 import json
+import shutil
 
 import families
 import pytest
 import torch
 from lora_files import LAYERS, lora, write
+from oracles import diffusers
 from safetensors.torch import load_file, save_file
 
 import p2p
@@ -97,12 +99,28 @@ def test_a_file_with_a_guidance_embedding_is_a_latent_consistency_model(base, tm
 
 
 def test_what_is_merged_and_converted_is_sampled_the_same(base, tmp_path):
+    """In steps and guidance too, and whatever it is named then."""
     folder, _, state = base
-    for name in ("lcm_lora", "lightning_4step"):
-        path, out = saved(state, tmp_path / f"{name}.safetensors"), tmp_path / f"{name}_merged.safetensors"
-        convert(find(folder, lora=[(path, 1.0)]), out)
-        a, b = p2p.load(folder, lora=path, device="cpu"), p2p.load(out, device="cpu")
-        assert a.sampler == b.sampler and a.schedule(4, a.sampler) == b.schedule(4, b.sampler)
+    for name in ("lcm_lora", "lightning_2step", "Hyper-SD15-12steps-CFG-lora", "Hyper-SD15-1step-lora"):
+        path = saved(state, tmp_path / f"{name}.safetensors")
+        a = p2p.load(folder, lora=path, device="cpu")
+        for out in (tmp_path / f"{len(name)}.safetensors", tmp_path / f"{len(name)}"):
+            convert(find(folder, lora=[(path, 1.0)]), out)
+            b = p2p.load(out, device="cpu")
+            for said in ("sampler", "steps", "guidance_scale", "timestep_spacing", "final_alpha"):
+                assert getattr(a, said) == getattr(b, said), (name, said)
+            assert a.schedule(a.steps, a.sampler) == b.schedule(b.steps, b.sampler)
+        assert diffusers.DDIMScheduler.from_pretrained(out, subfolder="scheduler").config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("told", [3, {}, {"few_steps": "lcm"}, {"few_steps": "lcm", "steps": 0, "guided": False},
+                                  {"few_steps": "lcm", "steps": 4, "guided": 1}, {"few_steps": ["lcm"], "steps": 4, "guided": True}])
+def test_what_a_config_tells_of_few_steps_is_checked(base, tmp_path, told):
+    shutil.copytree(base[0], tmp_path / "m")
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_few_steps": told}))
+    with pytest.raises(p2p.CheckpointError, match="_few_steps .*are expected"):
+        find(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name, sampler", [("lcm-lora", "lcm"), ("tcd-lora", "tcd"), ("Hyper-SD15-4steps-lora", "ddim")])

@@ -343,8 +343,10 @@ def test_averaged_noises_meet_windows_that_begin_among_them(models, picture):
 
 @pytest.mark.parametrize("sampler", ["lcm", "tcd"])
 def test_few_step_models_are_inverted_by_ddcm_alone(models, picture, sampler):
-    model = replace(models["eps"], sampler=sampler)
-    inv = p2p.invert(model, picture, SOURCE, method="ddcm", steps=4)
+    """In their own steps, where no number is given."""
+    model = replace(models["eps"], sampler=sampler, steps=4)
+    inv = p2p.invert(model, picture, SOURCE, method="ddcm")
+    assert inv.steps == 4
     r = p2p.edit(model, inv, TARGET)
     assert torch.equal(r.latents[0], picture[0]) and (r.latents[1] - picture[0]).abs().max() > 1e-3
     assert r.settings["sampler"] == sampler

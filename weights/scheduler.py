@@ -125,7 +125,20 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
-                    _clip(where, c, family), learned, distilled or "ddim", notes=notes)
+                    _clip(where, c, family), learned, distilled or "ddim", notes=notes,
+                    **_few_steps(where, c.get("_few_steps")))
+
+
+def _few_steps(where: Path, told: Any) -> dict[str, Any]:
+    """What `config` told of a model of few steps. Raises CheckpointError."""
+    if told is None:
+        return {}
+    kinds = {"few_steps": str, "steps": int, "guided": bool}
+    if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != kinds \
+            or not 1 <= told["steps"] <= 1000:
+        raise CheckpointError(f"{where}: _few_steps {fields.short(told)}; a kind (few_steps), a number of "
+                              "steps and whether they are guided are expected.")
+    return told
 
 
 def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None) -> Sampling:
@@ -236,6 +249,8 @@ def config(s: Sampling) -> dict[str, Any]:
            "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
            "prediction_type": names[s.prediction], "set_alpha_to_one": s.final_alpha is not None,
            "steps_offset": s.offset}
+    if s.few_steps:
+        out["_few_steps"] = {"few_steps": s.few_steps, "steps": s.steps, "guided": s.guided}
     if s.timestep_spacing != "leading":
         out["timestep_spacing"] = s.timestep_spacing
     abar, usual = s.alphas_cumprod, scaled_linear()
@@ -253,6 +268,6 @@ def metadata(s: Sampling) -> dict[str, str]:
     """The scheduler's config for the header of a single file; empty for that of every Stable Diffusion
     model."""
     settings, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
-    more = settings.keys() & {"timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
+    more = settings.keys() & {"_few_steps", "timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
     plain = usual.items() <= settings.items() and not more and s.sampler == "ddim"
     return {} if plain else {METADATA: json.dumps(settings)}

@@ -12,7 +12,6 @@ from p2p.cli import options, replay, values
 from p2p.cli.output import Output
 from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.image import open_picture
-from p2p.model import STEPS as USUAL
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected
@@ -30,8 +29,6 @@ from p2p.show.sweep import sweep as run_sweep
 def edit(args: argparse.Namespace) -> None:
     if args.replay is not None:
         return replay.run(args)
-    if args.preview and args.steps is None and args.timesteps is None:
-        vars(args).update(shortened(vars(args), USUAL), steps=PREVIEW)
     prompts = values.prompts(args)
     targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
     settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),
@@ -45,10 +42,14 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family)
         sampling = dict(guidance_scale=args.cfg)
+        if args.preview and args.steps is None and (usual := _planned(args, model).steps) > PREVIEW:
+            vars(args).update(shortened(vars(args), usual), steps=PREVIEW)
         source = _inverted(args, model, picture, targets, **settings, **sampling)
     else:
         source = prompts[0]
         model, sampling = options.load_for_sampling(args)
+        if args.preview and args.steps is None and args.timesteps is None:
+            sampling["steps"] = min(PREVIEW, solver(model, Sampling(**options.solver(args)))[1])
     if args.image is None:
         upscaler = stage(args, model.family)
     result = edited(args, model, source, targets, **settings, **sampling)

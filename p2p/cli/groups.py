@@ -135,7 +135,8 @@ _seeds.__name__ = "int"   # in argparse's messages
 
 def settings(parser: argparse.ArgumentParser, seed: str, seeds: bool = False) -> None:
     ap = parser.add_argument_group("sampling")
-    ap.add_argument("--steps", "--num-inference-steps", type=int, help="default: 50; 4 by lcm and tcd")
+    ap.add_argument("--steps", "--num-inference-steps", type=int,
+                    help="default: the model's own (50; of few steps, as its file says; 4 by lcm and tcd)")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
                     help="0 and 1: the prompt alone; default: the "
                     "model's own")

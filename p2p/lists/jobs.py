@@ -24,7 +24,7 @@ from p2p.lists import lines
 from p2p.lists.fields import checked
 from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
 from p2p.lists.lines import present, write
-from p2p.model import STEPS, Model
+from p2p.model import Model
 from p2p.request.editing import EDITING, refuse_p2p_settings
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.source import METHODS
@@ -158,7 +158,7 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
                          '"crop" or "pad"')
     edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
     how = ("steps", "eta", "sampler", "timestep_spacing", "timesteps")
-    _, steps, eta = (None, STEPS, 1.0) if pictured else solver(
+    _, steps, eta = (None, model.steps, 1.0) if pictured else solver(
         model, Sampling(**{k: entry[k] for k in how if k in entry}))
     defaults_ = {"steps": steps, "guidance_scale": model.guidance_scale, "seed": 0, "eta": eta,
                  "height": model.size[0], "width": model.size[1]}

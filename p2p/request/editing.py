@@ -182,7 +182,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
     if inversion.queries is not None and model.unet.reads_guidance and scale != inversion.guidance_scale:
         raise UsageError(f"guidance_scale {scale}: the trace holds queries and keys of guidance "
-                         f"{inversion.guidance_scale}, which {model.name} reads: leave it out, or trace again")
+                         f"{inversion.guidance_scale}, which {model.name} reads: leave it out, or trace "
+                         "again")
     negative = sampling.negative_prompt
     if negative is None and scale not in (0, 1):
         negative = inversion.negative_prompt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from p2p.errors import UsageError
-from p2p.model import STEPS, Model
+from p2p.model import Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
@@ -54,11 +54,12 @@ def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = STEPS, skip: int | None = None,
-             guidance_scale: float | None = None, inversion_guidance: float | None = None,
-             inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
-             final_alpha: float | None = None, negative_prompt: str | None = None, height: int | None = None,
-             width: int | None = None, fit: str = "crop", **own: float | None) -> Inversion:
+def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | None = None,
+             skip: int | None = None, guidance_scale: float | None = None,
+             inversion_guidance: float | None = None, inner_steps: int | None = None,
+             eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
+             negative_prompt: str | None = None, height: int | None = None, width: int | None = None,
+             fit: str = "crop", **own: float | None) -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
     device). height, width: of the picture as fitted. own: `source.OWN`. Raises UsageError."""
     choice("inversion method", method, METHODS)
@@ -67,7 +68,8 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int = S
     _check_model(model, method)
     notes = _check_prompts(model, prompt, negative_prompt)
     shape = model.latent_shape(height, width)
-    schedule = schedule_of(model, whole("steps", steps), shape[1:])
+    steps = whole("steps", model.steps if steps is None else steps)
+    schedule = schedule_of(model, steps, shape[1:])
     schedule = schedule.ending(_final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
     usual = GUIDANCE.get(method, 1.0)
