@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,12 +92,27 @@ def test_a_moved_fader_costs_one_further_edit_and_no_source(session, monkeypatch
 def test_a_run_that_is_replaced_stops_at_its_next_step(session):
     run = session.run(asked(session, target=DOG))
     next(run)
-    session.wanted = asked(session, target=DOG, hand={"weights": {"dog": 2.0}})
+    session.want(asked(session, target=DOG, hand={"weights": {"dog": 2.0}}))
     assert list(run) == [] and not session.gallery
     run = session.run(asked(session, target=DOG))
     next(run)
-    session.wanted = asked(session, target=DOG, hand={"weights": {"dog": 1}})   # another request for the same
+    session.want(asked(session, target=DOG, hand={"weights": {"dog": 1}}))   # another request for the same
     assert list(run)[-1].done
+    gone = asked(session, target=DOG, hand={"weights": {"cat": 2.0}})   # the prompt has no such word
+    run = session.run(gone)
+    next(run)
+    session.want(gone)
+    assert list(run)[-1].done
+
+
+def test_a_model_of_noisy_steps_is_not_traced(narrow):
+    """DeepFloyd IF's pictures are drawn with eta 1, and a trace by DDIM: what is shown is what is recorded."""
+    noisy = Session(replace(narrow, eta=1.0), Sources(replace(narrow, eta=1.0)))
+    views = [last(noisy, target=DOG), last(noisy)]
+    wanted = p2p.edit(noisy.model, CAT, DOG, steps=4, seed=1, guidance_scale=noisy.gallery[0].settings["guidance_scale"])
+    assert wanted.settings["eta"] == 1.0 == noisy.gallery[0].settings["eta"] == noisy.gallery[1].settings["eta"]
+    for image, k in ((views[0].source, 0), (views[0].edit, 1), (views[1].source, 0)):
+        assert apart(image, wanted.images[k]) <= 1
 
 
 def test_a_closed_tab_stops_what_runs_for_it(narrow):

@@ -132,7 +132,7 @@ class Calls:
 
     def newer(self, request: gr.Request, *values: Any) -> None:
         try:
-            self.visits.of(request).wanted = read(self.model.unet, *values)
+            self.visits.of(request).want(read(self.model.unet, *values))
         except UsageError:
             pass   # `run` says so
 

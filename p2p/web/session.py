@@ -97,13 +97,17 @@ class Session:
         self.wanted, self.picture, self.chosen = None, None, None
         self.gallery.clear()
 
+    def want(self, asked: Asked) -> tuple[Asked, list[str]]:
+        """Makes this the latest request, but for faders of words that are gone.  -> it, those words"""
+        dropped = dropped_words(self.model, asked)
+        self.wanted = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
+        return self.wanted, dropped
+
     def run(self, asked: Asked) -> Iterator[View]:
         """The source, a preview of its edit, and the edit; ends early where another request replaces this
         one. Raises UsageError, NumericsError."""
         began, picture = time.perf_counter(), self.picture
-        dropped = dropped_words(self.model, asked)
-        asked = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
-        self.wanted = asked
+        asked, dropped = self.want(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
         plain = None if edit is None else self._checked(asked, edit, picture)
         source = self.sources.of(asked, picture)

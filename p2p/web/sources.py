@@ -73,7 +73,7 @@ class Sources:
         return asked.source, asked.steps, asked.seed, held, asked.method, digest
 
     def _generated(self, asked: Asked) -> Source:
-        if self.model.sampler in DISTILLED:
+        if self.model.sampler in DISTILLED or self.model.eta:   # a trace is sampled by DDIM, of eta 0
             return Source(asked.source, None, None)
         traced = trace(self.model, asked.source, steps=asked.steps, seed=asked.seed,
                        guidance_scale=asked.guidance, negative_prompt=asked.negative or None,
