@@ -62,8 +62,8 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     blend = edit.local_blend or LocalBlend()
     if blend.words is None:
         old, new = subject(source, target, edit, mode, length)
-        blend = replace(blend, words=(old, new),
-                        rivals=(_others(source, old, length), _others(target, new, length)))
+        rivals = _others(source, old, length), _others(target, new, length)
+        blend = replace(blend, words=(old, new), rivals=rivals if any(rivals) else None)
     return replace(edit, scope=None, local_blend=blend)
 
 

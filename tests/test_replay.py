@@ -140,3 +140,30 @@ def test_settings_that_are_none_are_refused(text, tmp_path, capsys):
 def test_settings_are_those_of_json(made):
     settings, file = made
     assert json.loads((file.parent / "settings.json").read_text()) == settings
+
+
+@pytest.mark.slow
+def test_a_negative_prompt_that_a_change_leaves_unread_is_left_out(tmp_path, capsys):
+    """--cfg 1 and 0 are no guidance; null-text and negative-prompt inversion have something else in its place."""
+    common = ["--steps", "2", "--negative", "night", "-q", "-o", str(tmp_path)]
+    assert main(["edit", SOURCE, TARGET, "--seed", "1", *common]) == 0
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    assert main(["edit", "--image", str(tmp_path / "photo.png"), SOURCE, TARGET, "--method", "direct", *common]) == 0
+    drawn, real = (next(iter(sorted(tmp_path.glob(f"000{n}-*/edit.png")))) for n in (1, 2))
+    capsys.readouterr()
+    for file, change, said in ((drawn, ["--cfg", "1"], "without guidance"), (drawn, ["--cfg", "0"], "without guidance"),
+                               (real, ["--cfg", "1"], "without guidance"),
+                               (real, ["--method", "null-text", "--inner-steps", "1"], "null-text has its own in its place"),
+                               (real, ["--method", "negative-prompt"], "negative-prompt has its own in its place")):
+        assert main(["edit", "--from", str(file), *change, "-o", str(tmp_path / "again")]) == 0, change
+        assert "the negative prompt that is recorded is left out: " in (err := capsys.readouterr().err) and said in err
+        made = read_settings(max((tmp_path / "again").glob("*/edit.png")))
+        assert made["negative_prompt"] is None
+        assert main(["edit", "--from", str(file), *change, "--negative", "fog", "-q", "-o", str(tmp_path / "again")]) == 2
+        capsys.readouterr()
+
+
+def test_emphasis_is_of_brackets_which_a_picture_holds_as_weights(made, tmp_path, capsys):
+    for change in (["--emphasis", "embedding"], ["--for", "1", "--emphasis", "attention"]):
+        assert main(["edit", "--from", str(made[1]), "-o", str(tmp_path), *change]) == 2
+        assert "--emphasis: not with --from, which does as the picture records" in capsys.readouterr().err

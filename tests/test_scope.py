@@ -2,6 +2,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import ImageOps
 
 import p2p
@@ -137,3 +138,10 @@ def test_a_sweep_over_all_words_leaves_the_windows_of_single_words():
     assert variant(base, "cross", 0.5).cross_replace_steps == {"dog": 0.3, "default_": 0.5}
     assert variant(base, "weight:a", 3.0).equalizer == {"dog": 2.0, "a": 3.0}
     assert variant(p2p.Edit("a dog"), "cross", 0.5).cross_replace_steps == 0.5
+
+
+def test_a_scope_of_the_whole_prompt_has_no_rivals(narrow):
+    """Nothing is left to compete with its words."""
+    r = p2p.edit(narrow, "a cat", p2p.Edit("a dog", scope="a cat"), steps=2)
+    words = p2p.LocalBlend(words=(["a", "cat"], ["a", "dog"]))
+    assert torch.equal(r.latents, p2p.edit(narrow, "a cat", p2p.Edit("a dog", local_blend=words), steps=2).latents)

@@ -17,7 +17,8 @@ SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source h
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # What --from may change of a picture's settings: what is injected, and how source and edits are sampled.
 SAMPLED = ("steps", "cfg", "seed", "eta", "negative", "proximal")
-CHANGES = (*INJECTION, "for_", *SAMPLED, *SCHEDULE, "height", "width",
+# --emphasis is of brackets in prompts, which a picture records as weights.
+CHANGES = (*(name for name in INJECTION if name != "emphasis"), "for_", *SAMPLED, *SCHEDULE, "height", "width",
            *(name for name in INVERSION if name != "fit"))   # the recorded picture is fitted already
 # Options that --from allows: these, the model's files, where and how it runs, and the output. All others are
 # recorded in the picture.
@@ -49,6 +50,7 @@ def edit(args: argparse.Namespace) -> None:
         refuse(args, "--from, which does as the picture records",
                [name for name in EDIT if name not in REPLAY])
         for section in (args, *(args.for_ or {}).values()):
+            refuse(section, "--from, which does as the picture records", ["emphasis"])
             values.changed(section)
         values.proximal(args)
         values.timesteps(args)

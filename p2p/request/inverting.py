@@ -13,6 +13,7 @@ from p2p.request.checks import choice, finite, share, whole
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
+from p2p.request.negative import REPLACED
 from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import DISTILLED, Schedule
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, Inversion
@@ -162,7 +163,7 @@ def _check_negative(method: str, negative_prompt: str | None, inversion_guidance
     if negative_prompt is None:
         return
     check_prompt(negative_prompt)
-    if method in ("negative-prompt", "null-text"):
+    if method in REPLACED:
         raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, "
                          "or invert by direct")
     if inversion_guidance == 1 or method == "noise":
@@ -196,7 +197,7 @@ def without_empty(model: Model) -> str:
 
 def unguided(model: Model, method: str, guidance_scale: float) -> list[str]:
     """A note where an inversion replaces the empty prompt, and nothing reads it."""
-    if method not in ("negative-prompt", "null-text") or model.guided(guidance_scale):
+    if method not in REPLACED or model.guided(guidance_scale):
         return []
     return [f"{method} inversion changes nothing: what it puts in place of the empty prompt is not read; "
             f"{without_empty(model)}"]

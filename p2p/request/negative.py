@@ -9,6 +9,8 @@ from p2p.request.prompts import check as check_prompt
 from p2p.request.source import Inversion
 from p2p.weights.untrusted import brief
 
+REPLACED = ("negative-prompt", "null-text")   # inversions that put something else in its place
+
 
 def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[str]:
     """One negative prompt a row; as many as are given where these are not one for all."""
@@ -36,6 +38,6 @@ def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, gu
             "give a guidance_scale other than 1, or leave it out"
         raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
     method = None if inversion is None else inversion.method
-    if method in ("negative-prompt", "null-text"):
+    if method in REPLACED:
         raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "
                          "out, or invert by direct")
