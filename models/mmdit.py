@@ -209,6 +209,10 @@ class StableDiffusion3(MMDiT):
     def dtype(self) -> torch.dtype:
         return self.pos_embed.dtype
 
+    @property
+    def largest(self) -> float:
+        return self.config.table * self.config.patch
+
     def tokens(self, x: Tensor) -> Tensor:
         x = self.x_embedder(x)                                                   # (B, D, h, w)
         side, sides = self.config.table, x.shape[2:]

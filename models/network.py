@@ -1,6 +1,7 @@
 """What the method asks of a network, whichever it is: its attention layers, by site, and what it takes."""
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +57,11 @@ class Network(nn.Module):
     def unit(self) -> int:
         """What the sides of x must be multiples of."""
         return self.config.patch
+
+    @property
+    def largest(self) -> float:
+        """How long the sides of x may be."""
+        return math.inf
 
     @property
     def enlarges(self) -> bool:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from p2p.blend import Blend, local_blend, word_maps
-from p2p.errors import NumericsError, UsageError
+from p2p.errors import NumericsError
 from p2p.model import Model
 from p2p.models.attention import QK, AttentionEdit, Edits
 from p2p.models.conditioning import Conditioning
+from p2p.request.checks import tensor
 from p2p.request.schedules import Schedule
 from p2p.sampler import Stepper, guide
-from p2p.weights.untrusted import brief
 
 
 class Batch(NamedTuple):
@@ -81,11 +81,7 @@ class Step:
 
     def changed(self, before: Tensor) -> Tensor:
         """x, in the place of `before`. Raises UsageError for one that does not fit there."""
-        fits = isinstance(self.x, Tensor) and self.x.is_floating_point() and not self.x.is_meta
-        if not fits or self.x.shape != before.shape:
-            raise UsageError(f"step.x is replaced by {brief(getattr(self.x, 'shape', self.x))}; a tensor "
-                             f"{tuple(before.shape)} is needed")
-        return self.x.detach().to(before)
+        return tensor("step.x", self.x, *before.shape).detach().to(before)
 
 
 class Known(NamedTuple):

@@ -113,13 +113,18 @@ class Model:
             return self.shrink * self.unet.unit
         return max(8, self.shrink)
 
+    @property
+    def largest(self) -> int:
+        """The longest side of a picture, in pixels."""
+        return int(min(LARGEST, self.unet.largest * self.shrink))
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a picture of that size. Raises UsageError."""
         sides = (self.size[0] if height is None else height, self.size[1] if width is None else width)
         for name, side in zip(("height", "width"), sides):
-            if not isinstance(side, Integral) or side % self.unit or not 0 < side <= LARGEST:
+            if not isinstance(side, Integral) or side % self.unit or not 0 < side <= self.largest:
                 raise UsageError(f"{name} must be a positive multiple of {self.unit}, not {brief(side)}, and "
-                                 f"at most {LARGEST}")
+                                 f"at most {self.largest}")
         return self.unet.config.in_channels, sides[0] // self.shrink, sides[1] // self.shrink
 
     @cached_property

@@ -3,6 +3,7 @@ import flow_models as made
 import pytest
 import torch
 from oracles import diffusers
+from PIL import Image
 
 import p2p
 
@@ -11,6 +12,17 @@ DYNAMIC = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_s
            "max_image_seq_len": 4096}
 SCHEDULERS = {"dev": DYNAMIC, "schnell": {"shift": 1.0}}
 PROMPT, NEGATIVE = "a cat on grass", "a blurry dog"
+
+
+def test_pictures_beyond_the_table_of_positions_are_refused(tmp_path):
+    """Of Stable Diffusion 3 (here 12 x 12 tokens of 4 x 4 pixels); a picture's own size stays within it."""
+    made.pipeline("3 medium", tmp_path / "towers").save_pretrained(tmp_path / "model")
+    model = p2p.load(tmp_path / "model", device="cpu")
+    with pytest.raises(p2p.UsageError, match="height must be a positive multiple of 4, not 52, and at most 48"):
+        p2p.generate(model, PROMPT, steps=1, height=52, width=16)
+    assert p2p.generate(model, PROMPT, steps=1, height=48, width=16).latents.shape[2:] == (24, 8)
+    wide = p2p.invert(model, Image.new("RGB", (400, 40)), PROMPT, fit="own", steps=2)
+    assert wide.picture.size[0] == 48
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from p2p import CheckpointError
 from p2p.cli.parser import main
 from p2p.models.t5 import NoT5
 from p2p.models.text import TextEncoder
+from p2p.request.emphasis import condition
 from p2p.weights.mmdit import T5
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,18 @@ def test_prompts_encoded_beforehand(saved, tmp_path, capsys):
     assert main(["encode", "a cat", "--model", str(tmp_path / "if"), "-o", str(tmp_path)]) == 0
     with pytest.raises(CheckpointError, match="its T5 did not read the padding, as for DeepFloyd IF"):
         p2p.load(folder, device="cpu", text=capsys.readouterr().out.strip())
+
+
+def test_weighted_prompts_encoded_beforehand(saved, tmp_path, capsys):
+    """Stable Diffusion 3 reads brackets as weights, of T5's text too; to FLUX they are text."""
+    kind, _, folder = saved
+    prompt = "a (red:1.5) cat"
+    assert main(["encode", prompt, "--model", str(folder), "-o", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert ("brackets are text to T5, and weigh nothing" in said.err) == (kind[0] != "3")
+    bare = p2p.load(without_t5(folder, tmp_path / "bare", made.FAMILY[kind]), device="cpu", text=said.out.strip())
+    ours, wanted = (condition(model, [prompt], 32, 32).context for model in (bare, p2p.load(folder, device="cpu")))
+    assert torch.allclose(ours, wanted, atol=1e-5)
 
 
 def test_clip_skip_is_that_of_diffusers(saved):

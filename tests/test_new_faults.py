@@ -71,8 +71,10 @@ def test_steps_changed_in_python_are_recorded_and_not_replayed(narrow, tmp_path,
 def test_a_last_step_is_as_the_others(narrow):
     r = p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: setattr(s, "x", s.x.double().requires_grad_()), **EASY)
     assert r.latents.dtype == torch.float32 and not r.latents.requires_grad
-    for bad in (torch.zeros(2, 3, 64, 64, dtype=torch.long), torch.zeros(2, 3, 64, 64, device="meta")):
-        with pytest.raises(UsageError, match="step.x is replaced"):
+    x = torch.zeros(2, 3, 64, 64)
+    for bad, said in ((x.long(), r"torch.int64 of \(2, 3, 64, 64\)"), (x.to("meta"), "meta"), (x.to_sparse(), "torch.sparse_coo"),
+                      (torch.nested.nested_tensor([x[0], x[0, :, :9]]), "nested"), (x[:1], r"of \(1, 3, 64, 64\)"), (None, "None")):
+        with pytest.raises(UsageError, match=rf"step.x must be a tensor of floating-point numbers \(2, 3, 64, 64\), not .*{said}"):
             p2p.edit(narrow, "a cat", "a dog", on_step=lambda s, bad=bad: setattr(s, "x", bad), **EASY)
 
 

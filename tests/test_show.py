@@ -93,7 +93,7 @@ def test_a_preview_is_called_with_every_step(narrow):
 
 @pytest.mark.parametrize("x", [torch.zeros(1, 3, 64, 64), None])
 def test_another_x_must_fit(narrow, x):
-    with pytest.raises(UsageError, match="step.x is replaced by"):
+    with pytest.raises(UsageError, match="step.x must be a tensor"):
         for step in p2p.steps(narrow, "a cat", "a dog", **EASY):
             step.x = x
 

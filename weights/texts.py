@@ -27,9 +27,15 @@ def length(family: str, kind: str) -> int:
     return 256 if family == "sd3" or kind == "schnell" else 512
 
 
+def flow_family(folder: Path) -> str | None:
+    """Which of Stable Diffusion 3 and FLUX a folder holds; None: neither, or T5 alone. Raises
+    CheckpointError."""
+    return PIPELINES.get(pipeline(folder)) if (folder / "model_index.json").exists() else None
+
+
 def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder:
     """T5 in a folder, to encode prompts as the model in it reads them. Raises CheckpointError."""
-    family = PIPELINES.get(pipeline(folder)) if (folder / "model_index.json").exists() else None
+    family = flow_family(folder)
     if family is None:
         return t5.load_t5(folder, device, dtype)
     config = folder / "transformer" / "config.json"

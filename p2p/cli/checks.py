@@ -18,8 +18,8 @@ ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # What --from may change of a picture's settings: what is injected, and how source and edits are sampled.
 SAMPLED = ("steps", "cfg", "seed", "eta", "negative", "proximal")
 # --emphasis is of brackets in prompts, which a picture records as weights.
-CHANGES = (*(name for name in INJECTION if name != "emphasis"), "for_", *SAMPLED, *SCHEDULE, "height", "width",
-           *(name for name in INVERSION if name != "fit"))   # the recorded picture is fitted already
+CHANGES = (*(name for name in INJECTION if name != "emphasis"), "for_", *SAMPLED, *SCHEDULE, "height",
+           "width", *(name for name in INVERSION if name != "fit"))   # the recorded picture is fitted already
 # Options that --from allows: these, the model's files, where and how it runs, and the output. All others are
 # recorded in the picture.
 REPLAY = {"source", "targets", "replay", "model", "family", "vae", "text", "lora", "embedding", "device",

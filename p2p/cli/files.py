@@ -20,7 +20,7 @@ from p2p.weights.convert import convert as run_convert
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
 from p2p.weights.t5 import save_prompts
-from p2p.weights.texts import load_t5
+from p2p.weights.texts import flow_family, load_t5
 from p2p.weights.untrusted import printable
 
 
@@ -41,11 +41,14 @@ def show_tokens(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
+    weighed = flow_family(Path(args.model)) == "sd3"   # it reads brackets as weights, by its CLIP towers
     for prompt in args.prompts:
-        weighs = [] if read(prompt).plain else [f'"{prompt}": brackets are text to T5, and weight nothing']
-        options.say([*check_prompt(prompt), *weighs])
+        text = not weighed and not read(prompt).plain
+        options.say([*check_prompt(prompt),
+                     *([f'"{prompt}": brackets are text to T5, and weigh nothing'] if text else [])])
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
-    encoded = EncodedPrompts.encoded_by(tower, args.prompts)
+    texts = [read(prompt).text for prompt in args.prompts] if weighed else args.prompts
+    encoded = EncodedPrompts.encoded_by(tower, texts)
     if not encoded.embeddings.isfinite().all():
         raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")
     out.add("prompts.safetensors", partial(save_prompts, encoded))

@@ -29,8 +29,13 @@ def tensor(name: str, value: Any, *shape: int | str) -> Tensor:
     # imported here: the command line checks its arguments before torch is loaded
     from torch import Tensor, strided
 
-    given = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
-    fits = isinstance(value, Tensor) and value.is_floating_point() and value.layout == strided
+    if not isinstance(value, Tensor):
+        given, fits = brief(value), False
+    elif value.is_nested or value.is_meta or value.layout != strided:
+        what = "nested" if value.is_nested else value.device if value.is_meta else value.layout
+        given, fits = f"one of {value.dtype} ({what})", False
+    else:
+        given, fits = f"{value.dtype} of {tuple(value.shape)}", value.is_floating_point()
     if not fits or value.ndim != len(shape) or not all(
             n == wanted if isinstance(wanted, int) else n for n, wanted in zip(value.shape, shape)):
         raise UsageError(f"{name} must be a tensor of floating-point numbers ({', '.join(map(str, shape))}), "

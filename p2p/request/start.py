@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size
-from p2p.model import LARGEST, Model
+from p2p.model import Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
@@ -107,7 +107,7 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
         if height is not None or width is not None:
             raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or '
                              'choose "crop" or "pad"')
-        height, width = own_size(picture, model.size, model.unit, LARGEST)
+        height, width = own_size(picture, model.size, model.unit, model.largest)
     _, *size = model.latent_shape(height, width)
     height, width = (side * model.shrink for side in size)
     shares = picture.height / height, picture.width / width
