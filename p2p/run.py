@@ -32,7 +32,7 @@ from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_
 from p2p.request.record import Record
 from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
-from p2p.request.start import Low, Sampling, begun, late_start, settle, stepper_of
+from p2p.request.start import Low, Sampling, begun, guidance, late_start, settle, stepper_of
 from p2p.show import pictures
 from p2p.weights.untrusted import brief
 
@@ -247,8 +247,9 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
 
     All rows share the noise of the run's seed, so what source and targets have in common stays common. The
     stage's attention is not edited, as in the paper; edited: it is injected as the run's was. noise_level:
-    timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). The
-    settings are the run's, with those of this stage under "upscale".
+    timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). Where the
+    stage is guided, it is led away from the run's negative prompt too. The settings are the run's, with those
+    of this stage under "upscale".
     """
     model = find_model(model)
     if not isinstance(small, Result):
@@ -256,10 +257,12 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     low = torch.cat([from_pil(i) for i in small.images])
     noise_level = whole("noise_level", model.noise_level if noise_level is None else noise_level, 0,
                         len(model.alphas_cumprod) - 1)
-    seed = small.settings["seed"]
+    seed, negative = small.settings["seed"], small.settings.get("negative_prompt")
     common: dict[str, Any] = dict(steps=model.steps if steps is None else steps,
                                   guidance_scale=guidance_scale, eta=eta, low=Low(low, noise_level),
                                   progress=progress)
+    if model.guided(guidance(model, guidance_scale)):
+        common["negative_prompt"] = negative
     if not flag("edited", edited):
         large = generate(model, small.prompts, seed=0 if seed is None else seed, **common)
     elif small.settings["command"] != "edit":

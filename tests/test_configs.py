@@ -348,3 +348,14 @@ def test_pixels_are_bounded_as_the_config_says(tmp_path, bound):
     folder = changed(laid_out(tmp_path, published.IF), "scheduler/scheduler_config.json", **bound, variance_type="fixed_small")
     s = find(folder).sampling
     assert s.clip == ((0.9, 2.0) if bound["thresholding"] else bound.get("clip_sample_range")) and not s.learned_variance
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_latents_are_not_bounded_whatever_the_config_says(tmp_path, asked):
+    """StableDiffusionPipeline sets clip_sample to false: a bound of 1 would spoil latents."""
+    theirs = diffusers.StableDiffusionPipeline(scheduler=diffusers.DDIMScheduler(clip_sample=asked), **dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")), requires_safety_checker=False)
+    assert theirs.scheduler.config.clip_sample is False
+    found = find(changed(laid_out(tmp_path, published.SD21), "scheduler/scheduler_config.json", clip_sample=asked))
+    assert found.sampling.clip is None and any("clip_sample false taken" in n for n in found.notes) == asked

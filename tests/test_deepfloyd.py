@@ -324,6 +324,12 @@ def test_cascade(stages):
     assert large.settings["targets"] == small.settings["targets"] and large.settings["upscale"]["noise_level"] == 250
     edited = p2p.upscale(upscaler, small, steps=3, edited=True)
     assert (edited.latents[0] - large.latents[0]).abs().max() < 1e-3 < (edited.latents[1] - large.latents[1]).abs().max()
+    led = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=8, width=16, seed=2,
+                   negative_prompt="a bird")
+    led.images = small.images   # the stage alone
+    away = p2p.upscale(upscaler, led, steps=3)
+    assert (away.latents - large.latents).abs().max() > 1e-3
+    assert torch.equal(p2p.upscale(upscaler, led, steps=3, guidance_scale=1).latents, p2p.upscale(upscaler, small, steps=3, guidance_scale=1).latents)
     with pytest.raises(p2p.UsageError, match="is a super-resolution stage"):
         p2p.generate(upscaler, "a cat")
     with pytest.raises(p2p.UsageError, match="is no super-resolution stage"):
