@@ -76,7 +76,9 @@ def test_batch_shows_the_first_jobs_and_what_fails(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["batch", "x.jsonl", "--workers", "2"], "--workers: not with --preview"), (["batch", "x.jsonl", "--retry-failed"], "--retry-failed: not with"),
+    (["batch", "x.jsonl", "--together", "2"], "--together: not with --preview"),
     (["batch", "x.jsonl", "--engine", "ray"], "--engine ray: not with --preview"),
+    *((["dataset", "x.jsonl", "--recipe", "p2p", f"--{name}", "1"], f"--{name}: not with --preview") for name in ("samples", "keep", "together")),
     (["dataset", "x.jsonl", "--recipe", "p2p", "--format", "parquet"], "--format parquet: not with --preview")])
 def test_what_a_preview_does_not_read_is_refused(tmp_path, capsys, argv, said):
     assert main([*argv, "--preview", "1", "-o", str(tmp_path)]) == 2 and said in capsys.readouterr().err

@@ -147,13 +147,14 @@ class Published:
         return u + scale * (c - u)
 
     def p2p(self, control, target, scale, null=None, direct=False, proximal=None, scale_up=1.0):
-        """p2p_guidance_forward, direct_inversion_p2p_guidance_forward, proximal_guidance_forward ("l0")."""
-        null = self.text("", "") if null is None else null
+        """p2p_guidance_forward, direct_inversion_p2p_guidance_forward, proximal_guidance_forward ("l0"). null: one for all
+        steps, or for each."""
+        null = [self.text("", "")] * STEPS if null is None else null if isinstance(null, list) else [null] * STEPS
         text, x, path = self.text(SOURCE, target), self.path[-1].repeat(2, 1, 1, 1), self.path[::-1]
         for i, (t, a, b) in enumerate(self.schedule):
             control.step, control.maps = i, []
             with controlled(control):
-                u, c = self.eps(torch.cat([x, x]), t, torch.cat([null, text])).chunk(2)
+                u, c = self.eps(torch.cat([x, x]), t, torch.cat([null[i], text])).chunk(2)
             delta = c - u
             if proximal:
                 limit = delta.abs().quantile(proximal)
@@ -163,6 +164,24 @@ class Published:
                 x = torch.cat([path[i + 1], x[1:]])
             x = control.blend(x)
         return x[1:]
+
+    def null_text(self, scale=7.5):
+        """null_optimization: what stands for the empty prompt at each step."""
+        text, null, x, out = self.text(SOURCE), self.text(""), self.path[-1], []
+        for i, (t, a, b) in enumerate(self.schedule):
+            null = null.detach().clone().requires_grad_()
+            optimiser, c = torch.optim.Adam([null], lr=1e-2 * (1 - i / 100)), self.eps(x, t, text)
+            for _ in range(10):
+                with torch.enable_grad():
+                    u = self.eps(x, t, null)
+                    loss = F.mse_loss(self.ddim(x, u + scale * (c - u), a, b), self.path[-2 - i])
+                    null.grad, = torch.autograd.grad(loss, null)
+                optimiser.step()
+                if loss < 1e-5 + i * 2e-5:
+                    break
+            out.append(null.detach().expand(2, -1, -1))
+            x = self.ddim(x, self.both(x, t, null, text, scale), a, b).detach()
+        return out
 
     def edit_friendly(self, control, target, scale=7.5):
         noise = draw(self.path[0].shape[1:], [1234], 1 + STEPS)
@@ -246,6 +265,12 @@ def run(inverted):
 
 
 @pytest.fixture(scope="module")
+def optimised(run):
+    with torch.no_grad():
+        return run.null_text()
+
+
+@pytest.fixture(scope="module")
 def pnp(run):
     return cache(torch.no_grad()(run.pnp))
 
@@ -282,6 +307,17 @@ def test_rows_of_run_editing_p2p(model, picture, run, name, told, target, blende
     wanted = run.p2p(control, target, **told | null)
     plain = run.p2p(PromptToPrompt(model, target, None, "refine", 0, SIDE), target, **told | null)
     agree(ours(model, picture, name, target, blended), wanted, plain)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name, told", [("null-text-inversion+p2p", {}), ("null-text-inversion+proximal-guidance", dict(proximal=0.75))])
+def test_rows_of_null_text(model, picture, run, optimised, name, told):
+    assert (optimised[0] - run.text("", "")).abs().max() > 1e-3
+    wanted, plain = (run.p2p(PromptToPrompt(model, LONGER, ["cat", "dog"], "refine", 32**2, SIDE), LONGER, 7.5, **told, **null)
+                     for null in ({"null": optimised}, {}))
+    agree(ours(model, picture, name, LONGER, "cat dog big"), wanted)
+    assert (wanted - plain).abs().max() > 1e-2 * wanted.std()
 
 
 @pytest.mark.slow

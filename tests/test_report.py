@@ -127,3 +127,15 @@ def test_in_a_browser(page, tmp_path, monkeypatch):
         assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
     finally:
         browser.quit()
+
+
+def test_a_map_is_of_the_word_that_it_is_shown_at(narrow):
+    """Words without tokens have no map, nor have those that the text tower cuts off."""
+    odd, long = "a \u0345 cat on grass", " ".join(["a cat"] * 60)
+    r = p2p.edit(narrow, odd, long, steps=1, record=p2p.Record(text=256))
+    html = report(r)
+    for row, prompt in enumerate((odd, long)):
+        found = re.findall(rf'<span class="word" tabindex="0" data-word="{row}-(\d+)">([^<]*)</span>', html)
+        names = [name.partition("#")[0] for name, _ in r.maps.each_word(row)]
+        assert [word for _, word in found] == names and all(prompt.split()[int(place)] == word for place, word in found)
+        assert re.findall(rf'data-map="{row}-(\d+)"', html) == [place for place, _ in found]

@@ -123,7 +123,8 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
                      f"{offset}")
         offset = 1
     if forced and c.get("clip_sample"):
-        notes.append("clip_sample false taken, as in StableDiffusionPipeline, not the scheduler config's true")
+        notes.append("clip_sample false taken, as in StableDiffusionPipeline, not the scheduler config's "
+                     "true")
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,

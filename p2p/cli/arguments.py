@@ -91,7 +91,7 @@ def batch(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--preview", type=int, metavar="N",
                     help="check the list, write OUT/preview.png alone: the first N jobs in 10 steps, and "
                     "where local edits may change")
-    ap.add_argument("--together", type=int, default=4, metavar="N",
+    ap.add_argument("--together", type=int, metavar="N",
                     help="at most so many jobs in one batch of the network (4)")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"], help="as for edit")
     ap.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
@@ -154,10 +154,10 @@ def dataset(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--preview", type=int, metavar="N",
                     help="write OUT/preview.png alone: one sample of the first N prompts, as the judge finds "
                     "it")
-    ap.add_argument("--samples", type=int, default=100, help="of a prompt (100); with p2p at most")
-    ap.add_argument("--keep", type=int, default=4, help="of these (4)")
+    ap.add_argument("--samples", type=int, help="of a prompt (100); with p2p at most")
+    ap.add_argument("--keep", type=int, help="of these (4)")
     ap.add_argument("--steps", type=int, default=100, help="(100)")
-    ap.add_argument("--together", type=int, default=4, metavar="N",
+    ap.add_argument("--together", type=int, metavar="N",
                     help="samples in one batch of the network (4)")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--min-image", type=float, metavar="X",

@@ -39,9 +39,12 @@ from p2p.weights.digest import sha256
 from p2p.weights.emoji import recogniser
 from p2p.weights.untrusted import printable
 
+TOGETHER = 4   # jobs in one batch of the network
+
 
 def batch(args: argparse.Namespace) -> int:
-    config = Batch(args.jobs, args.out, options.loading(args), args.device, args.together, args.retry_failed,
+    together = TOGETHER if args.together is None else args.together
+    config = Batch(args.jobs, args.out, options.loading(args), args.device, together, args.retry_failed,
                    args.quiet, _defaults(args))
     if args.preview is not None:
         return _preview_batch(config, args.preview)
@@ -203,8 +206,9 @@ def make_dataset(args: argparse.Namespace) -> int:
     least = args.min_image
     if least is None:
         least = 0.7 if args.clip else 0.5
-    recipe = Recipe(args.steps, args.samples, args.keep, image=least, direction=args.min_direction,
-                    text=args.min_text, together=args.together, seed=args.seed, sampler=args.recipe)
+    counts = {name: n for name in ("samples", "keep", "together") if (n := getattr(args, name)) is not None}
+    recipe = Recipe(args.steps, image=least, direction=args.min_direction, text=args.min_text, seed=args.seed,
+                    sampler=args.recipe, **counts)
     if args.preview is not None:
         _put_preview(args.out, list(preview.samples(model, pairs[: args.preview], embedder, recipe)))
         return 0

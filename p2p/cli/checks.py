@@ -117,7 +117,8 @@ def sweep(args: argparse.Namespace) -> None:
 def batch(args: argparse.Namespace) -> None:
     _positive(args, "workers", "together", "preview")
     if args.preview is not None:
-        refuse(args, "--preview, which runs the first jobs in this process", ("workers", "retry_failed"))
+        refuse(args, "--preview, which runs the first jobs one by one in this process",
+               ("workers", "together", "retry_failed"))
         if args.engine != "local":
             raise UsageError(f"--engine {args.engine}: not with --preview, which runs in this process")
     values.edit_settings(args)
@@ -139,8 +140,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def dataset(args: argparse.Namespace) -> None:
     _positive(args, "samples", "keep", "steps", "together", "preview")
-    if args.preview is not None and args.format != "folders":
-        raise UsageError(f"--format {args.format}: not with --preview, which writes preview.png alone")
+    if args.preview is not None:
+        refuse(args, "--preview, which draws one sample of a prompt", ("samples", "keep", "together"))
+        if args.format != "folders":
+            raise UsageError(f"--format {args.format}: not with --preview, which writes preview.png alone")
 
 
 def web(args: argparse.Namespace) -> None:
