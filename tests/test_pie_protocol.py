@@ -1,7 +1,10 @@
 """PIE-Bench's rows: what the published scripts do with an item, as jobs; the folder, its tables, and what may not be mixed."""
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -242,6 +245,23 @@ def test_workers_make_the_same_rows(data, tmp_path, capsys):
     assert main(command(data, here, *asked)) == main(command(data, there, *asked, "--workers", "2")) == 0
     assert (here / "pie.csv").read_bytes() == (there / "pie.csv").read_bytes()
     assert main(command(data, there, *asked, "--workers", "0")) == 2 and "--workers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_make_the_same_rows(data, tmp_path):
+    """The first rank waits for the others' pictures, and measures them all."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    asked = ("--methods", "noise", "--steps", "2")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # as the ranks: several share a sum out in another order
+    try:
+        assert main(command(data, here, *asked)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p2p",
+                          *command(data, there, *asked, "--engine", "torchrun")], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert (here / "pie.csv").read_bytes() == (there / "pie.csv").read_bytes() and len(rows_of(there)) == 2 * 3
 
 
 def test_rows_of_ones_own(data, tmp_path, capsys):
