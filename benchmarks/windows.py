@@ -1,6 +1,6 @@
 """Which windows each kind of edit wants: held-out edits of the bundled model, read by the recogniser.
 
-    python -m benchmarks.windows [--n 100] [--steps 20] [--kinds swap,added,...] [--windows default,0.8/0.4,0.3/0.2] [--first 0]
+    python -m benchmarks.windows [--n 100] [--steps 20] [--kinds swap,added,...] [--windows default,0.8/0.4,0.8/0.4@up] [--first 0]
 
 `p2p.windows` was chosen by its table: the widest windows (what is injected keeps the picture) whose new content is found.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 import p2p
 from benchmarks.paired import KINDS, pairs, right
 from benchmarks.quality import mean_ci, psnr_outside, shown
+from p2p.cli.values import layers
 from p2p.weights.emoji import recogniser
 from p2p.weights.emoji.recogniser import Reading, iou
 from p2p.weights.emoji.world import Scene, caption
@@ -23,12 +25,14 @@ from p2p.weights.emoji.world import Scene, caption
 FIGURES = ("new content", "kept", "overlap of the box", "PSNR outside")
 
 
-def windows(text: str) -> dict[str, float]:
-    """CROSS/SELF, or "default"."""
+def windows(text: str) -> dict[str, Any]:
+    """CROSS/SELF, or "default", and @LAYERS that limit the injection to some layers, joined by +."""
+    text, _, where = text.partition("@")
+    limits = {"layers": layers(where)} if where else {}
     if text == "default":
-        return {}
+        return limits
     cross, self_ = map(float, text.split("/"))
-    return dict(cross_replace_steps=cross, self_replace_steps=self_)
+    return dict(cross_replace_steps=cross, self_replace_steps=self_) | limits
 
 
 def figures(kind: str, a: Scene, b: Scene, pictures: Tensor, seen: Reading) -> Tensor:
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--first", type=int, default=0, metavar="I", help="leave out the I before: others than windows were chosen by")
     ap.add_argument("--steps", type=int, default=20)
     ap.add_argument("--kinds", default=",".join(KINDS))
-    ap.add_argument("--windows", default="default", help="CROSS/SELF,... or default")
+    ap.add_argument("--windows", default="default", help="CROSS/SELF,... or default, each with @LAYERS (as --layers, joined by +)")
     ap.add_argument("--model", default="emoji")
     a = ap.parse_args(argv)
     model, asked = p2p.load(a.model), a.windows.split(",")

@@ -21,6 +21,23 @@ class T5Config:
     masked: bool = True   # padding is masked inside T5 (IF), or read as text (Stable Diffusion 3, FLUX)
 
 
+def tokens(tokenizer: Any, prompt: str) -> Tokens:
+    """Tokens and their positions in the prompt; a token that is only a space belongs to the next word."""
+    prompt = " ".join(prompt.split())
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    ids, spans = list(encoded["input_ids"]), [tuple(s) for s in encoded["offset_mapping"]]
+    after = (0, 0)
+    for i in reversed(range(len(spans))):
+        start, stop = spans[i]
+        while start < stop and prompt[start] == " ":
+            start += 1
+        if start < stop:
+            after = (start, stop)
+        spans[i] = after
+    lower = prompt.lower()
+    return Tokens(lower if len(lower) == len(prompt) else prompt, ids, spans)
+
+
 class T5Encoder(nn.Module):
     """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of
     `p2p.models.text.TextEncoder`.
@@ -35,20 +52,7 @@ class T5Encoder(nn.Module):
         self.config = T5Config(tower.config.d_model, context_length, masked=masked)
 
     def tokens(self, prompt: str) -> Tokens:
-        """Tokens and their positions in the prompt; a token that is only a space belongs to the next word."""
-        prompt = " ".join(prompt.split())
-        encoded = self.tokenizer(prompt, return_offsets_mapping=True)
-        ids, spans = list(encoded["input_ids"]), [tuple(s) for s in encoded["offset_mapping"]]
-        after = (0, 0)
-        for i in reversed(range(len(spans))):
-            start, stop = spans[i]
-            while start < stop and prompt[start] == " ":
-                start += 1
-            if start < stop:
-                after = (start, stop)
-            spans[i] = after
-        lower = prompt.lower()
-        return Tokens(lower if len(lower) == len(prompt) else prompt, ids, spans)
+        return tokens(self.tokenizer, prompt)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one the end token) and padded."""

@@ -297,3 +297,15 @@ def test_what_is_not_finite_is_not_written(folder, capsys):
     rewritten(lambda s: s.update({"encoder.final_layer_norm.weight": torch.full((32,), 3e38)}))(folder)
     assert main(["encode", "a cat", "--model", str(folder), "--out", str(folder / "out")]) == 4
     assert "T5 gives values that are not finite in float32" in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def test_tokens_are_shown_without_the_network(folder, capsys):
+    (folder / WEIGHTS).unlink()
+    assert main(["tokens", "a cat", "a big cat", "--model", str(folder)]) == 0
+    said, own = capsys.readouterr().out, transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for prompt in ("a cat", "a big cat"):
+        for token in own(prompt)["input_ids"]:
+            assert f"  {token:5}  " in said
+    assert "'a big cat' from 'a cat': token of the target <- token of the source" in said and "<- new" in said
+    (folder / "tokenizer").rename(folder / "words")
+    assert main(["tokens", "a cat", "--model", str(folder)]) == 3 and "no T5 with a tokenizer there" in capsys.readouterr().err

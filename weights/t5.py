@@ -25,6 +25,8 @@ TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "Toke
 PADDING_READ = "its T5 read the padding, as for Stable Diffusion 3 and FLUX"
 PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
 BUCKETS = 32   # of relative positions, in every released T5
+MISSING = ("T5 is read by transformers, which is not installed: pip install 'prompt-to-prompt[deepfloyd]', "
+           "or give a file of encoded prompts.")
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -138,18 +140,34 @@ def load_part(part: Part, folder: Path, suffix: str, device: torch.device, dtype
     tower = empty(part)
     _check_code(folder, suffix)
     _fill(tower, part, device, dtype)
+    return T5Encoder(tower.eval(), read_tokenizer(folder, suffix, tower.config.vocab_size), length, masked)
+
+
+def read_tokenizer(folder: Path, suffix: str, known: int) -> Any:
+    """transformers' (fast) tokenizer in a model's folder. known: words of the network. Raises
+    CheckpointError."""
+    _check_code(folder, suffix)
     try:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", use_fast=True,
                                                   trust_remote_code=False, local_files_only=True)
-        _check_tokenizer(tokenizer, tower.config.vocab_size)
+        _check_tokenizer(tokenizer, known)
+    except ImportError:
+        raise CheckpointError(f"{folder}: {MISSING}") from None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:   # of transformers or tokenizers, whose panics are no Exceptions
         raise CheckpointError(f"{folder}: T5's tokenizer cannot be read ({type(error).__name__}: {error})."
                               ) from None
-    return T5Encoder(tower.eval(), tokenizer, length, masked)
+    return tokenizer
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of the T5 in a model's folder. Raises CheckpointError."""
+    if (suffix := in_folder(folder)) is None or not has_tokenizer(folder, suffix):
+        raise CheckpointError(f"{folder}: no T5 with a tokenizer there (text_encoder, _2 or _3).")
+    return read_tokenizer(folder, suffix, _config(folder, suffix).get("vocab_size", 32128))
 
 
 def _check_code(folder: Path, suffix: str) -> None:
@@ -194,8 +212,7 @@ def empty(part: Part) -> nn.Module:
     try:
         from transformers import T5Config, T5EncoderModel
     except ImportError:
-        raise CheckpointError(f"{where}: T5 is read by transformers, which is not installed: pip install "
-                              "'prompt-to-prompt[deepfloyd]', or give a file of encoded prompts.") from None
+        raise CheckpointError(f"{where}: {MISSING}") from None
     try:
         with torch.device("meta"):
             return T5EncoderModel(T5Config.from_dict(part.config))

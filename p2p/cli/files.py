@@ -12,10 +12,12 @@ from p2p import align
 from p2p.cli import options, values
 from p2p.cli.output import Output
 from p2p.models.t5 import EncodedPrompts
+from p2p.models.t5 import tokens as t5_tokens
 from p2p.models.text import tokenizer, tokens
 from p2p.request import add_ons
 from p2p.request.emphasis import read
 from p2p.request.prompts import check as check_prompt
+from p2p.weights import t5
 from p2p.weights.convert import convert as run_convert
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
@@ -25,11 +27,16 @@ from p2p.weights.untrusted import printable
 
 
 def show_tokens(args: argparse.Namespace) -> None:
-    split = [tokens(read(p).text) for p in args.prompts]
+    if args.model is None:
+        named = tokenizer()
+        split = [tokens(read(p).text) for p in args.prompts]
+    else:
+        named, weighed = t5.tokenizer_in(args.model), flow_family(args.model) == "sd3"
+        split = [t5_tokens(named, read(p).text if weighed else p) for p in args.prompts]
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
-            word = tokenizer().decode([token]).strip()
+            word = named.decode([token]).strip()
             print(f"  {i:3}  {token:5}  {word:20} {t.text[start:end]}".rstrip())
     for target in split[1:]:
         length = max(77, len(split[0].ids), len(target.ids))
