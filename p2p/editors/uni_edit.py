@@ -19,8 +19,8 @@ class UniEdit:
 
     omega: how far the difference leads, in place of guidance_scale. The source's prompt stands in the place
     of the empty one. A later start, the authors' alpha (0.6 of 15 steps to keep, 0.8 to change), is an
-    inversion with `skip`, by uni-inv; 5 is theirs for 8 to 50 steps, fewer overshoot. The mean difference of a pixel is of absolute values, as in the
-    authors' code for FLUX (in that for diffusers, of signed ones).
+    inversion with `skip`, by uni-inv; 5 is theirs for 8 to 50 steps, fewer overshoot. The mean difference of
+    a pixel is of absolute values, as in the authors' code for FLUX (in that for diffusers, of signed ones).
     """
 
     omega: float = 5.0
