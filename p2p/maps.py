@@ -124,12 +124,18 @@ class AttentionMaps:
         """(word, its map) for every word of a prompt in order, repeated ones as "cat#2". ends: also the start
         and the end token."""
         flag("ends", ends)
-        mean, prompt = self.mean(row, **selection), self.prompts[row]
-        words = [(w, [i for i in columns if i < self.length - 1]) for w, columns in named_words(prompt)]
+        mean, words = self.mean(row, **selection), [word[1:] for word in self.read_words(row)]
         if ends:
-            starts, stops = text_ends(prompt, self.length)
+            starts, stops = text_ends(self.prompts[row], self.length)
             words = [("<start>", starts), *words, ("<end>", stops)]
-        return [(w, mean[..., columns].sum(-1)) for w, columns in words if columns]
+        return [(w, mean[..., columns].sum(-1)) for w, columns in words]
+
+    def read_words(self, row: int = 0) -> list[tuple[int, str, list[int]]]:
+        """(place, word, columns) of the words of a prompt that the text tower reads: not those that it cuts
+        off or has no token for."""
+        every = enumerate(named_words(self.prompts[row]))
+        read = [(k, word, [i for i in columns if i < self.length - 1]) for k, (word, columns) in every]
+        return [each for each in read if each[2]]
 
     def components(self, row: int = 0, count: int = 3, **selection: Any) -> Tensor:
         """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""

@@ -129,7 +129,7 @@ BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 @pytest.mark.parametrize("name, shape, said", [
-    (BIAS, (33, 2), r"is \[33, 2\]; 32 positions"), (BIAS, (16, 2), "32 positions"), (BIAS, (0, 2), "32 positions"),
+    (BIAS, (33, 2), r"is \[33, 2\]; expected: 32 positions"), (BIAS, (16, 2), "32 positions"), (BIAS, (0, 2), "32 positions"),
     (BIAS, (32, 0), "32 positions"), (BIAS, (1, 32, 2), "32 positions"), ("shared.weight", None, "shared.weight is missing"),
     *((name, shape, f"T5's {name} is {said}") for name in (BIAS, QUERIES, FEED, "shared.weight")
       for shape, said in ((None, "missing"), ((), r"\[\]; "), ((9,), r"\[9\]; "), ((1, 9, 24), r"\[1, 9, 24\]; ")))])

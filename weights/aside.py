@@ -37,7 +37,7 @@ def aside(parent: Path) -> Iterator[Path]:
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """The path to write a file to, which then replaces `file` atomically: readers see the old one or the new
-    one. What killed processes left beside it goes.
+    one. First removes what processes that were killed left beside it.
 
     Raises OSError.
     """

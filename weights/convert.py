@@ -139,7 +139,7 @@ def _hf(text: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _t5(part: Part, half: bool) -> Iterator[tuple[str, Tensor]]:
     """The tensors of T5's encoder under transformers' names."""
-    for name, tensor in t5.tensors(part, t5.empty(part)):
+    for name, tensor in t5.encoder_tensors(part, t5.empty_network(part)):
         yield t5.SHARED if name == t5.EMBEDDING else name, tensor.half() if half else tensor
 
 

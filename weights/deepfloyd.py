@@ -11,7 +11,7 @@ from p2p.models.unet import UNetConfig
 from p2p.weights import fields, scheduler
 from p2p.weights.detect import Package, Part, Shapes, count
 from p2p.weights.errors import CheckpointError
-from p2p.weights.files import TensorFile, open_file
+from p2p.weights.files import TensorFile
 from p2p.weights.folder import read_index, scheduler_class, weights_file
 from p2p.weights.scheduler import Sampling, squared_cosine
 from p2p.weights.sizes import check_given, check_sizes, per_level, read_json, read_settings
@@ -105,11 +105,6 @@ def find_in_file(file: TensorFile) -> Package:
     side = 256 if config.low_channels else 64
     return Package("if", file.path, Part(file, "", "deepfloyd", config, stray), [], None, _released(config),
                    (side, side), configs=[beside] if beside.exists() else [])
-
-
-def find_own_folder(path: Path) -> Package:
-    """Recognises a folder as DeepFloyd released it: config.yml and pytorch_model.bin."""
-    return find_in_file(open_file(path / "pytorch_model.bin"))
 
 
 def unet_from_shapes(s: Shapes, settings: dict[str, str]) -> UNetConfig:

@@ -133,7 +133,7 @@ SCHEDULER = Fields(
     "_class_name beta_start beta_end beta_schedule trained_betas prediction_type timestep_spacing "
     "original_inference_steps timestep_scaling steps_offset set_alpha_to_one rescale_betas_zero_snr "
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value variance_type "
-    "_few_steps",   # our own; others pass over names that begin so
+    "_few_steps",   # ours: diffusers ignores fields that begin with an underscore
     {"num_train_timesteps": (1000,), "timestep_type": ("discrete",), "use_flow_sigmas": (False,),
      "use_dynamic_shifting": (False,)},
     {**ANY, "tensor_format": "of diffusers before 0.3",

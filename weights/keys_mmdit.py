@@ -99,18 +99,6 @@ def diffusers_sources(names: Iterable[str], config: MMDiTConfig) -> dict[str, So
 
 # ---------------------------------------------------------------------------------------------------- sizes
 
-def original_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Those of tensors in a diffusers folder, as they are joined here. What is not known is left out."""
-    double, single = (_count(shapes, f"{kind}transformer_blocks") for kind in ("", "single_"))
-    out = {}
-    for ours, theirs in diffusers_names("x_embedder.weight" in shapes, double, single).items():
-        for end in ("", ".weight", ".bias"):
-            parts = [shapes[name + end] for name in theirs if name + end in shapes]
-            if len(parts) == len(theirs):
-                out[ours + end] = (sum(part[0] for part in parts), *parts[0][1:])
-    return out
-
-
 def transformer_config(where: object, shapes: Shapes, axes: tuple[int, ...] = ()) -> MMDiTConfig:
     """Sizes from shapes, under the original names. Where no norm tells the width of a head it is 64. axes: of
     FLUX, if they are not the usual ones. Raises CheckpointError, which says where."""

@@ -197,7 +197,7 @@ def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) 
         return package
     if (path / "config.yml").exists() and (path / "pytorch_model.bin").exists():
         _no_averages(path, ema)
-        return deepfloyd.find_own_folder(path)
+        return deepfloyd.find_in_file(open_file(path / "pytorch_model.bin"))
     kind = pipeline(path)
     if kind in deepfloyd.PIPELINES:
         _no_averages(path, ema)

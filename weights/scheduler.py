@@ -133,7 +133,7 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
 
 
 def _few_steps(where: Path, told: Any) -> dict[str, Any]:
-    """What `config` told of a model of few steps. Raises CheckpointError."""
+    """What `config` wrote of a model of few steps. Raises CheckpointError."""
     if told is None:
         return {}
     kinds = {"few_steps": str, "steps": int, "guided": bool}

@@ -25,11 +25,11 @@ def save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str])
 
 
 def check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Collection[str]) -> None:
-    """Raises ValueError where a sealed file is not what was saved, or where its metadata have other names
-    than these; older files, and files of other programs, have no seal."""
+    """Raises ValueError for metadata under other names than these, and where a sealed file is not what was
+    saved; older files, and files of other programs, have no seal."""
     said = {name: text for name, text in metadata.items() if name != SEAL}
     if unknown := said.keys() - set(names):   # the seal's own name may be what is damaged
-        raise ValueError(f"{min(unknown)!r}, among its metadata, belongs to none")
+        raise ValueError(f"its metadata hold {min(unknown)!r}, which no such file has")
     if SEAL in metadata and metadata[SEAL] != _digest(tensors, said):
         raise ValueError("it was changed or damaged after it was saved")
 

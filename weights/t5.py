@@ -100,20 +100,20 @@ def in_file(file: TensorFile, prefix: str) -> Part | None:
         return None
     attention, feed = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
 
-    def matrix(name: str, needed: str = "a matrix is", rows: int | None = None) -> tuple[int, ...]:
+    def matrix(name: str, needed: str = "a matrix", rows: int | None = None) -> tuple[int, ...]:
         shape = file.shapes.get(prefix + name)
         if shape is None or len(shape) != 2 or not all(shape) or rows not in (None, shape[0]):
             found = "missing" if shape is None else list(shape)
-            raise CheckpointError(f"{file.path}: T5's {prefix}{name} is {found}; {needed} needed.")
+            raise CheckpointError(f"{file.path}: T5's {prefix}{name} is {found}; expected: {needed}.")
         return shape
 
     embedding = next((name for name in (SHARED, EMBEDDING) if prefix + name in file.shapes), SHARED)
-    words = matrix(embedding, "a row for each word is")[0]
+    words = matrix(embedding, "a row for each word")[0]
     # no other tensor tells how many positions there should be
-    heads = matrix(f"{attention}relative_attention_bias.weight", f"{BUCKETS} positions of each head are",
+    heads = matrix(f"{attention}relative_attention_bias.weight", f"{BUCKETS} positions of each head",
                    BUCKETS)[1]
     inner, width = matrix(f"{attention}q.weight")
-    gated = prefix + f"{feed}wi.weight" not in file.shapes   # as every T5 of a released model
+    gated = prefix + f"{feed}wi.weight" not in file.shapes   # if neither is there, too
     config = {"vocab_size": words, "d_model": width, "d_kv": inner // heads, "num_heads": heads,
               "d_ff": matrix(f"{feed}{'wi_0' if gated else 'wi'}.weight")[0], "num_layers": layers,
               "relative_attention_num_buckets": BUCKETS,
@@ -137,7 +137,7 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int 
 def load_part(part: Part, folder: Path, suffix: str, device: torch.device, dtype: torch.dtype, length: int,
               masked: bool) -> T5Encoder:
     """Loads T5 from a part, its tokenizer from the folder of a model. Raises CheckpointError."""
-    tower = empty(part)
+    tower = empty_network(part)
     _check_code(folder, suffix)
     _fill(tower, part, device, dtype)
     return T5Encoder(tower.eval(), read_tokenizer(folder, suffix, tower.config.vocab_size), length, masked)
@@ -206,7 +206,7 @@ def _check_tokenizer(tokenizer: Any, known: int) -> None:
         raise ValueError(f"it has the token {most}, of a network that knows {known}")
 
 
-def empty(part: Part) -> nn.Module:
+def empty_network(part: Part) -> nn.Module:
     """transformers' network of a part's config, without memory. Raises CheckpointError."""
     where = part.file.path
     try:
@@ -220,7 +220,7 @@ def empty(part: Part) -> nn.Module:
         raise CheckpointError(f"{where}: no T5 has its config ({type(error).__name__}: {error}).") from None
 
 
-def tensors(part: Part, tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def encoder_tensors(part: Part, tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the encoder under transformers' names, one at a time, the words' embedding among them.
     Raises CheckpointError naming what does not fit."""
     # the embedding is one tensor, under either name or both
@@ -235,7 +235,7 @@ def tensors(part: Part, tower: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _fill(tower: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
     """Puts every tensor of the encoder in its place. Raises CheckpointError."""
     state = {}
-    for name, tensor in tensors(part, tower):
+    for name, tensor in encoder_tensors(part, tower):
         # transformers keeps these in float32 too: their outputs overflow float16
         keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
         state[name] = tensor.to(device, torch.float32 if keep_float32 else dtype)

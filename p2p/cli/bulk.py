@@ -206,9 +206,9 @@ def make_dataset(args: argparse.Namespace) -> int:
     least = args.min_image
     if least is None:
         least = 0.7 if args.clip else 0.5
-    counts = {name: n for name in ("samples", "keep", "together") if (n := getattr(args, name)) is not None}
+    limits = {name: n for name in ("samples", "keep", "together") if (n := getattr(args, name)) is not None}
     recipe = Recipe(args.steps, image=least, direction=args.min_direction, text=args.min_text, seed=args.seed,
-                    sampler=args.recipe, **counts)
+                    sampler=args.recipe, **limits)
     if args.preview is not None:
         _put_preview(args.out, list(preview.samples(model, pairs[: args.preview], embedder, recipe)))
         return 0

@@ -72,7 +72,8 @@ def edit(args: argparse.Namespace) -> None:
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--editor (these are Prompt-to-Prompt's)",
                    [name for name in INJECTION if not name.startswith("blend")])
-    values.settings_by_target(args, len(values.prompts(args)) - (args.inversion is None))
+    count = len(values.prompts(args)) - (args.inversion is None)
+    values.check_blends(values.changed_by_target(args, count))
     values.proximal(args)
     values.timesteps(args)
 
@@ -96,7 +97,7 @@ def maps(args: argparse.Namespace) -> None:
     _source(args)
     values.timesteps(args)
     if args.targets:
-        values.settings_by_target(args, len(args.targets))
+        values.check_blends(values.changed_by_target(args, len(args.targets)))
     else:
         refuse(args, "a prompt without targets", (*INJECTION, "for_"))
     if args.max_tokens is not None and args.max_tokens < 1:
@@ -110,7 +111,7 @@ def sweep(args: argparse.Namespace) -> None:
     if "seed" in values.over(args.over):
         refuse(args, "--over seed=...: a picture has its noise", ["image"])
         refuse(args, "--over seed=...", ["seed"])
-    values.edit_settings(args)
+    values.check_blends([values.changed(args)])
     values.timesteps(args)
 
 
@@ -121,7 +122,7 @@ def batch(args: argparse.Namespace) -> None:
                ("workers", "together", "retry_failed"))
         if args.engine != "local":
             raise UsageError(f"--engine {args.engine}: not with --preview, which runs in this process")
-    values.edit_settings(args)
+    values.check_blends([values.changed(args)])
     values.proximal(args)
     values.timesteps(args)
 

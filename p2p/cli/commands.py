@@ -20,7 +20,7 @@ from p2p.request.source import LONE
 from p2p.request.start import Sampling, solver
 from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
-from p2p.show.preview import STEPS as PREVIEW
+from p2p.show.preview import STEPS as PREVIEW_STEPS
 from p2p.show.preview import shortened
 from p2p.show.sweep import edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
@@ -42,14 +42,14 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family)
         sampling = dict(guidance_scale=args.cfg)
-        if args.preview and args.steps is None and (usual := _planned(args, model).steps) > PREVIEW:
-            vars(args).update(shortened(vars(args), usual), steps=PREVIEW)
+        if args.preview and args.steps is None and (usual := _planned(args, model).steps) > PREVIEW_STEPS:
+            vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
         source = _inverted(args, model, picture, targets, **settings, **sampling)
     else:
         source = prompts[0]
         model, sampling = options.load_for_sampling(args)
         if args.preview and args.steps is None and args.timesteps is None:
-            sampling["steps"] = min(PREVIEW, solver(model, Sampling(**options.solver(args)))[1])
+            sampling["steps"] = min(PREVIEW_STEPS, solver(model, Sampling(**options.solver(args)))[1])
     if args.image is None:
         upscaler = stage(args, model.family)
     result = edited(args, model, source, targets, **settings, **sampling)

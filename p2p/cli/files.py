@@ -31,8 +31,8 @@ def show_tokens(args: argparse.Namespace) -> None:
         named = tokenizer()
         split = [tokens(read(p).text) for p in args.prompts]
     else:
-        named, weighed = t5.tokenizer_in(args.model), flow_family(args.model) == "sd3"
-        split = [t5_tokens(named, read(p).text if weighed else p) for p in args.prompts]
+        named, weighs = t5.tokenizer_in(args.model), flow_family(args.model) == "sd3"
+        split = [t5_tokens(named, read(p).text if weighs else p) for p in args.prompts]
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):
@@ -48,13 +48,13 @@ def show_tokens(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
-    weighed = flow_family(Path(args.model)) == "sd3"   # it reads brackets as weights, by its CLIP towers
+    weighs = flow_family(Path(args.model)) == "sd3"   # it reads brackets as weights, by its CLIP towers
     for prompt in args.prompts:
-        text = not weighed and not read(prompt).plain
-        options.say([*check_prompt(prompt),
-                     *([f'"{prompt}": brackets are text to T5, and weigh nothing'] if text else [])])
+        options.say(check_prompt(prompt))
+        if not weighs and not read(prompt).plain:
+            options.say([f'"{prompt}": brackets are text to T5, and weigh nothing'])
     tower = load_t5(Path(args.model), options.device(args), getattr(torch, args.dtype))
-    texts = [read(prompt).text for prompt in args.prompts] if weighed else args.prompts
+    texts = [read(prompt).text for prompt in args.prompts] if weighs else args.prompts
     encoded = EncodedPrompts.encoded_by(tower, texts)
     if not encoded.embeddings.isfinite().all():
         raise p2p.NumericsError(f"{args.model}: T5 gives values that are not finite in {args.dtype}")

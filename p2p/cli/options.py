@@ -75,12 +75,12 @@ def say(notes: Sequence[str]) -> None:
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options set."""
-    return _with_blend(values.edit_settings(args))
+    return _with_blend(values.changed(args))
 
 
 def targets(args: argparse.Namespace, prompts: Sequence[str]) -> list[p2p.Edit]:
     """The edits that the options ask for, of these prompts."""
-    settings = values.settings_by_target(args, len(prompts))
+    settings = values.changed_by_target(args, len(prompts))
     return [p2p.Edit(prompt, **_with_blend(each)) for prompt, each in zip(prompts, settings)]
 
 

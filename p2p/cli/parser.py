@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         except KeyboardInterrupt as stop:
             return _fail("interrupted", exit_code(stop))
-        except OSError as error:   # of stdout, on a full disk: every other file has its own message
+        except OSError as error:   # of stdout on a full disk, or of what nothing else reports
             where = f"{error.filename}: " if error.filename else ""
             return _fail(f"{where}{error.strerror or error}", USAGE)
 

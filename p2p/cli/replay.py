@@ -19,8 +19,8 @@ from p2p.image import FITS, from_base64
 from p2p.request import add_ons
 from p2p.request.checks import choice
 from p2p.request.inverting import settings_read, settings_recorded
-from p2p.request.negative import REPLACED
 from p2p.request.settings import from_settings
+from p2p.request.source import REPLACE_EMPTY
 from p2p.request.start import guidance
 from p2p.run import Result
 from p2p.show.pictures import read_settings
@@ -71,13 +71,14 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
         refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])
         arguments |= _sampling(args, settings)
     arguments |= {k: v for k, v in given.items() if v is not None}
-    unguided = not model.guided(guidance(model, arguments["guidance_scale"]))
-    if args.negative is None and arguments["negative_prompt"] is not None \
-            and ((args.cfg is not None and unguided) or args.method in REPLACED):
+    why = None
+    if args.cfg is not None and not model.guided(guidance(model, args.cfg)):
+        why = "nothing leads away from it without guidance"
+    elif args.method in REPLACE_EMPTY:
+        why = f"{args.method} has its own in its place"
+    if why and args.negative is None and arguments["negative_prompt"] is not None:
         arguments["negative_prompt"] = None
-        options.say(["the negative prompt that is recorded is left out: "
-                     + (f"{args.method} has its own in its place" if not unguided else
-                        "nothing leads away from it without guidance")])
+        options.say([f"the negative prompt that is recorded is left out: {why}"])
     result = edited(args, model, settings["source"] if source is None else source, edits,
                     record=options.record(args), **arguments)
     return result, source, enlarged(upscaler, result, args), out
@@ -120,7 +121,7 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any]) -
     given = dict(steps=args.steps, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
                  **options.inverting(args))
     arguments |= {k: v for k, v in given.items() if v is not None}
-    if args.method in REPLACED or args.inversion_cfg == 1:
+    if args.method in REPLACE_EMPTY or args.inversion_cfg == 1:   # nothing reads it while inverting
         arguments.pop("negative_prompt", None)
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")

@@ -180,20 +180,9 @@ def proximal(args: argparse.Namespace) -> tuple[str, float] | None:
     return norm, number(quantile or "0.7", "--proximal")
 
 
-def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options set; a local blend is a dict of its fields, its mask a path.
-    Raises UsageError."""
-    return _whole_blend(changed(args))
-
-
-def settings_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
-    """`edit_settings` of each of n targets: those for all, and after --for N those of target N, which take
-    their place. Raises UsageError."""
-    return [_whole_blend(settings) for settings in changed_by_target(args, n)]
-
-
 def changed_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
-    """The fields that the options set, of each of n targets; of local blends, any part. Raises UsageError."""
+    """`changed` of each of n targets: for all, and after --for N for target N, which takes its place. Raises
+    UsageError."""
     sections = args.for_ or {}
     if beyond := [number for number in sections if not 1 <= number <= n]:
         raise UsageError(f"--for {beyond[0]}: there {'is' if n == 1 else 'are'} {n} target"
@@ -207,16 +196,17 @@ def changed_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
     return out
 
 
-def _whole_blend(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings. Raises UsageError for a local blend that has no words."""
-    blend = settings.get("local_blend")
-    if blend and not {"words", "mask"} & set(blend) and not settings.get("scope"):
-        raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
-    return settings
+def check_blends(each: Iterable[dict[str, Any]]) -> None:
+    """Raises UsageError for settings of an edit whose local blend has no words."""
+    for settings in each:
+        blend = settings.get("local_blend")
+        if blend and not {"words", "mask"} & set(blend) and not settings.get("scope"):
+            raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
 
 
 def changed(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Edit` that the options set, and of local blends those that they set."""
+    """The fields of `Edit` that the options set; a local blend is a dict of those that they set, its mask a
+    path. Raises UsageError."""
     settings: dict[str, Any] = {}
     if args.mode is not None:
         settings["mode"] = args.mode

@@ -27,7 +27,7 @@ from p2p.lists.lines import present, write
 from p2p.model import Model
 from p2p.request.editing import EDITING, refuse_p2p_settings
 from p2p.request.inverting import DEFAULT, READ_BY
-from p2p.request.source import METHODS
+from p2p.request.source import METHODS, REPLACE_EMPTY
 from p2p.request.start import Sampling, solver
 from p2p.run import Result
 from p2p.show.pictures import names, save_png
@@ -36,8 +36,7 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 
 # of Prompt-to-Prompt alone
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
-READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS
-                                              if m not in ("negative-prompt", "null-text"))}
+READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY)}
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",

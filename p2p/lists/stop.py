@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-GRACE = 2.0   # seconds after a signal in which others are taken for the same: no cleaning up is interrupted
-_last: list[tuple[int, float]] = []   # the signal that came, and when
+SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"
+GRACE = 2.0   # seconds after a signal in which further ones are dropped: cleaning up is not interrupted
+_heard: tuple[int, float] | None = None   # the signal that came, and when
 
 
 def _interrupt(number: int, _: Any) -> None:
-    if not _last or time.monotonic() - _last[-1][1] > GRACE:
-        _last[:] = [(number, time.monotonic())]
+    global _heard
+    if _heard is None or time.monotonic() - _heard[1] > GRACE:
+        _heard = number, time.monotonic()
         raise KeyboardInterrupt(number)
 
 
@@ -23,21 +25,23 @@ def _interrupt(number: int, _: Any) -> None:
 def stoppable() -> Iterator[None]:
     """Makes Ctrl-C, SIGTERM and SIGHUP raise a KeyboardInterrupt with the signal's number, so that unfinished
     files are removed. Signals that are ignored (nohup) or handled already stay so."""
-    _last.clear()
+    global _heard
+    _heard = None
     untouched = (signal.SIG_DFL, signal.default_int_handler)
-    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) in untouched],
+    with _handled([s for s in _known(*SIGNALS) if signal.getsignal(s) in untouched],
                   _interrupt):
         yield
 
 
 @contextmanager
 def unmasked() -> Iterator[None]:
-    """Raises KeyboardInterrupt in place of what a library made of it (safetensors calls the file damaged)."""
+    """After a signal every exception is its doing: raises KeyboardInterrupt instead (safetensors reports a
+    damaged file)."""
     try:
         yield
     except Exception:
-        if _last:
-            raise KeyboardInterrupt(_last[-1][0]) from None
+        if _heard is not None:
+            raise KeyboardInterrupt(_heard[0]) from None
         raise
 
 
@@ -50,8 +54,7 @@ def at_once() -> Iterator[None]:
             os.write(2, b"p2p: interrupted\n")
         os._exit(128 + number)
 
-    with _handled([s for s in _known("SIGINT", "SIGTERM", "SIGHUP") if signal.getsignal(s) is _interrupt],
-                  end):
+    with _handled([s for s in _known(*SIGNALS) if signal.getsignal(s) is _interrupt], end):
         yield
 
 

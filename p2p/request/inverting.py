@@ -13,10 +13,10 @@ from p2p.request.checks import choice, finite, share, whole
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
-from p2p.request.negative import REPLACED
+from p2p.request.negative import refuse_replaced
 from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import DISTILLED, Schedule
-from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, Inversion
+from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
 from p2p.request.start import by_ddim, check_seed, guidance, late_start
 from p2p.sampler import BELM_FROM_NOISE
 
@@ -97,6 +97,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
     notes += [*late_start(model, schedule), *_uncontrolled(planned)]
+    # edits after negative-prompt inversion may have another scale: `remarks` says so there
     if method == "null-text" or model.unet.reads_guidance:
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
@@ -163,9 +164,7 @@ def _check_negative(method: str, negative_prompt: str | None, inversion_guidance
     if negative_prompt is None:
         return
     check_prompt(negative_prompt)
-    if method in REPLACED:
-        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, "
-                         "or invert by direct")
+    refuse_replaced(method)
     if inversion_guidance == 1 or method == "noise":
         raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
                          "guidance; give inversion_guidance too, or give it to the edits")
@@ -188,7 +187,7 @@ def _empty(model: Model, prompt: str) -> bool:
     return not model.zero_negative and prompt_tokens(model, prompt).ids == model.tokens("").ids
 
 
-def without_empty(model: Model) -> str:
+def why_unguided(model: Model) -> str:
     """Why a run reads no empty prompt, where it is not guided."""
     if model.unet.reads_guidance:
         return f"{model.name} reads guidance as a number, and no empty prompt"
@@ -197,7 +196,7 @@ def without_empty(model: Model) -> str:
 
 def unguided(model: Model, method: str, guidance_scale: float) -> list[str]:
     """A note where an inversion replaces the empty prompt, and nothing reads it."""
-    if method not in REPLACED or model.guided(guidance_scale):
+    if method not in REPLACE_EMPTY or model.guided(guidance_scale):
         return []
     return [f"{method} inversion changes nothing: what it puts in place of the empty prompt is not read; "
-            f"{without_empty(model)}"]
+            f"{why_unguided(model)}"]

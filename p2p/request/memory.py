@@ -20,7 +20,6 @@ from p2p.models.mmdit import MMDiTConfig
 from p2p.request.record import Record
 
 CPU = torch.device("cpu")
-Bill = dict[str, int]   # bytes by purpose
 
 
 def machine(device: torch.device = CPU) -> int | None:

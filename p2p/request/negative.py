@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.request.prompts import check as check_prompt
-from p2p.request.source import Inversion
+from p2p.request.source import REPLACE_EMPTY, Inversion
 from p2p.weights.untrusted import brief
-
-REPLACED = ("negative-prompt", "null-text")   # inversions that put something else in its place
 
 
 def negatives(negative_prompt: str | Sequence[str] | None, rows: int) -> list[str]:
@@ -37,7 +35,12 @@ def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, gu
         why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
             "give a guidance_scale other than 1, or leave it out"
         raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
-    method = None if inversion is None else inversion.method
-    if method in REPLACED:
-        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it "
-                         "out, or invert by direct")
+    if inversion is not None:
+        refuse_replaced(inversion.method)
+
+
+def refuse_replaced(method: str) -> None:
+    """Raises UsageError for a negative prompt beside an inversion that has its own in its place."""
+    if method in REPLACE_EMPTY:
+        raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, "
+                         "or invert by direct")

@@ -22,7 +22,7 @@ from p2p.request.effect import (
     without,
 )
 from p2p.request.emphasis import below_zero, read
-from p2p.request.inverting import unguided, without_empty
+from p2p.request.inverting import unguided, why_unguided
 from p2p.request.negative import negatives
 from p2p.request.source import FOLLOW
 from p2p.request.start import Sampling, Settled, Start, late_start
@@ -97,7 +97,7 @@ def sampling_idle(model: Model, sampling: Sampling, settled: Settled, known: boo
     """Notes on a run's sampling that changes nothing. known: its source is inverted or traced."""
     notes = []
     if sampling.proximal is not None and not model.guided(settled.guidance_scale):
-        notes.append(f"proximal changes nothing: {without_empty(model)}")
+        notes.append(f"proximal changes nothing: {why_unguided(model)}")
     elif sampling.proximal is not None and sampling.proximal[1] == 0:
         what = "nothing" if sampling.proximal[0] == "l0" else "next to nothing"
         notes.append(f"proximal {sampling.proximal[0]} changes {what}: from quantile 0 on all differences "

@@ -73,15 +73,11 @@ def to_settings(edits: Sequence[Edit], size: tuple[int, int] | None = None,
         number = None
         if e.local_blend is not None and e.local_blend.mask is not None:
             mask = e.local_blend.mask
-            png = picture_of(mask) if size is None else _thresholded(mask, size, fit)
+            png = picture_of(mask) if size is None else to_base64(Image.fromarray(
+                fixed(mask, size, fit)[0].numpy()))
             number = masks.setdefault(png, len(masks))
         targets.append(to_dict(e, number))
     return {"targets": targets} | ({"masks": list(masks)} if masks else {})
-
-
-def _thresholded(mask: Any, size: tuple[int, int], fit: str) -> str:
-    """In black and white, as a PNG in base64."""
-    return to_base64(Image.fromarray(fixed(mask, size, fit)[0].numpy()))
 
 
 def from_settings(settings: Mapping[str, Any]) -> list[Edit]:

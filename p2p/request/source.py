@@ -30,6 +30,7 @@ METHODS = ("noise", "ddim", "fixed-point", "belm", "negative-prompt", "null-text
 OFFSET = ("edit-friendly", "flow-edit", "ddcm", "turbo-edit")   # what the network misses is added to all rows
 FOLLOW = ("direct", *OFFSET)            # the source row takes the stored latents at every step
 LONE = (*FOLLOW, "negative-prompt", "uni-inv", "rf-solver", "fireflow", "rf-inversion")   # ... is not guided
+REPLACE_EMPTY = ("negative-prompt", "null-text")   # put something in the place of the empty prompt
 DDPM = ("edit-friendly", "turbo-edit")  # eta: above 0
 OWN = {"gamma": "rf-inversion", "control": "rf-inversion", "control_steps": "rf-inversion",
        "n_avg": "flow-edit", "n_min": "flow-edit"}   # settings of one method, which needs them

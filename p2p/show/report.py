@@ -12,7 +12,6 @@ from torch import Tensor
 
 from p2p.align import words
 from p2p.image import to_base64
-from p2p.maps import AttentionMaps
 from p2p.run import Result
 from p2p.show.leakage import Leakage
 from p2p.show.pictures import ACCENT, heat, marked
@@ -85,7 +84,7 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
     for row, label, other, tag in ((0, "source", target, "del"), (target, "edit", 0, "ins")):
         line = [escape(word) for word in texts[row]]
         if result.maps is not None:
-            have = _with_maps(result.maps, row)
+            have = [place for place, _, _ in result.maps.read_words(row)]
             maps = zip(have, result.maps.each_word(row))
             overlays += [_overlay(f"{row}-{i}", _map(values)) for i, (_, values) in maps]
             line = [_hovered(f"{row}-{i}", word) if i in have else word for i, word in enumerate(line)]
@@ -113,13 +112,6 @@ def _words(result: Result, row: int) -> list[str]:
     if result.maps is None:
         return result.prompts[row].split()
     return [word for word, _ in words(result.maps.prompts[row])]
-
-
-def _with_maps(maps: AttentionMaps, row: int) -> list[int]:
-    """Which words of a prompt, by their places, `each_word` shows: not those that the text tower cuts off or
-    has no token for."""
-    return [i for i, (_, columns) in enumerate(words(maps.prompts[row])) if min(columns, default=maps.length)
-            < maps.length - 1]
 
 
 def _hovered(key: str, text: str) -> str:

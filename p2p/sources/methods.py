@@ -77,15 +77,15 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     "pad", see `image.fit`, or "own": to the nearest size of its own shape that the model takes. method: see
     above. steps: None for the model's. skip: those left out at the noisy end (0; of edit-friendly 0.24 of
     them, of flow-edit 0.34). guidance_scale: of the edits to come (null-text is optimised for it); None for
-    the model's own, 0 for 1. inversion_guidance: while inverting, 1 where None (not noise, which predicts
-    nothing); 0: without the prompt, as in PnPInversion's ablation, rf-inversion's default. inner_steps: of
-    null-text's optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and turbo-edit, 1 for DDPM.
-    seed: of the noise that is drawn, 0 where None. final_alpha: alphas_cumprod at which the picture is taken
-    to be; None for the model's (Stable Diffusion: that of its first timestep, where it was trained to end), 1
-    for a picture without noise, as in O-BELM's code. negative_prompt: what inversion_guidance leads away
-    from; also of the edits to come, unless they have their own. gamma, control, control_steps: shares, of
-    rf-inversion (0.5, 0.9, 0.25). n_avg, n_min: of flow-edit, noises a step (1), but for the last so many
-    (0), which sample without the source. What is not read is refused. Raises UsageError, NumericsError.
+    the model's own; 0 is taken as 1. inversion_guidance: while inverting, 1 where None (not noise, which
+    predicts nothing); 0 (rf-inversion's default) is without the prompt, as in PnPInversion's ablation.
+    inner_steps: of null-text's optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and
+    turbo-edit, 1 for DDPM. seed: of the noise that is drawn, 0 where None. final_alpha: alphas_cumprod at
+    which the picture is taken to be; None for the model's (Stable Diffusion: that of its first timestep,
+    where it was trained to end), 1 for a picture without noise, as in O-BELM's code. negative_prompt: what
+    inversion_guidance leads away from; also of the edits to come, unless they have their own. gamma, control,
+    control_steps: shares, of rf-inversion (0.5, 0.9, 0.25). Of flow-edit: n_avg noises a step (1); the last
+    n_min steps (0) sample without the source. What is not read is refused. Raises UsageError, NumericsError.
     """
     model, fit_mode = find_model(model), "crop" if fit is None else fit
     flag("progress", progress)
