@@ -97,8 +97,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
     notes += [*late_start(model, schedule), *_uncontrolled(planned)]
-    # edits after negative-prompt inversion may have another scale: `remarks` says so there
-    if method == "null-text" or model.unet.reads_guidance:
+    if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
 
