@@ -133,7 +133,7 @@ class AttentionMaps:
     def read_words(self, row: int = 0) -> list[tuple[int, str, list[int]]]:
         """(place, word, columns) of the words of a prompt that the text tower reads: not those that it cuts
         off or has no token for."""
-        every = enumerate(named_words(self.prompts[row]))
+        every = enumerate(named_words(self.prompts[whole("row", row, 0, len(self.prompts) - 1)]))
         read = [(k, word, [i for i in columns if i < self.length - 1]) for k, (word, columns) in every]
         return [each for each in read if each[2]]
 

@@ -115,6 +115,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path, capsys):
         assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_failures_are_rows_and_retried_alone(tmp_path, capsys):
     file = listed(tmp_path / "jobs.jsonl", 3)
     bad = {"source": "a cat on grass", "targets": "a dog on grass", "steps": 2, "method": "ddim"}

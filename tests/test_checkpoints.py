@@ -118,6 +118,7 @@ FOLDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FOLDERS)
 def test_folder_formats(made, plain, tmp_path, how):
     family, parts, _ = made
@@ -230,6 +231,7 @@ def test_mixed_types_and_ranks(single, plain, tmp_path):
     assert torch.equal(mixed.vae.quant_conv.weight, plain.vae.quant_conv.weight)
 
 
+@pytest.mark.slow
 def test_separate_autoencoder(made, single, plain, tmp_path):
     """As LDM saves it (with training leftovers), from inside a whole model, and as a diffusers folder."""
     state = {k.removeprefix(keys.VAE): v + 1 for k, v in load_file(single).items() if k.startswith(keys.VAE)}

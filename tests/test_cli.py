@@ -211,6 +211,7 @@ def test_model_file_errors_have_their_own_code(capsys, tmp_path):
         assert code == 3 and message in err and str(path) in err
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_taken_for_the_recorded_ones(capsys, tmp_path, sd1_file):
     _, out, _ = run(capsys, *EDIT, "-o", tmp_path)
     code, _, err = run(capsys, "edit", "--from", out.split()[0], "--model", sd1_file, "-o", tmp_path)

@@ -130,6 +130,7 @@ def test_prompt_to_prompts_own_pairs_stop_early_and_mix_with_no_others(prompts, 
 MODEL = [["--dtype", "bfloat16"], ["--half-weights"], ["--prediction", "eps"], ["--tile", "16"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", MODEL)
 def test_another_model_or_judge_does_not_go_on(prompts, tmp_path, capsys, other, monkeypatch, once):
     """Whatever changes pixels, or which of them are kept; files that only lie elsewhere do not."""

@@ -81,6 +81,7 @@ def test_there_are_no_steps_of_four():
     assert along.max() - along.min() < 0.3 < 1 == stairs()[0, 0].float().diagonal(-2).diff().abs().max()
 
 
+@pytest.mark.slow
 def test_an_edit_with_a_feather(emoji):
     """The source's pixels beyond it, to the bit; 0 is the hard mask."""
     mask = torch.zeros(64, 64)
@@ -124,6 +125,7 @@ def test_from_the_command_line_a_list_and_again(narrow, tmp_path, capsys):
     assert [work._ready(narrow, job).edits[0].local_blend.feather for job in read] == [3, 0, 1.5]
 
 
+@pytest.mark.slow
 def test_sources_in_one_batch_feather_each_in_its_own_way(narrow):
     blends = [p2p.LocalBlend(words=("cat", "dog"), start=0.0, feather=width) for width in (0, 2, 4)]
     asked = [dict(source=SOURCE, targets=TARGET, seed=k, local_blend=b, steps=2) for k, b in enumerate([*blends, None])]

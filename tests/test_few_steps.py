@@ -105,6 +105,7 @@ def test_a_word_swap_from_the_command_line(tmp_path, capsys, name):
     assert settings["sampler"] == wanted[0] and settings["steps"] == (2 if few else 4)
 
 
+@pytest.mark.slow
 def test_a_unet_that_predicts_the_picture(tmp_path):
     """One step of Lightning: x_0 from pure noise, on trailing timesteps."""
     folder = folder_of(tmp_path, diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="trailing", prediction_type="sample"))

@@ -86,6 +86,7 @@ def test_a_network_that_says_the_picture_gives_its_velocity():
 
 # ------------------------------------------------------------------------------------------------ the bundled flow model
 
+@pytest.mark.slow
 def test_the_source_is_as_it_is_alone_and_equal_prompts_give_equal_pictures(flow):
     r = p2p.edit(flow, SOURCE, [SWAP, p2p.Edit(SOURCE, mode="replace")], steps=4, seed=1)
     alone = p2p.generate(flow, SOURCE, steps=4, seed=1)
@@ -93,6 +94,7 @@ def test_the_source_is_as_it_is_alone_and_equal_prompts_give_equal_pictures(flow
     assert (r.latents[1] - r.latents[0]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_is_eulers_rule_written_out(flow):
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     r = p2p.generate(flow, SOURCE, steps=5, x_T=x)
@@ -120,6 +122,7 @@ def test_inversions_of_a_flow(flow, method):
         assert (r.latents[0] - flow.encode(picture)[0]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_samplers_and_timesteps_of_flows(flow):
     for sampler in ("ddim", "dpm++"):
         assert p2p.generate(flow, SOURCE, steps=3, sampler=sampler).latents.isfinite().all()

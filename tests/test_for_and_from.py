@@ -36,6 +36,7 @@ def test_a_blend_for_all_may_have_a_threshold_of_one(capsys, tmp_path):
     assert all(t["local_blend"]["words"] == [["grass"], ["grass"]] for t in settings["targets"])
 
 
+@pytest.mark.slow
 def test_maps_of_several_targets_too(capsys, tmp_path):
     code = main(["maps", *TARGETS, "--steps", "1", "--seed", "1", "-o", str(tmp_path), "-q", "--for", "2", "--cross", "0.1"])
     settings = read_settings(next(tmp_path.glob("*/source.png")))
@@ -88,6 +89,7 @@ def of_targets(a, b):
     return [differing(x, y) for x, y in zip(a["targets"], b["targets"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, at", [
     (["--cross", 0.3], "cross_replace_steps"), (["--self", "0:0.2"], "self_replace_steps"), (["--weight", "grass=2"], "equalizer"),
     (["--layers", "up"], "layers"), (["--blend-threshold", 0.4], "local_blend"), (["--renormalise"], "renormalise")])
@@ -105,6 +107,7 @@ def test_of_one_target_alone(capsys, tmp_path, made):
     assert of_targets(read_settings(made), new) == [set(), {"cross_replace_steps"}] and "--for" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, names", [
     (["--seed", 9], {"seed"}), (["--steps", 3], {"steps"}), (["--cfg", 2], {"guidance_scale"}), (["--negative", "dog"], {"negative_prompt"}),
     (["--eta", 0.5], {"eta"}), (["--proximal", "l0"], {"proximal"}), (["--height", 128], {"height"}), (["--width", 128], {"width"}),

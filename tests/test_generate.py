@@ -35,6 +35,7 @@ def test_lists_that_do_not_fit_are_refused(capsys, argv, said):
     assert main(["edit", "a cat", "a dog", "--seed", "1,2"]) == 2
 
 
+@pytest.mark.slow
 def test_generated_pictures_are_enlarged(capsys, tmp_path, narrow):
     files, _ = made(capsys, tmp_path, "a cat", "--seed", "1,2", "--upscale", "--upscale-steps", "1")
     assert [f.rpartition("/")[2] for f in files] == ["1.png", "2.png", "grid.png", "small.png"]

@@ -157,6 +157,7 @@ def test_only_what_is_needed_is_downloaded_and_then_cached(hub, home, inspect):
         refused(absent, "cannot be reached", "not in the local cache")
 
 
+@pytest.mark.slow
 def test_shards_are_followed(hub, inspect):
     hub.asked.clear()
     [(code, _, wrong)] = inspect(["org/shards"])

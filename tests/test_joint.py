@@ -210,6 +210,7 @@ def test_edits_by_site_are_of_their_sites_alone():
     assert torch.equal(site({"": edit}), site(edit)) and torch.equal(site({"other": edit}), site())
 
 
+@pytest.mark.slow
 def test_edit_is_one_graph_for_all_steps():
     import torch._dynamo as dynamo
 

@@ -62,6 +62,7 @@ def test_a_window_of_no_word_is_refused_before_anything_is_loaded(tmp_path, caps
     assert "--cross =0.4: expected END" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_header_of_very_many_tensors_takes_no_time(tmp_path):
     head = json.dumps({f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(250_000)}).encode()
     (tmp_path / "many.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)

@@ -243,6 +243,7 @@ def one(made, plain, tmp_path):
     return write(tmp_path / "one.safetensors", files)
 
 
+@pytest.mark.slow
 def test_several_are_merged_in_turn(made, plain, one, tmp_path):
     g, layer = generator(8), next(iter(LAYERS[made[0]]))
     other = write(tmp_path / "other.safetensors", {layer: lora(g, plain[f"{layer}.weight"])[0]})
@@ -252,6 +253,7 @@ def test_several_are_merged_in_turn(made, plain, one, tmp_path):
     assert [n.split(",")[0] for n in both.notes if "merged" in n] == ["one.safetensors", "other.safetensors"]
 
 
+@pytest.mark.slow
 def test_nothing_stays_of_it_but_the_weights(made, plain, one):
     found, before = load(made[2], lora=one), load(made[2])
     assert [type(m) for m in found.unet.modules()] == [type(m) for m in before.unet.modules()]
@@ -276,6 +278,7 @@ def test_the_merged_model_may_be_written(made, one, tmp_path, form):
     same(load(tmp_path / form), load(made[2], lora=(one, 0.8)), 0)
 
 
+@pytest.mark.slow
 def test_a_written_model_keeps_its_precision(made, single, one, tmp_path):
     save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(single).items()}, tmp_path / "half.safetensors")
     convert(find(tmp_path / "half.safetensors", lora=[(one, 1.0)]), tmp_path / "m.safetensors")

@@ -152,6 +152,7 @@ def test_unet_is_that_of_diffusers(linear, size):
         close(unet(x, t, context)[0], theirs(x, t, context).sample)
 
 
+@pytest.mark.slow
 def test_hybrid_unet_runs_on_pixels_and_names_its_sites():
     """Cross-attention going down, hybrid in the middle and going up; only the queries and keys of sites that are watched come
     back, and the sites' sizes are known beforehand."""

@@ -191,6 +191,7 @@ def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data
     assert main([*command(data, out, "--methods", "noise"), "--steps", "2"]) == 0 and len(measured) == 2   # the third, by both
 
 
+@pytest.mark.slow
 def test_the_table_is_tidy_and_failures_are_rows(data, tmp_path, capsys):
     folder, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(data, folder)
@@ -216,6 +217,7 @@ def test_the_table_is_tidy_and_failures_are_rows(data, tmp_path, capsys):
     assert [r["key"] for r in rows_of(out) if r["error"]] == [keys[1]] * 2
 
 
+@pytest.mark.slow
 def test_pictures_of_another_program_and_strips(data, tmp_path, capsys):
     mapping = json.loads((data / "mapping_file.json").read_text())
     whole, strips = tmp_path / "whole", tmp_path / "strips"
@@ -264,6 +266,7 @@ def test_ranks_of_torchrun_make_the_same_rows(data, tmp_path):
     assert (here / "pie.csv").read_bytes() == (there / "pie.csv").read_bytes() and len(rows_of(there)) == 2 * 3
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own(data, tmp_path, capsys):
     out, ways = tmp_path / "out", tmp_path / "ways.json"
     ways.write_text(json.dumps({"mine": {"method": "noise", "steps": 2, "cross": 0.2},

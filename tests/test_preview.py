@@ -58,6 +58,7 @@ def test_edit_refuses_what_a_preview_does_not_write(tmp_path, capsys, more):
     assert f"{more[0]}: not with --preview" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_batch_shows_the_first_jobs_and_what_fails(tmp_path, capsys):
     lines = [{"source": SOURCE, "targets": TARGET}, {"source": SOURCE, "targets": TARGET, "local_blend": {"words": ["cat", "dog"]}},

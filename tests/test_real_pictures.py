@@ -58,6 +58,7 @@ def test_a_picture_of_a_sweep_runs_again(photo, tmp_path):
     assert made == {Image.open(f).tobytes() for f in folder.glob("*.png") if f.stem not in ("table", "input")} and len(made) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["edit-friendly", "ddim", "belm", "null-text"])
 def test_maps_of_a_picture_are_those_of_its_row_in_an_edit(narrow, photo, tmp_path, method):
     folder = run(tmp_path / "alone", "maps", "--image", photo, SOURCE, "--method", method, "--arrays")

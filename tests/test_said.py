@@ -61,6 +61,7 @@ def test_an_editor_of_another_name_is_refused(narrow, bad):
         p2p.edit(narrow, "a cat", "a dog", editor=bad)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_a_path_may_stand_for_a_picture_and_a_name_for_a_model(narrow, emoji, tmp_path, monkeypatch):
     """Everywhere that one is wanted."""

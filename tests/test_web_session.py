@@ -73,6 +73,7 @@ def test_an_edit_is_that_of_the_library_with_a_preview_on_the_way(session):
     assert all(word.map is not None for word in views[-1].words)
 
 
+@pytest.mark.slow
 def test_a_moved_fader_costs_one_further_edit_and_no_source(session, monkeypatch):
     traced, rows, real = [], [], sources.trace
     monkeypatch.setattr(sources, "trace", lambda *a, **k: traced.append(a[1]) or real(*a, **k))
@@ -243,6 +244,7 @@ def test_uploads_that_are_no_pictures_are_refused(session, value):
     assert len(str(error.value)) < 300 and session.picture is None
 
 
+@pytest.mark.slow
 def test_large_uploads(session):
     assert session.upload(url(png(Image.new("L", (5000, 4000), 90)))).source.size == (64, 64)   # 20 megapixels
     session.forget()
