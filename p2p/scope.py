@@ -10,18 +10,23 @@ from p2p import align
 from p2p.blend import LocalBlend
 from p2p.edits import Edit, alignment
 from p2p.models.text import Tokens
+from p2p.request.windows import BRINGS, PLACES
+
+ARTICLES = frozenset("a an the".split())
+PHRASES = BRINGS | PLACES | ARTICLES | frozenset("of to from".split())   # words with which a phrase begins
 
 
-def added(mode: str, a: Tensor, columns: Sequence[int]) -> bool:
-    """Whether a word of the target, at those columns, has no counterpart in the source."""
-    return mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))
+def added_words(target: Tokens, mode: str, a: Tensor) -> list[str]:
+    """The words of the target that have no counterpart in the source."""
+    return [name for name, columns in align.named_words(target)
+            if mode == "refine" and not any(bool(a[j]) for j in columns if j < len(a))]
 
 
 def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
             aligned: tuple[Tensor, Tensor] | None = None) -> tuple[list[str], list[str]]:
     """The words of the source and of the target that an edit is about: its scope and what replaces or joins
-    it; without a scope the words that differ and those with weights other than 1. aligned: the result of
-    `alignment`, if it is known."""
+    it, see `loose`; without a scope the words that differ and those with weights other than 1. aligned: the
+    result of `alignment`, if it is known."""
     m, a = aligned or alignment(source, target, edit, mode, length)
     ours, theirs = align.named_words(source), align.named_words(target)
     reads = (m * a).bool()   # (L, L): source token i, target token j
@@ -34,8 +39,10 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
         phrases = [edit.scope] if isinstance(edit.scope, str) else edit.scope
         scope_tokens = {i for phrase in phrases for i in align.word_tokens(source, phrase, length)}
         chosen = [(name, i) for name, i in ours if scope_tokens & set(i)]
-        new = [name for name, j in theirs if added(mode, a, j) or any(related(i, j) for _, i in chosen)]
-        return [name for name, _ in chosen], new
+        kept = [name for name, j in theirs if any(related(i, j) for _, i in chosen)]
+        joined = added_words(target, mode, a)
+        new = {*kept, *joined} - {*loose(target, kept, joined)}
+        return [name for name, _ in chosen], [name for name, _ in theirs if name in new]
     weighted = {j for word, c in (edit.equalizer or {}).items() if c != 1
                 for j in align.word_tokens(target, word, length)}
 
@@ -50,6 +57,21 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
     return old, new
 
 
+def loose(target: Tokens, kept: Sequence[str], joined: Sequence[str]) -> list[str]:
+    """The added words (joined) that no word of the scope (kept) is described by: those that do not stand
+    before one in its phrase. "a big cat": "big" belongs to it; "a cat at night", "a cat with a hat": others
+    act inside of the scope only."""
+    out, belongs = [], False
+    for name, _ in reversed(align.named_words(target)):
+        word = name.partition("#")[0]
+        if name in kept:
+            belongs = True
+        elif name in joined and not (belongs and (word in ARTICLES or word not in PHRASES)):
+            out.insert(0, name)
+        belongs &= word not in PHRASES
+    return out
+
+
 def _ids(prompt: Tokens, columns: Sequence[int]) -> list[list[int]]:
     """The tokens in these columns, as each tokenizer numbers them."""
     return [[part.tokens.ids[i - part.first] for i in part.own(columns)] for part in align.parts(prompt)]
@@ -62,7 +84,8 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
     blend = edit.local_blend or LocalBlend()
     if blend.words is None:
         old, new = subject(source, target, edit, mode, length)
-        rivals = _others(source, old, length), _others(target, new, length)
+        joined = added_words(target, mode, alignment(source, target, edit, mode, length)[1])
+        rivals = _others(source, old, length), _others(target, [*new, *joined], length)
         blend = replace(blend, words=(old, new), rivals=rivals if any(rivals) else None)
     return replace(edit, scope=None, local_blend=blend)
 

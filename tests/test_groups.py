@@ -278,7 +278,8 @@ def test_maps_are_named_by_words_of_both_groups(run):
 
 
 def test_leakage_and_reports(run):
-    assert leakage(run, 1).about == ["cat", "schnauzer"] and {"grass", "grass,", "hat"} < set(leakage(run, 4).about)
+    about = set(leakage(run, 4).about)
+    assert leakage(run, 1).about == ["cat", "schnauzer"] and {"grass", "grass,"} < about and "hat" not in about
     assert "schnauzer</span>" in report(run)
 
 

@@ -29,6 +29,9 @@ L = 32
     ("a cat on grass", "a hippopotamus on grass", {}, (["cat"], ["hippopotamus"])),
     ("a cat on grass", "a big dog on grass", dict(swap={"cat": "dog"}), (["cat"], ["big", "dog"])),
     ("a cat on grass", "a cat", {}, (["on", "grass"], [])),
+    ("a cat", "a cat at night", dict(scope="cat"), (["cat"], ["cat"])), ("a cat", "a cat with a hat", dict(scope="cat"), (["cat"], ["cat"])),
+    ("a cat on grass", "a big and very red cat on wet grass", dict(scope="cat"), (["cat"], ["very", "red", "cat"])),
+    ("a cat on grass", "an orange cat on grass", dict(scope="cat"), (["cat"], ["an", "orange", "cat"])),
 ])
 def test_what_an_edit_is_about(narrow, source, target, settings, wanted):
     s, t = narrow.tokens(source), narrow.tokens(target)
@@ -44,6 +47,17 @@ def test_a_scope_is_a_local_blend_with_all_other_words_as_rivals(narrow):
         ["a#1", "cat#1", "next", "to", "a#2", "red", "on", "grass"], ["a#1", "cat", "next", "to", "a#2", "red", "on", "grass"]))
     own = p2p.LocalBlend(words=("red", "red"), threshold=0.5)
     assert scoped(s, t, p2p.Edit(TARGET, scope="cat#2", local_blend=own), "replace", L).local_blend == own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source, target, scope", [("a dog on grass", "a dog on grass at night", "dog"), ("a cat on grass", "a cat on grass at night", "cat"),
+                                                   ("a cat on grass", "a cat with a red hat on grass", "cat")])
+def test_what_is_added_elsewhere_acts_inside_of_the_scope(emoji, source, target, scope):
+    """Its words do not widen the scope, nor do they compete with it."""
+    r = p2p.edit(emoji, source, p2p.Edit(target, scope=scope), steps=10, seed=1)
+    mask, moved = r.masks[0, 0], (r.latents[1] - r.latents[0]).abs().amax(0)
+    assert 0.02 < mask.float().mean() < 0.7 and moved[mask].max() > 0.1
+    assert torch.equal(r.latents[1][:, ~mask], r.latents[0][:, ~mask])
 
 
 def test_swap_and_refine_in_one_edit(narrow):

@@ -20,7 +20,7 @@ from p2p.models.text import Tokens
 from p2p.request import layers
 from p2p.request.emphasis import read
 from p2p.request.mask_sites import sites_of_side
-from p2p.scope import added, subject
+from p2p.scope import added_words, subject
 
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
 
@@ -228,26 +228,17 @@ def editor_idle(editor: Any, planned: Sequence[Any], steps: int) -> list[str]:
 
 
 def left_out(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -> list[str]:
-    """A note on the words whose change the scope of an edit leaves out. Raises UsageError where nothing else
-    changes.
-
-    An added word belongs to the scope where it stands before one of the scope's words ("a big cat"). Others
-    ("a cat at night", "a cat with a hat") are undecided: they act inside of the scope only.
-    """
+    """A note on the words whose change the scope of an edit leaves out, see `scope.loose`. Raises UsageError
+    where it leaves out all: words that are only removed, swapped or weighed elsewhere."""
     aligned = alignment(source, target, edit, mode, length)
     old, new = subject(source, target, replace(edit, scope=None), mode, length, aligned)
     ours, theirs = subject(source, target, edit, mode, length, aligned)
-    loose, joins = [], False
-    for name, columns in reversed(align.named_words(target)):
-        if not added(mode, aligned[1], columns):
-            joins = name in theirs
-        elif not joins:
-            loose.insert(0, name)
     scope = ", ".join([edit.scope] if isinstance(edit.scope, str) else edit.scope)
-    if (old or new) and not {*ours, *theirs} & {*old, *new}:
+    words = {*ours, *theirs, *added_words(target, mode, aligned[1])}
+    if (old or new) and not words & {*old, *new}:
         raise UsageError(f'"{target.text}": nothing of what changes '
                          f'({", ".join(dict.fromkeys([*old, *new]))}) is in the scope ({scope}), and outside '
                          "of it the picture stays as it is: name the words that change, or leave it out")
-    outside = [*(w for w in new if w not in theirs), *loose]
+    outside = [word for word in new if word not in theirs]
     left = f"what {', '.join(outside)} would change outside of the scope ({scope}) is left out"
     return [left] if outside else []
