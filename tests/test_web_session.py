@@ -116,6 +116,16 @@ def test_a_model_of_noisy_steps_is_not_traced(narrow):
         assert apart(image, wanted.images[k]) <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_pictures_are_uploaded_to_models_of_few_steps(narrow, sampler):
+    few = Session(replace(narrow, sampler=sampler), Sources(replace(narrow, sampler=sampler)))
+    few.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    view = last(few, target=DOG, method="ddcm")
+    inverted = p2p.invert(few.model, few.picture, CAT, method="ddcm", steps=4, seed=1, guidance_scale=3.0)
+    assert view.done and apart(view.edit, p2p.edit(few.model, inverted, DOG, guidance_scale=3.0).images[1]) <= 1
+
+
 def test_a_closed_tab_stops_what_runs_for_it(narrow):
     all_visits, request = Visits(narrow), SimpleNamespace(session_hash="a")
     session = all_visits.of(request)

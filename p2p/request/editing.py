@@ -32,7 +32,7 @@ from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
 from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import Inversion
-from p2p.request.start import Sampling, Settled, settle
+from p2p.request.start import Sampling, Settled, guidance, settle
 from p2p.sampler import PROXIMAL, guide, proximal_guide
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
@@ -180,12 +180,13 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     if sampling.x_T is not None:
         raise UsageError("x_T is stored in this inversion: leave it out")
     scale = inversion.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+    scale = guidance(model, scale)
     if inversion.queries is not None and model.unet.reads_guidance and scale != inversion.guidance_scale:
         raise UsageError(f"guidance_scale {scale}: the trace holds queries and keys of guidance "
                          f"{inversion.guidance_scale}, which {model.name} reads: leave it out, or trace "
                          "again")
     negative = sampling.negative_prompt
-    if negative is None and scale not in (0, 1):
+    if negative is None and model.guided(scale):
         negative = inversion.negative_prompt
     few = model.sampler in DISTILLED   # ddcm: the steps are its own, at the sampler's timesteps
     return replace(sampling, sampler=model.sampler if few else "ddim", negative_prompt=negative,

@@ -76,9 +76,9 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     usual = GUIDANCE.get(method, 1.0)
     inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
                                 inversion_guidance)
-    if inversion_guidance not in (usual, 1) and _empty(model, prompt):
+    if model.guided(inversion_guidance) and inversion_guidance != usual and _empty(model, prompt):
         notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
-    _check_negative(method, negative_prompt, inversion_guidance)
+    _check_negative(model, method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
     seed, eta = check_seed(0 if seed is None else seed), share("eta", 1 if eta is None else eta)
@@ -158,12 +158,15 @@ def _check_prompts(model: Model, prompt: str, negative_prompt: str | None) -> li
     return notes
 
 
-def _check_negative(method: str, negative_prompt: str | None, inversion_guidance: float) -> None:
+def _check_negative(model: Model, method: str, negative_prompt: str | None,
+                    inversion_guidance: float) -> None:
     """Raises UsageError for a negative prompt that the method does not read."""
     if negative_prompt is None:
         return
     check_prompt(negative_prompt)
     refuse_replaced(method)
+    if model.unet.reads_guidance and inversion_guidance != 0:
+        raise UsageError(f"negative_prompt: {why_unguided(model)}; leave it out")
     if inversion_guidance == 1 or method == "noise":
         raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
                          "guidance; give inversion_guidance too, or give it to the edits")

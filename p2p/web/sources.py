@@ -73,7 +73,7 @@ class Sources:
         return asked.source, asked.steps, asked.seed, held, asked.method, digest
 
     def _generated(self, asked: Asked) -> Source:
-        if self.model.sampler in DISTILLED or self.model.eta:   # a trace is sampled by DDIM, of eta 0
+        if self.model.sampler in DISTILLED or self.model.eta:   # as below, of eta 0
             return Source(asked.source, None, None)
         traced = trace(self.model, asked.source, steps=asked.steps, seed=asked.seed,
                        guidance_scale=asked.guidance, negative_prompt=asked.negative or None,
@@ -84,7 +84,7 @@ class Sources:
         own = settings_read(asked.method, {"seed": asked.seed})
         inversion = invert(self.model, picture, asked.source, method=asked.method, steps=asked.steps,
                            guidance_scale=asked.guidance, **own)
-        if asked.method not in FOLLOW:
+        if asked.method not in FOLLOW or self.model.sampler in DISTILLED:   # a trace is sampled by DDIM
             return Source(inversion, None, None)
         inversion = trace(self.model, inversion, **self._held(inversion.calls))
         return Source(inversion, _decoded(self.model, inversion), _maps(self.model, inversion))
