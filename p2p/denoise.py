@@ -81,7 +81,7 @@ class Step:
 
     def changed(self, before: Tensor) -> Tensor:
         """x, in the place of `before`. Raises UsageError for one that does not fit there."""
-        return tensor("step.x", self.x, *before.shape).detach().to(before)
+        return tensor("step.x", getattr(self, "x", None), *before.shape).detach().to(before)
 
 
 class Known(NamedTuple):

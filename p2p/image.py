@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -164,7 +165,7 @@ def _reopened(image: Image.Image, stored: str) -> Image.Image:
 
 
 def _why(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return re.sub(r" <_io\.\w+ object at \w+>", "", str(error)) or type(error).__name__
 
 
 def as_picture(image: Image.Image | str | Path, name: str = "picture") -> Image.Image:

@@ -227,7 +227,7 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
         if on_step is not None:
             version = x._version
             on_step(step)
-            if step.x is not x or x._version != version:
+            if getattr(step, "x", None) is not x or x._version != version:
                 ready.settings["changed_between_steps"] = True   # not replayed: by what is not recorded
             x = step.changed(x)
     latents, sampled = x.cpu(), time.perf_counter()

@@ -78,6 +78,24 @@ def test_a_last_step_is_as_the_others(narrow):
             p2p.edit(narrow, "a cat", "a dog", on_step=lambda s, bad=bad: setattr(s, "x", bad), **EASY)
 
 
+@pytest.mark.parametrize("bad, said", [(lambda x: x.to("meta"), "on meta, without values"), (lambda x: x.to_sparse(), "sparse_coo"),
+                                       (lambda x: torch.nested.nested_tensor([x, x]), "nested"), (lambda x: x.to(torch.complex64), "complex"),
+                                       (lambda x: x.to(torch.float8_e4m3fn), "fp8")])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_tensors_whose_numbers_are_not_there_are_named(narrow, bad, said):
+    x, mask = bad(torch.zeros(1, 3, 64, 64)), bad(torch.zeros(4, 4))
+    for ask in (lambda: p2p.generate(narrow, "a cat", steps=1, x_T=x), lambda: p2p.edit(narrow, "a cat", "a dog", steps=1, x_T=x),
+                lambda: p2p.trace(narrow, "a cat", steps=1, x_T=x), lambda: p2p.invert(narrow, x, "a cat", steps=1),
+                lambda: p2p.edit(narrow, "a cat", "a dog", steps=1, local_blend=p2p.LocalBlend(mask=mask, start=0.0))):
+        with pytest.raises(UsageError, match=said):
+            ask()
+
+
+def test_an_x_that_was_deleted(narrow):
+    with pytest.raises(UsageError, match="step.x must be a tensor .* not None"):
+        p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: delattr(s, "x"), **EASY)
+
+
 def test_other_noise_levels_are_not_run_together(narrow):
     karras = dict(source="a cat", targets="a dog", sampler="dpm++", timestep_spacing="karras", steps=4)
     listed = dict(source="a cat", targets="a dog", sampler="dpm++", timesteps=list(narrow.schedule(4, "dpm++", "karras").timesteps))

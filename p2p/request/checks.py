@@ -26,14 +26,12 @@ def kind(name: str, value: T, *kinds: type) -> T:
 
 def tensor(name: str, value: Any, *shape: int | str) -> Tensor:
     """Checks for floating-point numbers of that shape: sizes, and names of those that may be any but 0."""
-    # imported here: the command line checks its arguments before torch is loaded
-    from torch import Tensor, strided
+    from torch import Tensor  # here: the command line checks its arguments before torch is loaded
 
     if not isinstance(value, Tensor):
         given, fits = brief(value), False
-    elif value.is_nested or value.is_meta or value.layout != strided:
-        what = "nested" if value.is_nested else value.device if value.is_meta else value.layout
-        given, fits = f"one of {value.dtype} ({what})", False
+    elif why := unreadable(value):
+        given, fits = f"one of {value.dtype} ({why})", False
     else:
         given, fits = f"{value.dtype} of {tuple(value.shape)}", value.is_floating_point()
     if not fits or value.ndim != len(shape) or not all(
@@ -41,6 +39,17 @@ def tensor(name: str, value: Any, *shape: int | str) -> Tensor:
         raise UsageError(f"{name} must be a tensor of floating-point numbers ({', '.join(map(str, shape))}), "
                          f"not {given}")
     return value
+
+
+def unreadable(x: Tensor) -> str | None:
+    """Why nothing computes with the numbers of a tensor; None where they are real, dense and there."""
+    if x.is_nested:
+        return "nested"
+    if x.is_meta:
+        return "on meta, without values"
+    if x.is_complex() or not str(x.layout).endswith("strided"):
+        return f"complex, {x.layout}" if x.is_complex() else str(x.layout)
+    return "fp8" if x.is_floating_point() and x.dtype.itemsize == 1 else None
 
 
 def place(name: str, value: object) -> Path:

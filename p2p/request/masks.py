@@ -13,6 +13,7 @@ from torch import Tensor
 from p2p.errors import UsageError
 from p2p.image import PIXELS, as_picture, brightness, to_base64
 from p2p.image import fit as fit_picture
+from p2p.request.checks import unreadable
 
 
 def fixed(mask: Image.Image | str | Path | Tensor | None, size: tuple[int, int], fit: str = "crop") -> Tensor:
@@ -40,10 +41,12 @@ def check_mask(mask: Any) -> None:
     """Raises UsageError."""
     if not isinstance(mask, Tensor):
         as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
+    elif why := unreadable(mask):
+        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not one of {mask.dtype} ({why})")
     elif mask.numel() > PIXELS:
         raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; "
                          "make it smaller")
-    elif mask.ndim != 2 or not mask.numel() or mask.is_complex() or mask.is_sparse:
+    elif mask.ndim != 2 or not mask.numel():
         raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not {mask.dtype} "
                          f"{tuple(mask.shape)}")
     elif not (mask >= 0).all() or not (mask <= 1).all():

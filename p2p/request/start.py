@@ -15,7 +15,7 @@ from torch import Tensor
 from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size
 from p2p.model import Model
-from p2p.request.checks import choice, finite, share, whole
+from p2p.request.checks import choice, finite, share, unreadable, whole
 from p2p.request.memory import check_run
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED, SAMPLERS, Level, Schedule, check_schedule
@@ -135,14 +135,15 @@ def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
 
-def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
-    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes."""
+def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model, planned: bool = False) -> None:
+    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes. planned: it may
+    have no values yet (on torch's "meta" device)."""
     channels = model.unet.config.in_channels
     expected = f"expected ({' or '.join(str(n) for n in dict.fromkeys(rows))}, {channels}, height, width)"
     if not isinstance(x, Tensor):
         raise UsageError(f"{name}: {type(x).__name__} given; a tensor is {expected}")
-    if x.is_complex() or x.is_sparse:
-        raise UsageError(f"{name}: {x.dtype} in {x.layout} given; real and dense numbers are {expected}")
+    if (why := unreadable(x)) and not (planned and x.is_meta):
+        raise UsageError(f"{name}: {x.dtype} ({why}) given; real and dense numbers are {expected}")
     if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
         raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; "
                          f"{expected}")
