@@ -167,3 +167,25 @@ def test_emphasis_is_of_brackets_which_a_picture_holds_as_weights(made, tmp_path
     for change in (["--emphasis", "embedding"], ["--for", "1", "--emphasis", "attention"]):
         assert main(["edit", "--from", str(made[1]), "-o", str(tmp_path), *change]) == 2
         assert "--emphasis: not with --from, which does as the picture records" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_counts_steps_keeps_its_share_when_a_change_makes_them_fewer(tmp_path, capsys):
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    common = ["edit", "--image", str(tmp_path / "photo.png"), SOURCE, TARGET, "--steps", "10", "-q", "-o", str(tmp_path)]
+    for method, option, value in (("edit-friendly", "skip", 6), ("flow-edit", "n_min", 3)):
+        assert main([*common, "--method", method, f"--{option.replace('_', '-')}", str(value)]) == 0
+        file = max(tmp_path.glob("*/edit.png"))
+        for more, wanted in ((["--steps", "5"], value * 5 // 10), (["--steps", "5", f"--{option.replace('_', '-')}", "1"], 1), ([], value)):
+            assert main(["edit", "--from", str(file), *more, "-q", "-o", str(tmp_path / "again")]) == 0
+            assert read_settings(max((tmp_path / "again").glob("*/edit.png")))["inversion"][option] == wanted
+
+
+def test_faults_of_a_changed_edit_are_found_before_the_picture_is_inverted(made, tmp_path, capsys, monkeypatch):
+    def inverted(*_, **__):
+        raise AssertionError("inverted")
+
+    monkeypatch.setattr(p2p, "invert", inverted)
+    for change in (["--cross", "zebra=0.3"], ["--weight", "zebra=2"], ["--method", "null-text", "--negative", "fog"]):
+        assert main(["edit", "--from", str(made[1]), "-o", str(tmp_path), *change]) == 2, change
+    assert "zebra" in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -17,13 +17,15 @@ from p2p.cli.values import refuse
 from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
 from p2p.request import add_ons
-from p2p.request.checks import choice
-from p2p.request.inverting import settings_read, settings_recorded
+from p2p.request.checks import choice, whole
+from p2p.request.editing import edit_request
+from p2p.request.inverting import expected, settings_read, settings_recorded
 from p2p.request.settings import from_settings
 from p2p.request.source import REPLACE_EMPTY
 from p2p.request.start import guidance
 from p2p.run import Result
 from p2p.show.pictures import read_settings
+from p2p.show.preview import shortened
 from p2p.weights.averages import taken_unasked
 from p2p.weights.content import content
 from p2p.weights.hub import is_id
@@ -63,10 +65,9 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
                  negative_prompt=values.negative(args))
     upscaler = _stage(args, settings["upscale"]) if settings.get("upscale") else stage(args, model.family)
     source = None
-    if settings["inversion"] is not None:
+    if (record := settings["inversion"]) is not None:
         refuse(args, "--from a real picture: it is inverted by DDIM, in the size that it was brought to",
                (*SCHEDULE, "height", "width"))
-        source = _again(args, model, settings["inversion"])
     else:
         refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])
         arguments |= _sampling(args, settings)
@@ -79,6 +80,8 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     if why and args.negative is None and arguments["negative_prompt"] is not None:
         arguments["negative_prompt"] = None
         options.say([f"the negative prompt that is recorded is left out: {why}"])
+    if record is not None:
+        source = _again(args, model, record, edits, **arguments)
     result = edited(args, model, settings["source"] if source is None else source, edits,
                     record=options.record(args), **arguments)
     return result, source, enlarged(upscaler, result, args), out
@@ -109,9 +112,10 @@ def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
     return recorded | given
 
 
-def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any]) -> p2p.Inversion:
+def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], edits: list[p2p.Edit],
+           **settings: Any) -> p2p.Inversion:
     """Makes the inversion again that an edit's settings record, with what the options change of it. Raises
-    UsageError."""
+    UsageError for faults of its edits too, before it spends minutes."""
     if record["picture"] is None:
         raise p2p.UsageError("made from latents given in Python, which are not recorded")
     arguments, method = settings_recorded(record), record["method"] if args.method is None else args.method
@@ -120,13 +124,16 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any]) -
         arguments = settings_read(method, {k: v for k, v in arguments.items() if k in common})
     given = dict(steps=args.steps, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
                  **options.inverting(args))
+    if args.steps is not None:   # what counts steps stays as large a share of them
+        arguments |= shortened(arguments, whole("steps", arguments["steps"]), args.steps)
     arguments |= {k: v for k, v in given.items() if v is not None}
     if args.method in REPLACE_EMPTY or args.inversion_cfg == 1:   # nothing reads it while inverting
         arguments.pop("negative_prompt", None)
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
-    inversion = p2p.invert(model, picture, record["prompt"], method=method, height=picture.height,
-                           width=picture.width, progress=options.progress(args), **arguments)
+    arguments |= {"method": method, "height": picture.height, "width": picture.width}
+    edit_request(model, expected(model, record["prompt"], **arguments), edits, **settings)
+    inversion = p2p.invert(model, picture, record["prompt"], progress=options.progress(args), **arguments)
     return replace(inversion, fit=choice("fit", fit, FITS))
 
 

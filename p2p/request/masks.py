@@ -42,7 +42,8 @@ def check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor):
         as_picture(mask, "local_blend: a mask is a picture or a (H, W) tensor; mask")
     elif why := unreadable(mask):
-        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not one of {mask.dtype} ({why})")
+        raise UsageError(f"local_blend: a mask is a picture or a (H, W) tensor, not one of {mask.dtype} "
+                         f"({why})")
     elif mask.numel() > PIXELS:
         raise UsageError(f"local_blend: a mask of {tuple(mask.shape)} has more than {PIXELS:,} positions; "
                          "make it smaller")

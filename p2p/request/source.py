@@ -124,7 +124,7 @@ class Inversion:
                              f"{self.prediction}, sha256 {str(self.sha256)[:12]}; this is {model.family}, "
                              f"{model.prediction}, {str(model.sha256)[:12]} ({model.file}). Invert the "
                              "picture again")
-        check_latents("latents", self.latents, (len(self.latents),), model, planned=True)
+        check_latents("latents", self.latents, (len(self.latents),), model)
         _check_for(model, self)
         if self.overrides != model.overrides:
             raise UsageError(f"the inversion was made with {self.overrides or 'the model as it is'}, this is "

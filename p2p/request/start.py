@@ -135,19 +135,26 @@ def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
 
-def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model, planned: bool = False) -> None:
-    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes. planned: it may
-    have no values yet (on torch's "meta" device)."""
+def check_latents(name: str, x: Tensor, rows: tuple[int, ...], model: Model) -> None:
+    """Raises UsageError unless x is a tensor (one of `rows`, C, H, W) that the model takes. Of planned
+    inversions it has no values yet (on torch's "meta" device), see `check_values`."""
     channels = model.unet.config.in_channels
     expected = f"expected ({' or '.join(str(n) for n in dict.fromkeys(rows))}, {channels}, height, width)"
     if not isinstance(x, Tensor):
         raise UsageError(f"{name}: {type(x).__name__} given; a tensor is {expected}")
-    if (why := unreadable(x)) and not (planned and x.is_meta):
+    if (why := unreadable(x)) and not x.is_meta:
         raise UsageError(f"{name}: {x.dtype} ({why}) given; real and dense numbers are {expected}")
     if x.ndim != 4 or x.shape[0] not in rows or x.shape[1] != channels:
         raise UsageError(f"{name} {'have' if name.endswith('s') else 'has'} the shape {tuple(x.shape)}; "
                          f"{expected}")
     model.latent_shape(x.shape[2] * model.shrink, x.shape[3] * model.shrink)
+
+
+def check_values(name: str, x: Tensor) -> Tensor:
+    """The tensor. Raises UsageError for one without values."""
+    if x.is_meta:
+        raise UsageError(f"{name}: a tensor on meta, without values")
+    return x
 
 
 def guidance(model: Model, scale: float | None) -> float:
@@ -229,7 +236,7 @@ def begun(model: Model, sampling: Sampling, settled: Settled, n: int) -> Start:
     schedule, guidance_scale, eta, sampler, shape, seeds = settled
     count = 1 + (schedule.steps if eta else 0)
     noise = [z.to(model.device) for z in draw(shape, seeds, count + (low is not None))]
-    x = noise[0] if x_T is None else x_T.to(model.device, torch.float32)
+    x = noise[0] if x_T is None else check_values("x_T", x_T).to(model.device, torch.float32)
     # the same noise in all rows
     start = Start(x.expand(n, -1, -1, -1), noise[1:count], schedule, guidance_scale, eta, sampler,
                   (x.shape[2] * model.shrink, x.shape[3] * model.shrink))

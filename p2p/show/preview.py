@@ -13,9 +13,9 @@ from p2p.show.pictures import grid
 STEPS = 10   # of a preview: they divide 1000, so that its first is at the noise
 
 
-def shortened(settings: Mapping[str, Any], steps: int) -> dict[str, int]:
-    """Those settings of an inversion that count steps, as large a share of STEPS as of `steps`."""
-    return {name: settings[name] * STEPS // steps for name in ("skip", "n_min")
+def shortened(settings: Mapping[str, Any], steps: int, to: int = STEPS) -> dict[str, int]:
+    """Those settings of an inversion that count steps, as large a share of `to` steps as of `steps`."""
+    return {name: settings[name] * to // steps for name in ("skip", "n_min")
             if settings.get(name) is not None}
 
 

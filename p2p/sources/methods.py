@@ -57,7 +57,7 @@ from p2p.request.ready import empty_prompts
 from p2p.request.schedules import Level
 from p2p.request.solvers import asked, descent
 from p2p.request.source import DDPM, OFFSET, Inversion
-from p2p.request.start import check_latents, draw, fitting
+from p2p.request.start import check_latents, check_values, draw, fitting
 from p2p.sampler import belm_step_up, ddim_step, guide, stepper, x0_and_eps
 from p2p.sources import flows
 from p2p.sources.given import Run
@@ -93,7 +93,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     if isinstance(picture, Tensor):
         if any(given is not None for given in (height, width, fit)):
             raise UsageError("height, width, fit: latents have their size; leave these out")
-        check_latents("latents", picture, (1,), model)
+        check_latents("latents", check_values("latents", picture), (1,), model)
         height, width = (side * model.shrink for side in picture.shape[2:])
     else:
         picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
