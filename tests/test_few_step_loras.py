@@ -114,13 +114,28 @@ def test_what_is_merged_and_converted_is_sampled_the_same(base, tmp_path):
 
 
 @pytest.mark.parametrize("told", [3, {}, {"few_steps": "lcm"}, {"few_steps": "lcm", "steps": 0, "guided": False},
-                                  {"few_steps": "lcm", "steps": 4, "guided": 1}, {"few_steps": ["lcm"], "steps": 4, "guided": True}])
+                                  {"few_steps": "lcm", "steps": 4, "guided": 1}, {"few_steps": ["lcm"], "steps": 4, "guided": True},
+                                  {"few_steps": "lcm\x1b[31m", "steps": 4, "guided": False}, {"few_steps": "fast", "steps": 4, "guided": False}])
 def test_what_a_config_tells_of_few_steps_is_checked(base, tmp_path, told):
     shutil.copytree(base[0], tmp_path / "m")
     file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_few_steps": told}))
     with pytest.raises(p2p.CheckpointError, match="_few_steps .*are expected"):
         find(tmp_path / "m")
+
+
+def test_what_a_config_tells_of_few_steps_is_said(base, tmp_path):
+    path = saved(base[2], tmp_path / "Hyper-SD15-4steps-lora.safetensors")
+    for out in (tmp_path / "m.safetensors", tmp_path / "m"):
+        convert(find(base[0], lora=[(path, 1.0)]), out)
+        assert sum("of few steps (hyper, by its scheduler config): sampled in 4, without guidance" in n for n in find(out).notes) == 1
+
+
+@pytest.mark.parametrize("name", ["small_lcm_2step.safetensors", "sdxl_lightning_4step.safetensors", "turbo"])
+def test_a_name_makes_no_other_model_of_what_is_converted(base, tmp_path, name):
+    convert(find(base[1]), tmp_path / name)
+    model = p2p.load(tmp_path / name, device="cpu")
+    assert (model.sampler, model.steps, model.guidance_scale) == ("ddim", 50, 7.5)
 
 
 @pytest.mark.parametrize("name, sampler", [("lcm-lora", "lcm"), ("tcd-lora", "tcd"), ("Hyper-SD15-4steps-lora", "ddim")])

@@ -309,3 +309,14 @@ def test_tokens_are_shown_without_the_network(folder, capsys):
     assert "'a big cat' from 'a cat': token of the target <- token of the source" in said and "<- new" in said
     (folder / "tokenizer").rename(folder / "words")
     assert main(["tokens", "a cat", "--model", str(folder)]) == 3 and "no T5 with a tokenizer there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what, said", [("absent", "no such folder"), ("file", "no T5 there"), ("clip", "no T5 there")])
+def test_a_model_without_t5_is_not_taken_for_a_damaged_one(tmp_path, capsys, what, said):
+    if what == "file":
+        (tmp_path / what).write_bytes(b"x")
+    elif what == "clip":
+        (tmp_path / what / "text_encoder").mkdir(parents=True)
+        (tmp_path / what / "text_encoder" / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}))
+    assert main(["encode", "a cat", "--model", str(tmp_path / what), "-o", str(tmp_path / "out")]) == 3
+    assert said in capsys.readouterr().err

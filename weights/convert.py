@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from p2p.weights import fields, keys, mmdit, scheduler, t5
 from p2p.weights.aside import aside, settle, sweep
 from p2p.weights.detect import ENCODED_EMPTY, FLOWS, LATENTS, OTHER_LATENTS, Package, Part
 from p2p.weights.errors import CheckpointError
+from p2p.weights.fields import short
 from p2p.weights.fill import read_tensors, stored
 from p2p.weights.keys import Source
 from p2p.weights.keys_mmdit import diffusers_sources
+from p2p.weights.load import find
 from p2p.weights.tokenizer import merges, vocabulary
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+FORMATS = (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".sft")   # of files that are not written
 State = dict[str, Tensor]
 
 
@@ -37,6 +41,8 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     if package.family in ("emoji", "if"):
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for "
                               "Stable Diffusion and FLUX.")
+    if out.suffix.lower() in FORMATS:
+        raise CheckpointError(f"{out}: {out.suffix} is not written; give a .safetensors file, or a folder")
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: is there already; nothing is overwritten")
     try:
@@ -47,6 +53,7 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
                 _save(single_file(package, half).items(), temporary / out.name, _metadata(package))
             else:
                 _folder(package, temporary / out.name, half)
+            _check_told(package, temporary / out.name, out)
             try:
                 settle(temporary / out.name, out)
             except FileExistsError:
@@ -55,6 +62,35 @@ def convert(package: Package, out: Path, half: bool = False) -> None:
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error}); nothing is left of it."
                               ) from None
+
+
+def _check_told(package: Package, written: Path, out: Path) -> None:
+    """Raises CheckpointError where what was written is read as another model: a single file has no place for
+    some settings of a folder's configs."""
+    before, after = _decisive(package), _decisive(find(written))
+    lost = [f"{name} {short(before.get(name))} (read back: {short(after.get(name))})"
+            for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if lost:
+        more = f", and {len(lost) - 4} more" if len(lost) > 4 else ""
+        raise CheckpointError(f"{out}: it would not tell {', '.join(lost[:4])}{more}: other pictures. "
+                              "Convert to a folder of another name.")
+
+
+def _decisive(package: Package) -> dict[str, Any]:
+    """What decides pictures beside the tensors, and the default size."""
+    s, parts = package.sampling, {"unet": package.unet, "vae": package.vae}
+    parts |= {f"text {i}": part for i, part in enumerate(package.text, 1)}
+    out = {"family": package.family, "kind": package.kind, "scale": package.latent_scale,
+           "zero_negative": package.zero_negative,
+           "alphas_cumprod": [round(a, 8) for a in s.alphas_cumprod.tolist()]}
+    out |= {f.name: getattr(s, f.name) for f in dataclass_fields(s) if f.name not in
+            ("alphas_cumprod", "why", "notes", "learned_variance")}   # the last is of DeepFloyd alone
+    for name, part in parts.items():
+        out |= {f"{name}: {field}": value for field, value in asdict(part.config).items()} if part else {}
+    if package.t5 is not None:
+        config = t5.empty_network(package.t5).config
+        out |= {f"T5: {name}": getattr(config, name) for name in t5.DECISIVE}
+    return out
 
 
 def _metadata(package: Package) -> dict[str, str]:
@@ -82,7 +118,16 @@ def _tensors(part: Part, build: Any, half: bool) -> Iterator[tuple[str, Tensor]]
     kept = stored(part)   # what add-ons changed comes in float32
     for name, tensor in read_tensors(part, build):
         tensor = tensor.to(kept) if name in part.changes else tensor
-        yield name, tensor.half() if half and tensor.is_floating_point() else tensor
+        yield name, halved(tensor, part, name) if half else tensor
+
+
+def halved(tensor: Tensor, part: Part, name: str) -> Tensor:
+    """In float16. Raises CheckpointError where that has no place for its values."""
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    if half.is_floating_point() and half.numel() and not torch.stack(half.aminmax()).isfinite().all():
+        raise CheckpointError(f"{part.file.path}: {name} holds values beyond float16; convert without "
+                              "--half.")
+    return half
 
 
 def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], prefix: str = "") -> State:
@@ -140,14 +185,15 @@ def _hf(text: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 def _t5(part: Part, half: bool) -> Iterator[tuple[str, Tensor]]:
     """The tensors of T5's encoder under transformers' names."""
     for name, tensor in t5.encoder_tensors(part, t5.empty_network(part)):
-        yield t5.SHARED if name == t5.EMBEDDING else name, tensor.half() if half else tensor
+        yield t5.SHARED if name == t5.EMBEDDING else name, halved(tensor, part, name) if half else tensor
 
 
 def _folder(package: Package, out: Path, half: bool) -> None:
     family, version = package.family, {"_diffusers_version": "0.30.0"}
     flow = family in FLOWS
     _write(out / "model_index.json", _flow_index(package) if flow else _index(package))
-    _write(out / "scheduler" / "scheduler_config.json", version | scheduler.config(package.sampling))
+    _write(out / "scheduler" / "scheduler_config.json",
+           version | (mmdit.scheduler_config if flow else lambda p: scheduler.config(p.sampling))(package))
     network = out / ("transformer" if flow else "unet")
     tensors = _tensors(package.unet, build if flow else UNet, half)
     if flow:

@@ -13,7 +13,7 @@ NAMES = ("ss_output_name", "modelspec.title", "modelspec.tags")   # in kohya's a
 FIXED = ("pytorch_lora_weights", "adapter_model")   # files whose folders have the name
 FEW = 4   # steps, where no number is said
 _COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
-_KINDS = re.compile(r"(?<![a-z])(lcm|tcd|lightning|hyper|turbo)(?![a-z])")
+_KINDS = re.compile(rf"(?<![a-z])({'|'.join(scheduler.KINDS)})(?![a-z])")
 
 
 def apply(package: Package, file: TensorFile) -> None:

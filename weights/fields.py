@@ -145,7 +145,7 @@ SCHEDULER = Fields(
      "of samplers in whose place DDIM samples, which a note says"})
 
 FLOW_SCHEDULER = Fields(
-    "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len",
+    "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len _few_steps",
     {"_class_name": ("FlowMatchEulerDiscreteScheduler",), "num_train_timesteps": (1000,),
      "invert_sigmas": (False, None), "shift_terminal": (None,), "use_karras_sigmas": (False, None),
      "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),

@@ -35,14 +35,15 @@ SIZES = "p2p.transformer_config"   # in the metadata of a file: what shapes do n
 PROJECTED = "p2p.clip_l_projection"   # ... its CLIP-L's pooled text is projected, which no released file's is
 
 
-def kind_of(family: str, config: MMDiTConfig, name: str, notes: list[str]) -> str:
-    """Which of its family it is, by its config; "turbo" by its name alone."""
+def kind_of(family: str, config: MMDiTConfig, name: str, told: bool | None, notes: list[str]) -> str:
+    """Which of its family it is, by its config; whether turbo as it is told, else by its name."""
     if family == "flux":
         return "dev" if config.guidance else "schnell"
     kind = "3.5 medium" if config.dual else "3.5 large" if config.qk_norm else "3 medium"
-    if "turbo" not in name.lower():
+    if told is False or (told is None and "turbo" not in name.lower()):
         return kind
-    notes.append("by its name a turbo model: of few steps, without guidance")
+    notes.append(f"by its {'scheduler config' if told else 'name'} a turbo model: of few steps, without "
+                 "guidance")
     return f"{kind} turbo"
 
 
@@ -78,7 +79,9 @@ def find_in_file(file: TensorFile) -> Package:
     config = _config(file, own)
     check_inputs(file.path, config)
     _check_kontext(file.path, family, config, file.metadata, notes)
-    kind = kind_of(family, config, named(file.path), notes)
+    said = parsed(file, scheduler.METADATA)
+    told = bool(scheduler.few_steps(file.path, said)) if said else None
+    kind = kind_of(family, config, named(file.path), told, notes)
     text = _text(file, family)
     tower = t5.in_file(file, f"{COMFY}t5xxl.transformer.")
     scale, shift = latents(file, family)
@@ -154,10 +157,14 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     tower = None
     if (path / f"text_encoder{T5[family]}" / "config.json").exists():
         tower = t5.find_t5(path, T5[family], notes)
-    variant = kind_of(family, unet.config, f"{named(path)} {c.get('_name_or_path', '')}", notes)
+    config, told, said = path / "scheduler" / "scheduler_config.json", None, {}
+    if config.exists():
+        said = read_json(config)
+        told = bool(scheduler.few_steps(config, said)) or None
+    variant = kind_of(family, unet.config, f"{named(path)} {c.get('_name_or_path', '')}", told, notes)
     sampling = scheduler.flow(usual_flow(family, variant), "a guess, the folder has no scheduler")
-    if (config := path / "scheduler" / "scheduler_config.json").exists():
-        sampling = scheduler.read_flow(config, read_json(config), family, scheduler_class(index))
+    if said:
+        sampling = scheduler.read_flow(config, said, family, scheduler_class(index))
         configs.append(config)
     shrink = vae.config.shrink if vae else 8
     side = (c.get("sample_size") or 128) * shrink   # in FLUX's config it is not there
@@ -279,11 +286,17 @@ def metadata(package: Package) -> dict[str, str]:
         out[SIZES] = json.dumps({"axes_dims_rope": c.axes})
     elif not c.qk_norm and c.heads != keys_mmdit.usual_heads(c.dim):
         out[SIZES] = json.dumps({"num_attention_heads": c.heads})
-    if package.sampling.flow != usual_flow(package.family, package.kind):
-        out[scheduler.METADATA] = json.dumps(scheduler.config(package.sampling))
+    out[scheduler.METADATA] = json.dumps(scheduler_config(package))
     if package.family == "sd3" and package.text and package.text[0].config.projected:
         out[PROJECTED] = "true"
     return out
+
+
+def scheduler_config(package: Package) -> dict[str, Any]:
+    """The scheduler_config.json, with what tells a turbo model."""
+    turbo = {"few_steps": "turbo", "steps": 4, "guided": False}
+    return scheduler.config(package.sampling) | (
+        {"_few_steps": turbo} if package.kind.endswith("turbo") else {})
 
 
 def to_config(package: Package) -> dict[str, Any]:

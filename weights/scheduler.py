@@ -35,6 +35,9 @@ OTHERS = {
 }
 
 
+KINDS = ("lcm", "tcd", "lightning", "hyper", "turbo")   # of models of few steps
+
+
 @dataclass(frozen=True)
 class Flow:
     """How a flow's noise levels are spaced, see `p2p.request.schedules.flow_schedule`."""
@@ -127,18 +130,22 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
                      "true")
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
+    few = few_steps(where, c)
+    if few:
+        notes.append(f"of few steps ({few['few_steps']}, by its scheduler config): sampled in {few['steps']}"
+                     f"{'' if few['guided'] else ', without guidance'}, unless a run says otherwise")
     return Sampling(abar, PREDICTION_NAMES[prediction], "scheduler_config.json", spacing, int(offset), final,
                     _clip(where, c, family), learned, distilled or "ddim", notes=notes,
-                    **_few_steps(where, c.get("_few_steps")))
+                    **few)
 
 
-def _few_steps(where: Path, told: Any) -> dict[str, Any]:
-    """What `config` wrote of a model of few steps. Raises CheckpointError."""
-    if told is None:
+def few_steps(where: Path, c: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config` wrote of a model of few steps, if it is one. Raises CheckpointError."""
+    if (told := c.get("_few_steps")) is None:
         return {}
     kinds = {"few_steps": str, "steps": int, "guided": bool}
     if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != kinds \
-            or not 1 <= told["steps"] <= 1000:
+            or not 1 <= told["steps"] <= 1000 or told["few_steps"] not in KINDS:
         raise CheckpointError(f"{where}: _few_steps {fields.short(told)}; a kind (few_steps), a number of "
                               "steps and whether they are guided are expected.")
     return told
@@ -268,9 +275,5 @@ METADATA = "p2p.scheduler_config"
 
 
 def metadata(s: Sampling) -> dict[str, str]:
-    """The scheduler's config for the header of a single file; empty for that of every Stable Diffusion
-    model."""
-    settings, usual = config(s), {"set_alpha_to_one": False, "steps_offset": 1}
-    more = settings.keys() & {"_few_steps", "timestep_spacing", "rescale_betas_zero_snr", "trained_betas"}
-    plain = usual.items() <= settings.items() and not more and s.sampler == "ddim"
-    return {} if plain else {METADATA: json.dumps(settings)}
+    """The scheduler's config for the header of a single file: it counts before the file's name."""
+    return {METADATA: json.dumps(config(s))}

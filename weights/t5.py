@@ -25,8 +25,12 @@ TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "Toke
 PADDING_READ = "its T5 read the padding, as for Stable Diffusion 3 and FLUX"
 PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
 BUCKETS = 32   # of relative positions, in every released T5
-MISSING = ("T5 is read by transformers, which is not installed: pip install 'prompt-to-prompt[deepfloyd]', "
-           "or give a file of encoded prompts.")
+MISSING = ("T5 is read by transformers, which is not installed: pip install 'prompt-to-prompt[deepfloyd]'. "
+           "(A run may take a file of encoded prompts in its place, as --text.)")
+# fields of transformers' config that decide what it computes
+DECISIVE = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "dense_act_fn",
+            "is_gated_act", "relative_attention_num_buckets", "relative_attention_max_distance",
+            "layer_norm_epsilon")
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -112,7 +116,10 @@ def in_file(file: TensorFile, prefix: str) -> Part | None:
     # no other tensor tells how many positions there should be
     heads = matrix(f"{attention}relative_attention_bias.weight", f"{BUCKETS} positions of each head",
                    BUCKETS)[1]
-    inner, width = matrix(f"{attention}q.weight")
+    inner, width = matrix(f"{attention}q.weight", f"a row for each channel of {heads} heads")
+    if inner % heads:
+        raise CheckpointError(f"{file.path}: T5's {prefix}{attention}q.weight has {inner} rows, for {heads} "
+                              "heads.")
     gated = prefix + f"{feed}wi.weight" not in file.shapes   # if neither is there, too
     config = {"vocab_size": words, "d_model": width, "d_kv": inner // heads, "num_heads": heads,
               "d_ff": matrix(f"{feed}{'wi_0' if gated else 'wi'}.weight")[0], "num_layers": layers,
@@ -130,7 +137,11 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int 
             masked: bool = True) -> T5Encoder:
     """Loads T5 from the folder of a model: transformers' network and tokenizer, our reader. length, masked:
     see `T5Encoder`. Raises CheckpointError."""
-    suffix = in_folder(folder) or ""
+    suffix, config = in_folder(folder) or "", folder / "text_encoder" / "config.json"
+    clip = config.exists() and str(read_json(config).get("model_type", "")).startswith("clip")
+    if not suffix and (clip or not config.parent.is_dir()):
+        raise CheckpointError(f"{folder}: " + ("no T5 there (text_encoder, _2 or _3)." if folder.exists()
+                                               else "no such folder."))
     return load_part(find_t5(folder, suffix, []), folder, suffix, device, dtype, length, masked)
 
 
