@@ -41,8 +41,8 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
         chosen = [(name, i) for name, i in ours if scope_tokens & set(i)]
         kept = [name for name, j in theirs if any(related(i, j) for _, i in chosen)]
         joined = added_words(target, mode, a)
-        new = {*kept, *joined} - {*loose(target, kept, joined)}
-        return [name for name, _ in chosen], [name for name, _ in theirs if name in new]
+        about = {*kept, *joined} - {*loose(target, kept, joined)}
+        return [name for name, _ in chosen], [name for name, _ in theirs if name in about]
     weighted = {j for word, c in (edit.equalizer or {}).items() if c != 1
                 for j in align.word_tokens(target, word, length)}
 
@@ -61,7 +61,8 @@ def loose(target: Tokens, kept: Sequence[str], joined: Sequence[str]) -> list[st
     """The added words (joined) that no word of the scope (kept) is described by: those that do not stand
     before one in its phrase. "a big cat": "big" belongs to it; "a cat at night", "a cat with a hat": others
     act inside of the scope only."""
-    out, belongs = [], False
+    out: list[str] = []
+    belongs = False
     for name, _ in reversed(align.named_words(target)):
         word = name.partition("#")[0]
         if name in kept:
