@@ -160,19 +160,22 @@ def window(value: Window, name: str) -> tuple[float, float]:
     return lo, hi
 
 
-def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
-    """Computes alpha for every step and token of the target.  -> (steps, length) float64, 0 or 1
+def covered(value: Window, n: int, name: str) -> range:
+    """The steps of a window, rounded as in the official code: of N steps, n is N + 1 for cross-attention, N for
+    self-attention."""
+    lo, hi = window(value, name)
+    return range(int(lo * n), int(hi * n))
 
-    With N steps a window (lo, hi) covers steps int(lo (N + 1)) to int(hi (N + 1)), the end excluded: the
-    rounding of the official code.
-    """
+
+def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
+    """Computes alpha for every step and token of the target.  -> (steps, length) float64, 0 or 1"""
     by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
     alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
 
     def fill(columns: list[int], bounds: Window, name: str) -> None:
-        lo, hi = window(bounds, name)
+        steps_in = covered(bounds, steps + 1, name)
         alpha[:, columns] = 0
-        alpha[int(lo * (steps + 1)):int(hi * (steps + 1)), columns] = 1
+        alpha[steps_in.start:steps_in.stop, columns] = 1
 
     fill(list(range(length)), by_word.pop("default_", (0.0, 1.0)), "cross_replace_steps")
     for word, bounds in by_word.items():
@@ -251,11 +254,9 @@ def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, le
     m, a = alignment(source, target, edit, mode, length)
     window_steps = windowed(edit, steps, schedule_steps)
     alpha = cross_alpha(cast(Window, edit.cross_replace_steps), target, window_steps, length)[:steps]
-    lo, hi = window(cast(Window, edit.self_replace_steps), "self_replace_steps")
-    first, end = int(lo * window_steps), int(hi * window_steps)
-    i = torch.arange(steps)
+    injected = covered(cast(Window, edit.self_replace_steps), window_steps, "self_replace_steps")
     return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a),
-                  (i >= first) & (i < end), edit.self_max_tokens, edit.renormalise)
+                  torch.tensor([i in injected for i in range(steps)]), edit.self_max_tokens, edit.renormalise)
 
 
 def windowed(edit: Edit, steps: int, schedule_steps: int | None) -> int:

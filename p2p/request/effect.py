@@ -11,7 +11,7 @@ import torch
 
 from p2p import align
 from p2p.blend import Blend, LocalBlend
-from p2p.edits import Edit, Tables, alignment, cross_alpha, decided, tables, window, windowed
+from p2p.edits import Edit, Tables, alignment, covered, cross_alpha, decided, tables, window, windowed
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import HybridAttention
@@ -88,7 +88,7 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
     for name, (windows, n) in named.items():
         for word, bounds in windows.items():
             lo, hi = window(bounds, name)
-            covers[name] = int(lo * n) < min(int(hi * n), steps)
+            covers[name] = any(i < steps for i in covered(bounds, n, name))
             if lo < hi and not covers[name]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                              f"of the {steps} steps")
