@@ -3,22 +3,20 @@
 
     python -m benchmarks.joint [FILE.json] [--repeats 5] [--threads 2] [--device cpu]
 
-Seconds are medians of all sides in turn in one process, bytes the peak of a process of each side's own, without what its imports
-hold.
+Seconds are medians of all sides in turn in one process; bytes are without the weights.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import resident
 from benchmarks.speed import in_turn
 from p2p.models.attention import AttentionEdit
 from p2p.models.mmdit import FLUX_SCHNELL, Flux
@@ -58,16 +56,18 @@ def steps(device: torch.device) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def peak(side: str, device: torch.device) -> tuple[int, int]:
-    """Bytes, after two steps in this process: all, and those of the step beyond what was held before it."""
-    gpu = device.type == "cuda"
-    before = 0 if gpu else resident()
-    step = steps(device)[side]
-    held = torch.cuda.memory_allocated() if gpu else resident()
-    for _ in range(2):
+def peak(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a step holds at most beyond its weights and inputs, as the allocator counts them."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
         step()
-    most = torch.cuda.max_memory_allocated() if gpu else resident()
-    return most - before, most - held
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = recorded.profiler.kineto_results.events()
+    return max(accumulate(e.nbytes() for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,24 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--repeats", type=int, default=5)
     ap.add_argument("--threads", type=int, default=torch.get_num_threads())
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--one", help=argparse.SUPPRESS)   # a side, in this process: prints its bytes
     a = ap.parse_args(argv)
     torch.set_num_threads(a.threads)
     device = torch.device(a.device)
-    if a.one:
-        print(json.dumps(peak(a.one, device)))
-        return
-    bytes_ = {}
-    for side in ("plain", *TIME):
-        command = [sys.executable, "-m", "benchmarks.joint", "--one", side, "--device", a.device, "--threads", str(a.threads)]
-        bytes_[side] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        print(f"{side}: {bytes_[side][0] / 1e9:.2f} GB, of which the step {bytes_[side][1] / 1e9:.2f}", flush=True)
     with torch.no_grad():
-        seconds = in_turn(steps(device), a.repeats, device)
-    print(", ".join(f"{side} {s:.3f} s" for side, s in seconds.items()))
+        sides = steps(device)
+        seconds, bytes_ = in_turn(sides, a.repeats, device), {side: peak(step, device) for side, step in sides.items()}
+    print("\n".join(f"{side}: {s:.3f} s, {bytes_[side] / 1e9:.3f} GB" for side, s in seconds.items()))
     rows = [(f"edit step / plain step, {side}", seconds[side] / seconds["plain"], goal) for side, goal in TIME.items()]
-    for k, what in enumerate(("peak memory", "peak memory of the step, weights not counted")):
-        rows += [(f"{what}: edit / plain, {side}", bytes_[side][k] / bytes_["plain"][k], None if k else MEMORY) for side in TIME]
+    rows += [(f"peak memory, edit / plain, {side}", bytes_[side] / bytes_["plain"], MEMORY) for side in TIME]
     print("\n| measure | measured | goal |\n|---|---|---|")
     for what, value, goal in rows:
         print(f"| {what} | {value:.3f} | {'' if goal is None else goal} |")
