@@ -161,8 +161,8 @@ def window(value: Window, name: str) -> tuple[float, float]:
 
 
 def covered(value: Window, n: int, name: str) -> range:
-    """The steps of a window, rounded as in the official code: of N steps, n is N + 1 for cross-attention, N for
-    self-attention."""
+    """The steps of a window, rounded as in the official code: of N steps, n is N + 1 for cross-attention, N
+    for self-attention."""
     lo, hi = window(value, name)
     return range(int(lo * n), int(hi * n))
 

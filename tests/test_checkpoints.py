@@ -240,6 +240,8 @@ def test_separate_autoencoder(made, single, plain, tmp_path):
     for path in ("vae.safetensors", "vae.ckpt"):
         assert torch.equal(load(single, vae=tmp_path / path).vae.quant_conv.weight, plain.vae.quant_conv.weight + 1)
     equal(load(single, vae=made[2] / "vae"), plain)
+    (file,) = (made[2] / "vae").glob("*.safetensors")
+    equal(load(single, vae=shutil.copy(file, tmp_path / "alone.safetensors")), plain)   # without its config
     with pytest.raises(CheckpointError, match="autoencoder alone.*--vae"):
         load(tmp_path / "vae.safetensors")
 

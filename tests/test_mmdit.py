@@ -32,7 +32,7 @@ from p2p.models.vae import SD as VAE_SD
 from p2p.models.vae import SD3 as VAE_SD3
 from p2p.models.vae import AutoencoderKL, VAEConfig
 from p2p.weights.convert import _rename
-from p2p.weights.detect import Part, ldm_vae_config
+from p2p.weights.detect import Part, vae_config
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import open_file
 from p2p.weights.fill import read_tensors
@@ -348,7 +348,7 @@ def test_full_size_autoencoders(config, prefix):
     assert len(single) == len(state)
     back = convert_ldm_vae_checkpoint(dict(single), dict(theirs.config))
     assert {k: tuple(v.shape)[:2] if ".attentions." in k else tuple(v.shape) for k, v in back.items()} == shapes
-    assert ldm_vae_config({k: tuple(v.shape) for k, v in single.items()}, prefix) == replace(config, shift=0.0)
+    assert vae_config({k: tuple(v.shape) for k, v in single.items()}, prefix) == replace(config, shift=0.0)
 
 
 @pytest.mark.parametrize("name", ["3.5 large", "dev"])

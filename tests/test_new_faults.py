@@ -145,7 +145,14 @@ def test_notes_are_true(narrow):
     assert "changes nothing" not in noted(narrow, "a cat on grass", p2p.Edit("a (cat:1.5) on grass", emphasis="embedding"))
     assert "emphasis changes nothing" in noted(narrow, "a cat", p2p.Edit("a dog", emphasis="embedding"))
     assert "layers changes nothing: all layers are chosen" in noted(narrow, "a cat", "a dog", layers=(0.0, 1.0))
-    assert "its window covers no step" in noted(narrow, "a cat", "a dog", layers={"cross": "up"}, cross_replace_steps=0.0)
+    nothing, cross, down = "change nothing: nothing is injected there", {"cross": "up"}, {"self": "down"}
+    closed, opened = {"cross_replace_steps": 0.0, "self_replace_steps": 0.0}, {"cross_replace_steps": 1.0, "self_replace_steps": 1.0}
+    for windows, layers, idle in ((closed | {"self_replace_steps": 1.0}, cross, f"layers of cross-attention {nothing}"),
+                                  (opened | {"self_replace_steps": 0.0}, cross | down, f"layers of self-attention {nothing}"),
+                                  (closed, "up", "layers changes nothing: nothing is injected in any step"),
+                                  (closed | {"self_replace_steps": 1.0}, "up", None), (opened, cross | down, None)):
+        said = noted(narrow, "a cat", "a dog", layers=layers, **windows)
+        assert idle in said if idle else "layers" not in said
     assert "has never seen zebra" in noted(narrow, "a cat", "a dog", negative_prompt="a zebra")
     assert 'a weight is written "(word:1.3)"' in noted(narrow, "a cat", "a (dog:1e3)")
     assert "pure noise is taken for a picture of that level" in " ".join(p2p.generate(narrow, "a cat", timesteps=[100, 50]).notes)
@@ -217,3 +224,21 @@ def test_fp8_in_a_part_of_a_folder_is_named():
 
 class MappedTensors(dict):
     path = Path("m.safetensors")
+
+
+def test_a_fault_is_named_once_and_in_the_words_of_its_user(narrow, tmp_path, capsys):
+    """The field's name stands there once, lists and mappings are written out, a path is no prompt."""
+    jobs = [{"editor": {"name": "masactrl", "start": 7}}, {"layers": {"self": ["nowhere", [0.9, 0.95]]}}]
+    (tmp_path / "j.jsonl").write_text("\n".join(json.dumps({"source": "a cat", "targets": ["a dog"], **job}) for job in jobs))
+    assert main(["batch", str(tmp_path / "j.jsonl"), "-o", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert "line 1: editor: start must lie" in said and "line 2: layers: no layer" in said and "by 'nowhere', [0.9, 0.95];" in said
+    assert "cross_replace_steps 0.8, of 'beach' 0.4" in noted(narrow, "a cat on the grass", "a cat on the beach")
+    with pytest.raises(UsageError, match="a path would be read as a prompt"):
+        p2p.edit(narrow, str(tmp_path / "inverted.safetensors"), "a dog")
+
+
+def test_the_note_on_a_scope_says_how_much_its_mask_lets_change(tmp_path, capsys):
+    """What lies outside of the words' own regions, and what the mask let through, are two shares."""
+    assert main(["edit", "a cat on grass", "a cat on grass at night", "--scope", "cat", "--steps", "3", "-o", str(tmp_path)]) == 0
+    assert "maps of these words are weak" in (said := capsys.readouterr().err) and "its mask let " in said

@@ -134,9 +134,9 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
     parts = {"UNet": keys.UNET + "input_blocks.0.0.weight" in s, "autoencoder": vae, "text tower": family}
     absent = [name for name, present in parts.items() if not present]
     if absent and absent != ["autoencoder"]:
-        sample = ", ".join(list(s)[:3]) or "no tensors at all"
+        held = f"{len(s)} tensors ({', '.join(list(s)[:3])} ...)" if s else "no tensors"
         raise CheckpointError(f"{file.path}: no {', no '.join(absent)} found under the names of a Stable "
-                              f"Diffusion file; it holds {len(s)} tensors ({sample} ...).")
+                              f"Diffusion file; it holds {held}.")
     tower = "cond_stage_model." if not sdxl and text_sd2 != keys.TEXT_SGM2 else "conditioner."
     known = (keys.UNET, vae or keys.VAE, tower, *BESIDE)
     stray = sorted(k for k in s if not k.startswith(known))
@@ -152,7 +152,7 @@ def find_in_file(file: TensorFile, ema: bool = False) -> Package:
         text = [hf_text(file, text_sd1, "sd1") if text_sd1
                 else _open_clip_text(file, text_sd2, "sd2", notes)]
     check_widths(file.path, unet.config.context_dim, text)
-    part = Part(file, vae, "ldm", ldm_vae_config(s, vae), ("loss.",)) if vae else None
+    part = Part(file, vae, "ldm", vae_config(s, vae), ("loss.",)) if vae else None
     scale, _ = latents(file, family)
     return Package(family, file.path, unet, text, part, _sampling(file, family, notes), None, scale, notes,
                    zero_negative=sdxl and ENCODED_EMPTY not in file.metadata)
@@ -276,14 +276,16 @@ def ldm_unet_config(shapes: Shapes, family: str) -> UNetConfig:
     )
 
 
-def ldm_vae_config(shapes: Shapes, prefix: str) -> VAEConfig:
+def vae_config(shapes: Shapes, prefix: str, blocks: str = "down.", resnets: str = "block.") -> VAEConfig:
+    """An autoencoder's sizes from its shapes, under the names of the original; under diffusers', blocks are
+    "down_blocks." of "resnets."."""
     p = prefix + "encoder."
     z = shapes[p + "conv_out.weight"][0] // 2
     return VAEConfig(
         in_channels=shapes[p + "conv_in.weight"][1], latent_channels=z,
-        channels=tuple(shapes[f"{p}down.{i}.block.0.conv2.weight"][0]
-                       for i in range(count(shapes, p + "down."))),
-        layers_per_block=count(shapes, p + "down.0.block."),
+        channels=tuple(shapes[f"{p}{blocks}{i}.{resnets}0.conv2.weight"][0]
+                       for i in range(count(shapes, p + blocks))),
+        layers_per_block=count(shapes, f"{p}{blocks}0.{resnets}"),
         quant_conv=z == 4 or prefix + "quant_conv.weight" in shapes,   # Stable Diffusion's own always has it
     )
 

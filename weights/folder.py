@@ -13,7 +13,17 @@ from p2p.models.unet import UNetConfig
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, scheduler
 from p2p.weights.averages import NOT_USED, USED
-from p2p.weights.detect import FLOWS, LATENTS, Package, Part, check_widths, count, for_family, unused_hf
+from p2p.weights.detect import (
+    FLOWS,
+    LATENTS,
+    Package,
+    Part,
+    Shapes,
+    check_widths,
+    count,
+    for_family,
+    unused_hf,
+)
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
 from p2p.weights.refuse import by_config
@@ -244,8 +254,12 @@ def find_folder_vae(path: Path, notes: list[str], file: TensorFile | None = None
         if odd := [kind for kind in c.get(name, []) if kind != known]:
             raise CheckpointError(f"{where}: {name} holds {fields.short(odd[0])}; supported: {known}.")
     file = file or weights_file(path, notes)
-    old = "encoder.mid_block.attentions.0.query.weight" in file.shapes
-    return Part(file, "", "own, old" if old else "own", config), c.get("scaling_factor", 0.18215)
+    return Part(file, "", own_vae_names(file.shapes), config), c.get("scaling_factor", 0.18215)
+
+
+def own_vae_names(shapes: Shapes) -> str:
+    """Which generation of diffusers' names an autoencoder has."""
+    return "own, old" if "encoder.mid_block.attentions.0.query.weight" in shapes else "own"
 
 
 def folder_text(path: Path, name: str, c: dict[str, Any], family: str, pooled: bool, notes: list[str],

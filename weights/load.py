@@ -37,15 +37,15 @@ from p2p.weights.detect import (
     Package,
     Part,
     find_in_file,
-    ldm_vae_config,
     usual_size,
+    vae_config,
 )
 from p2p.weights.embeddings import add_words, attach_words
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
 from p2p.weights.files import open_file
 from p2p.weights.fill import copied, fill, stored
-from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, pipeline
+from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, own_vae_names, pipeline
 from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
@@ -239,8 +239,8 @@ def _no_averages(path: Path, wanted: bool) -> None:
 
 def find_vae(source: str | Path) -> tuple[Part, float | None]:
     """A separate autoencoder, and its latents' scale if it says one: a file in LDM naming (perhaps with
-    training leftovers, or a whole model), a diffusers folder (that of the autoencoder, or of a whole model),
-    or an "org/name" of the Hub.
+    training leftovers, or a whole model) or diffusers', a diffusers folder (that of the autoencoder, or of a
+    whole model), or an "org/name" of the Hub.
 
     Raises CheckpointError.
     """
@@ -259,10 +259,13 @@ def _find_vae(path: Path) -> tuple[Part, float | None]:
         if prefix + "encoder.down.0.block.0.conv1.weight" in file.shapes:
             beside = tuple(k for k in file.shapes
                            if not k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")))
-            return Part(file, prefix, "ldm", ldm_vae_config(file.shapes, prefix),
+            return Part(file, prefix, "ldm", vae_config(file.shapes, prefix),
                         ("loss.",) if prefix else beside), None
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
-        return find_folder_vae(path.parent, [], file)   # one of a folder's: its sizes are in the config
+        if (path.parent / "config.json").exists():      # one of a folder's
+            return find_folder_vae(path.parent, [], file)
+        config = vae_config(file.shapes, "", "down_blocks.", "resnets.")
+        return Part(file, "", own_vae_names(file.shapes), config), None
     refuse.by_name(file.path, file.shapes, file.is_fp8())
     raise CheckpointError(f"{path}: no autoencoder found in it (encoder.down.0.block.0.conv1.weight "
                           "expected).")

@@ -12,7 +12,7 @@ from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.models.text import CLIP_L, OPENCLIP_G
 from p2p.models.vae import VAEConfig
 from p2p.weights import fields, keys, keys_mmdit, refuse, scheduler, t5
-from p2p.weights.detect import LATENTS, Package, Part, Shapes, hf_text, latents, ldm_vae_config, parsed
+from p2p.weights.detect import LATENTS, Package, Part, Shapes, hf_text, latents, parsed, vae_config
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import Renamed, TensorFile
@@ -87,7 +87,7 @@ def find_in_file(file: TensorFile) -> Package:
     scale, shift = latents(file, family)
     part = None
     if vae:
-        part = Part(file, vae, "ldm", replace(ldm_vae_config(s, vae), shift=shift), ("loss.",))
+        part = Part(file, vae, "ldm", replace(vae_config(s, vae), shift=shift), ("loss.",))
     unet = Part(file if prefix else Renamed(file, {k: k for k in own}), prefix, "own", config)
     package = Package(family, file.path, unet, text, part, _file_sampling(file, family, kind), None, scale,
                       notes, t5=tower, kind=kind)

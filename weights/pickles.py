@@ -12,7 +12,7 @@ import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 
@@ -72,8 +72,9 @@ def read(path: Path, inside: str | None = None) -> tuple[dict[str, Stored], dict
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from None
     except Exception as error:   # damaged zip archives, opcodes and arguments raise anything
         _refuse(path, names)
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint ({reason}); "
+        said = isinstance(error, (ValueError, BadZipFile))   # the others name no fault of the file
+        reason = f" ({error})" if said else ""
+        raise CheckpointError(f"{path}: damaged or cut short, or no checkpoint{reason}; "
                               f"{path.stat().st_size:,} bytes were found. Download or copy it "
                               "again.") from None
 

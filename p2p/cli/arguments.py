@@ -94,7 +94,7 @@ def batch(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--together", type=int, metavar="N",
                     help="at most so many jobs in one batch of the network (4)")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"], help="as for edit")
-    ap.add_argument("--proximal", metavar="l0|l1[:QUANTILE]", help="as for edit")
+    ap.add_argument("--proximal", metavar="NORM[:QUANTILE]", help="as for edit")
     groups.inversion(ap)
     groups.injection(ap)
     groups.model(ap)

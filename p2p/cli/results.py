@@ -76,8 +76,13 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
         leaks = [leakage(result, k) for k in range(1, len(result.images))]
         out.json("leakage.json", [leak._asdict() for leak in leaks])
         for k, leak in enumerate(leaks, 1):
-            options.say([f'"{result.prompts[k]}" is about {", ".join(leak.about) or "nothing"}; elsewhere '
-                         f"{leak.outside:.1%} of the pixels changed visibly"])
+            local, where = result.edits[k - 1], ""
+            if result.masks is not None and (local.scope or local.local_blend) is not None:
+                share = (result.masks[k - 1] > 0).float().mean().item()
+                where = f"; its mask let {share:.0%} of the picture change"
+            options.say([f'"{result.prompts[k]}" is about {", ".join(leak.about) or "nothing"}; where the '
+                         f"maps of these words are weak, {leak.outside:.1%} of the pixels changed visibly"
+                         f"{where}"])
         if args.report:
             page = report(result, leaks)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))

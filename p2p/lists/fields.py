@@ -33,7 +33,8 @@ def checked(name: str, value: Any, table: Mapping[str, Check] | None = None) -> 
     try:
         return convert(value)
     except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
+        said = str(error)   # by a check that all of the package shares, often with the name
+        raise UsageError(said if said.startswith(f"{name}: ") else f"{name}: {said}") from None
     except (ValueError, TypeError, OverflowError):
         raise UsageError(f"{name}: {wanted}, not {brief(value)}") from None
 

@@ -37,6 +37,7 @@ from p2p.lists.work import work
 from p2p.model import Model
 from p2p.request.inverting import DEFAULT
 from p2p.weights import digest
+from p2p.weights.untrusted import brief
 
 PICTURES = "pictures.json"
 
@@ -200,8 +201,12 @@ def _same(folder: Path, way: Way, model: Model, data: str) -> None:
         return
     before = pie_report.flat(pie_report.read_json(file))
     now = pie_report.flat(_row_settings(way, model, data))
-    differ = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now}
-              if before.get(k) != now.get(k)]
+
+    def said(value: Any) -> str:
+        return "not set" if value is None else brief(value)
+
+    differ = [f"{k.removeprefix('way.')} {said(before.get(k))}, now {said(now.get(k))}"
+              for k in {**before, **now} if before.get(k) != now.get(k)]
     if differ:
         raise UsageError(f"{folder}: this row was made with {'; '.join(differ)}. Give the same settings to "
                          "go on, or another --out, or a row of its own name (--ways)")

@@ -199,18 +199,19 @@ def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape:
     return notes
 
 
-def layers_idle(edits: Sequence[Edit], unet: Network) -> list[str]:
-    """Notes on layers and emphasis that change nothing."""
+def layers_idle(edits: Sequence[Edit], edit_tables: Sequence[Tables], unet: Network) -> list[str]:
+    """Notes on layers and emphasis that change nothing. edit_tables: of the edits."""
     notes = []
-    for e in edits:
-        windows = {"cross": e.cross_replace_steps, "self": e.self_replace_steps}
+    for e, t in zip(edits, edit_tables):
+        acts = {"cross": bool(t.reads_text().any()), "self": bool(t.inject.any())}
         sites = layers.chosen(e.layers, unet)
         if sites is not None and sites == layers.chosen((0.0, 1.0), unet):
             notes.append(f'"{e.prompt}": layers changes nothing: all layers are chosen')
-        for kind in e.layers if isinstance(e.layers, Mapping) else ():
-            if windows[kind] in (0, (0, 0)):
-                notes.append(f'"{e.prompt}": layers of {kind}-attention change nothing: its window covers no '
-                             "step")
+        elif sites is not None and not any(acts.values()):
+            notes.append(f'"{e.prompt}": layers changes nothing: nothing is injected in any step')
+        elif isinstance(e.layers, Mapping):
+            notes += [f'"{e.prompt}": layers of {kind}-attention change nothing: nothing is injected there '
+                      "in any step" for kind in e.layers if not acts[kind]]
         if e.emphasis != DEFAULT["emphasis"] and read(e.prompt).plain:
             notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
     return notes

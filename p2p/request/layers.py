@@ -43,6 +43,10 @@ def _items(layers: Any) -> list[Any]:
     raise UsageError(f"layers: {brief(layers)} is not {FORM}")
 
 
+def _listed(layers: Any) -> str:
+    return ", ".join(brief(item) for item in _items(layers))
+
+
 def _is_share(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(v, Real) for v in item)
 
@@ -62,10 +66,10 @@ def chosen(layers: Any, unet: Network) -> dict[str, tuple[bool, bool]] | None:
         wanted = kinds.get(kind)
         parts.append(set(sites) if wanted is None else _found(_items(wanted), sites))
         if wanted is not None and not parts[-1] and isinstance(layers, Mapping):
-            raise UsageError(f"layers: no layer is chosen for {kind}-attention by {brief(wanted)}; they are "
-                             f"{', '.join(sites) or 'none'}")
+            raise UsageError(f"layers: no layer is chosen for {kind}-attention by {_listed(wanted)}; they "
+                             f"are {', '.join(sites) or 'none'}")
     if not parts[0] | parts[1]:
-        raise UsageError(f"layers: none is chosen by {brief(layers)}; they are "
+        raise UsageError(f"layers: none is chosen by {_listed(layers)}; they are "
                          f"{', '.join(unet.text_sites())}")
     sites = dict.fromkeys([*unet.text_sites(), *pixel_sites])
     return {site: (site in parts[0], site in parts[1]) for site in sites}

@@ -51,6 +51,9 @@ def check(prompt: object) -> list[str]:
     if len(prompt) > LONGEST:
         raise UsageError(f"a prompt of {len(prompt):,} characters, {brief(prompt)}: text towers read a few "
                          f"hundred; shorten it to {LONGEST:,}")
+    if prompt.endswith(".safetensors"):
+        raise UsageError(f"{brief(prompt)}: a path would be read as a prompt; give Path(...), or what "
+                         "Inversion.load gives")
     try:
         prompt.encode()
     except UnicodeEncodeError:

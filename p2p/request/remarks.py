@@ -43,7 +43,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
     notes += request.notes
     if request.editor is None:
         notes += self_idle(request.given, request.edits, request.model, shape)
-        notes += layers_idle(request.edits, request.model.unet)
+        notes += layers_idle(request.edits, edit_tables, request.model.unet)
     if blend is not None:
         idle_blends = zip(request.edits, blend_idle(request.blends, blend, steps))
         notes += [f'"{e.prompt}": {why}' for e, why in idle_blends if why]
@@ -69,8 +69,10 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
 def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int) -> list[str]:
     """What was chosen from the prompts."""
     usual = windows.usual(source, target, str(edit.mode), length)
-    defaults = [f"{name} {value}" for name, value in (("cross_replace_steps", usual.cross),
-                                                      ("self_replace_steps", usual.self_))
+    by_word = dict(usual.cross) if isinstance(usual.cross, dict) else {"default_": usual.cross}
+    cross = [f"cross_replace_steps {by_word.pop('default_')}", *(f"of {w!r} {v}" for w, v in by_word.items())]
+    defaults = [said for name, said in (("cross_replace_steps", ", ".join(cross)),
+                                        ("self_replace_steps", f"self_replace_steps {usual.self_}"))
                 if getattr(given, name) is None]
     chosen = [f"mode {edit.mode} (chosen from the prompts)"] * (given.mode is None)
     chosen += [f"{usual.does}: {', '.join(defaults)}"] if defaults else []
