@@ -60,7 +60,8 @@ def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: s
                 notes.append(f'the window of "{word}" (cross_replace_steps) changes nothing: the source has '
                              "no attention for it, or it covers the same steps as that of the other words")
     if edit.aligner != DEFAULT["aligner"] and same(aligner=DEFAULT["aligner"]):
-        notes.append(f"aligner {edit.aligner} changes nothing: the two align these prompts alike")
+        why = "the two align these prompts alike" if alpha.any() else empty
+        notes.append(f"aligner {edit.aligner} changes nothing: {why}")
     if edit.renormalise and _rows_sum_to_one(current, hybrid):
         notes.append("renormalise changes nothing: every pixel's attention sums to 1 in all steps as it is")
     return notes + _blend(edit)
