@@ -137,7 +137,7 @@ def test_sweep_and_scope_commands(capsys, tmp_path):
     assert err.count("mode replace") == 1
     assert main(["edit", SOURCE, TARGET, "--scope", "cat#2", "--blend-threshold", "0.5", "--renormalise", *short]) == 0
     out, err = capsys.readouterr()
-    assert "is about cat#2, dog; elsewhere" in err
+    assert "is about cat#2, dog; where the maps of these words are weak, " in err
     said = read_settings(out.split()[0])["targets"][0]
     assert said["scope"] == ["cat#2"] and said["local_blend"]["threshold"] == 0.5 and said["renormalise"] is True
     assert main(["edit", "--from", out.split()[1], "-o", str(tmp_path)]) == 0
