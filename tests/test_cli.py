@@ -100,7 +100,7 @@ def test_a_picture_is_edited_at_once_or_from_its_inversion(capsys, tmp_path, pho
     """The same pixels on both ways, and from the settings inside the result; the rows of the network are said."""
     common, out = ["--cross", "0.5", "-o", tmp_path / "out"], tmp_path / "out"
     code, first, err = run(capsys, "edit", "--image", photo, *EDIT[1:], *common)
-    assert code == 0 and "edit-friendly inversion, 2 rows of the UNet; the edit, 8" in err
+    assert code == 0 and "edit-friendly inversion, 2 rows of the network; the edit, 8" in err
     assert [os.path.basename(p) for p in first.split()] == ["input.png", "source.png", "edit.png", "grid.png"]
     assert np.abs(pixels(first.split()[0]).astype(int) - pixels(first.split()[1])).max() <= 1
     code, made, _ = run(capsys, "invert", photo, EDIT[1], "--steps", 3, "-o", out)
@@ -124,7 +124,7 @@ SMALL = ["--height", "32", "--width", "32"]
 def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tmp_path, what):
     rows, argv = ROWS[what]
     code, _, err = run(capsys, *argv, *SMALL, "--verbose", "-o", tmp_path)
-    assert code == 0 and f"note: {rows} rows of the UNet; text " in err
+    assert code == 0 and f"note: {rows} rows of the network; text " in err
     assert not ("seed=1,2" in argv and re.search(r"^seed \d", err, re.M))   # none is drawn that nothing reads
     for quieter in ([], ["-q"]):
         assert "rows" not in run(capsys, *argv, *SMALL, *quieter, "-o", tmp_path)[2]
@@ -135,7 +135,7 @@ def test_verbose_counts_a_known_source_only_while_it_is_read(capsys, tmp_path, p
     """Direct inversion: a row at each of 3 steps. Its edit: target and empty prompt, the source's own while a window is open."""
     argv = ["edit", "--image", photo, *EDIT[1:], "--method", "direct", "--self", "0", "--cross", cross]
     _, _, err = run(capsys, *argv, "-v", "-o", tmp_path)
-    assert f"direct inversion, 3 rows of the UNet; the edit, {rows}\nnote: {rows} rows of the UNet; text" in err
+    assert f"direct inversion, 3 rows of the network; the edit, {rows}\nnote: {rows} rows of the network; text" in err
 
 
 def test_an_edit_of_a_picture_of_another_size_is_made_again(capsys, tmp_path, photo):

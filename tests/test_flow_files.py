@@ -232,6 +232,7 @@ def test_converted_both_ways_it_is_the_same(saved, tmp_path):
     convert(find(folder), tmp_path / "again")
     for path in (tmp_path / "again", one):
         p, q = find(folder), find(path)
+        assert q.size == p.size
         assert (q.family, q.kind, q.sampling.flow, q.unet.config) == (p.family, kind, Flow(2.5, twice=p.family == "sd3"), p.unet.config)
         assert q.vae.config == p.vae.config and q.latent_scale == p.latent_scale == 1.5
         assert [t.config for t in q.text] == [t.config for t in p.text]
@@ -248,6 +249,17 @@ def test_converted_both_ways_it_is_the_same(saved, tmp_path):
         with pytest.raises(CheckpointError, match="its T5 has no tokenizer, which a folder needs"):
             convert(find(one), tmp_path / "no tokenizer")
         assert not (tmp_path / "no tokenizer").exists()
+    if find(one).t5 is not None:
+        convert(find(one), tmp_path / "back", text=folder)
+        theirs = again.from_pretrained(tmp_path / "back")
+        assert all(made.same(part, getattr(theirs, name)) for name, part in pipe.components.items() if hasattr(part, "state_dict"))
+        tokenizer = f"tokenizer{T5[made.FAMILY[kind]]}"
+        assert {p.name: p.read_bytes() for p in (folder / tokenizer).iterdir()} == {
+            p.name: p.read_bytes() for p in (tmp_path / "back" / tokenizer).iterdir()}
+        with pytest.raises(CheckpointError, match="no T5's tokenizer there"):
+            convert(find(one), tmp_path / "none", text=tmp_path)
+        with pytest.raises(CheckpointError, match="goes into a single file.*leave out text"):
+            convert(find(one), tmp_path / "one.safetensors", text=folder)
 
 
 @pytest.mark.parametrize("damage, said", [

@@ -234,3 +234,14 @@ def test_guidance_0_is_the_prompt_alone(single, plain, tmp_path, capsys):
     assert main(["generate", "a cat", "--cfg", "0", "--steps", "1", "--height", "16", "--width", "16", "--model", str(single), "-o",
                  str(tmp_path)]) == 0
     assert read_settings(capsys.readouterr().out.split()[0])["guidance_scale"] == 1
+
+
+@pytest.mark.parametrize("told", ['{"height": 0, "width": 64}', '{"height": 64}', '{"height": "64", "width": 64}', '{"height": 1e9, "width": 64}',
+                                  '{"height": true, "width": 64}', "[64, 64]", "{"])
+def test_a_files_own_size_is_checked(told, sd1_file, tmp_path):
+    """Height and width, in pixels, as `convert` notes them where they are not the family's."""
+    save_file(load_file(sd1_file), tmp_path / "m.safetensors", {"p2p.size": told})
+    with pytest.raises(CheckpointError, match="p2p.size"):
+        find(tmp_path / "m.safetensors")
+    save_file(load_file(sd1_file), tmp_path / "n.safetensors", {"p2p.size": '{"height": 96, "width": 64}'})
+    assert find(tmp_path / "n.safetensors").size == (96, 64)

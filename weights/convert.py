@@ -22,13 +22,23 @@ from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
 from p2p.weights import fields, keys, mmdit, scheduler, t5
 from p2p.weights.aside import aside, settle, sweep
-from p2p.weights.detect import ENCODED_EMPTY, FLOWS, LATENTS, OTHER_LATENTS, Package, Part
+from p2p.weights.detect import (
+    ENCODED_EMPTY,
+    FLOWS,
+    LATENTS,
+    OTHER_LATENTS,
+    OTHER_SIZE,
+    Package,
+    Part,
+    usual_size,
+)
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
 from p2p.weights.fill import read_tensors, stored
 from p2p.weights.keys import Source
 from p2p.weights.keys_mmdit import diffusers_sources
 from p2p.weights.load import find
+from p2p.weights.texts import tokenizer_suffix
 from p2p.weights.tokenizer import merges, vocabulary
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -36,8 +46,11 @@ FORMATS = (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".sft")   # of file
 State = dict[str, Tensor]
 
 
-def convert(package: Package, out: Path, half: bool = False) -> None:
-    """Writes `out` atomically: a single .safetensors file if it is named so, else a diffusers folder."""
+def convert(package: Package, out: Path, half: bool = False, text: Path | None = None) -> None:
+    """Writes `out` atomically: a single .safetensors file if it is named so, else a diffusers folder. text:
+    the folder of a model whose tokenizer a single file's T5 has. Raises CheckpointError."""
+    if text is not None:
+        package = replace(package, tokenizer=_with_tokenizer(package, out, text))
     if package.family in ("emoji", "if"):
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for "
                               "Stable Diffusion and FLUX.")
@@ -98,6 +111,8 @@ def _metadata(package: Package) -> dict[str, str]:
     out, latents = {}, (package.latent_scale, package.vae.config.shift)
     if latents != LATENTS[package.family]:
         out[OTHER_LATENTS] = json.dumps(dict(zip(("scaling_factor", "shift_factor"), latents)))
+    if package.size != usual_size(package):
+        out[OTHER_SIZE] = json.dumps(dict(zip(("height", "width"), package.size)))
     if package.family in FLOWS:
         return out | mmdit.metadata(package)
     out |= {"modelspec.prediction_type": PREDICTIONS[package.prediction]}
@@ -248,16 +263,28 @@ def _flow_index(package: Package) -> dict[str, Any]:
 def _t5_folder(package: Package, out: Path, half: bool) -> None:
     """T5 and its tokenizer, as the model's folder has it. Raises CheckpointError."""
     if package.t5 is None or package.tokenizer is None:
-        raise CheckpointError(f"{package.where}: its T5 has no tokenizer, which a folder needs; convert from "
-                              "the folder of the same model.")
+        raise CheckpointError(f"{package.where}: its T5 has no tokenizer, which a folder needs; give the "
+                              "folder of a model that has it, as text (--text).")
     suffix = mmdit.T5[package.family]
     _write(out / f"text_encoder{suffix}" / "config.json",
            {"architectures": ["T5EncoderModel"], "model_type": "t5"} | package.t5.config)
     _save(_t5(package.t5, half), out / f"text_encoder{suffix}" / "model.safetensors")
-    words = package.tokenizer / f"tokenizer{suffix}"
-    (out / words.name).mkdir()
+    words = package.tokenizer / f"tokenizer{tokenizer_suffix(package.tokenizer, package.family)}"
+    copy = out / f"tokenizer{suffix}"
+    copy.mkdir()
     for file in (p for p in words.iterdir() if p.is_file()):
-        shutil.copyfile(file, out / words.name / file.name)
+        shutil.copyfile(file, copy / file.name)
+
+
+def _with_tokenizer(package: Package, out: Path, text: Path) -> Path:
+    """`text`, if its tokenizer is one of the package's T5. Raises CheckpointError."""
+    if package.t5 is None or out.suffix == ".safetensors":
+        what = "has no T5" if package.t5 is None else "goes into a single file, which has no tokenizer"
+        raise CheckpointError(f"{package.where}: {what}; leave out text (--text).")
+    if (suffix := tokenizer_suffix(text, package.family)) is None:
+        raise CheckpointError(f"{text}: no T5's tokenizer there (tokenizer_3, _2 or tokenizer).")
+    t5.read_tokenizer(text, suffix, t5.empty_network(package.t5).config.vocab_size)
+    return text
 
 
 def _vae_config(package: Package) -> dict[str, Any]:

@@ -37,6 +37,7 @@ ENCODED_EMPTY = "p2p.encoded_empty_prompt"
 LATENTS = {"sd1": (0.18215, 0.0), "sd2": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609),
            "flux": (0.3611, 0.1159)}
 OTHER_LATENTS = "p2p.vae_config"
+OTHER_SIZE = "p2p.size"
 FAMILY_RULE = "the rule for its family, which a few models break: give prediction if it is wrong"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -164,6 +165,16 @@ def usual_size(package: Package) -> tuple[int, int]:
     usual = {"sd1": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
     side = usual.get(package.family, 768 if package.prediction == "v" else 512)
     return side, side
+
+
+def told_size(file: TensorFile) -> tuple[int, int] | None:
+    """The same, if `p2p.weights.convert` noted it. Raises CheckpointError."""
+    if not (told := parsed(file, OTHER_SIZE)):
+        return None
+    height, width = told.get("height"), told.get("width")
+    if not all(type(side) is int and 0 < side <= 2**16 for side in (height, width)):
+        raise CheckpointError(f"{file.path}: {OTHER_SIZE} in its metadata is no height and width in pixels.")
+    return height, width
 
 
 def parsed(file: TensorFile, name: str) -> dict[str, Any]:

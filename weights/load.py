@@ -37,6 +37,7 @@ from p2p.weights.detect import (
     Package,
     Part,
     find_in_file,
+    told_size,
     usual_size,
     vae_config,
 )
@@ -104,7 +105,7 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
         few_steps.apply(package, package.unet.file)
     attach_loras(package, lora)
     attach_words(package, embeddings)
-    package.size = package.size or usual_size(package)
+    package.size = package.size or told_size(package.unet.file) or usual_size(package)
     return package
 
 

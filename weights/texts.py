@@ -27,6 +27,12 @@ def length(family: str, kind: str) -> int:
     return 256 if family == "sd3" or kind == "schnell" else 512
 
 
+def tokenizer_suffix(folder: Path, family: str) -> str | None:
+    """The end of the name of the folder with T5's tokenizer in that of a model, see `t5.in_folder`; None
+    where there is none."""
+    return next((s for s in (T5[family], "_3", "_2", "") if t5.has_tokenizer(folder, s)), None)
+
+
 def flow_family(folder: Path) -> str | None:
     """Which of Stable Diffusion 3 and FLUX a folder holds; None: neither, or T5 alone. Raises
     CheckpointError."""
@@ -83,8 +89,7 @@ def _t5(package: Package, where: Path | None, device: torch.device, dtype: torch
         part = t5.find_t5(where, suffix, package.notes)
         return t5.load_part(part, where, suffix, device, dtype, tokens, masked=False)
     if package.t5 is not None and (folder := where or package.tokenizer) is not None:
-        suffix = next((s for s in (T5[package.family], "_3", "_2", "") if t5.has_tokenizer(folder, s)), None)
-        if suffix is not None:
+        if (suffix := tokenizer_suffix(folder, package.family)) is not None:
             return t5.load_part(package.t5, folder, suffix, device, dtype, tokens, masked=False)
     if where is not None:
         raise CheckpointError(f"{where}: no T5 there (text_encoder_3, _2 or text_encoder, and its tokenizer, "

@@ -208,4 +208,6 @@ def convert(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("out", metavar="OUT", type=Path,
                     help="a .safetensors file, or a new folder in the layout of diffusers")
     ap.add_argument("--half", action="store_true", help="in float16")
+    ap.add_argument("--text", type=Path, metavar="FOLDER",
+                    help="a model with T5's tokenizer, where a single file with T5 becomes a folder")
     groups.checkpoint(ap)

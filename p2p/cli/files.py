@@ -71,5 +71,5 @@ def inspect(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     package = find(args.file, args.family, args.prediction, args.vae, args.ema, zero_snr=args.zero_snr,
                    lora=add_ons.loras(values.loras(args)))
-    run_convert(package, args.out, args.half)
+    run_convert(package, args.out, args.half, args.text)
     print(args.out)

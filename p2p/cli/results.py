@@ -90,7 +90,7 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
 
 
 def taken(inversion: p2p.Inversion) -> str:
-    return f"{inversion.method} inversion, {inversion.rows} rows of the UNet"
+    return f"{inversion.method} inversion, {inversion.rows} rows of the network"
 
 
 def cost(args: argparse.Namespace, *runs: Result) -> list[str]:
@@ -98,4 +98,4 @@ def cost(args: argparse.Namespace, *runs: Result) -> list[str]:
     if not args.verbose:
         return []
     seconds = ", ".join(f"{name} {sum(r.timings[name] for r in runs):.2f} s" for name in runs[0].timings)
-    return [f"{sum(r.rows for r in runs)} rows of the UNet; {seconds}"]
+    return [f"{sum(r.rows for r in runs)} rows of the network; {seconds}"]

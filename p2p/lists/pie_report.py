@@ -153,8 +153,9 @@ def table(report: Mapping[str, Any], convention: str, columns: Sequence[str] = C
                 cells.append("none")
                 continue
             mean, half = summary[0] * scale(c), summary[1] * scale(c)
-            cells.append(f"{mean:.2f}" if convention == "official" else f"{mean:.2f} ± {half:.2f} "
-                         f"({summary[2]})")
+            spread = f" ± {half:.2f}" if math.isfinite(half) else ""   # one picture has none
+            official = convention == "official"
+            cells.append(f"{mean:.2f}" if official else f"{mean:.2f}{spread} ({summary[2]})")
         count = len(rows[convention].get("MSE", []))
         lines.append(_line([*cells, count, len(rows["failed"])]))
         if published and convention == "official":
