@@ -62,6 +62,7 @@ def test_right_files_are_merged(folders, weights, tmp_path, family, kind):
     assert all(not torch.equal(found[f"{layer}.weight"], weights[family][f"{layer}.weight"]) for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, model", [(f, m) for f in SHAPES for m in SHAPES if f != m])
 def test_another_family_is_refused_by_name(folders, weights, tmp_path, family, model):
     """Both are named: by what its cross-attention reads, which layers it has, how its text towers are called."""
@@ -303,6 +304,7 @@ def test_a_picture_without_them_takes_none(folders, files, tmp_path, capsys):
         assert "0 files are recorded" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [{"lora": 7}, {"lora": [7]}, {"lora": [{"weight": "x", "sha256": "y"}]}, {"lora": [{"sha256": "y"}]},
                                   {"embeddings": [{"words": 7}]}, {"places": {"lora": ["/no/such"]}},
                                   {"places": {"lora": ["org/name"]}}])

@@ -98,6 +98,7 @@ ENTRANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entrance, name", [(e, name) for e, (_, names) in ENTRANCES.items() for name in names])
 def test_hostile_arguments_are_named_or_taken(emoji, upscaler, small, stopped, tmp_path, monkeypatch, entrance, name):
     monkeypatch.chdir(tmp_path)

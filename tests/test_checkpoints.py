@@ -128,6 +128,7 @@ def test_folder_formats(made, plain, tmp_path, how):
     equal(load(other), plain)
 
 
+@pytest.mark.slow
 def test_old_and_new_names_in_folders(made, plain, tmp_path):
     """Autoencoders saved before diffusers 0.17, and text towers with and without `text_model.`."""
     _, parts, folder = made
@@ -157,6 +158,7 @@ def nested(state, depth):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_pickles(single, plain, tmp_path, depth):
     torch.save(nested(load_file(single), depth), tmp_path / "model.ckpt")

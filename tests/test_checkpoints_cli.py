@@ -63,6 +63,7 @@ def test_inversions_from_the_command_line(made, single, tmp_path, capsys, predic
         assert np.abs(pictures[1] - np.array(wanted)).max() <= 1
 
 
+@pytest.mark.slow
 def test_inspect_and_convert_commands(made, single, tmp_path, capsys):
     family, _, folder = made
     for path in (single, folder):

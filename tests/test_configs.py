@@ -323,6 +323,7 @@ def test_the_size_is_that_of_the_pipeline(tmp_path, version, side, used):
     assert find(folder).size == (8 * used,) * 2 and bool(find(folder).notes) == (used != 32)
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_fit_are_a_models_fault(tmp_path, made):
     """Whatever stumbles over them as the network is built."""
     from p2p.weights import fill

@@ -35,6 +35,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, sd1_file, small_files, name, capsy
     assert left(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -65,6 +66,7 @@ def links(path):
     path.symlink_to(path.parent / "nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links_", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("name", OUTS)
 @pytest.mark.parametrize(

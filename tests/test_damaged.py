@@ -56,6 +56,7 @@ HEADERS = {   # what safetensors itself refuses, or we do after it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("name", HEADERS)
 def test_damaged_headers(tmp_path, name, suffix):

@@ -197,6 +197,7 @@ def own_names(state, head_dim):
     return {k: v.contiguous() for k, v in out.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, "text alone"])
 def test_own_naming_loads_to_equal_tensors(stages, tmp_path, which):
     if which == "text alone":

@@ -155,6 +155,7 @@ def test_what_cannot_be_meant_is_an_error_that_says_so(emoji, call, message):
         call(emoji)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, said", [(dict(equalizer={"cat": 1.0}), True), (dict(equalizer={"cat": 3.0}, cross_replace_steps=0.0), True),
                                        (dict(equalizer={"cat": 3.0}), False), (dict(), True)])
 def test_an_edit_that_changes_nothing_is_said(emoji, how, said):

@@ -157,6 +157,7 @@ def test_layers_are_the_authors_choice(sd1):
     assert [early[i]["up_blocks.1.resnets.1"].tolist() for i in (0, 1)] == [source, own] and early[2] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", EDITORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("method", ["ddim", "direct", "negative-prompt"])
 def test_editors_take_real_pictures_and_blends(narrow, editor, method):

@@ -129,6 +129,7 @@ def picture():
     return Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, acts", [("ddim", True), ("direct", False), ("edit-friendly", False), (None, False)])
 def test_what_stands_outside_of_a_blend_is_the_same_where_the_source_follows_it(narrow, picture, method, acts):
     source = SOURCE if method is None else p2p.invert(narrow, picture, SOURCE, method=method, steps=2)

@@ -169,6 +169,7 @@ def refused(made, files, *said):
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["cat", "a", "<start_of_text>"])
 def test_words_that_clip_knows_are_no_names(made, tmp_path, word):
     files = LAYOUTS["diffusers"](tmp_path, vectors(WIDTHS[made[0]]))

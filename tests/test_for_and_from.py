@@ -120,6 +120,7 @@ def test_one_setting_of_the_sampling(capsys, tmp_path, made, changes, names):
     assert again == new and "not as" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, names", [
     (["--seed", 9], {"seed"}), (["--eta", 0.5], {"eta"}), (["--skip", 1], {"skip", "latents"}), (["--inversion-cfg", 2], {"inversion_guidance", "rows"}),
     (["--method", "ddim"], {"method", "eta", "seed", "rows"})])

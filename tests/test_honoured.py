@@ -63,6 +63,7 @@ def asked(monkeypatch, emoji):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("command", ["invert", "edit", "batch"])
 def test_it_arrives_or_is_refused(asked, emoji, picture, tmp_path, capsys, command, method):

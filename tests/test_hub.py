@@ -165,6 +165,7 @@ def test_shards_are_followed(hub, inspect):
     assert sum("-of-" in f and f.startswith("unet") for f in hub.asked) > 1
 
 
+@pytest.mark.slow
 def test_of_an_autoencoder_no_more_is_fetched(hub, inspect, sd1_file):
     """From a repository of one, or that of a whole model."""
     hub.asked.clear()

@@ -208,6 +208,7 @@ def test_another_autoencoder_is_not_taken_for_the_recorded_one(file, vae, folder
     assert Image.open(capsys.readouterr().out.split()[1]).tobytes() == Image.open(picture).tobytes()
 
 
+@pytest.mark.slow
 def test_pictures_made_before_are_made_again(file, tmp_path, capsys):
     """Their settings say less: what they lack is as it always was."""
     assert main([*EDIT, "--model", str(file), "-o", str(tmp_path)]) == 0
@@ -251,6 +252,7 @@ def test_an_inversion_is_edited_with_the_model_that_it_was_made_with(file, vae, 
 
 # ------------------------------------------------------------------------------------------- a stranger's picture, the Hub
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field, option", [("model", "--model"), ("vae", "--vae"), ("text", "--text"), ("upscaler", "--upscaler")])
 def test_nothing_is_fetched_because_a_picture_names_it(file, tmp_path, capsys, monkeypatch, field, option):
     for name in ("download", "download_vae"):

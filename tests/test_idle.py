@@ -46,6 +46,7 @@ IDLE = {   # (settings, what is the same without them, what is said)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", IDLE)
 def test_it_is_said_and_so(narrow, what):
     settings, without, wanted = IDLE[what]
@@ -58,6 +59,7 @@ def test_it_is_said_and_so(narrow, what):
     assert torch.allclose(r.latents, plain.latents, atol=1e-5) and not any(wanted in note for note in plain.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     dict(local_blend=p2p.LocalBlend(mask=HALF, start=0.0)), dict(local_blend=replace(BLEND, mask=HALF)), dict(self_max_tokens=10**9),
     dict(local_blend=replace(BLEND, threshold=0.01)), dict(equalizer={"dog": 1.01}), dict(proximal=("l1", 0.1)),

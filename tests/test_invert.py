@@ -240,6 +240,7 @@ def test_null_text_goes_on_when_its_rate_has_fallen_to_zero(shallow):
     assert len(inv.null_context) == 103 and torch.equal(inv.null_context[102], inv.null_context[100])
 
 
+@pytest.mark.slow
 def test_another_model_or_other_settings_are_refused(emoji, sd1, picture, tmp_path):
     inv = p2p.invert(emoji, picture, SOURCE, steps=4)
     with pytest.raises(UsageError, match="another model"):

@@ -150,6 +150,7 @@ def test_kohya_names_of_the_text_towers(made, adapted, tmp_path):
     same(load(made[2], lora=tmp_path / "l.safetensors"), load(merged))
 
 
+@pytest.mark.slow
 def test_open_clips_own_names_of_fused_queries_keys_and_values(made, tmp_path):
     tower = "te2" if made[0] == "sdxl" else "te"
     before = load(made[2]).text_encoders[-1].state_dict()["transformer.resblocks.0.attn.in_proj_weight"]
@@ -170,6 +171,7 @@ def close(found, want):
     return ((found.double() - want).abs().max() / want.abs().max()).item() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1.0, -0.7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_what_its_formula_says(made, plain, tmp_path, kind, weight):
@@ -186,6 +188,7 @@ def test_every_kind_is_what_its_formula_says(made, plain, tmp_path, kind, weight
     assert changed == set(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["outputs", "inputs"])
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr, second"])
 @pytest.mark.parametrize("weight", [1.0, 0.5])

@@ -98,6 +98,7 @@ def test_an_upscaled_edit_with_a_mask_runs_again_to_the_same_pixels(capsys, tmp_
 
 # ----------------------------------------------------------------------------------------------------- the word of one side
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items, words", [([":dog"], ([], ["dog"])), (["cat:"], (["cat"], [])), (["cat:dog", ":grass"], (["cat"], ["dog", "grass"])),
                                           (["grass"], (["grass"], ["grass"]))])
 @pytest.mark.parametrize("option, name", [("--blend", "words"), ("--blend-without", "substruct")])

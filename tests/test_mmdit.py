@@ -149,6 +149,7 @@ def test_parts_of_other_sizes_are_refused(others, tmp_path):
         list(read_tensors(part, build))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_names_shapes_and_counts(name):
     """Those of diffusers' models with the published sizes, by the tables here and by diffusers' converters; and sizes are read

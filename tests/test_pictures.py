@@ -152,6 +152,7 @@ def hostile() -> dict[str, bytes]:
             "text bomb": png(8, 0, b"\0", 1, (b"zTXt", CHUNK.encode() + b"\0\0" + zlib.compress(bytes(2**27))))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", hostile())
 def test_hostile_pictures_are_refused(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("subprocess.check_call", None)   # whatever starts Ghostscript fails differently

@@ -45,6 +45,7 @@ def test_guess_for_sd2_follows_one_bias(tmp_path):
         assert found.prediction == want and "guess" in found.why and found.size == ((768,) * 2 if want == "v" else (512,) * 2)
 
 
+@pytest.mark.slow
 def test_scheduler_config_says_prediction(made, tmp_path):
     family, parts, folder = made
     other = families.save(parts, tmp_path / "v", family, prediction="v_prediction")

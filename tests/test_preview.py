@@ -44,6 +44,7 @@ def test_a_job_is_shortened_to_the_same_share_of_its_steps(narrow, tmp_path, lin
     assert job.inverting.get("n_min") in (None, STEPS // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("more, steps", [([], STEPS), (["--steps", "2"], 2), (["--sampler", "lcm"], 4), (["--blend", "cat:dog"], STEPS)])
 def test_edit_writes_its_preview_alone(tmp_path, more, steps):

@@ -123,6 +123,7 @@ def test_a_checkpoint_without_autoencoder_takes_another(made, single, plain, tmp
         load(tmp_path / "bare.safetensors", vae="./absent/vae")
 
 
+@pytest.mark.slow
 def test_the_scale_of_latents_is_that_of_the_autoencoder_that_says_one(made, single, tmp_path):
     _, _, folder = made
     other = shutil.copytree(folder / "vae", tmp_path / "vae")
@@ -212,6 +213,7 @@ def test_a_guessed_prediction_is_said_in_every_run(made, single, tmp_path, capsy
         assert len(notes) == said and all("give prediction if it is wrong" in n for n in notes)
 
 
+@pytest.mark.slow
 def test_the_size_of_sd2_follows_the_prediction_that_was_asked_for(sd2, tmp_path):
     save_file(sd2[2], tmp_path / "m.safetensors")
     assert [find(tmp_path / "m.safetensors", prediction=p).size[0] for p in ("eps", "v")] == [512, 768]
@@ -236,6 +238,7 @@ def test_guidance_0_is_the_prompt_alone(single, plain, tmp_path, capsys):
     assert read_settings(capsys.readouterr().out.split()[0])["guidance_scale"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", ['{"height": 0, "width": 64}', '{"height": 64}', '{"height": "64", "width": 64}', '{"height": 1e9, "width": 64}',
                                   '{"height": true, "width": 64}', "[64, 64]", "{"])
 def test_a_files_own_size_is_checked(told, sd1_file, tmp_path):

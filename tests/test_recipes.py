@@ -17,6 +17,7 @@ def test_the_table_is_there():
     assert {"swap", "add", "remove", "restyle", "recolour", "fade"} <= RECIPES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(capsys, tmp_path, name):
     common = ["--steps", "2", "--seed", "1", "-q", "-o", str(tmp_path)]

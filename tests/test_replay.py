@@ -113,6 +113,7 @@ def test_nor_is_a_target(made, tmp_path, capsys, name):
     assert code == 2 and f"does not say its {name}, on which the pixels depend" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sha256", "vae", "tile"])
 def test_a_model_that_is_not_known_to_be_the_same_is_said_to_be_so(made, tmp_path, capsys, name):
     settings, file = made

@@ -77,6 +77,7 @@ def test_turbo_is_ddim_with_fresh_noise_on_trailing_timesteps(sd1, monkeypatch):
     assert (r.latents - x).abs().max() < 1e-4 * x.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [dict(sampler="dpm++"), dict(sampler="lcm"), dict(sampler="tcd"), dict(timesteps=[999, 500, 20], steps=None),
                                       dict(timestep_spacing="trailing")], ids=str)
 def test_row_0_of_an_edit_is_the_source_alone(narrow, settings):

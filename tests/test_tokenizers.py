@@ -76,6 +76,7 @@ FILES = {   # what lies in the folder of the tokenizer, what is said
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FILES)
 def test_other_tokens_are_refused(folder, case):
     name, text, said = FILES[case]

@@ -144,6 +144,7 @@ def test_what_waits_for_an_edit_is_said(session):
     assert any("blend, layers: of an edit" in note for note in last(session, blend="cat", layers=["up"]).notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blend, words", [("dog", ((), ("dog",))), ("red, cat:dog", (("red", "cat"), ("red", "dog"))),
                                           ("cat:", (("cat",), ()))])
 def test_blend_words_are_found_in_the_prompts_that_have_them(session, blend, words):
@@ -160,6 +161,7 @@ def test_outside_of_a_painted_mask_nothing_changes(session):
     assert changed[:32].any() and not changed[32:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["edit-friendly", "ddim", "direct"])
 def test_a_picture_of_ones_own_is_edited(session, method, emoji):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
