@@ -161,6 +161,13 @@ def test_tokens_shows_pieces_and_partners(capsys):
     assert code == 0 and "hippopotamus" in out and "new" in out and "49406" in out
 
 
+@pytest.mark.parametrize("model", ["emoji", "emoji-flow", "a file"])
+def test_tokens_of_a_model_without_t5_are_clips(capsys, sd1_file, model):
+    _, plain, _ = run(capsys, "tokens", "a cat on hill")
+    code, out, _ = run(capsys, "tokens", "a cat on hill", "--model", sd1_file if model == "a file" else model)
+    assert code == 0 and out == plain
+
+
 USAGE = {
     "--ema, --tile: not with --from": ["edit", "--from", "x.png", "--tile", "7", "--ema"],
     "--weight, --blend: not with a prompt without targets": ["maps", "a cat", "--weight", "cat=2", "--blend", "cat"],

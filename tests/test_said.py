@@ -1,4 +1,6 @@
 """What a user should hear before the first step: weights that break pictures, brackets that hold no word, what a trace reads."""
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image

@@ -19,6 +19,7 @@ from p2p.request.emphasis import read
 from p2p.request.prompts import check as check_prompt
 from p2p.weights import t5
 from p2p.weights.convert import convert as run_convert
+from p2p.weights.detect import LDM
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
 from p2p.weights.t5 import save_prompts
@@ -26,8 +27,13 @@ from p2p.weights.texts import flow_family, load_t5
 from p2p.weights.untrusted import printable
 
 
+def _read_by_clip(model: Path | None) -> bool:
+    """Whether prompts of a model have CLIP's tokens alone."""
+    return model is None or t5.in_folder(model) is None and find(model).family in (*LDM, "emoji", "emoji-flow")
+
+
 def show_tokens(args: argparse.Namespace) -> None:
-    if args.model is None:
+    if _read_by_clip(args.model):
         named = tokenizer()
         split = [tokens(read(p).text) for p in args.prompts]
     else:

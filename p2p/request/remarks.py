@@ -96,8 +96,12 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
 
 
 def sampling_idle(model: Model, sampling: Sampling, settled: Settled, known: bool = False) -> list[str]:
-    """Notes on a run's sampling that changes nothing. known: its source is inverted or traced."""
+    """Notes on a run's sampling that changes nothing, or that the model was not made for. known: its source
+    is inverted or traced."""
     notes = []
+    if model.guidance_scale == 1 and model.guided(settled.guidance_scale):
+        notes.append(f"guidance_scale {settled.guidance_scale:g}: this model was made to run without guidance; "
+                     "with it, it takes twice the rows, and pictures are often over-saturated")
     if sampling.proximal is not None and not model.guided(settled.guidance_scale):
         notes.append(f"proximal changes nothing: {why_unguided(model)}")
     elif sampling.proximal is not None and sampling.proximal[1] == 0:
