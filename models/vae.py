@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from p2p.models.attention import attend
 from p2p.models.blocks import Downsample, ResnetBlock, Upsample
-from p2p.models.layers import Conv2d, Linear, ModuleList
+from p2p.models.layers import Conv2d, Linear
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,17 @@ class PixelAttention(nn.Module):
 
 
 class _Blocks(nn.Module):
-    downsamplers: ModuleList[Downsample]   # one, or the attribute is not there
-    upsamplers: ModuleList[Upsample]
+    """Residual blocks from width to width, and at their end half or twice the side, if asked for."""
 
-    def __init__(self, dims: list[int]):
+    def __init__(self, dims: list[int], down: bool = False, up: bool = False):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(a, b, None, eps=1e-6) for a, b in zip(dims, dims[1:]))
+        self.downsamplers = nn.ModuleList([Downsample(dims[-1], padding=0)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(dims[-1])] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = layer(x)
         return x
 
 
@@ -79,12 +80,9 @@ class Encoder(nn.Module):
         super().__init__()
         ch = c.channels
         self.conv_in = Conv2d(c.in_channels, ch[0], 3, padding=1)
-        self.down_blocks: ModuleList[_Blocks] = ModuleList()
-        for i, out in enumerate(ch):
-            block = _Blocks([ch[max(i - 1, 0)]] + [out] * c.layers_per_block)
-            if i < len(ch) - 1:
-                block.downsamplers = ModuleList([Downsample(out, padding=0)])
-            self.down_blocks.append(block)
+        self.down_blocks = nn.ModuleList(
+            _Blocks([ch[max(i - 1, 0)]] + [out] * c.layers_per_block, down=i < len(ch) - 1)
+            for i, out in enumerate(ch))
         self.mid_block = _Mid(ch[-1])
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
         self.conv_out = Conv2d(ch[-1], 2 * c.latent_channels, 3, padding=1)
@@ -92,9 +90,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)                                                      # (B, C_0, H, W)
         for block in self.down_blocks:
-            x = block(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)                                     # (B, C_i, H/2, W/2)
+            x = block(x)                                                         # (B, C_i, H/2, W/2)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -104,21 +100,16 @@ class Decoder(nn.Module):
         ch = c.channels[::-1]
         self.conv_in = Conv2d(c.latent_channels, ch[0], 3, padding=1)
         self.mid_block = _Mid(ch[0])
-        self.up_blocks: ModuleList[_Blocks] = ModuleList()
-        for i, out in enumerate(ch):
-            block = _Blocks([ch[max(i - 1, 0)]] + [out] * (c.layers_per_block + 1))
-            if i < len(ch) - 1:
-                block.upsamplers = ModuleList([Upsample(out)])
-            self.up_blocks.append(block)
+        self.up_blocks = nn.ModuleList(
+            _Blocks([ch[max(i - 1, 0)]] + [out] * (c.layers_per_block + 1), up=i < len(ch) - 1)
+            for i, out in enumerate(ch))
         self.conv_norm_out = nn.GroupNorm(32, ch[-1], 1e-6)
         self.conv_out = Conv2d(ch[-1], c.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
-            x = block(x)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x)                                       # (B, C_i, 2H, 2W)
+            x = block(x)                                                         # (B, C_i, 2H, 2W)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

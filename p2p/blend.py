@@ -170,7 +170,7 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
     if not isinstance(b, LocalBlend):
         raise UsageError(f"local_blend: a LocalBlend is needed, not {brief(b)}")
     if b.words is None and b.mask is None and not scoped:
-        raise UsageError("local_blend: give words or a mask")
+        raise UsageError("local_blend: give words or a mask, or scope to the edit")
     if b.words is None and b.rivals is not None:
         raise UsageError("local_blend: rivals compete with words; give words")
     for name, pair in (("words", b.words), ("substruct", b.substruct), ("rivals", b.rivals)):

@@ -109,15 +109,11 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
 
     model: or what `load` loads it from, for this call alone. source: a prompt, or a real picture as `invert`
     gives it, or the path where it is saved (then steps, eta and size are those of the inversion). targets:
-    `Edit`s, or prompts. settings: the fields of `Sampling` (steps, guidance_scale, seed, x_T, eta, height,
-    width, proximal, negative_prompt, low), and for targets that are plain prompts those of `Edit` (mode,
-    cross_replace_steps, self_replace_steps, self_max_tokens, windows_over, equalizer, renormalise, swap,
-    local_blend, scope, aligner). editor: another way to inject than Prompt-to-Prompt's, which takes no
-    windows or weights: an object, or "masactrl" or "plug-and-play". record: which attention maps to keep in
-    `maps`.
-    on_step: a function that is called with every step, see `steps`: a preview, say.
-    Raises UsageError for words, windows or sizes that do not fit, NumericsError for values
-    that are not finite.
+    `Edit`s, or prompts. settings: the fields of `Sampling`, and for targets that are plain prompts those of
+    `Edit`. editor: another way to inject than Prompt-to-Prompt's, which takes no windows or weights: an
+    object, or its name (see `p2p.editors`). record: which attention maps to keep in `maps`. on_step: a
+    function that is called with every step, see `steps`: a preview, say. Raises UsageError for words,
+    windows or sizes that do not fit, NumericsError for values that are not finite.
     """
     model = find_model(model)
     return run(model, prepared(model, source, targets, editor=editor, record=record, **settings), record,

@@ -49,6 +49,14 @@ def test_a_trace_says_what_an_edit_says_of_its_source(narrow):
     assert set(traced.notes) <= set(edited) and len(edited) == len(set(edited))
 
 
+@pytest.mark.parametrize("own, asked", [(1.0, 5.0), (1.0, None), (7.5, 5.0)])
+def test_guidance_of_a_model_made_to_run_without_it(narrow, own, asked):
+    """schnell, Turbo, Lightning ...: it may be asked for, and acts."""
+    r = p2p.edit(replace(narrow, guidance_scale=own), "a cat", "a dog", steps=1, guidance_scale=asked)
+    assert any("made to run without guidance" in note for note in r.notes) == (own == 1 and asked is not None)
+    assert r.rows == (2 if own == 1 and asked is None else 4)
+
+
 @pytest.mark.parametrize("name, kind", [("masactrl", p2p.MasaCtrl), ("plug-and-play", p2p.PlugAndPlay)])
 def test_an_editor_may_be_named(narrow, name, kind):
     named, made = (p2p.edit(narrow, "a cat on grass", "a dog on grass", steps=3, editor=e) for e in (name, kind()))

@@ -44,6 +44,11 @@ def test_dpmpp_is_that_of_diffusers(steps, spacing):
     assert (x - wanted).abs().max() < 1e-5 * wanted.std()
 
 
+def test_dpmpp_may_take_every_step_but_the_last():
+    for spacing in ("leading", "linspace"):
+        assert dpm_schedule(ABAR, 999, 1, spacing).timesteps == tuple(range(999, 0, -1))
+
+
 def patched(monkeypatch, module, noises):
     """diffusers draws these noises in turn."""
     left = iter(noises)

@@ -185,7 +185,7 @@ def web(ap: argparse.ArgumentParser) -> None:
 def tokens(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("prompts", nargs="+", metavar="PROMPT")
     ap.add_argument("--model", type=Path,
-                    help="a folder with T5 (IF, Stable Diffusion 3, FLUX): T5's tokens; others, and none: CLIP's")
+                    help="a folder with T5 (IF, Stable Diffusion 3, FLUX): T5's tokens; else CLIP's")
 
 
 def encode(ap: argparse.ArgumentParser) -> None:

@@ -29,7 +29,8 @@ from p2p.weights.untrusted import printable
 
 def _read_by_clip(model: Path | None) -> bool:
     """Whether prompts of a model have CLIP's tokens alone."""
-    return model is None or t5.in_folder(model) is None and find(model).family in (*LDM, "emoji", "emoji-flow")
+    families = (*LDM, "emoji", "emoji-flow")
+    return model is None or (t5.in_folder(model) is None and find(model).family in families)
 
 
 def show_tokens(args: argparse.Namespace) -> None:

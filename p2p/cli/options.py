@@ -31,13 +31,10 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     return dict(source="emoji" if args.model is None else args.model, family=args.family,
                 prediction=args.prediction, dtype=getattr(torch, args.dtype) if args.dtype else None,
                 vae=args.vae, text=args.text, ema=args.ema, clip_skip=args.clip_skip, zero_snr=args.zero_snr,
-                lora=values.loras(args), embeddings=values.embeddings(args), **memory(args))
-
-
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `p2p.load` that change no picture beyond rounding (--tile: beyond its seams)."""
-    return dict(compile=args.compile, held=torch.float16 if args.half_weights else None, offload=args.offload,
-                tile=args.tile)
+                lora=values.loras(args), embeddings=values.embeddings(args),
+                # these change no picture beyond rounding (tile: beyond its seams)
+                compile=args.compile, held=torch.float16 if args.half_weights else None,
+                offload=args.offload, tile=args.tile)
 
 
 def load_for_sampling(args: argparse.Namespace) -> tuple[p2p.Model, dict[str, Any]]:

@@ -176,9 +176,6 @@ def _target(entry: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
         raise UsageError("a target that is an object needs its prompt")
     edit = Edit(**shared | {k: checked(k, v) for k, v in fields.items()})
     check_edit(edit)
-    blend = edit.local_blend
-    if blend is not None and blend.words is None and blend.mask is None and edit.scope is None:
-        raise UsageError("local_blend: give words or a mask, or the target's scope")
     return edit
 
 

@@ -142,13 +142,8 @@ def _blend(edit: Edit) -> list[str]:
     return notes
 
 
-def blend_idle(blends: Sequence[LocalBlend | None], blend: Blend, steps: int) -> list[str | None]:
-    """For every target, why its blend, or the mask in it, changes nothing; None where it may."""
-    return [None if b is None else _blend_idle(b, start, mask, steps)
-            for b, start, mask in zip(blends, blend.start.tolist(), blend.fixed)]
-
-
-def _blend_idle(b: LocalBlend, start: int, mask: torch.Tensor, steps: int) -> str | None:
+def blend_idle(b: LocalBlend, start: int, mask: torch.Tensor, steps: int) -> str | None:
+    """Why a target's blend, or the mask in it, changes nothing; None where it may."""
     if start >= steps:
         return "local_blend starts after the last step"
     if not mask.any():

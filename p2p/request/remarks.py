@@ -45,8 +45,9 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
         notes += self_idle(request.given, request.edits, request.model, shape)
         notes += layers_idle(request.edits, edit_tables, request.model.unet)
     if blend is not None:
-        idle_blends = zip(request.edits, blend_idle(request.blends, blend, steps))
-        notes += [f'"{e.prompt}": {why}' for e, why in idle_blends if why]
+        each = zip(request.edits, request.blends, blend.start.tolist(), blend.fixed)
+        notes += [f'"{e.prompt}": {why}' for e, b, start, mask in each
+                  if b is not None and (why := blend_idle(b, start, mask, steps))]
         as_stored = inversion is None or inversion.method in FOLLOW
         notes += blends_without(request.edits, blend, request.model, shape, as_stored)
     return notes
@@ -100,8 +101,8 @@ def sampling_idle(model: Model, sampling: Sampling, settled: Settled, known: boo
     is inverted or traced."""
     notes = []
     if model.guidance_scale == 1 and model.guided(settled.guidance_scale):
-        notes.append(f"guidance_scale {settled.guidance_scale:g}: this model was made to run without guidance; "
-                     "with it, it takes twice the rows, and pictures are often over-saturated")
+        notes.append(f"guidance_scale {settled.guidance_scale:g}: this model was made to run without "
+                     "guidance; with it, it takes twice the rows, and pictures are often over-saturated")
     if sampling.proximal is not None and not model.guided(settled.guidance_scale):
         notes.append(f"proximal changes nothing: {why_unguided(model)}")
     elif sampling.proximal is not None and sampling.proximal[1] == 0:

@@ -131,18 +131,7 @@ def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alp
     for the clean picture.
     """
     total = _length(alphas_cumprod, steps)
-    if spacing == "leading":
-        stride = total // steps
-        # of 1000 steps the first is 999
-        rising = np.arange(steps) * stride + min(offset, total - 1 - (steps - 1) * stride)
-    elif spacing == "trailing":
-        rising = _trailing(total, steps)
-    elif spacing == "linspace":
-        rising = np.linspace(0, total - 1, steps).round()
-    else:
-        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
-                         "linspace; karras is of the sampler dpm++")
-    return listed_schedule(alphas_cumprod, rising[::-1], final_alpha)
+    return listed_schedule(alphas_cumprod, _rising(total, steps, offset, spacing)[::-1], final_alpha)
 
 
 def listed_schedule(alphas_cumprod: Tensor, timesteps: Iterable[int],
@@ -172,15 +161,8 @@ def dpm_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, spacing: s
     if spacing in ("leading", "linspace") and steps == total:
         raise UsageError(f"steps must be from 1 to {total - 1} by dpm++ with {spacing} timesteps, not "
                          f"{steps}")
-    if spacing == "leading":
-        rising = np.arange(1, steps + 1) * (total // (steps + 1)) + offset
-    elif spacing == "linspace":
-        rising = np.linspace(0, total - 1, steps + 1).round()[1:]
-    elif spacing == "trailing":
-        rising = _trailing(total, steps)
-    else:
-        raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, "
-                         "linspace, karras")
+    more = int(spacing in ("leading", "linspace"))
+    rising = _rising(total, steps + more, offset, spacing)[more:]
     return listed_schedule(alphas_cumprod, rising[::-1], 1.0)
 
 
@@ -278,8 +260,18 @@ def _length(alphas_cumprod: Tensor, steps: int) -> int:
     return len(alphas_cumprod)
 
 
-def _trailing(total: int, steps: int) -> np.ndarray:
-    return np.arange(total, 0, -total / steps)[:steps][::-1].round() - 1
+def _rising(total: int, steps: int, offset: int, spacing: str) -> np.ndarray:
+    """The timesteps of DDIM, see `ddim_schedule`, from the cleanest on. Raises UsageError."""
+    if spacing == "leading":
+        stride = total // steps
+        # of 1000 steps the first is 999
+        return np.arange(steps) * stride + min(offset, total - 1 - (steps - 1) * stride)
+    if spacing == "trailing":
+        return np.arange(total, 0, -total / steps)[:steps][::-1].round() - 1
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, steps).round()
+    raise UsageError(f"timestep_spacing {brief(spacing)} is not known; known: leading, trailing, linspace, "
+                     "and karras by the sampler dpm++")
 
 
 def _log_sigmas(alphas_cumprod: Tensor) -> Tensor:
