@@ -6,7 +6,7 @@ from PIL import Image
 import p2p
 from p2p.edits import choose_mode, tables
 from p2p.errors import UsageError
-from p2p.request.effect import left_out, without
+from p2p.request.effect import idle_options, left_out
 
 SOURCE, SWAPPED, REFINED, L = "a cat on grass", "a dog on grass", "a cat on grass at night", 77
 
@@ -49,7 +49,7 @@ def said(model, target, settings, steps=10, whole=None):
     s, t = model.tokens(SOURCE), model.tokens(target)
     edit = p2p.Edit(target, **settings)
     given = s, t, edit, choose_mode(s, edit, t), steps, L, whole
-    return without(tables(*given), *given)
+    return idle_options(tables(*given), *given)
 
 
 @pytest.mark.parametrize("what", IDLE)

@@ -8,7 +8,7 @@ import p2p
 from p2p import CheckpointError, align
 from p2p.models.text import tokens
 from p2p.request.emphasis import condition, read, token_weights
-from p2p.request.ready import unread
+from p2p.request.ready import unread_words
 from p2p.weights.convert import convert
 from p2p.weights.load import find
 
@@ -104,7 +104,7 @@ def test_vectors_copied_from_tokens_are_read_as_these_tokens(emoji, emoji_words)
     assert torch.equal(emoji_words.text(["a red cat house on grass"]), emoji_words.text(["a <beast> on grass"]))
     assert torch.equal(emoji.text(["a red cat on grass"]), emoji_words.text(["a <hue> cat on grass"]))
     assert torch.equal(emoji.text(["a red cat on grass"]), emoji_words.text(["a red cat on grass"]))
-    assert unread(emoji_words, "a <beast> on grass") == []
+    assert unread_words(emoji_words, "a <beast> on grass") == []
 
 
 def test_several_vectors_are_one_word_of_several_tokens(emoji_words):

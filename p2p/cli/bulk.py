@@ -29,7 +29,7 @@ from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
 from p2p.lists.work import Failure
 from p2p.request.inverting import DEFAULT, READ_BY
-from p2p.request.ready import unread
+from p2p.request.ready import unread_words
 from p2p.request.settings import to_dict
 from p2p.request.source import METHODS
 from p2p.show.pictures import save_png
@@ -216,7 +216,7 @@ def make_dataset(args: argparse.Namespace) -> int:
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
                disable=args.quiet)
     for pair, counts in bar:
-        for note in dict.fromkeys(note for prompt in pair.prompts for note in unread(model, prompt)):
+        for note in dict.fromkeys(note for prompt in pair.prompts for note in unread_words(model, prompt)):
             tqdm.write(f"prompt {pair.index}: note: {printable(note)}", file=sys.stderr)
         if why := next((name for name in counts if name.startswith("failed")), None):
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)

@@ -25,8 +25,8 @@ from p2p.scope import added_words, subject
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
 
 
-def without(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
-            schedule_steps: int | None = None, hybrid: bool = False) -> list[str]:
+def idle_options(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int,
+                 length: int, schedule_steps: int | None = None, hybrid: bool = False) -> list[str]:
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
     makes them of the other arguments. hybrid: some of the edited layers are hybrid attention."""
     given, edit = edit, decided(source, target, edit, mode, length)

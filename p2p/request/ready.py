@@ -205,10 +205,11 @@ def prompt_notes(model: Model, prompts: Sequence[str]) -> list[str]:
     if not model.text_encoders:   # it reads no text
         return []
     return [note for prompt, notes in written.items()
-            for note in [*unread(model, parsed(model, prompt).text), *notes, *weights_notes(model, prompt)]]
+            for note in (*unread_words(model, parsed(model, prompt).text), *notes,
+                         *weights_notes(model, prompt))]
 
 
-def unread(model: Model, prompt: str) -> list[str]:
+def unread_words(model: Model, prompt: str) -> list[str]:
     """Notes on what the text towers cut off a prompt, and on words that they do not know."""
     model.tokens(prompt)   # raises where only other prompts were encoded beforehand
     notes, alike = [], len({tower.config.context_length for tower in model.text_encoders}) == 1

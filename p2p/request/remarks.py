@@ -17,9 +17,9 @@ from p2p.request.effect import (
     editor_idle,
     hybrid_edited,
     idle,
+    idle_options,
     layers_idle,
     self_idle,
-    without,
 )
 from p2p.request.emphasis import below_zero, read
 from p2p.request.inverting import unguided, why_unguided
@@ -61,9 +61,9 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
         if source.ids == t.ids and plain and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
-        idle_options = without(current, source, t, given, e.mode, steps, request.model.length,
-                               request.schedule_steps, hybrid_edited(current, request.model.unet))
-        notes += [f'"{e.prompt}": {why}' for why in idle_options]
+        found = idle_options(current, source, t, given, e.mode, steps, request.model.length,
+                             request.schedule_steps, hybrid_edited(current, request.model.unet))
+        notes += [f'"{e.prompt}": {why}' for why in found]
     return notes
 
 

@@ -48,7 +48,7 @@ def rf_inversion(run: Run, planned: Inversion) -> Tensor:
 
 def _ascent(run: Run, planned: Inversion, schedule: Schedule, step: Stepper) -> Tensor:
     x, latents = run.x_0, [run.x_0]
-    for i, t in enumerate(run.shown(schedule.timesteps)):
+    for i, t in enumerate(run.with_bar(schedule.timesteps)):
         x, _ = step(i, x, run.predict(x, t, planned.inversion_guidance), None)
         latents.append(x)
     return torch.cat(latents)

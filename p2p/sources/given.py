@@ -55,8 +55,8 @@ class Run(NamedTuple):
 
     def upwards(self) -> Iterable[tuple[int | float, Level, Level]]:
         """(t, level after the step, level before it), from the picture to the noise."""
-        return self.shown(list(self.schedule)[::-1])
+        return self.with_bar(list(self.schedule)[::-1])
 
-    def shown(self, steps: Iterable[Any]) -> Iterable[Any]:
+    def with_bar(self, steps: Iterable[Any]) -> Iterable[Any]:
         """These steps, with a bar where there is progress to be shown."""
         return tqdm(steps, disable=not self.progress, leave=False, unit="step")
