@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,14 @@ def _check_vocabulary(path: Path) -> None:
         _check_added(path, [(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
 
 
+@cache
 def vocabulary() -> dict[str, int]:
     """CLIP's words, as transformers writes them."""
     ends = {START: "<|startoftext|>", END: "<|endoftext|>"}
     return {ends.get(i, word): i for word, i in tokenizer().encoder.items()}
 
 
+@cache
 def merges() -> list[str]:
     """The pairs of pieces that are merged, in order of rank."""
     ranks = tokenizer().bpe_ranks
@@ -83,8 +86,9 @@ def _same(path: Path, words: Any, known: Any) -> None:
 
 def _check_added(path: Path, tokens: Collection[tuple[Any, Any]]) -> None:
     """Raises CheckpointError for tokens (a word and its number, maybe as text) that are not CLIP's."""
-    known = {(word, str(i)) for word, i in vocabulary().items()} if tokens else set()
-    if odd := [word for word, i in tokens if not isinstance(word, str) or (word, str(i)) not in known]:
+    known = vocabulary()
+    if odd := [word for word, i in tokens
+               if not isinstance(word, str) or word not in known or str(known[word]) != str(i)]:
         raise CheckpointError(f"{path}: adds the token {fields.short(odd[0])}, which is not one of CLIP's.")
 
 
