@@ -117,7 +117,7 @@ def picture(flow):
 def test_inversions_of_a_flow(flow, picture, method):
     """Those that are exact give the picture back; all give something that an edit goes on from."""
     more = {"belm": dict(skip=1), "null-text": dict(inner_steps=1)}.get(method, {})
-    inv = p2p.invert(flow, picture, SOURCE, method=method, steps=4, **more)
+    inv = p2p.invert(flow, picture, SOURCE, method=method, steps=6, **more)
     r = p2p.edit(flow, inv, [SOURCE, SWAP], guidance_scale=1.0 if method == "belm" else None)
     assert r.latents.isfinite().all()
     if method in ("direct", "edit-friendly"):

@@ -1,13 +1,13 @@
 """The text tower and the tokenizer are open_clip's, without what the import of open_clip brings along."""
 from dataclasses import replace
 
+import open_clip
 import pytest
 import torch
 
 from p2p.models import text
 from p2p.models.text import CLIP_L, OPENCLIP_G, TextEncoder
 
-open_clip = pytest.importorskip("open_clip")
 SMALL = dict(width=64, heads=4, layers=3)
 
 

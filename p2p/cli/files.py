@@ -19,7 +19,7 @@ from p2p.request.emphasis import read
 from p2p.request.prompts import check as check_prompt
 from p2p.weights import t5
 from p2p.weights.convert import convert as run_convert
-from p2p.weights.detect import LDM
+from p2p.weights.detect import FLOWS
 from p2p.weights.inspect import report as describe
 from p2p.weights.load import find
 from p2p.weights.t5 import save_prompts
@@ -27,18 +27,20 @@ from p2p.weights.texts import flow_family, load_t5
 from p2p.weights.untrusted import printable
 
 
-def _read_by_clip(model: Path | None) -> bool:
-    """Whether prompts of a model have CLIP's tokens alone."""
-    families = (*LDM, "emoji", "emoji-flow")
-    return model is None or (t5.in_folder(model) is None and find(model).family in families)
+def _read_by_t5(model: Path | None) -> Path | None:
+    """Where the T5 lies, or should, that reads a model's prompts; None: CLIP reads them."""
+    if model is None or t5.in_folder(model) is not None:
+        return model
+    package = find(model)
+    return package.where if package.family in (*FLOWS, "if") else None
 
 
 def show_tokens(args: argparse.Namespace) -> None:
-    if _read_by_clip(args.model):
+    if (folder := _read_by_t5(args.model)) is None:
         named = tokenizer()
         split = [tokens(read(p).text) for p in args.prompts]
     else:
-        named, weighs = t5.tokenizer_in(args.model), flow_family(args.model) == "sd3"
+        named, weighs = t5.tokenizer_in(folder), flow_family(folder) == "sd3"
         split = [t5_tokens(named, read(p).text if weighs else p) for p in args.prompts]
     for t in split:
         print(t.text)
