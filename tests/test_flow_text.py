@@ -58,6 +58,16 @@ def test_the_text_is_that_of_diffusers(saved):
     assert model.tokens("a cat").ids[-1] == 1                                       # T5's </s>
 
 
+def test_tokens_of_a_model_are_its_t5s(saved, monkeypatch, capsys):
+    """Of a folder, and of its name on the Hub."""
+    _, _, folder = saved
+    monkeypatch.setattr("p2p.weights.hub.download", lambda name: folder)
+    ids = p2p.load(folder, device="cpu").text_encoders[-1].tokens("a cat").ids
+    for model in (str(folder), "org/name"):
+        assert main(["tokens", "a cat", "--model", model]) == 0
+        assert [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]] == ids
+
+
 def test_padding_is_read_by_t5(saved):
     """Stable Diffusion 3 and FLUX do not mask it, DeepFloyd does: another text."""
     _, _, folder = saved
