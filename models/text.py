@@ -52,7 +52,7 @@ def tokenizer() -> Any:
         module.__file__ = str(Path(package.origin).with_name("tokenizer.py"))
         try:
             SourceFileLoader(module.__name__, module.__file__).exec_module(module)
-            return module.SimpleTokenizer()
+            return getattr(module, "_tokenizer", None) or module.SimpleTokenizer()
         except (AttributeError, ImportError, OSError):
             pass   # a release of open_clip in which that file does not stand alone
     from open_clip.tokenizer import SimpleTokenizer

@@ -4,6 +4,7 @@ import os
 import shutil
 import urllib.request
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -13,8 +14,7 @@ from test_web_session import CAT, DOG, PAGE, png, url
 
 from p2p.show.pictures import read_settings
 
-pytestmark = pytest.mark.slow
-gradio = pytest.importorskip("gradio", reason="needs Gradio")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio")]
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")

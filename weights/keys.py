@@ -46,8 +46,9 @@ class Source(NamedTuple):
 
 def _replace(name: str, prefixes: dict[str, str]) -> str:
     """`name` with the longest prefix found in the table replaced; only whole dotted parts count."""
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        if name == prefix or name.startswith(prefix + "."):
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:n])) in prefixes:
             return prefixes[prefix] + name[len(prefix):]
     raise KeyError(name)
 

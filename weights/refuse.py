@@ -91,9 +91,10 @@ DISTILLED = ("a distilled network (SSD-1B, Segmind-Vega, KOALA or the like): its
 
 def by_name(path: Path, s: Shapes, fp8: bool) -> None:
     """Raises CheckpointError for known kinds that are not supported."""
+    names = "".join(f"{name}\n" for name in s)
 
-    def has(*parts: str) -> bool:
-        return any(k.endswith(part[:-1]) if part[-1] == "$" else part in k for k in s for part in parts)
+    def has(*parts: str) -> bool:   # "$": at the end of a name
+        return any(part.replace("$", "\n") in names for part in parts)
 
     has_unet = any(k.startswith(keys.UNET) for k in s)
     kind = FP8 if fp8 else None

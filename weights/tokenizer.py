@@ -1,16 +1,17 @@
 """Checks the folder of CLIP's tokenizer. Our own tokenizer is used: it must give the same tokens."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from p2p.models.text import END, START, TextConfig, tokenizer
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
-from p2p.weights.sizes import parsed, read_json
-from p2p.weights.untrusted import read_text
+from p2p.weights.sizes import read_json
+from p2p.weights.untrusted import parse_object, read_text
 
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
 # the second one takes precedence, as in transformers
@@ -25,8 +26,9 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
     for path in configs:
         c = {name: _content(value) for name, value in read_json(path).items()}
         fields.check(path, c, fields.TOKENIZER, strangers=True)
-        added = _mapping(path, c, "added_tokens_decoder")
-        _check_added(path, [(_content(token), i) for i, token in added.items()])
+        with _refused(path):
+            added = _mapping(c, "added_tokens_decoder")
+            _check_added([(_content(token), i) for i, token in added.items()])
         settings |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
     length, longest = settings.get("model_max_length", config.context_length), config.context_length
     unlimited = isinstance(length, (int, float)) and length > 10**9   # as transformers writes it
@@ -38,31 +40,44 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
         raise CheckpointError(f"{configs[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
     vocabularies = [p for p in (folder / name for name in VOCABULARIES) if p.exists()]
     for path in vocabularies:
-        _check_vocabulary(path)
+        with _refused(path):
+            _check_vocabulary(path.name, read_text(path))
     return PADS.get(pad, config.pad_id), [*configs, *vocabularies]
 
 
-def _check_vocabulary(path: Path) -> None:
-    """Raises CheckpointError unless its words and merges are CLIP's."""
-    if path.name == "added_tokens.json":
-        _check_added(path, parsed(path).items())
-    elif path.name == "vocab.json":
-        _same(path, parsed(path), vocabulary())
-    elif path.name == "merges.txt":
-        try:
-            lines = read_text(path).rstrip("\n").split("\n")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
-        _same(path, lines[1:len(merges()) + 1], merges())   # after the version; transformers ignores the rest
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Makes CheckpointErrors that name the file of what it holds that is not CLIP's."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from None
+
+
+@lru_cache(len(VOCABULARIES))   # both towers of SDXL have the same files
+def _check_vocabulary(name: str, text: str) -> None:
+    """Raises ValueError unless the words and merges in a file of that name are CLIP's."""
+    if name == "merges.txt":   # after the version; transformers ignores what follows
+        _same(text.rstrip("\n").split("\n")[1:len(merges()) + 1], merges())
+        return
+    try:
+        contents = parse_object(text)
+    except ValueError as error:
+        raise ValueError(f"not readable as JSON ({error})") from None
+    if name == "added_tokens.json":
+        _check_added(contents.items())
+    elif name == "vocab.json":
+        _same(contents, vocabulary())
     else:
-        contents = parsed(path)
-        model, added = _mapping(path, contents, "model"), contents.get("added_tokens") or []
-        _same(path, model.get("vocab"), vocabulary())
+        model, added = _mapping(contents, "model"), contents.get("added_tokens") or []
+        _same(model.get("vocab"), vocabulary())
         pieces = model.get("merges")
         if isinstance(pieces, list):   # a pair, or one string, depending on the version
             pieces = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in pieces]
-        _same(path, pieces, merges())
-        _check_added(path, [(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
+        _same(pieces, merges())
+        _check_added([(_content(token), token.get("id")) for token in added if isinstance(token, dict)])
 
 
 @cache
@@ -79,24 +94,24 @@ def merges() -> list[str]:
     return [" ".join(pair) for pair in sorted(ranks, key=ranks.__getitem__)]
 
 
-def _same(path: Path, words: Any, known: Any) -> None:
+def _same(words: Any, known: Any) -> None:
     if words != known:
-        raise CheckpointError(f"{path}: another vocabulary than CLIP's; its tokens are not known here.")
+        raise ValueError("another vocabulary than CLIP's; its tokens are not known here")
 
 
-def _check_added(path: Path, tokens: Collection[tuple[Any, Any]]) -> None:
-    """Raises CheckpointError for tokens (a word and its number, maybe as text) that are not CLIP's."""
+def _check_added(tokens: Collection[tuple[Any, Any]]) -> None:
+    """Raises ValueError for tokens (a word and its number, maybe as text) that are not CLIP's."""
     known = vocabulary()
     if odd := [word for word, i in tokens
                if not isinstance(word, str) or word not in known or str(known[word]) != str(i)]:
-        raise CheckpointError(f"{path}: adds the token {fields.short(odd[0])}, which is not one of CLIP's.")
+        raise ValueError(f"adds the token {fields.short(odd[0])}, which is not one of CLIP's")
 
 
-def _mapping(path: Path, c: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A field that is an object; an absent one is empty. Raises CheckpointError."""
+def _mapping(c: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that is an object; an absent one is empty. Raises ValueError."""
     value = c.get(name) or {}
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} = {fields.short(value)}; expected an object.")
+        raise ValueError(f"{name} = {fields.short(value)}; expected an object")
     return value
 
 
