@@ -230,6 +230,7 @@ def test_converted_both_ways_it_is_the_same(saved, tmp_path):
     """Folder to file to folder, tensor by tensor; the levels and what shapes do not tell with it."""
     kind, pipe, folder, one = saved
     convert(find(folder), tmp_path / "again")
+    assert find(folder).why == "scheduler_config.json" and find(one).why == "its metadata"
     for path in (tmp_path / "again", one):
         p, q = find(folder), find(path)
         assert q.size == p.size

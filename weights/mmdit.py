@@ -107,7 +107,7 @@ def _config(file: TensorFile, shapes: Shapes) -> MMDiTConfig:
 
 def _file_sampling(file: TensorFile, family: str, kind: str) -> Sampling:
     if told := parsed(file, scheduler.METADATA):
-        return scheduler.read_flow(file.path, told, family)
+        return replace(scheduler.read_flow(file.path, told, family), why="its metadata")
     return scheduler.flow(usual_flow(family, kind), f"as every model of the family {family}")
 
 
