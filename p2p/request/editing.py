@@ -93,35 +93,50 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     sampling = without_guidance(editor, inversion, sampling, settings)
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
     settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
-    edits = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
-    for prompt in (source, *(e.prompt for e in edits)):
+    written = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
+    for prompt in (source, *(e.prompt for e in written)):
         check_prompt(prompt)
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
-    for other in filter(None, (*negatives(sampling.negative_prompt, 1), editor and editor.source_prompt)):
-        prompt_tokens(model, other)   # raises where only other prompts were encoded beforehand
-    written, edits = edits, [weights_as_equalizer(model, e) for e in edits]
+    given = [weights_as_equalizer(model, e) for e in written]
     if editor is not None:
-        refuse_p2p_settings(edits)
-    for prompt in (source, *(e.prompt for e in edits), *negatives(sampling.negative_prompt, 1)):
-        weight_notes(model, prompt)   # raises where a part of a word is weighed
-    tokens = [prompt_tokens(model, prompt) for prompt in (source, *(e.prompt for e in edits))]
-    source_tokens, *target_tokens = tokens
-    given, edits = edits, [decided(source_tokens, t, e, choose_mode(source_tokens, e, t), model.length)
-                           for e, t in zip(edits, target_tokens)]
-    blends: list[LocalBlend | None] = []
+        refuse_p2p_settings(given)
+    tokens = _tokens(model, [source, *(e.prompt for e in given)], editor, sampling)
+    edits = [decided(tokens[0], t, e, choose_mode(tokens[0], e, t), model.length)
+             for e, t in zip(given, tokens[1:])]
     changed = [w.prompt for w, e in zip(written, edits) if w.prompt != e.prompt]
     notes = [note for prompt in changed for note in check_prompt(prompt)]
-    for e, t in zip(edits, target_tokens):
-        _check_words(e, source_tokens, t, model.length, windows=editor is None)
-        if e.scope is not None and (e.local_blend is None or e.local_blend.words is None):
-            ignored = left_out(source_tokens, t, e, str(e.mode), model.length)
-            notes += [f'"{e.prompt}": {why}' for why in ignored]
-        blends.append(scoped(source_tokens, t, e, str(e.mode), model.length).local_blend)
-        _check_blend(blends[-1], source_tokens, t, model.length)
+    blends = []
+    for e, t in zip(edits, tokens[1:]):
+        _check_words(e, tokens[0], t, model.length, windows=editor is None)
         layers.chosen(e.layers, model.unet)
+        blend, ignored = _blend(e, tokens[0], t, model.length)
+        blends.append(blend)
+        notes += ignored
     placed(blends, model.unet, settled.shape[1:])
     return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
                        given, notes)
+
+
+def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None, sampling: Sampling) -> list[Tokens]:
+    """The tokens of source and targets. Raises UsageError, also for a prompt that is read beside them: where
+    only other prompts were encoded beforehand, or a part of a word is weighed."""
+    against = negatives(sampling.negative_prompt, 1)
+    for other in filter(None, (*against, editor and editor.source_prompt)):
+        prompt_tokens(model, other)
+    for prompt in (*prompts, *against):
+        weight_notes(model, prompt)
+    return [prompt_tokens(model, prompt) for prompt in prompts]
+
+
+def _blend(edit: Edit, source: Tokens, target: Tokens, length: int) -> tuple[LocalBlend | None, list[str]]:
+    """The local blend of an edit, of its scope too, and notes on words that the scope leaves out. Raises
+    UsageError."""
+    notes, mode = [], str(edit.mode)
+    if edit.scope is not None and (edit.local_blend is None or edit.local_blend.words is None):
+        notes = [f'"{edit.prompt}": {why}' for why in left_out(source, target, edit, mode, length)]
+    blend = scoped(source, target, edit, mode, length).local_blend
+    _check_blend(blend, source, target, length)
+    return blend, notes
 
 
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}

@@ -62,45 +62,96 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
              editor: Editor | str | None = None, record: Record = Record(), **settings: Any) -> Ready:
     """Checks the arguments of `edit`, and lays out its run. Raises UsageError."""
     request = edit_request(model, source, targets, editor=editor, record=record, **settings)
-    inversion, sampling, editor = request.inversion, request.sampling, request.editor
-    start, known, before = begun(model, sampling, request.settled, 1 + len(request.edits)), None, None
-    if inversion is not None:
-        start, known, before = _from_inversion(model, start, inversion)
-    steps, size, fit = start.schedule.steps, start.x.shape[2:], "crop" if inversion is None else inversion.fit
-    source_tokens, length = request.tokens[0], model.length
-    blend = prepare(request.blends, source_tokens, request.tokens[1:], unet=model.unet, steps=steps,
-                    size=size, fit=fit, length=length, device=model.device)
-    batch = _batch(request)
-    if editor is None:
-        edit_tables = [tables(source_tokens, t, layers.for_network(e, model.unet), e.mode, steps, length,
-                              request.schedule_steps)
-                       ._replace(layers=layers.chosen(e.layers, model.unet)) for e, t in request.pairs()]
-        planned = planned_edits(model, edit_tables, batch)
-    else:
-        edit_tables, planned = [], editor.plan(model.unet, batch, steps, model.device)
-    prompts = [request.source, *(e.prompt for e in request.edits)]
-    _check_source_negative(sampling, batch)
-    notes = [*model.notes, *(() if inversion is None else inversion.notes),
-             *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
-             *remarks(request, start, edit_tables, blend, planned)]
-    if inversion is not None and inversion.queries is not None and batch.absent:
-        known = known._replace(queries=Queries(inversion.queries, model), run=[False] * steps)
-    # run it where it is read
-    elif known is not None and known.follow and not _source_is_watched(request, blend):
-        reads = _source_is_read(edit_tables) if editor is None else [bool(step) for step in planned]
-        planned = [step if read else None for step, read in zip(planned, reads)]
-        known = known._replace(run=reads)
-    recorded = run_settings(model, "edit", start, sampling) | {
-        "source": request.source, **to_settings(request.recorded, size, fit), "proximal": sampling.proximal,
+    start, known, before = _begun(request)
+    batch, blend = _batch(request), _blend(request, start)
+    edit_tables, planned = _planned(request, batch, start.schedule.steps)
+    notes = _notes(request, start, edit_tables, blend, planned)
+    if known is not None:
+        known, planned = _run_where_read(request, batch, blend, edit_tables, known, planned)
+    join, empty = _guidance(request, batch, start)
+    return Ready(_told(request), start, batch, _stepper(request, start, before), empty,
+                 _recorded(request, start), notes, planned, edit_tables, blend, known, join,
+                 start.guidance_scale, request.edits)
+
+
+def _begun(request: EditRequest) -> tuple[Start, Known | None, tuple[Tensor, Level] | None]:
+    """Where the run starts; of an inversion, see `_from_inversion`."""
+    start = begun(request.model, request.sampling, request.settled, 1 + len(request.edits))
+    if request.inversion is None:
+        return start, None, None
+    return _from_inversion(request.model, start, request.inversion)
+
+
+def _blend(request: EditRequest, start: Start) -> Blend | None:
+    source, *targets = request.tokens
+    return prepare(request.blends, source, targets, unet=request.model.unet, steps=start.schedule.steps,
+                   size=start.x.shape[2:], fit=_fit(request), length=request.model.length,
+                   device=request.model.device)
+
+
+def _fit(request: EditRequest) -> str:
+    """How pictures that are given, masks among them, are fitted: as the inverted one was."""
+    return "crop" if request.inversion is None else request.inversion.fit
+
+
+def _planned(request: EditRequest, batch: Batch, steps: int) -> tuple[list[Tables], Plan]:
+    """What is edited at each step; of Prompt-to-Prompt also the tables that tell it."""
+    model, unet, source = request.model, request.model.unet, request.tokens[0]
+    if request.editor is not None:
+        return [], request.editor.plan(unet, batch, steps, model.device)
+    edit_tables = [tables(source, target, layers.for_network(edit, unet), edit.mode, steps, model.length,
+                          request.schedule_steps)._replace(layers=layers.chosen(edit.layers, unet))
+                   for edit, target in request.pairs()]
+    return edit_tables, planned_edits(model, edit_tables, batch)
+
+
+def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
+           planned: Plan) -> list[str]:
+    model, inversion = request.model, request.inversion
+    prompts = [*_prompts(request), *negatives(request.sampling.negative_prompt, 1)]
+    return [*model.notes, *(() if inversion is None else inversion.notes), *prompt_notes(model, prompts),
+            *remarks(request, start, edit_tables, blend, planned)]
+
+
+def _prompts(request: EditRequest) -> list[str]:
+    return [request.source, *(edit.prompt for edit in request.edits)]
+
+
+def _told(request: EditRequest) -> list[str]:
+    """What the rows are told: an editor may tell the source another prompt."""
+    source, *targets = _prompts(request)
+    other = None if request.editor is None else request.editor.source_prompt
+    return [source if other is None else other, *targets]
+
+
+def _run_where_read(request: EditRequest, batch: Batch, blend: Blend | None, edit_tables: Sequence[Tables],
+                    known: Known, planned: Plan) -> tuple[Known, Plan]:
+    """A source whose latents are stored is run at the steps alone that read its attention, if any do."""
+    inversion = request.inversion
+    if inversion.queries is not None and batch.absent:
+        stored = Queries(inversion.queries, request.model)
+        return known._replace(queries=stored, run=[False] * len(planned)), planned
+    if not known.follow or _source_is_watched(request, blend):
+        return known, planned
+    reads = _source_is_read(edit_tables) if request.editor is None else [bool(step) for step in planned]
+    return known._replace(run=reads), [step if read else None for step, read in zip(planned, reads)]
+
+
+def _stepper(request: EditRequest, start: Start, before: tuple[Tensor, Level] | None) -> Stepper:
+    inversion = request.inversion
+    if inversion is not None and inversion.method in SOLVED:
+        return descent(request.model, inversion, start.schedule)
+    return stepper_of(request.model, start, before)
+
+
+def _recorded(request: EditRequest, start: Start) -> dict[str, Any]:
+    """What the run records of itself, to be done again."""
+    inversion, editor, sampling = request.inversion, request.editor, request.sampling
+    return run_settings(request.model, "edit", start, sampling) | {
+        "source": request.source, **to_settings(request.recorded, start.x.shape[2:], _fit(request)),
+        "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
         "inversion": inversion and inversion.settings()}
-    join, empty = _guidance(request, batch, start)
-    solved = inversion is not None and inversion.method in SOLVED
-    step = descent(model, inversion, start.schedule) if solved else stepper_of(model, start, before)
-    if editor is not None and editor.source_prompt is not None:
-        prompts = [editor.source_prompt, *prompts[1:]]
-    return Ready(prompts, start, batch, step, empty, recorded, notes, planned, edit_tables, blend, known,
-                 join, start.guidance_scale, request.edits)
 
 
 def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[
@@ -149,14 +200,19 @@ def _guidance_mixes_rows(sampling: Sampling) -> bool:
 
 
 def _batch(request: EditRequest) -> Batch:
+    """The rows of the run. Raises UsageError for a negative prompt of a source that is not guided."""
     inversion, editor = request.inversion, request.editor
     if isinstance(editor, Guiding):
-        return Batch(1, len(request.edits), True, lone_source=True)
-    apart = inversion is not None and not _guidance_mixes_rows(request.sampling)
-    lone = apart and inversion.method in LONE \
-        and not (editor is not None and editor.guided_source)
-    absent = apart and inversion.queries is not None and editor is None
-    return Batch(1, len(request.edits), request.model.guided(request.settled.guidance_scale), lone, absent)
+        batch = Batch(1, len(request.edits), True, lone_source=True)
+    else:
+        apart = inversion is not None and not _guidance_mixes_rows(request.sampling)
+        lone = apart and inversion.method in LONE \
+            and not (editor is not None and editor.guided_source)
+        absent = apart and inversion.queries is not None and editor is None
+        guided = request.model.guided(request.settled.guidance_scale)
+        batch = Batch(1, len(request.edits), guided, lone, absent)
+    _check_source_negative(request.sampling, batch)
+    return batch
 
 
 def _check_source_negative(sampling: Sampling, batch: Batch) -> None:
