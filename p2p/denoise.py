@@ -71,8 +71,8 @@ class Step:
 
     index: int               # 0 .. T - 1
     t: int | float
-    x: Tensor                # (S + N, C, H, W) after the step, float32; the last N without a source's row
-    x_0: Tensor              # (S + N, C, H, W): the picture that was predicted
+    x: Tensor                # (S + N, C, H, W) after the step, float32
+    x_0: Tensor              # (S + N, C, H, W), the predicted picture; (N, ...) where the source is not run
     seen: dict[str, QK]      # queries and keys of the sites that were watched: all rows of the batch
     edit: Any                # that acted, or None
     batch: Batch

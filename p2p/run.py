@@ -23,10 +23,10 @@ from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.checks import flag, place, whole
-from p2p.request.editing import SAMPLING, understood
 from p2p.request.editor import Editor
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
+from p2p.request.names import SAMPLING, understood
 from p2p.request.negative import check_negative, negatives
 from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
 from p2p.request.record import Record
@@ -191,7 +191,7 @@ def _completed(model: Model, ready: Ready, conditioning: Conditioning) -> Condit
 
 def _loop(model: Model, ready: Ready, record: Record, conditioning: Conditioning) -> Iterator[Step]:
     start, empty = ready.start, ready.empty
-    if isinstance(empty, Conditioning):
+    if isinstance(empty, Conditioning):   # one for each step are of null-text, on models without such inputs
         empty = _completed(model, ready, empty)
     return denoise(model, start.x, conditioning, empty, start.schedule, ready.step, ready.batch,
                    guidance_scale=ready.guidance_scale, guide=ready.guide, plan=ready.plan,

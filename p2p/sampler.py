@@ -208,7 +208,8 @@ def proximal_guide(uncond: Tensor, cond: Tensor, guidance_scale: float, norm: st
     return uncond + guidance_scale * limited
 
 
-# (step, x, prediction, learned variance) -> x after the step, and the picture x_0 that was predicted
+# (step, x, prediction, learned variance) -> x after the step, and the picture x_0 that was predicted. Where
+# nothing reads a stored source, x comes without its row: of what a step remembers the last len(x) rows count.
 Stepper = Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 

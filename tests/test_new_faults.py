@@ -1,5 +1,6 @@
 """Faults that an examiner found in weights, layers, samplers, negative prompts and steps: each its right value."""
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +58,26 @@ def test_a_negative_prompt_that_no_row_of_the_source_reads_is_refused(narrow):
     with pytest.raises(UsageError, match="given for the source"):
         p2p.edit(narrow, inv, "a dog", negative_prompt=["a bird", "a tree"])
     p2p.edit(narrow, inv, "a dog", negative_prompt=["", "a tree"])
+
+
+def test_so_it_is_before_a_picture_is_inverted_for_it(tmp_path, capsys, once, monkeypatch):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "x.png")
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    assert main(["edit", "a cat", "a dog", "--image", str(tmp_path / "x.png"), "--method", "direct", "--negative", "a bird",
+                 "--negative", "a tree", "-o", str(tmp_path / "out")]) == 2
+    assert "given for the source" in capsys.readouterr().err
+
+
+def test_an_editor_whose_fields_cannot_be_recorded_is_refused(narrow):
+    class Mine:
+        guided_source, source_prompt = True, None
+
+        def plan(self, unet, batch, steps, device):
+            return [None] * steps
+
+    with pytest.raises(UsageError, match="editor: Mine is no dataclass"):
+        p2p.edit(narrow, "a cat", "a dog", editor=Mine(), steps=1)
+    p2p.edit(narrow, "a cat", "a dog", editor=dataclass(Mine)(), steps=1)
 
 
 @pytest.mark.parametrize("change", [lambda s: setattr(s, "x", s.x + 0.3), lambda s: s.x.add_(0.3)])

@@ -46,6 +46,8 @@ def test_words_and_merges_as_published(folder):
     (folder / "tokenizer/vocab.json").write_text(json.dumps(vocabulary()))
     (folder / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges(), "one more", ""]), encoding="utf-8")
     (folder / "tokenizer/added_tokens.json").write_text(json.dumps({"<|endoftext|>": END}))
+    assert find(folder).family == "sd1"
+    (folder / "tokenizer/merges.txt").write_bytes("\r\n".join(["#version: 0.2", *merges(), ""]).encode())   # edited on Windows
     changed(folder, CONFIG, added_tokens_decoder={"0": {"content": "!"}, str(END): {"content": "<|endoftext|>"}}, unk_token="<|endoftext|>")
     assert find(folder).family == "sd1"
 
@@ -70,6 +72,8 @@ FILES = {   # what lies in the folder of the tokenizer, what is said
     "pairs that are none": ("tokenizer.json", lambda: tokens(merges=3), "another vocabulary"),
     "no model": ("tokenizer.json", lambda: '{"model": [1]}', "expected an object"),
     "no JSON": ("tokenizer.json", lambda: "{", "not readable as JSON"),
+    "JSON of another kind": ("vocab.json", lambda: "[1]", "holds a list, not an object"),
+    "tokens that are none": ("tokenizer.json", lambda: json.dumps(json.loads(tokens()) | {"added_tokens": 5}), "added_tokens = 5; expected a list"),
     "a word more": ("tokenizer.json", lambda: tokens(added=[{"id": 49408, "content": "<sks>"}]), "adds the token '<sks>'"),
     "a word of another number": ("added_tokens.json", lambda: '{"cat</w>": 7}', "adds the token 'cat</w>'"),
     "a new word": ("added_tokens.json", lambda: '{"<sks>": 49408}', "adds the token '<sks>'"),

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from p2p.models.text import END, START, TextConfig, tokenizer
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
 from p2p.weights.sizes import read_json
-from p2p.weights.untrusted import parse_object, read_text
+from p2p.weights.untrusted import kind_of, parse_json, read_text
 
 PADS = {"<|endoftext|>": END, "!": 0}   # what CLIP's tokenizers pad with
 # the second one takes precedence, as in transformers
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
+_CLIPS: set[tuple[str, bytes]] = set()   # files that were found to hold CLIP's words: their names and digests
 
 
 def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
@@ -27,7 +29,7 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
         c = {name: _content(value) for name, value in read_json(path).items()}
         fields.check(path, c, fields.TOKENIZER, strangers=True)
         with _refused(path):
-            added = _mapping(c, "added_tokens_decoder")
+            added = _field(c, "added_tokens_decoder", dict)
             _check_added([(_content(token), i) for i, token in added.items()])
         settings |= {k: c[k] for k in ("pad_token", "model_max_length") if c.get(k) is not None}
     length, longest = settings.get("model_max_length", config.context_length), config.context_length
@@ -40,38 +42,48 @@ def read_tokenizer(folder: Path, config: TextConfig) -> tuple[int, list[Path]]:
         raise CheckpointError(f"{configs[0]}: pads with {fields.short(pad)}; supported: {', '.join(PADS)}.")
     vocabularies = [p for p in (folder / name for name in VOCABULARIES) if p.exists()]
     for path in vocabularies:
-        with _refused(path):
-            _check_vocabulary(path.name, read_text(path))
+        try:
+            text = read_text(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+        known = path.name, sha256(text.encode()).digest()
+        if known not in _CLIPS:   # both towers of SDXL have the same files
+            with _refused(path):
+                _check_vocabulary(path.name, text)
+            _CLIPS.add(known)
     return PADS.get(pad, config.pad_id), [*configs, *vocabularies]
+
+
+class _Foreign(Exception):
+    """What is not CLIP's."""
 
 
 @contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """Makes CheckpointErrors that name the file of what it holds that is not CLIP's."""
+    """Makes CheckpointErrors that name the file."""
     try:
         yield
-    except (OSError, UnicodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from None
-    except ValueError as error:
+    except _Foreign as error:
         raise CheckpointError(f"{path}: {error}.") from None
 
 
-@lru_cache(len(VOCABULARIES))   # both towers of SDXL have the same files
 def _check_vocabulary(name: str, text: str) -> None:
-    """Raises ValueError unless the words and merges in a file of that name are CLIP's."""
+    """Raises _Foreign unless the words and merges in a file of that name are CLIP's."""
     if name == "merges.txt":   # after the version; transformers ignores what follows
-        _same(text.rstrip("\n").split("\n")[1:len(merges()) + 1], merges())
+        _same(text.replace("\r\n", "\n").rstrip("\n").split("\n")[1:len(merges()) + 1], merges())
         return
     try:
-        contents = parse_object(text)
+        contents = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"not readable as JSON ({error})") from None
+        raise _Foreign(f"not readable as JSON ({error})") from None
+    if not isinstance(contents, dict):
+        raise _Foreign(f"holds {kind_of(contents)}, not an object")
     if name == "added_tokens.json":
         _check_added(contents.items())
     elif name == "vocab.json":
         _same(contents, vocabulary())
     else:
-        model, added = _mapping(contents, "model"), contents.get("added_tokens") or []
+        model, added = _field(contents, "model", dict), _field(contents, "added_tokens", list)
         _same(model.get("vocab"), vocabulary())
         pieces = model.get("merges")
         if isinstance(pieces, list):   # a pair, or one string, depending on the version
@@ -96,22 +108,23 @@ def merges() -> list[str]:
 
 def _same(words: Any, known: Any) -> None:
     if words != known:
-        raise ValueError("another vocabulary than CLIP's; its tokens are not known here")
+        raise _Foreign("another vocabulary than CLIP's; its tokens are not known here")
 
 
 def _check_added(tokens: Collection[tuple[Any, Any]]) -> None:
-    """Raises ValueError for tokens (a word and its number, maybe as text) that are not CLIP's."""
+    """Raises _Foreign for tokens (a word and its number, maybe as text) that are not CLIP's."""
     known = vocabulary()
     if odd := [word for word, i in tokens
                if not isinstance(word, str) or word not in known or str(known[word]) != str(i)]:
-        raise ValueError(f"adds the token {fields.short(odd[0])}, which is not one of CLIP's")
+        raise _Foreign(f"adds the token {fields.short(odd[0])}, which is not one of CLIP's")
 
 
-def _mapping(c: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A field that is an object; an absent one is empty. Raises ValueError."""
-    value = c.get(name) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} = {fields.short(value)}; expected an object")
+def _field(c: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field that is an object or a list; an absent one is empty. Raises _Foreign."""
+    value = c.get(name) or kind()
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise _Foreign(f"{name} = {fields.short(value)}; expected {expected}")
     return value
 
 

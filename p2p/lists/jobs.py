@@ -25,8 +25,9 @@ from p2p.lists.fields import checked
 from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
 from p2p.lists.lines import present, write
 from p2p.model import Model
-from p2p.request.editing import EDITING, refuse_p2p_settings
+from p2p.request.editing import refuse_p2p_settings
 from p2p.request.inverting import DEFAULT, READ_BY
+from p2p.request.names import EDITING
 from p2p.request.source import METHODS, REPLACE_EMPTY
 from p2p.request.start import Sampling, solver
 from p2p.run import Result

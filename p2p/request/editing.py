@@ -6,8 +6,7 @@ reasons as an edit, before its first line runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,28 @@ from torch import Tensor
 import p2p
 from p2p import align
 from p2p.blend import LocalBlend, listed, placed
+from p2p.denoise import Batch
 from p2p.edits import Edit, check, choose_mode, decided
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.request import layers
 from p2p.request.checks import choice, finite, share
-from p2p.request.editor import Editor, without_guidance
+from p2p.request.editor import Editor, Guiding, without_guidance
 from p2p.request.effect import left_out
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens, weights_as_equalizer
-from p2p.request.negative import check_negative, negatives
+from p2p.request.names import EDITING, SAMPLING, understood
+from p2p.request.negative import check_negative, check_sources, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
 from p2p.request.settings import WINDOWS_UNREAD
-from p2p.request.source import Inversion
+from p2p.request.source import LONE, Inversion
 from p2p.request.start import Sampling, Settled, guidance, settle
 from p2p.sampler import PROXIMAL, guide, proximal_guide
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
-
-SAMPLING = tuple(f.name for f in fields(Sampling))
-EDITING = tuple(f.name for f in fields(Edit))[1:]
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,30 @@ class EditRequest:
     edits: list[Edit]
     tokens: list[Tokens]         # of the source, then of each target
     blends: list[LocalBlend | None]   # by target, with its scope expressed as a blend
-    given: list[Edit]            # the edits whose mode or windows are None where these were chosen
+    given: list[Edit]            # before modes and windows were chosen: None where they were not given
     notes: list[str]             # on what scopes leave out
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the source, then of each target."""
+        return [self.source, *(edit.prompt for edit in self.edits)]
+
+    @property
+    def batch(self) -> Batch:
+        """The rows of the run."""
+        inversion, editor, targets = self.inversion, self.editor, len(self.edits)
+        if isinstance(editor, Guiding):
+            return Batch(1, targets, True, lone_source=True)
+        apart = inversion is not None and not self.guidance_mixes_rows
+        lone = apart and inversion.method in LONE and not (editor is not None and editor.guided_source)
+        absent = apart and inversion.queries is not None and editor is None
+        return Batch(1, targets, self.model.guided(self.settled.guidance_scale), lone, absent)
+
+    @property
+    def guidance_mixes_rows(self) -> bool:
+        """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
+        proximal = self.sampling.proximal
+        return proximal is not None and proximal[0].startswith("published")
 
     @property
     def schedule_steps(self) -> int | None:
@@ -85,36 +105,40 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     settings = understood(settings, EDITING + SAMPLING, "an edit")
     editor = _checked_editor(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
-    proximal_by(sampling.proximal)
+    proximal_by(sampling.proximal)   # raises
     source = Inversion.load(source) if isinstance(source, Path) else source
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:
         source, sampling = inversion.prompt, _sampled_from(inversion, model, sampling)
     sampling = without_guidance(editor, inversion, sampling, settings)
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
-    settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)   # before `_edits`
+    # sizes and memory first: what they refuse is said before faults of single edits
+    settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)
     written = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
     for prompt in (source, *(e.prompt for e in written)):
-        check_prompt(prompt)
+        check_prompt(prompt)   # raises
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
-    given = [weights_as_equalizer(model, e) for e in written]
+    given = [weights_as_equalizer(model, e) for e in written]   # brackets leave their prompts
     if editor is not None:
         refuse_p2p_settings(given)
     tokens = _tokens(model, [source, *(e.prompt for e in given)], editor, sampling)
     edits = [decided(tokens[0], t, e, choose_mode(tokens[0], e, t), model.length)
              for e, t in zip(given, tokens[1:])]
-    changed = [w.prompt for w, e in zip(written, edits) if w.prompt != e.prompt]
-    notes = [note for prompt in changed for note in check_prompt(prompt)]
+    # notes on the prompts as they are now are made with all others
+    bracketed = [w.prompt for w, e in zip(written, given) if w.prompt != e.prompt]
+    notes = [note for prompt in bracketed for note in check_prompt(prompt)]
     blends = []
     for e, t in zip(edits, tokens[1:]):
         _check_words(e, tokens[0], t, model.length, windows=editor is None)
-        layers.chosen(e.layers, model.unet)
-        blend, ignored = _blend(e, tokens[0], t, model.length)
+        blend, ignored = _local_blend(e, tokens[0], t, model.length)
         blends.append(blend)
         notes += ignored
-    placed(blends, model.unet, settled.shape[1:])
-    return EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
-                       given, notes)
+        layers.chosen(e.layers, model.unet)   # raises
+    placed(blends, model.unet, settled.shape[1:])   # raises
+    request = EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
+                          given, notes)
+    check_sources(sampling.negative_prompt, request.batch)
+    return request
 
 
 def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None, sampling: Sampling) -> list[Tokens]:
@@ -122,13 +146,14 @@ def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None, samplin
     only other prompts were encoded beforehand, or a part of a word is weighed."""
     against = negatives(sampling.negative_prompt, 1)
     for other in filter(None, (*against, editor and editor.source_prompt)):
-        prompt_tokens(model, other)
+        prompt_tokens(model, other)   # raises
     for prompt in (*prompts, *against):
-        weight_notes(model, prompt)
+        weight_notes(model, prompt)   # raises
     return [prompt_tokens(model, prompt) for prompt in prompts]
 
 
-def _blend(edit: Edit, source: Tokens, target: Tokens, length: int) -> tuple[LocalBlend | None, list[str]]:
+def _local_blend(edit: Edit, source: Tokens, target: Tokens,
+                 length: int) -> tuple[LocalBlend | None, list[str]]:
     """The local blend of an edit, of its scope too, and notes on words that the scope leaves out. Raises
     UsageError."""
     notes, mode = [], str(edit.mode)
@@ -137,25 +162,6 @@ def _blend(edit: Edit, source: Tokens, target: Tokens, length: int) -> tuple[Loc
     blend = scoped(source, target, edit, mode, length).local_blend
     _check_blend(blend, source, target, length)
     return blend, notes
-
-
-ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
-
-
-def understood(settings: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:
-    """The settings by their names here. Raises UsageError for one that is not known, with those that are
-    nearest."""
-    out = {}
-    for name, value in settings.items():
-        name_here = ALIASES.get(name, name)
-        if name_here not in known:
-            near = get_close_matches(name_here, known, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-            raise UsageError(f"{name}: no setting of {what}; {hint}")
-        if name_here in out:
-            raise UsageError(f"{name}, {name_here}: the same setting twice; leave one out")
-        out[name_here] = value
-    return out
 
 
 def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -> Editor | None:
@@ -168,6 +174,9 @@ def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -
     if editor is not None and not isinstance(editor, Editor):
         raise UsageError("editor: a name, such as \"masactrl\", or an object is needed, such as "
                          f"p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
+    if editor is not None and not is_dataclass(editor):
+        raise UsageError(f"editor: {type(editor).__name__} is no dataclass; make it one (@dataclass): its "
+                         "fields are recorded, so that the edit can be done again")
     if (check_network := getattr(editor, "check", None)) is not None:
         check_network(model.unet)
     if editor is not None and record.before:

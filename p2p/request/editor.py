@@ -17,7 +17,8 @@ from p2p.request.start import Sampling
 
 @runtime_checkable
 class Editor(Protocol):
-    """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`."""
+    """Another way to inject than Prompt-to-Prompt's, see `p2p.editors`: a dataclass, whose fields are
+    recorded."""
 
     guided_source: bool          # an inverted source has an unconditional row too
     source_prompt: str | None    # what the source is conditioned on; None: its own prompt

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from p2p.denoise import Batch
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.request.prompts import check as check_prompt
@@ -44,3 +45,10 @@ def refuse_replaced(method: str) -> None:
     if method in REPLACE_EMPTY:
         raise UsageError(f"negative_prompt: an inversion by {method} has its own in its place; leave it out, "
                          "or invert by direct")
+
+
+def check_sources(each: str | Sequence[str] | None, batch: Batch) -> None:
+    """Raises UsageError for a negative prompt of a source that is not guided."""
+    if isinstance(each, (list, tuple)) and each[0] and batch.guided and batch.unconditional < batch.prompts:
+        raise UsageError(f"negative_prompt: {brief(each[0])} is given for the source, whose stored latents "
+                         'are followed without guidance here; give "" for it')

@@ -13,7 +13,6 @@ from p2p import __version__
 from p2p.blend import Blend, prepare
 from p2p.denoise import Batch, Known
 from p2p.edits import Edit, Tables, plan, tables
-from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
@@ -31,10 +30,9 @@ from p2p.request.remarks import remarks
 from p2p.request.schedules import Level
 from p2p.request.settings import to_settings
 from p2p.request.solvers import SOLVED, asked, descent
-from p2p.request.source import FOLLOW, LONE, Inversion, Queries
+from p2p.request.source import FOLLOW, Inversion, Queries
 from p2p.request.start import Sampling, Start, begun, stepper_of
 from p2p.sampler import Stepper, guide
-from p2p.weights.untrusted import brief
 
 Plan = Sequence[AttentionEdit | Mapping[str, Any] | None]
 
@@ -62,24 +60,19 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
              editor: Editor | str | None = None, record: Record = Record(), **settings: Any) -> Ready:
     """Checks the arguments of `edit`, and lays out its run. Raises UsageError."""
     request = edit_request(model, source, targets, editor=editor, record=record, **settings)
-    start, known, before = _begun(request)
-    batch, blend = _batch(request), _blend(request, start)
+    start, known, before = begun(model, request.sampling, request.settled, len(request.prompts)), None, None
+    if request.inversion is not None:
+        start, known, before = _from_inversion(model, start, request.inversion)
+    batch = request.batch
+    blend = _blend(request, start)
     edit_tables, planned = _planned(request, batch, start.schedule.steps)
     notes = _notes(request, start, edit_tables, blend, planned)
     if known is not None:
         known, planned = _run_where_read(request, batch, blend, edit_tables, known, planned)
-    join, empty = _guidance(request, batch, start)
+    by, empty = _guidance(request, batch, start)
     return Ready(_told(request), start, batch, _stepper(request, start, before), empty,
-                 _recorded(request, start), notes, planned, edit_tables, blend, known, join,
-                 start.guidance_scale, request.edits)
-
-
-def _begun(request: EditRequest) -> tuple[Start, Known | None, tuple[Tensor, Level] | None]:
-    """Where the run starts; of an inversion, see `_from_inversion`."""
-    start = begun(request.model, request.sampling, request.settled, 1 + len(request.edits))
-    if request.inversion is None:
-        return start, None, None
-    return _from_inversion(request.model, start, request.inversion)
+                 _recorded(request, start), notes, plan=planned, tables=edit_tables, blend=blend, known=known,
+                 guide=by, guidance_scale=start.guidance_scale, edits=request.edits)
 
 
 def _blend(request: EditRequest, start: Start) -> Blend | None:
@@ -108,25 +101,22 @@ def _planned(request: EditRequest, batch: Batch, steps: int) -> tuple[list[Table
 def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
            planned: Plan) -> list[str]:
     model, inversion = request.model, request.inversion
-    prompts = [*_prompts(request), *negatives(request.sampling.negative_prompt, 1)]
+    prompts = [*request.prompts, *negatives(request.sampling.negative_prompt, 1)]
     return [*model.notes, *(() if inversion is None else inversion.notes), *prompt_notes(model, prompts),
             *remarks(request, start, edit_tables, blend, planned)]
 
 
-def _prompts(request: EditRequest) -> list[str]:
-    return [request.source, *(edit.prompt for edit in request.edits)]
-
-
 def _told(request: EditRequest) -> list[str]:
-    """What the rows are told: an editor may tell the source another prompt."""
-    source, *targets = _prompts(request)
+    """The rows' prompts: an editor may tell the source another one than its own."""
+    source, *targets = request.prompts
     other = None if request.editor is None else request.editor.source_prompt
     return [source if other is None else other, *targets]
 
 
 def _run_where_read(request: EditRequest, batch: Batch, blend: Blend | None, edit_tables: Sequence[Tables],
                     known: Known, planned: Plan) -> tuple[Known, Plan]:
-    """A source whose latents are stored is run at the steps alone that read its attention, if any do."""
+    """At which steps the source's row is run: with stored queries and keys at none, else where an edit reads
+    them. The edits of the other steps, which do nothing, go: they count on a batch with that row."""
     inversion = request.inversion
     if inversion.queries is not None and batch.absent:
         stored = Queries(inversion.queries, request.model)
@@ -184,6 +174,7 @@ def _from_inversion(model: Model, start: Start, inversion: Inversion
     if inversion.offsets is not None:
         known = known._replace(offsets=inversion.offsets.to(start.x.device))
     start = start._replace(schedule=schedule, x=path[:1].expand(len(start.x), -1, -1, -1),
+                           # eta's noise is in the offsets
                            noise=[torch.zeros_like(path[:1])] * schedule.steps if start.eta else [])
     # two levels are needed to go on: the first step is the source's
     if inversion.method == "belm" and schedule.steps > 1:
@@ -194,36 +185,6 @@ def _from_inversion(model: Model, start: Start, inversion: Inversion
     return start, known, before
 
 
-def _guidance_mixes_rows(sampling: Sampling) -> bool:
-    """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
-    return sampling.proximal is not None and sampling.proximal[0].startswith("published")
-
-
-def _batch(request: EditRequest) -> Batch:
-    """The rows of the run. Raises UsageError for a negative prompt of a source that is not guided."""
-    inversion, editor = request.inversion, request.editor
-    if isinstance(editor, Guiding):
-        batch = Batch(1, len(request.edits), True, lone_source=True)
-    else:
-        apart = inversion is not None and not _guidance_mixes_rows(request.sampling)
-        lone = apart and inversion.method in LONE \
-            and not (editor is not None and editor.guided_source)
-        absent = apart and inversion.queries is not None and editor is None
-        guided = request.model.guided(request.settled.guidance_scale)
-        batch = Batch(1, len(request.edits), guided, lone, absent)
-    _check_source_negative(request.sampling, batch)
-    return batch
-
-
-def _check_source_negative(sampling: Sampling, batch: Batch) -> None:
-    """Raises UsageError for a negative prompt of a source that is not guided."""
-    each = sampling.negative_prompt
-    if isinstance(each, (list, tuple)) and each[0] and batch.guided and batch.unconditional < batch.prompts:
-        raise UsageError(f"negative_prompt: {brief(each[0])} is given for the source, whose stored latents "
-                         "are followed without guidance here; give "
-                         '"" for it')
-
-
 def _source_is_read(edit_tables: Sequence[Tables]) -> list[bool]:
     """For each step, whether any target reads the source's attention."""
     return torch.stack([t.reads_text() | t.inject for t in edit_tables]).any(0).tolist()
@@ -232,7 +193,7 @@ def _source_is_read(edit_tables: Sequence[Tables]) -> list[bool]:
 def _source_is_watched(request: EditRequest, blend: Blend | None) -> bool:
     """Whether anything beside the edits reads the source's row at every step."""
     maps = request.record.anything or (blend is not None and bool(blend.sites))
-    return maps or _guidance_mixes_rows(request.sampling)
+    return maps or request.guidance_mixes_rows
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],

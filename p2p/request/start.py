@@ -83,7 +83,7 @@ class Start(NamedTuple):
 
     x: Tensor                   # (B, C, H, W), float32
     noise: list[Tensor]         # one a step, if eta > 0
-    schedule: Schedule
+    schedule: Schedule          # an entry for each call of the network, of which some solvers need several
     guidance_scale: float
     eta: float
     sampler: str
