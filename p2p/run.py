@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from p2p.denoise import Batch, Step, denoise
+from p2p.denoise import Step, denoise
 from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import from_pil, to_base64, to_pil
@@ -26,13 +26,10 @@ from p2p.request.checks import flag, place, whole
 from p2p.request.editor import Editor
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
-from p2p.request.names import SAMPLING, understood
-from p2p.request.negative import check_negative, negatives
-from p2p.request.ready import Ready, empty_prompts, prepared, prompt_notes, run_settings
+from p2p.request.ready import Ready, generation, prepared
 from p2p.request.record import Record
-from p2p.request.remarks import sampling_idle
 from p2p.request.source import Inversion
-from p2p.request.start import Low, Sampling, begun, guidance, late_start, settle, stepper_of
+from p2p.request.start import Low, guidance
 from p2p.show import pictures
 from p2p.weights.untrusted import brief
 
@@ -126,34 +123,6 @@ def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record:
     all prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
     model = find_model(model)
     return run(model, generation(model, prompts, record, **settings), record, progress)
-
-
-def generation(model: Model, prompts: str | Sequence[str], record: Record = Record(),
-               **settings: Any) -> Ready:
-    """Checks the arguments of `generate`, and lays out its run. Raises UsageError."""
-    known = tuple(name for name in SAMPLING if name != "proximal")
-    sampling = Sampling(**understood(settings, known, "generate"))
-    Record.check(record)
-    if record.before:
-        raise UsageError("record.before: maps before the edit are an edit's; leave it out")
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds: list[Any] = list(sampling.seed) if isinstance(sampling.seed, (list, tuple)) else [sampling.seed]
-    if not isinstance(prompts, (list, tuple)):
-        raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
-    if not prompts or len(seeds) not in (1, len(prompts)):
-        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
-                         "prompt")
-    settled = settle(model, sampling, seeds, len(prompts), record=record)
-    check_negative(model, sampling.negative_prompt, settled.guidance_scale, len(prompts))
-    notes = [*model.notes, *late_start(model, settled.schedule, sampling),
-             *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
-             *sampling_idle(model, sampling, settled)]
-    start = begun(model, sampling, settled, len(prompts))
-    batch = Batch(len(prompts), 0, model.guided(start.guidance_scale))
-    recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
-    empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
-    return Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
-                 guidance_scale=start.guidance_scale)
 
 
 def steps(model: Model | str | Path, source: str | Inversion | Path,

@@ -7,8 +7,8 @@ from typing import Any
 import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
-from p2p.request.ready import prepared
-from p2p.run import Result, generation, run
+from p2p.request.ready import generation, prepared
+from p2p.run import Result, run
 from p2p.show.leakage import leakage
 from p2p.show.preview import preview
 from p2p.show.report import report

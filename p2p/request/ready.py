@@ -1,4 +1,4 @@
-"""From a checked request to all the arguments of `denoise`."""
+"""From the arguments of `edit` and `generate` to all those of `denoise`."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from p2p import __version__
 from p2p.blend import Blend, prepare
 from p2p.denoise import Batch, Known
 from p2p.edits import Edit, Tables, plan, tables
+from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
@@ -22,17 +23,19 @@ from p2p.request.editing import EditRequest, edit_request, proximal_by
 from p2p.request.editor import Editor, Guiding
 from p2p.request.emphasis import condition, parsed
 from p2p.request.emphasis import notes as weights_notes
-from p2p.request.negative import negatives
+from p2p.request.names import SAMPLING, understood
+from p2p.request.negative import check_negative, negatives
 from p2p.request.offload import at_work
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
-from p2p.request.remarks import remarks
+from p2p.request.remarks import remarks, sampling_idle
 from p2p.request.schedules import Level
 from p2p.request.settings import to_settings
 from p2p.request.solvers import SOLVED, asked, descent
 from p2p.request.source import FOLLOW, Inversion, Queries
-from p2p.request.start import Sampling, Start, begun, stepper_of
+from p2p.request.start import Sampling, Start, begun, late_start, settle, stepper_of
 from p2p.sampler import Stepper, guide
+from p2p.weights.untrusted import brief
 
 Plan = Sequence[AttentionEdit | Mapping[str, Any] | None]
 
@@ -73,6 +76,34 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     return Ready(_told(request), start, batch, _stepper(request, start, before), empty,
                  _recorded(request, start), notes, plan=planned, tables=edit_tables, blend=blend, known=known,
                  guide=by, guidance_scale=start.guidance_scale, edits=request.edits)
+
+
+def generation(model: Model, prompts: str | Sequence[str], record: Record = Record(),
+               **settings: Any) -> Ready:
+    """Checks the arguments of `generate`, and lays out its run. Raises UsageError."""
+    known = tuple(name for name in SAMPLING if name != "proximal")
+    sampling = Sampling(**understood(settings, known, "generate"))
+    Record.check(record)
+    if record.before:
+        raise UsageError("record.before: maps before the edit are an edit's; leave it out")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    seeds: list[Any] = list(sampling.seed) if isinstance(sampling.seed, (list, tuple)) else [sampling.seed]
+    if not isinstance(prompts, (list, tuple)):
+        raise UsageError(f"prompts are a text or a list of texts, not {brief(prompts)}")
+    if not prompts or len(seeds) not in (1, len(prompts)):
+        raise UsageError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each "
+                         "prompt")
+    settled = settle(model, sampling, seeds, len(prompts), record=record)
+    check_negative(model, sampling.negative_prompt, settled.guidance_scale, len(prompts))
+    notes = [*model.notes, *late_start(model, settled.schedule, sampling),
+             *prompt_notes(model, [*prompts, *negatives(sampling.negative_prompt, 1)]),
+             *sampling_idle(model, sampling, settled)]
+    start = begun(model, sampling, settled, len(prompts))
+    batch = Batch(len(prompts), 0, model.guided(start.guidance_scale))
+    recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
+    empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
+    return Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
+                 guidance_scale=start.guidance_scale)
 
 
 def _blend(request: EditRequest, start: Start) -> Blend | None:

@@ -19,10 +19,10 @@ from p2p.model import Model
 from p2p.request.checks import whole
 from p2p.request.editing import edit_request
 from p2p.request.inverting import expected
-from p2p.request.ready import prepared
+from p2p.request.ready import generation, prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
-from p2p.run import generation, run, stepped
+from p2p.run import run, stepped
 from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
