@@ -93,19 +93,25 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
                          "another folder")
 
 
-@torch.no_grad()
 def make(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder,
          recipe: Recipe) -> Iterator[tuple[Pair, Counter[str]]]:
     """Makes a folder for every pair that has none: samples until `keep` passed or `samples` were drawn; then
     the folder appears at once, unless none could be drawn.
 
     -> the pair, and how many samples were drawn, dropped by each filter and kept. Raises UsageError where the
-    disk is full, and where existing folders were made with other settings, another model or another judge.
+    disk is full, and at once where existing folders were made with other settings, another model or another
+    judge.
     """
     check(model, recipe)
     settings = asdict(recipe) | {"model": model.name, "identity": model.identity(), "judge": embedder.sha256}
     settings = json.loads(json.dumps(settings))   # tuples become lists
     _same(pairs, out, settings)
+    return _made(model, pairs, out, embedder, recipe, settings)
+
+
+@torch.no_grad()
+def _made(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, recipe: Recipe,
+          settings: Mapping[str, Any]) -> Iterator[tuple[Pair, Counter[str]]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
