@@ -55,14 +55,14 @@ class Batch(NamedTuple):
         """x of the prompts' rows, for all rows."""
         return torch.cat([x[len(x) - self.unconditional:], x]) if self.unconditional else x
 
-    def joined(self, out: Tensor, guide: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The network's output of all rows -> that of the prompts' rows, guided where there is
-        what to guide by."""
+    def joined(self, out: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The network's output of all rows -> that of the prompts' rows, joined with the unconditional ones
+        where there are any."""
         if not self.unconditional:
             return out
         uncond, lone, cond = out.split([self.unconditional, self.prompts - self.unconditional,
                                         self.unconditional])
-        return torch.cat([lone, guide(uncond, cond)])
+        return torch.cat([lone, join(uncond, cond)])
 
 
 @dataclass
