@@ -78,6 +78,8 @@ def test_an_editor_whose_fields_cannot_be_recorded_is_refused(narrow):
     with pytest.raises(UsageError, match="editor: Mine is no dataclass"):
         p2p.edit(narrow, "a cat", "a dog", editor=Mine(), steps=1)
     p2p.edit(narrow, "a cat", "a dog", editor=dataclass(Mine)(), steps=1)
+    with pytest.raises(UsageError, match=r"an object is needed, such as p2p.MasaCtrl\(\)"):
+        p2p.edit(narrow, "a cat", "a dog", editor=p2p.MasaCtrl, steps=1)
 
 
 @pytest.mark.parametrize("change", [lambda s: setattr(s, "x", s.x + 0.3), lambda s: s.x.add_(0.3)])

@@ -171,7 +171,7 @@ def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -
     Record.check(record)
     if isinstance(editor, str):
         editor = p2p.editors.find_editor(editor)   # by the facade: editors import this module
-    if editor is not None and not isinstance(editor, Editor):
+    if isinstance(editor, type) or (editor is not None and not isinstance(editor, Editor)):
         raise UsageError("editor: a name, such as \"masactrl\", or an object is needed, such as "
                          f"p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
     if editor is not None and not is_dataclass(editor):
