@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from test_png import chunk
 
 import p2p
 from p2p.cli.parser import main
@@ -21,9 +22,6 @@ COLOURS = Image.fromarray(np.array([[[255, 0, 0], [10, 200, 30], [0, 0, 255], [9
 
 def png(depth: int, kind: int, samples: bytes, width: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """One row of a PNG, written out: Pillow writes few of the kinds that it reads."""
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*c) for c in chunks) + chunk(b"IDAT", zlib.compress(b"\0" + samples)) + \
         chunk(b"IEND", b"")

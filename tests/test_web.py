@@ -4,18 +4,17 @@ import os
 import shutil
 import urllib.request
 from http.client import HTTPConnection
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from test_web_session import CAT, DOG, PAGE, png, url
 
 from p2p.show.pictures import read_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio")]
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytestmark = pytest.mark.slow
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 OVER = """() => [...document.querySelectorAll('.gradio-container *')].filter(e => {
@@ -38,7 +37,7 @@ def calls(site):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
