@@ -4,6 +4,7 @@ They see latents in patches, a token each, and give a velocity, noise - x_0.
 """
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -104,13 +105,13 @@ class MMDiT(Network):
         c = self.config   # tokens, and a feed-forward's input and output
         return (height // c.patch) * (width // c.patch) * c.dim * (2 + 2 * c.mlp)
 
+    @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), patch by patch"""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p^2 C'), N = height width -> (B, C', p height, p width)"""
-        raise NotImplementedError
 
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
         pixels = (height // self.config.patch) * (width // self.config.patch)

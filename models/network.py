@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from p2p.models.conditioning import Conditioning
 M = TypeVar("M", bound=nn.Module)
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Predicts from x_t, t and text. Its layers with a `site` have that name in it."""
 
     config: Any
@@ -36,18 +37,18 @@ class Network(nn.Module):
         their own, see `AttentionEdit.max_pixels`."""
         return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, JointAttention))]
 
+    @abstractmethod
     def site_pixels(self, height: int, width: int) -> dict[str, int]:
         """The number of pixels of each attention layer, for x of that height and width."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numbers_held(self, height: int, width: int) -> int:
         """Numbers that one row of x of that size holds at once, at least."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """That it computes in; its layers may hold their weights in half that width."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +75,9 @@ class Network(nn.Module):
         return self.config.context_dim
 
     @property
+    @abstractmethod
     def reads_guidance(self) -> bool:
         """Whether the guidance scale is one of its inputs."""
-        raise NotImplementedError
 
     def with_guidance(self, conditioning: Conditioning, scale: float | Tensor) -> Conditioning:
         """The conditioning with the guidance scale, one or one a row, where that is one of its inputs."""
