@@ -32,7 +32,9 @@ def row(name: str) -> str:
         with FlopCounterMode(display=False) as counter:
             unet(torch.zeros(1, 4, side, side), torch.zeros(1).long(), torch.zeros(1, 77, config.context_dim), vector=vector)
     count = [sum(p.numel() for m in modules for p in m.parameters()) / 1e9 for modules in ([unet], others)]
-    weights = [4 * sum(count), 2 * count[0] + 4 * count[1], 2 * sum(count)]
+    vae = sum(p.numel() for p in others[-1].parameters()) / 1e9
+    wide = vae if config is SDXL else 0   # which stays in float32
+    weights = [4 * sum(count), 2 * count[0] + 4 * count[1], 2 * sum(count) + 2 * wide]
     cells = [f"{count[0]:.2f} + {count[1]:.2f}", *(f"{w:.1f}" for w in weights), f"{4 * activations / 1e9:.2f}",
              f"{memory._autoencoder(model, (4, side, side), False) / 1e9:.2f}", f"{counter.get_total_flops() / 1e12:.1f}"]
     return f"| {name} | {' | '.join(cells)} |"

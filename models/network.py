@@ -48,7 +48,7 @@ class Network(nn.Module, ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """That it computes in; its layers may hold their weights in half that width."""
+        """The dtype it computes in; its layers may hold their weights in half that width."""
 
     @property
     def device(self) -> torch.device:

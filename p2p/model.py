@@ -66,7 +66,7 @@ class Model:
     latent_scale: float = 1.0            # the sampler's latents = the autoencoder's times this
     zero_negative: bool = False   # the empty prompt is all zeros (SDXL as released), not the encoded ""
     compiled: bool = False               # the UNet, by torch.compile
-    offload: bool = False  # text towers and autoencoder stay on the CPU but while they run
+    offload: bool = False  # text towers and autoencoder stay on the CPU except while they run
     tile: int | None = None   # latents a side of the squares that the autoencoder decodes, see `decode`
     notes: tuple[str, ...] = ()          # what was detected while loading, and how
     files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)   # that decide pixels

@@ -18,7 +18,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     "that are given change these alone")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
-                    "windows and weights then do not count")
+                    "windows and weights are then refused")
     groups.upscaling(ap)
     ap.add_argument("--upscale-edited", action="store_true", help="inject the source's attention there too")
     ap.add_argument("--proximal", metavar="NORM[:QUANTILE]",
@@ -111,7 +111,7 @@ def evaluate(ap: argparse.ArgumentParser) -> None:
                     help="the folder of the results; started again, it goes on")
     ap.add_argument("--methods", metavar="NAME,...", help="rows, see above (edit-friendly)")
     ap.add_argument("--editors", metavar="NAME,...",
-                    help="of corrected rows: p2p, masactrl, plug-and-play (p2p)")
+                    help="of corrected rows: p2p, masactrl, plug-and-play, uni-edit (p2p)")
     ap.add_argument("--ways", type=Path, metavar="FILE.json",
                     help='rows of your own: {"NAME": {settings of a job, as in a list for p2p batch; "like": '
                     "a row to begin with}, ...}")
@@ -132,8 +132,10 @@ def evaluate(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
     ap.add_argument("--types", metavar="ID,...", help="pictures of these editing types alone")
     ap.add_argument("--steps", type=int,
-                    help="50; given for a published row, as all options of sampling, it is named so")
-    ap.add_argument("--cfg", type=float, help="published: 7.5; corrected: the model's own")
+                    help="default 50; a published row that is run with another --steps, --cfg or --seed "
+                    "has it in its name")
+    ap.add_argument("--cfg", type=float, help="published: 7.5, or as the row's name says; corrected: the "
+                    "model's own")
     ap.add_argument("--seed", type=int, help="published: 1234; corrected: 0")
     groups.engine(ap)
     groups.model(ap)

@@ -136,7 +136,8 @@ _seeds.__name__ = "int"   # in argparse's messages
 def settings(parser: argparse.ArgumentParser, seed: str, seeds: bool = False) -> None:
     ap = parser.add_argument_group("sampling")
     ap.add_argument("--steps", "--num-inference-steps", type=int,
-                    help="default: the model's own (50; of few steps, as its file says; 4 by lcm and tcd)")
+                    help="default: the model's own (50; SD 3 Medium 28, 3.5 Large 40; of few steps, as "
+                    "its file says; 4 by lcm and tcd)")
     ap.add_argument("--cfg", "--guidance-scale", type=float, default=None,
                     help="0 and 1: the prompt alone; default: the "
                     "model's own")
@@ -146,7 +147,7 @@ def settings(parser: argparse.ArgumentParser, seed: str, seeds: bool = False) ->
     ap.add_argument("--seed", type=_seeds if seeds else int, default=None, help=seed,
                     metavar="N,..." if seeds else None)
     ap.add_argument("--eta", type=float,
-                    help="0: DDIM, 1: DDPM; default: the model's own; of an inversion by "
+                    help="0: DDIM, 1: DDPM; default: the model's own (tcd: 0.3); of an inversion by "
                     "edit-friendly or turbo-edit: above 0 (1)")
     ap.add_argument("--sampler", choices=["ddim", "dpm++", "lcm", "tcd"],
                     help="ddim, dpm++ (2M: 10 to 20 steps), or lcm and tcd for models distilled by these (4 "
@@ -199,7 +200,8 @@ def model(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--offload", action="store_true",
                     help="text towers and autoencoder wait on the CPU while they are idle")
     ap.add_argument("--tile", type=int, metavar="LATENTS",
-                    help="decode pictures in squares of this side (64), for large ones")
+                    help="decode pictures in squares of this side, for large ones (default: whole; 64 "
+                    "suits Stable Diffusion)")
     ap.add_argument("--compile", action="store_true",
                     help="torch.compile the UNet: worth it for many edits on a GPU")
     ap.add_argument("--device", default=None)

@@ -1,4 +1,4 @@
-"""Parts of a model that stay on the CPU but while they run."""
+"""Parts of a model that stay on the CPU except while they run."""
 from __future__ import annotations
 
 import threading

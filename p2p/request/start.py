@@ -52,15 +52,16 @@ def draw(shape: Sequence[int], seeds: Sequence[int], count: int) -> list[Tensor]
 class Sampling:
     """How a run samples. None stands for the model's default, or for that of an inversion.
 
-    steps: the model's own (50; of few steps, as its file says), unless the source has them. guidance_scale:
-    7.5 for Stable Diffusion; at 1 (or 0) only the prompts are run. seed: of the initial noise, shared by all
-    rows, unless x_T (1 or B, C, H, W) is given. eta: 0 for DDIM, 1 for DDPM; the step noise is shared too
-    ("tcd": 0.3; "dpm++" and "lcm" have their own). height, width: of the pictures in pixels. sampler: "ddim",
-    "dpm++" (2M), "lcm" or "tcd". timestep_spacing: "leading", "trailing" or "linspace", and of "dpm++" also
-    "karras"; timesteps: falling, in place of evenly spaced ones. proximal: guidance along the large
-    differences only, (norm, quantile), see `sampler.proximal_guide`. negative_prompt: what guidance leads
-    away from, in place of the empty prompt: for all rows, or a list of one for each, the source first. low:
-    what a super-resolution stage enlarges, see `upscale`.
+    steps: the model's own (50; Stable Diffusion 3 Medium 28, 3.5 Large 40; of few steps, as its file says),
+    unless the source has them. guidance_scale: 7.5 for Stable Diffusion; at 1 (or 0) only the prompts are
+    run. seed: of the initial noise, shared by all rows, unless x_T (1 or B, C, H, W) is given. eta: 0 for
+    DDIM, 1 for DDPM; the step noise is shared too ("tcd": 0.3; "dpm++" and "lcm" have their own). height,
+    width: of the pictures in pixels. sampler: "ddim", "dpm++" (2M), "lcm" or "tcd". timestep_spacing:
+    "leading", "trailing" or "linspace", and of "dpm++" also "karras"; timesteps: falling, in place of evenly
+    spaced ones. proximal: guidance along the large differences only, (norm, quantile), see
+    `sampler.proximal_guide`. negative_prompt: what guidance leads away from, in place of the empty prompt:
+    for all rows, or a list of one for each, the source first. low: what a super-resolution stage enlarges,
+    see `upscale`.
     """
 
     steps: int | None = None
