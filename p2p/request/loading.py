@@ -67,14 +67,13 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     words, weights and windows of a batch's shape (others where maps are read, or a source no more); the first
     step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights
     are stored: each layer widens its own as it computes, which halves the memory. offload: keep text towers
-    and autoencoder on the CPU while they do not run. tile: side in latents of the squares in which pictures
-    are decoded (64 suits SD; None: whole). ema: use the averaged weights, where the file has both. clip_skip:
-    layers of text left out before those that the family leaves out (1 is the "clip skip 2" of other
-    programs). zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023). lora: a file of
-    LoRA or its kin, a pair (path, weight), or a list of these (see `p2p.weights.lora`). embeddings: files of
-    textual inversion (see `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose
-    words are their own. Raises CheckpointError, and UsageError for wrong arguments and devices that are not
-    available.
+    and autoencoder on the CPU while idle. tile: side in latents of the squares in which pictures are decoded
+    (64 suits SD; None: whole). ema: use the averaged weights, where the file has both. clip_skip: layers of
+    text left out before those that the family leaves out (1 is the "clip skip 2" of other programs).
+    zero_snr: rescale the noise schedule to zero terminal SNR (Lin et al. 2023). lora: a file of LoRA or its
+    kin, a pair (path, weight), or a list of these (see `p2p.weights.lora`). embeddings: files of textual
+    inversion (see `p2p.weights.embeddings`): {"<word>": path}, or a path or a list of paths, whose words are
+    their own. Raises CheckpointError, and UsageError for wrong arguments and devices that are not available.
     """
     _check_arguments(source=source, vae=vae, text=text, family=family, prediction=prediction, dtype=dtype,
                      held=held, compile=compile, offload=offload, ema=ema, zero_snr=zero_snr)
