@@ -83,14 +83,15 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
 
 def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list[list[int]]:
     """Token positions of each `wanted` in `text`, whose character i is character origin[i] of the prompt."""
-    starts = {s for s, e in prompt.spans if e and not _within_word(prompt.text, s)}
-    ends = {e for s, e in prompt.spans if e and not _within_word(prompt.text, e)}
+    own = [(i, s, e) for i, (s, e) in enumerate(prompt.spans) if e]
+    first = {s: i for i, s, _ in reversed(own) if not _within_word(prompt.text, s)}   # of several at one
+    last = {e: i for i, _, e in own if not _within_word(prompt.text, e)}              # character
     out = []
     index = text.find(wanted) if wanted else -1
     while index >= 0:
         start, stop = origin[index], origin[index + len(wanted) - 1] + 1
-        if start in starts and stop in ends:
-            out.append([i for i, (s, e) in enumerate(prompt.spans) if start <= s and e <= stop and e])
+        if start in first and stop in last:
+            out.append(list(range(first[start], last[stop] + 1)))
         index = text.find(wanted, index + 1)
     return out
 
@@ -141,31 +142,30 @@ def _words(prompt: Tokens) -> list[Word]:
     return out
 
 
-def name_of(prompt: Tokens, columns: list[int]) -> str | None:
+def name_of(prompt: Tokens, columns: list[int], known: dict[tuple[int, str], list[list[int]]]) -> str | None:
     """What `word_tokens` calls these neighbouring tokens: words that occur again are "cat#1", "cat#2". None
-    where they begin or end within a word."""
+    where they begin or end within a word. known: occurrences that were found before; what is found joins."""
     part = next(part for part in parts(prompt) if part.own(columns))
     prompt, columns = part.tokens, [i - part.first for i in part.own(columns)]
     text = prompt.text[prompt.spans[columns[0]][0]:prompt.spans[columns[-1]][1]]
-    places = _occurrences(prompt, text)
+    at = part.first, text
+    places = known.get(at) or known.setdefault(at, _occurrences(prompt, text))
     if columns not in places:
         return None
     return text if len(places) == 1 else f"{text}#{places.index(columns) + 1}"
 
 
-def named_words(prompt: Tokens) -> list[tuple[str, list[int]]]:
+def named_words(prompt: Tokens) -> list[Word]:
     """`words` under names that `word_tokens` tells apart, see `name_of`."""
-    return [(name_of(prompt, columns) or word if columns else word, columns)
+    known: dict[tuple[int, str], list[list[int]]] = {}   # a word may stand there a thousand times
+    return [(name_of(prompt, columns, known) or word if columns else word, columns)
             for word, columns in words(prompt)]
 
 
 def is_swap(source: Tokens, target: Tokens) -> bool:
     """Whether the words that differ stand in the same places: both prompts have the same number of words, and
-    no word that they share has moved.
-
-    "a huge dog on grass" -> "a dog on foggy grass" is not a swap: every word from "huge" to "foggy" would
-    take its neighbour's map.
-    """
+    no word that they share has moved. "a huge dog on grass" -> "a dog on foggy grass" is not a swap: every
+    word from "huge" to "foggy" would take its neighbour's map."""
     a, b = ([word for word, _ in words(prompt)] for prompt in (source, target))
     in_place = sum(u == v for u, v in zip(a[:READ], b[:READ]))
     shared = sum(i is not None for i in _global_alignment(a[:READ], b[:READ], mismatch=-2))

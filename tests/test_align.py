@@ -168,3 +168,10 @@ def test_words_are_cleaned_as_the_tokenizer_cleans_the_prompt():
 def test_an_occurrence_beyond_the_text_tower_does_not_count():
     prompt = tokens("a cat " + "very " * 30 + "big cat")
     assert align.word_tokens(prompt, "cat", 32) == [2]
+
+
+def test_a_word_that_occurs_a_thousand_times_is_looked_for_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(align, "_occurrences", lambda *a, real=align._occurrences: looked.append(a[1]) or real(*a))
+    named = align.named_words(tokens("cat " * 1000))
+    assert named[0] == ("cat#1", [1]) and named[-1] == ("cat#1000", [1000]) and looked == ["cat"]

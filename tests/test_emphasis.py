@@ -52,9 +52,9 @@ def test_words_of_a_target_are_faders():
 def test_names_of_tokens_find_these_tokens():
     prompt = tokens("a cat, a (cat) and the cats' cat.")
     for _, columns in align.words(prompt):
-        assert align.word_tokens(prompt, align.name_of(prompt, columns), 77) == columns
+        assert align.word_tokens(prompt, align.name_of(prompt, columns, {}), 77) == columns
     first = align.words(prompt)[4][1]   # "(cat)": its bracket alone ends within a word of the text, none of its tokens
-    assert align.word_tokens(prompt, align.name_of(prompt, first[:1]), 77) == first[:1]
+    assert align.word_tokens(prompt, align.name_of(prompt, first[:1], {}), 77) == first[:1]
 
 
 @pytest.mark.parametrize("prompt", ["a (cat:2)s", "sub(marine)"])

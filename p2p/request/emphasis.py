@@ -100,7 +100,7 @@ def equalizer(prompt: Weighted, tokens: Callable[[str], Tokens]) -> dict[str, fl
     for word, columns in align.words(whole):
         for weight, run in groupby(columns, lambda i: weights[i]):  # its punctuation may weigh something else
             if weight != 1:
-                name = align.name_of(whole, list(run))
+                name = align.name_of(whole, list(run), {})
                 if name is None:
                     raise UsageError(f'{brief(prompt.text)}, "{word}": {PART}')
                 out[name] = weight
