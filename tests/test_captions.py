@@ -1,4 +1,5 @@
 """Captions, file and folder names tell edits apart."""
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +23,14 @@ def test_captions_say_in_what_edits_of_one_prompt_differ():
     found = captions([SOURCE, "a dog", "a dog", "a cat"], edits)
     assert found == [SOURCE, "a dog (cross 0.2)", "a dog (cross 0.8 dog=0:0.4)", "a cat (cat × 2)"]
     assert captions(["a cat"], []) == ["a cat"]
+
+
+@pytest.mark.parametrize("caption", ["猫が草の上にいる" * 4, "W" * 100])
+def test_a_word_that_is_longer_than_its_picture_is_broken(caption):
+    """It stays in its own column, below its picture."""
+    sheet = np.asarray(grid([Image.new("RGB", (64, 64))] * 2, [caption, ""], 64))
+    below, column = sheet[76:], sheet.shape[1] // 2
+    assert (below[:, :column] != below[-1, -1]).any() and (below[:, column:] == below[-1, -1]).all()
 
 
 def test_no_caption_is_drawn_as_a_box(narrow):

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import urllib.error
 import urllib.request
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -117,8 +118,11 @@ def test_the_seven_acts(chromium, site, calls, tmp_path):
     Image.new("RGB", (300, 200), "orange").save(tmp_path / "own.png")
     tab.set_input_files("#upload input", tmp_path / "own.png")
     tab.wait_for_function("document.querySelector('#stage .said').textContent === 'your picture'")
+    assert tab.inner_text("#upload .said") == "own.png" and tab.is_visible("#upload .forget")
     own = done(tab, lambda: tab.click("#run"))
     assert own != typed and session.gallery[-1].settings["inversion"]["method"] == "edit-friendly"
+    done(tab, lambda: tab.click("#replay"))   # a generated one, which forgets the picture
+    assert tab.inner_text("#upload .said") == "" and tab.is_hidden("#upload .forget") and session.picture is None
     assert tab.faults == [] and all(address.startswith((site.local_url, "data:", "blob:")) for address in tab.asked)
     tab.close()
 
@@ -207,7 +211,10 @@ def answer(site, moved, fn=0, data=None, name="test"):
     base = site.local_url + "gradio_api/queue/"
     request = urllib.request.Request(base + "join", body, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    opener.open(request, timeout=120).read()
+    try:
+        opener.open(request, timeout=120).read()
+    except urllib.error.HTTPError as refusal:
+        return {"success": False, "error": str(refusal)}
     with opener.open(f"{base}data?session_hash={name}", timeout=300) as events:
         for line in events:
             if line.startswith(b"data:") and (event := json.loads(line[5:]))["msg"] == "process_completed":
@@ -219,6 +226,7 @@ HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(cross=NAN), dict(self
            dict(steps="many"), dict(seed="-1e9"), dict(seed={"path": "/etc/passwd"}), dict(layers="up"), dict(blend="unicorn", target=DOG),
            dict(hand=5), dict(hand={"mask": "/etc/passwd"}, target=DOG), dict(method="nothing"), dict(usual=None), dict(target="(" * 1999),
            dict(cross="a lot"),
+           dict(hand={"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}}),
            dict(hand={"weights": {"cat": NAN}}), dict(target="[cat:dog:0.4]"), dict(source="\x00" * 2001)]
 
 
@@ -240,7 +248,7 @@ def test_hostile_uploads_are_refused_and_the_server_lives(site):
     assert answer(site, dict(steps=1), name="other")["success"]
 
 
-def test_requests_are_bounded_and_no_files_are_taken_or_given(site):
+def test_requests_are_bounded_and_no_files_are_taken_or_given(site, calls):
     at = urlsplit(site.local_url)
     assert at.hostname == "127.0.0.1" and site.share_url is None and site.config["analytics_enabled"] is False
 
@@ -253,7 +261,10 @@ def test_requests_are_bounded_and_no_files_are_taken_or_given(site):
     assert status("POST", "/gradio_api/upload", b"x", {"Content-Type": "multipart/form-data; boundary=b"}) == 403
     assert status("POST", "/gradio_api/queue/join", None, {"Content-Length": str(10**12)}) == 413
     assert status("POST", "/gradio_api/queue/join", b"x", {"Content-Length": "many"}) in (400, 413)
-    for path in ("/etc/passwd", os.path.abspath("setup.cfg"), "../../setup.cfg"):
+    answer(site, dict(target=DOG, steps=1), name="visit")
+    session = calls.visits.sessions["visit"]
+    own = session.download(session.choose(0))   # of one visit, as long as it lasts
+    for path in ("/etc/passwd", os.path.abspath("setup.cfg"), "../../setup.cfg", own, "http://127.0.0.1:1/x.png"):
         assert status("GET", f"/gradio_api/file={path}") in (403, 404)
     assert status("POST", "/gradio_api/queue/join", iter([b"x" * 2**20] * 48), {"Content-Type": "application/json"}) >= 400
     assert status("GET", "/") == 200

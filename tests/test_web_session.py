@@ -144,6 +144,13 @@ def test_a_closed_tab_stops_what_runs_for_it(narrow):
     assert list(run) == [] and all_visits.of(request) is not session
 
 
+def test_faders_are_of_the_words_that_the_tower_reads(session):
+    long = "a cat on grass" + " next to a dog" * 12
+    view = last(session, source=long, hand={"weights": {"dog#12": 2.0, "cat": 2.0}})
+    assert len(view.words) == 30 and all(word.map for word in view.words)   # of 32 tokens, two of which are the ends
+    assert 'the fader of "dog#12" is left out: the prompt has no such word' in view.notes
+
+
 def test_faders_of_words_that_are_gone_are_said(session):
     view = last(session, target=DOG, hand={"weights": {"cat": 3.0}})
     assert 'the fader of "cat" is left out: the prompt has no such word' in view.notes
@@ -185,12 +192,36 @@ def test_a_picture_of_ones_own_is_edited(session, method, emoji):
     assert session.forget().source is None and session.picture is None
 
 
+def test_a_picture_of_ones_own_is_shown_until_its_edit_is(session):
+    """By every method: also by those whose source is computed beside its edit."""
+    session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))), "own.png")
+    views = list(session.run(asked(session, target=DOG, method="ddim", hand={"photo": "own.png"})))
+    assert len(views) > 1 and all(view.source is not None for view in views)
+
+
+def test_a_picture_that_made_room_is_missed(session):
+    session.upload(url(png(Image.new("RGB", (64, 64), "red"))), "own.png")
+    session.close()
+    with pytest.raises(p2p.UsageError, match="own.png is here no more"):
+        last(session, target=DOG, hand={"photo": "own.png"})
+
+
+def test_a_seed_that_nothing_is_drawn_by_is_said(session):
+    session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    for seed in "12":
+        assert "the seed changes nothing: ddim draws no noise" in last(session, target=DOG, method="ddim", seed=seed).notes
+    assert len(session.sources.kept) == 1
+    assert not any("seed" in note for note in last(session, target=DOG).notes)
+
+
 def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, tmp_path, capsys):
     view = last(session, target=DOG, hand={"weights": {"red": 2.0}})
-    file = session.choose(0).save(tmp_path)
+    file = session.download(session.choose(0))
     assert main(["edit", "--from", str(file), "--out", str(tmp_path / "out"), "-q"]) == 0
     again = next((tmp_path / "out").rglob("edit.png"))
     assert apart(Image.open(again), view.edit) <= 1
+    session.close()
+    assert not file.parent.exists()
 
 
 def test_a_picture_of_the_visit_is_replayed(session):
@@ -225,12 +256,26 @@ def test_visits_are_bounded(narrow, monkeypatch):
     assert len(all_visits.sessions) == 2 and all_visits.of(SimpleNamespace(session_hash="0")) is not first
 
 
+def test_a_visit_that_waits_for_its_picture_makes_no_room(narrow, monkeypatch):
+    monkeypatch.setattr(visits, "MOST", 2)
+    all_visits = Visits(narrow)
+    first = all_visits.of(SimpleNamespace(session_hash="0"))
+    run = first.run(asked(first, target=DOG))
+    next(run)
+    for name in "123":
+        all_visits.of(SimpleNamespace(session_hash=name))
+    assert all_visits.known(SimpleNamespace(session_hash="0")) is first and list(run)[-1].done
+    assert all_visits.known(SimpleNamespace(session_hash="new")) is None
+    all_visits.of(SimpleNamespace(session_hash="4"))
+    assert all_visits.known(SimpleNamespace(session_hash="0")) is None
+
+
 NAN = float("nan")
 HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(source=" \n\t"), dict(source=5), dict(source=None), dict(source="a \ud800 cat"),
            dict(target=["a"]), dict(target="(" * 1999), dict(target="[cat:dog:0.4]"), dict(hand=[]), dict(hand={"weights": []}),
            dict(hand={"weights": {"cat": NAN}}), dict(hand={"weights": {"cat": "2"}}), dict(hand={"weights": {"cat": 10**400}}),
            dict(hand={"weights": {f"w{i}": 2 for i in range(1000)}}), dict(hand={"mask": "/etc/passwd"}, target=DOG),
-           dict(hand={"mask": {"path": "/etc/passwd"}}), dict(hand={"mask": "A" * 2**21}), dict(usual="yes"), dict(cross=NAN),
+           dict(hand={"photo": 5}), dict(blend=":", target=DOG), dict(layers=["up"] * 10**6), dict(hand={"mask": {"path": "/etc/passwd"}}), dict(hand={"mask": "A" * 2**21}), dict(usual="yes"), dict(cross=NAN),
            dict(cross=float("inf")), dict(self_=-1), dict(self_="0.4"), dict(guidance=1e300), dict(guidance=True), dict(steps=10**9),
            dict(steps=0), dict(steps=2.5), dict(steps=NAN), dict(seed="-5x"), dict(seed="1" * 30), dict(seed=NAN), dict(seed=None),
            dict(seed=str(-2**63 - 1)), dict(negative={}), dict(layers="up"), dict(layers=["nowhere"]), dict(layers=[["up"]]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -184,11 +184,21 @@ def marked(source: str, caption: str) -> list[tuple[str, bool]]:
 
 def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[str, bool]]]:
     rows: list[list[tuple[str, bool]]] = [[]]
-    for word in words:
+    for word in ((piece, new) for text, new in words for piece in _pieces(text, font, width)):
         if rows[-1] and font.getlength(" ".join(w for w, _ in [*rows[-1], word])) > width:
             rows.append([])
         rows[-1].append(word)
     return rows
+
+
+def _pieces(word: str, font, width: int) -> Iterator[str]:
+    """A word, or as many letters a line as fit of one that is longer (of a script without spaces)."""
+    start = 0
+    for end in range(2, len(word) + 1):
+        if end - start > 1 and font.getlength(word[start:end]) > width:
+            yield word[start:end - 1]
+            start = end - 1
+    yield word[start:]
 
 
 def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:

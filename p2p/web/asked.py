@@ -45,6 +45,7 @@ class Asked:
     layers: tuple[str, ...] = ()
     blend: str = ""
     method: str = "edit-friendly"                  # of an uploaded picture
+    photo: str = ""                                # its name; empty: none was uploaded
 
     @property
     def edits(self) -> bool:
@@ -53,20 +54,22 @@ class Asked:
 
 def read(unet: Network, source: Any, target: Any, hand: Any, usual: Any, cross: Any, self_: Any,
          guidance: Any, steps: Any, seed: Any, negative: Any, layers: Any, blend: Any, method: Any) -> Asked:
-    """The controls' values as they came. hand: {"weights": {word: number}, "mask": PNG in base64}. Raises
-    UsageError for those that no control gives."""
+    """The controls' values as they came. hand: {"weights": {word: number}, "mask": PNG in base64, "photo":
+    name}. Raises UsageError for those that no control gives."""
     hand = {} if hand is None or hand == "" else kind("faders and mask", hand, dict)
-    names = [] if layers is None else kind("layers", layers, list)
-    source = _text("the prompt", source)
+    names, choices = [] if layers is None else kind("layers", layers, list), layer_choices(unet)
+    if len(names) > len(choices):
+        raise UsageError(f"{len(names):,} layers: this model has {len(choices)} to choose from")
+    source = text("the prompt", source)
     if not source:
         raise UsageError('type what the picture should show: "a cat on grass"')
     return Asked(
-        source, _text("the edited prompt", target), _weights(hand.get("weights")), _mask(hand.get("mask")),
+        source, text("the edited prompt", target), _weights(hand.get("weights")), _mask(hand.get("mask")),
         flag("windows", usual), _number("cross window", cross, 0, 1), _number("self window", self_, 0, 1),
         _number("guidance", guidance, 0, GUIDANCE), whole("steps", _integer(steps), most=STEPS),
-        check_seed(_seed(seed)), _text("the negative prompt", negative),
-        tuple(choice("layers", name, layer_choices(unet)) for name in names), _text("blend", blend),
-        choice("method", method, METHODS))
+        check_seed(_seed(seed)), text("the negative prompt", negative),
+        tuple(choice("layers", name, choices) for name in names), text("blend", blend),
+        choice("method", method, METHODS), text("the picture's name", hand.get("photo")))
 
 
 def layer_choices(unet: Network) -> dict[str, str | tuple[float, float]]:
@@ -86,12 +89,13 @@ def mask_picture(mask: str) -> Image.Image | None:
     return from_base64(mask, "the painted mask") if mask else None
 
 
-def _text(name: str, value: Any) -> str:
-    text = kind(name, "" if value is None else value, str).strip()
-    if len(text) > LETTERS:
-        raise UsageError(f"{name} has {len(text):,} characters, {brief(text)}: this page takes {LETTERS:,}; "
-                         "text towers read a few hundred")
-    return text
+def text(name: str, value: Any) -> str:
+    """What a text field holds. Raises UsageError where that is more than a page takes."""
+    letters = kind(name, "" if value is None else value, str).strip()
+    if len(letters) > LETTERS:
+        raise UsageError(f"{name} has {len(letters):,} characters, {brief(letters)}: this page takes "
+                         f"{LETTERS:,}; text towers read a few hundred")
+    return letters
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
@@ -116,7 +120,7 @@ def _weights(value: Any) -> tuple[tuple[str, float], ...]:
     weights = kind("faders", {} if value is None else value, Mapping)
     if len(weights) > WORDS:
         raise UsageError(f"{len(weights):,} faders: this page has {WORDS}")
-    return tuple((_text("a fader's word", word), x) for word, w in weights.items()
+    return tuple((text("a fader's word", word), x) for word, w in weights.items()
                  if (x := _number(f"the fader of {brief(word)}", w, *WEIGHTS)) != 1)
 
 

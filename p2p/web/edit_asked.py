@@ -12,6 +12,7 @@ from p2p.models.text import Tokens
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.prompts import check as check_prompt
 from p2p.web.asked import Asked, layer_choices, mask_picture
+from p2p.weights.untrusted import brief
 
 
 def tokens_of(model: Model, asked: Asked) -> tuple[Tokens, Tokens]:
@@ -24,8 +25,13 @@ def tokens_of(model: Model, asked: Asked) -> tuple[Tokens, Tokens]:
 
 def dropped_words(model: Model, asked: Asked) -> list[str]:
     """Words of faders that the edited prompt has no more."""
-    names = {name for name, _ in named_words(tokens_of(model, asked)[1])}
+    names = read_words(model, tokens_of(model, asked)[1])
     return [word for word, _ in asked.weights if word not in names]
+
+
+def read_words(model: Model, prompt: Tokens) -> list[str]:
+    """The words of a prompt that its text tower reads, which faders weigh."""
+    return [name for name, columns in named_words(prompt) if columns and max(columns) < model.length - 1]
 
 
 def edit_of(model: Model, asked: Asked) -> Edit:
@@ -44,8 +50,11 @@ def _blend(model: Model, asked: Asked) -> LocalBlend | None:
     tokens, sides = tokens_of(model, asked), ([], [])
     for item in filter(None, (part.strip() for part in asked.blend.split(","))):
         if ":" in item:
-            for side, word in zip(sides, item.split(":", 1)):
-                side += [word.strip()] if word.strip() else []
+            named = [word.strip() for word in item.split(":", 1)]
+            if not any(named):
+                raise UsageError(f'blend words: "{brief(item)}" names none')
+            for side, word in zip(sides, named):
+                side += [word] if word else []
             continue
         found = [side for side, prompt in zip(sides, tokens) if _has(prompt, item, model.length)]
         if not found:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,7 +15,7 @@ from p2p.model import Model
 from p2p.request.inverting import DEFAULT
 from p2p.request.source import METHODS
 from p2p.show.report import short
-from p2p.web.asked import FILE, GUIDANCE, STEPS, Asked, layer_choices, read
+from p2p.web.asked import FILE, GUIDANCE, STEPS, Asked, layer_choices, read, text
 from p2p.web.session import Item, Session, View
 from p2p.web.visits import Visits
 
@@ -29,8 +28,7 @@ VALUES = ("source", "target", "hand", "usual", "cross", "self_", "guidance", "st
 Components = dict[str, Any]   # by their names, which are their ids on the page
 
 
-def page(model: Model, folder: Path) -> gr.Blocks:
-    """folder: where pictures lie that are downloaded."""
+def page(model: Model) -> gr.Blocks:
     c: Components = {}
     with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(600, 3600)) as blocks:
         gr.HTML(f"<h1>Prompt-to-Prompt</h1><p>{escape(model.name)}: a picture is edited by editing its "
@@ -40,7 +38,7 @@ def page(model: Model, folder: Path) -> gr.Blocks:
                 _controls(c, model)
             with gr.Column(scale=3, min_width=300):
                 _pictures(c)
-        _wire(c, Calls(model, folder), blocks)
+        _wire(c, Calls(model), blocks)
     return blocks
 
 
@@ -108,8 +106,8 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
 class Calls:
     """What the controls call: values of the page in, and out; every refusal is a message on it."""
 
-    def __init__(self, model: Model, folder: Path):
-        self.model, self.folder, self.visits = model, folder, Visits(model)
+    def __init__(self, model: Model):
+        self.model, self.visits = model, Visits(model)
 
     def run(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
         session = self.visits.of(request)
@@ -125,25 +123,31 @@ class Calls:
         try:
             for view in begin():
                 pictures = [(item.image, item.caption) for item in session.gallery]
-                yield _value(view, hand), pictures if view.done else gr.skip()
+                yield _value(view, session.photo, hand), pictures if view.done else gr.skip()
                 hand = None
         except (UsageError, NumericsError, CheckpointError) as error:
             raise _refused(error) from None
 
     def newer(self, request: gr.Request, *values: Any) -> None:
+        session = self.visits.known(request)
         try:
-            self.visits.of(request).want(read(self.model.unet, *values))
+            if session is not None:
+                session.want(read(self.model.unet, *values))
         except UsageError:
             pass   # `run` says so
 
-    def upload(self, request: gr.Request, url: Any) -> tuple[Any, str]:
+    def upload(self, request: gr.Request, file: Any) -> tuple[Any, str]:
+        """file: {"name": text, "url": data URL}, or the URL alone."""
+        session = self.visits.of(request)
         try:
-            return _value(self.visits.of(request).upload(url)), ""
+            file = file if isinstance(file, dict) else {"url": file, "name": "picture"}
+            view = session.upload(file.get("url"), text("the picture's name", file.get("name")) or "picture")
+            return _value(view, session.photo), ""
         except UsageError as error:
             raise _refused(error) from None
 
     def forget(self, request: gr.Request) -> Any:
-        return _value(self.visits.of(request).forget())
+        return _value(self.visits.of(request).forget(), "")
 
     def choose(self, request: gr.Request, event: gr.SelectData) -> tuple[str, str]:
         session = self.visits.of(request)
@@ -151,7 +155,7 @@ class Calls:
             item = session.choose(event.index)
         except UsageError as error:
             raise _refused(error) from None
-        return json.dumps(short(item.settings), indent=1), str(item.save(self.folder))
+        return json.dumps(short(item.settings), indent=1), str(session.download(item))
 
     def replay(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         session = self.visits.of(request)
@@ -177,13 +181,14 @@ def _refused(error: object) -> gr.Error:
     return gr.Error(escape(str(error)), title="not done", print_exception=False)
 
 
-def _value(view: View, hand: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A view as stage.js takes it; hand: faders and mask are set to this."""
+def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A view as stage.js takes it; photo: the name of the uploaded picture; hand: faders and mask are set to
+    this."""
     shown = view.edit or view.source
     said = "no picture" if shown is None else "a preview" if not view.done else \
         f"done in {view.seconds:.1f} s" if view.seconds else "your picture"
     return {"source": _url(view.source), "edit": _url(view.edit), "done": view.done, "said": said,
-            "notes": list(view.notes), "hand": hand,
+            "notes": list(view.notes), "photo": photo, "hand": hand,
             "ratio": f"{shown.width}/{shown.height}" if shown else "",
             "words": [{"name": w.name, "weight": w.weight, "map": _url(w.map)} for w in view.words]}
 

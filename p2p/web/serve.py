@@ -1,11 +1,11 @@
 """The server of the page, and its bounds."""
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,29 +30,46 @@ CSS = """
 
 
 class Bounded:
-    """Requests of at most BODY bytes, none of which uploads a file: pictures arrive inside of messages."""
+    """Requests of at most BODY bytes. None uploads a file or names one (pictures arrive inside of messages);
+    the files that are given are those below the folder."""
 
-    def __init__(self, app: Any):
-        self.app = app
+    def __init__(self, app: Any, folder: str):
+        self.app, self.folder = app, folder
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[[], Any],
                        send: Callable[[Any], Any]) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/upload"):
+        _, given, file = scope["path"].partition("/file=")
+        if scope["path"].rstrip("/").endswith("/upload") or (given and not file.startswith(self.folder)):
             return await _refuse(send, 403)
         if not length.isdigit() or int(length) > BODY:
             return await _refuse(send, 413)
-        read = 0
-
-        async def counted() -> Any:
-            nonlocal read
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        body, more = b"", True
+        while more and len(body) <= BODY:
             message = await receive()
-            read += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if read > BODY else message
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        if len(body) > BODY:
+            return await _refuse(send, 413)
+        if _names_a_file(body):
+            return await _refuse(send, 403)
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-        await self.app(scope, counted, send)
+        async def read() -> Any:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, read, send)
+
+
+def _names_a_file(body: bytes) -> bool:
+    """Whether a control's value is a file of Gradio's, which it would fetch from wherever that is."""
+    try:
+        return '"gradio.FileData"' in json.dumps(json.loads(body)["data"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 async def _refuse(send: Callable[[Any], Any], status: int) -> None:
@@ -65,9 +82,10 @@ def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share
            ) -> Iterator[gr.Blocks]:
     """The page, served while the context lasts; its `local_url` says where. port: None: the first free one
     from 7860. Raises UsageError."""
-    with TemporaryDirectory(prefix="p2p-web-") as folder:
+    with TemporaryDirectory(prefix="p2p-web-") as temporary:
+        folder = os.path.realpath(temporary)
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        blocks = page(model, Path(folder))
+        blocks = page(model)
         blocks.queue(max_size=WAITING, api_open=False)
         try:
             blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
@@ -75,7 +93,7 @@ def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share
                           run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False,
                           pwa=False, num_workers=0, state_session_capacity=64,
                           theme=gr.themes.Default(**FONTS), css=CSS,
-                          app_kwargs={"middleware": [Middleware(Bounded)]})
+                          app_kwargs={"middleware": [Middleware(Bounded, folder=folder)]})
         except OSError as error:
             raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from None
         try:

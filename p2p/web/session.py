@@ -7,18 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from p2p.align import named_words
 from p2p.edits import Edit
+from p2p.errors import UsageError
 from p2p.image import fit, to_pil
 from p2p.model import Model
 from p2p.request.checks import whole
 from p2p.request.editing import edit_request
-from p2p.request.inverting import expected
+from p2p.request.inverting import expected, settings_read
 from p2p.request.ready import generation, prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
@@ -26,7 +27,7 @@ from p2p.run import run, stepped
 from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
-from p2p.web.edit_asked import dropped_words, edit_of, tokens_of
+from p2p.web.edit_asked import dropped_words, edit_of, read_words, tokens_of
 from p2p.web.sources import MAPS, Source, Sources
 
 LOOK = 0.4      # share of the steps after which a preview is shown
@@ -77,25 +78,31 @@ class Session:
     def __init__(self, model: Model, sources: Sources):
         self.model, self.sources = model, sources
         self.picture: Image.Image | None = None       # uploaded, in the model's size
+        self.photo = ""                               # its name
         self.wanted: Asked | None = None
         self.gallery: deque[Item] = deque(maxlen=KEPT)
         self.numbers = count(1)
         self.chosen: Item | None = None               # of the gallery
+        self.busy = False
+        self.files: TemporaryDirectory[str] | None = None
 
-    def upload(self, url: Any) -> View:
+    def upload(self, url: Any, name: str = "picture") -> View:
         """Takes a picture, to be edited in the place of a generated one. Raises UsageError."""
         picture, size, notes = fitting(self.model, uploaded(url), "crop")
-        self.picture = fit(picture, size)
+        self.picture, self.photo = fit(picture, size), name
         return View(self.picture, notes=(*notes, "say in the prompt what it shows, then edit that"))
 
     def forget(self) -> View:
-        self.picture = None
+        self.picture, self.photo = None, ""
         return View(None)
 
     def close(self) -> None:
         """The tab was closed: what runs for it stops."""
-        self.wanted, self.picture, self.chosen = None, None, None
+        self.wanted, self.chosen = None, None
+        self.forget()
         self.gallery.clear()
+        if self.files is not None:
+            self.files.cleanup()
 
     def want(self, asked: Asked) -> tuple[Asked, list[str]]:
         """Makes this the latest request, but for faders of words that are gone.  -> it, those words"""
@@ -106,12 +113,24 @@ class Session:
     def run(self, asked: Asked) -> Iterator[View]:
         """The source, a preview of its edit, and the edit; ends early where another request replaces this
         one. Raises UsageError, NumericsError."""
+        self.busy = True
+        try:
+            yield from self._run(asked)
+        finally:
+            self.busy = False
+
+    def _run(self, asked: Asked) -> Iterator[View]:
         began, picture = time.perf_counter(), self.picture
+        if asked.photo and picture is None:
+            raise UsageError(f"{asked.photo} is here no more: visits that do nothing for long make room for "
+                             "others; choose it again")
         asked, dropped = self.want(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
         plain = None if edit is None else self._checked(asked, edit, picture)
         source = self.sources.of(asked, picture)
         notes = tuple(f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped)
+        if picture is not None and asked.seed and not settings_read(asked.method, {"seed": asked.seed}):
+            notes += (f"the seed changes nothing: {asked.method} draws no noise",)
         if edit is None:
             yield self._source_alone(asked, source, picture, notes, began)
             return
@@ -125,9 +144,14 @@ class Session:
         self.chosen = list(self.gallery)[whole("a picture of this visit", place, 0, len(self.gallery) - 1)]
         return self.chosen
 
+    def download(self, item: Item) -> Path:
+        """The file of a picture, in a folder that lasts as long as the visit."""
+        self.files = self.files or TemporaryDirectory(prefix="p2p-visit-")
+        return item.save(Path(self.files.name))
+
     def replay(self, item: Item) -> Iterator[View]:
         """Makes a picture of the visit again."""
-        self.picture = item.picture
+        self.picture, self.photo = item.picture, item.asked.photo
         return self.run(item.asked)
 
     def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None, notes: tuple[str, ...],
@@ -155,8 +179,8 @@ class Session:
             if self.wanted != asked:
                 return
             if step.index == int(LOOK * total):
-                look = self._decoded(step.x_0[-1:])
-                yield View(source.picture, look, self._words(asked, source), done=False)
+                before = source.picture or picture or self._decoded(step.x_0[:1])
+                yield View(before, self._decoded(step.x_0[-1:]), self._words(asked, source), done=False)
         assert step is not None
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
@@ -195,7 +219,7 @@ class Session:
             sums = dict(source.maps.each_word())
         weights, maps = dict(asked.weights), sums or {}
         return tuple(Word(name, weights.get(name, 1.0), _map(maps[name]) if name in maps else None)
-                     for name, _ in named_words(prompt))
+                     for name in read_words(self.model, prompt))
 
 
 def _map(values: Tensor) -> Image.Image:

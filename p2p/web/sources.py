@@ -70,7 +70,8 @@ class Sources:
             return asked.source, asked.steps, asked.seed, asked.guidance, asked.negative
         digest = hashlib.sha256(picture.tobytes()).digest()   # all are fitted to one size
         held = asked.guidance if asked.method == "null-text" or self.model.unet.reads_guidance else None
-        return asked.source, asked.steps, asked.seed, held, asked.method, digest
+        seed = settings_read(asked.method, {"seed": asked.seed}).get("seed")
+        return asked.source, asked.steps, seed, held, asked.method, digest
 
     def _generated(self, asked: Asked) -> Source:
         if self.model.sampler in DISTILLED or self.model.eta:   # as below, of eta 0

@@ -3,9 +3,10 @@
 const $ = selector => element.querySelector(selector);
 const stack = $(".stack"), below = $(".below"), faders = $(".faders"), map = $(".map");
 const canvas = $("canvas"), pen = canvas.getContext("2d"), paint = $(".paint"), clear = $(".clear");
-let names = "", weights = {}, mask = "", waiting = null;
+let names = "", weights = {}, mask = "", photo = "", waiting = null;
 
-const tell = () => window.p2pHand({weights: {...weights}, mask}, true);
+const hand = () => ({weights: {...weights}, mask, photo});   // photo: the uploaded picture that is edited
+const tell = () => window.p2pHand(hand(), true);
 const soon = () => { clearTimeout(waiting); waiting = setTimeout(tell, 120); };   // not at every pixel of a drag
 const light = src => { stack.classList.toggle("lit", !!src); if (src) map.src = src; };
 
@@ -86,7 +87,9 @@ function show() {
   }
   if (view.hand) drawMask(view.hand.mask);
   if (view.words.length || view.hand) showWords(view.words, !!view.hand);
-  window.p2pHand({weights: {...weights}, mask}, false);
+  photo = view.photo;
+  window.p2pPhoto?.(photo);
+  window.p2pHand(hand(), false);
 }
 
 $(".at").addEventListener("input", event => stack.style.setProperty("--at", event.target.value + "%"));

@@ -1,4 +1,4 @@
-"""The visits of the page, by the tab's own name; the oldest give way."""
+"""The visits of the page, by the tab's own name; the one that has done nothing for longest gives way."""
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -24,9 +24,14 @@ class Visits:
         with self.lock:
             session = self.sessions.pop(name, None) or Session(self.model, self.sources)
             self.sessions[name] = session
-            while len(self.sessions) > MOST:
-                self.sessions.popitem(last=False)[1].close()
+            idle = [n for n, other in self.sessions.items() if not other.busy and n != name]
+            for n in idle[:max(len(self.sessions) - MOST, 0)]:
+                self.sessions.pop(n).close()
             return session
+
+    def known(self, request: Any) -> Session | None:
+        """The session of a request that begins none."""
+        return self.sessions.get(str(request.session_hash)[:64])
 
     def end(self, request: Any) -> None:
         with self.lock:
