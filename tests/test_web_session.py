@@ -115,6 +115,24 @@ def test_a_run_that_is_replaced_stops_at_its_next_step(session):
     assert list(run)[-1].done
 
 
+@pytest.mark.parametrize("ends", ["another prompt", "another picture", "a closed tab"])
+def test_a_source_that_nobody_waits_for_stops_at_its_next_call(session, monkeypatch, ends):
+    session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    calls, predict = [], p2p.Model.predict
+
+    def counted(model, *given, **named):
+        calls.append(0)
+        if len(calls) == 3:
+            {"another prompt": lambda: session.want(asked(session, source=DOG, target=CAT, method="ddim")),
+             "another picture": lambda: session.upload(url(png(Image.new("RGB", (64, 64))))), "a closed tab": session.close}[ends]()
+        if len(calls) == 2:   # the same source: it is awaited further
+            session.want(asked(session, target=DOG, method="ddim", steps=20, hand={"weights": {"dog": 2.0}}))
+        return predict(model, *given, **named)
+    monkeypatch.setattr(p2p.Model, "predict", counted)
+    assert list(session.run(asked(session, target=DOG, method="ddim", steps=20))) == []
+    assert len(calls) == 3 and not session.sources.kept
+
+
 def test_a_model_of_noisy_steps_is_not_traced(narrow):
     """DeepFloyd IF's pictures are drawn with eta 1, and a trace by DDIM: what is shown is what is recorded."""
     noisy = Session(replace(narrow, eta=1.0), Sources(replace(narrow, eta=1.0)))

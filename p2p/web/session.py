@@ -28,7 +28,7 @@ from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
 from p2p.web.edit_asked import dropped_words, edit_of, read_words, tokens_of
-from p2p.web.sources import MAPS, Source, Sources
+from p2p.web.sources import MAPS, Source, Sources, Stopped
 
 LOOK = 0.4      # share of the steps after which a preview is shown
 KEPT = 24       # pictures of a visit
@@ -72,8 +72,8 @@ class Item:
 
 
 class Session:
-    """Of one visit. `wanted` is the latest request: an edit for another one stops at its next step (a source
-    is computed to its end: the next request may be of the same)."""
+    """Of one visit. `wanted` is the latest request: an edit for another one stops at its next step, and so
+    does a source that it has not."""
 
     def __init__(self, model: Model, sources: Sources):
         self.model, self.sources = model, sources
@@ -127,7 +127,10 @@ class Session:
         asked, dropped = self.want(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
         plain = None if edit is None else self._checked(asked, edit, picture)
-        source = self.sources.of(asked, picture)
+        try:
+            source = self.sources.of(asked, picture, lambda: self._awaited(asked, picture))
+        except Stopped:
+            return
         notes = tuple(f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped)
         if picture is not None and asked.seed and not settings_read(asked.method, {"seed": asked.seed}):
             notes += (f"the seed changes nothing: {asked.method} draws no noise",)
@@ -138,6 +141,11 @@ class Session:
             yield View(source.picture, words=self._words(asked, source), notes=notes, done=False)
         for view in self._edited(asked, source, edit, picture, plain):
             yield replace(view, notes=(*notes, *view.notes), seconds=time.perf_counter() - began)
+
+    def _awaited(self, asked: Asked, picture: Image.Image | None) -> bool:
+        """Whether the latest request has the same source."""
+        key, wanted = self.sources.key, self.wanted
+        return wanted is not None and key(wanted, self.picture) == key(asked, picture)
 
     def choose(self, place: Any) -> Item:
         """A picture of the gallery, by its place there. Raises UsageError."""

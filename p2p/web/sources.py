@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from threading import Lock
 from typing import Any
 
@@ -43,6 +44,22 @@ class Source:
         return sum(x.nbytes for x in (self.given.latents, *(self.given.queries or {}).values()))
 
 
+class Stopped(Exception):
+    """Nobody waits for this source any more."""
+
+
+@dataclass(frozen=True, repr=False)
+class _Awaited(Model):
+    """A model that stops, with `Stopped`, at the next call of its network when nobody waits for it."""
+
+    awaited: Callable[[], bool] = lambda: True
+
+    def predict(self, *given: Any, **named: Any) -> tuple[Any, ...]:
+        if not self.awaited():
+            raise Stopped
+        return super().predict(*given, **named)
+
+
 class Sources:
     """The latest sources of all visits, by what decides their pixels; at least one is kept."""
 
@@ -51,21 +68,24 @@ class Sources:
         self.kept: OrderedDict[Any, Source] = OrderedDict()
         self.lock = Lock()
 
-    def of(self, asked: Asked, picture: Image.Image | None) -> Source:
-        """Raises UsageError, NumericsError."""
-        key = self._key(asked, picture)
+    def of(self, asked: Asked, picture: Image.Image | None, awaited: Callable[[], bool] = lambda: True
+           ) -> Source:
+        """awaited: asked before each call of the network. Raises UsageError, NumericsError, Stopped."""
+        key = self.key(asked, picture)
         with self.lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return self.kept[key]
-        found = self._generated(asked) if picture is None else self._inverted(asked, picture)
+        model = _Awaited(**{f.name: getattr(self.model, f.name) for f in fields(Model)}, awaited=awaited)
+        found = self._generated(model, asked) if picture is None else self._inverted(model, asked, picture)
         with self.lock:
             self.kept[key] = found
             while len(self.kept) > 1 and sum(s.bytes for s in self.kept.values()) > self.budget:
                 self.kept.popitem(last=False)
         return found
 
-    def _key(self, asked: Asked, picture: Image.Image | None) -> tuple[Any, ...]:
+    def key(self, asked: Asked, picture: Image.Image | None) -> tuple[Any, ...]:
+        """What decides a source's pixels."""
         if picture is None:
             return asked.source, asked.steps, asked.seed, asked.guidance, asked.negative
         digest = hashlib.sha256(picture.tobytes()).digest()   # all are fitted to one size
@@ -73,22 +93,22 @@ class Sources:
         seed = settings_read(asked.method, {"seed": asked.seed}).get("seed")
         return asked.source, asked.steps, seed, held, asked.method, digest
 
-    def _generated(self, asked: Asked) -> Source:
-        if self.model.sampler in DISTILLED or self.model.eta:   # as below, of eta 0
+    def _generated(self, model: Model, asked: Asked) -> Source:
+        if model.sampler in DISTILLED or model.eta:   # as below, of eta 0
             return Source(asked.source, None, None)
-        traced = trace(self.model, asked.source, steps=asked.steps, seed=asked.seed,
+        traced = trace(model, asked.source, steps=asked.steps, seed=asked.seed,
                        guidance_scale=asked.guidance, negative_prompt=asked.negative or None,
                        **self._held(asked.steps))
-        return Source(traced, _decoded(self.model, traced), _maps(self.model, traced))
+        return Source(traced, _decoded(model, traced), _maps(model, traced))
 
-    def _inverted(self, asked: Asked, picture: Image.Image) -> Source:
+    def _inverted(self, model: Model, asked: Asked, picture: Image.Image) -> Source:
         own = settings_read(asked.method, {"seed": asked.seed})
-        inversion = invert(self.model, picture, asked.source, method=asked.method, steps=asked.steps,
+        inversion = invert(model, picture, asked.source, method=asked.method, steps=asked.steps,
                            guidance_scale=asked.guidance, **own)
-        if asked.method not in FOLLOW or self.model.sampler in DISTILLED:   # a trace is sampled by DDIM
+        if asked.method not in FOLLOW or model.sampler in DISTILLED:   # a trace is sampled by DDIM
             return Source(inversion, None, None)
-        inversion = trace(self.model, inversion, **self._held(inversion.calls))
-        return Source(inversion, _decoded(self.model, inversion), _maps(self.model, inversion))
+        inversion = trace(model, inversion, **self._held(inversion.calls))
+        return Source(inversion, _decoded(model, inversion), _maps(model, inversion))
 
     def _held(self, steps: int) -> dict[str, bool]:
         """Queries and keys are stored where they fit the budget; else edits run the source's row again."""
