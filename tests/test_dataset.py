@@ -188,6 +188,32 @@ def test_parquet_holds_the_same_pairs(prompts, finished, tmp_path):
     assert Image.open(io.BytesIO(rows[3]["edited_image"])).size == (64, 64)
 
 
+def test_a_field_of_several_types_is_text_and_columns_are_no_fields(finished, prompts, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    monkeypatch.setattr(dataset, "ROWS", 3)   # more than one group of rows
+    for folder, fields in (("0000000", {"n": 1, "id": 1, "big": 2**64}), ("0000001", {"n": 2.5, "id": "b", "big": 2})):
+        file = out / folder / "prompt.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    rows = pq.read_table(*dataset.parquet(out)).to_pylist()
+    assert [(rows[i]["n"], rows[i]["id"], rows[i]["big"]) for i in (0, 3)] == [(1.0, "1", str(2**64)), (2.5, "b", "2")]
+    entry = {"caption": "a cat on grass", "edit": "a dog", "output": "a dog on grass", "input_image": "cats/1.png"}
+    prompts = tmp_path / "list.jsonl"
+    prompts.write_text(json.dumps(entry))
+    assert main(command(prompts, tmp_path / "new", "--format", "parquet")) == 2 and "input_image: a field" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_with_something_less_does_not_go_on(prompts, tmp_path, capsys):
+    """A LoRA that only the earlier run had, say: settings that stand in no record of this one."""
+    out = tmp_path / "out"
+    assert main(command(prompts, out, "--samples", "1", "--steps", "1", "-q")) == 0
+    recipe = json.loads((out / "recipe.json").read_text())
+    recipe["identity"]["lora"] = [["0" * 64, 0.8]]
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    assert main(command(prompts, out, "--samples", "1", "--steps", "1", "-q")) == 2
+    assert "identity.lora" in capsys.readouterr().err and json.loads((out / "recipe.json").read_text()) == recipe
+
+
 @pytest.mark.parametrize("line, said", [("{}", "'edit'"), ('{"caption": 1, "edit": "b", "output": "c"}', "texts"), ("no", "line 1")])
 def test_other_lists_are_refused(tmp_path, capsys, line, said):
     (tmp_path / "p.jsonl").write_text(line + "\n")

@@ -149,8 +149,12 @@ def test_the_command_runs_methods_over_a_folder(tmp_path, capsys):
     assert main(command) == 1 and (tmp_path / "out" / "pie.md").read_text() == again
 
 
+ENTRY = '{"%s": {"image_path": "%s", "original_prompt": "a", "editing_prompt": "b", "mask": []}}'
+
+
 @pytest.mark.parametrize("content, said", [(None, "no such file"), ("{}", "names no picture"), ('{"1": {"mask": []}}', "mapping"),
-                                           ("[1]", "mapping"), ("nonsense", "mapping")])
+                                           ("[1]", "mapping"), ("nonsense", "mapping"), (ENTRY % ("a\\rb", "a.png"), "cannot be printed"),
+                                           *((ENTRY % ("a", path), "is no path") for path in ("", "a\\u0000.png"))])
 def test_other_folders_are_refused(tmp_path, capsys, content, said):
     if content is not None:
         (tmp_path / "mapping_file.json").write_text(content)

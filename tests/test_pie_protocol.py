@@ -15,8 +15,8 @@ import p2p
 from benchmarks.pie_shaped import make
 from p2p import UsageError
 from p2p.cli.parser import main
-from p2p.image import from_base64
-from p2p.lists import metrics, pie, pie_report, protocol
+from p2p.image import fit, from_base64
+from p2p.lists import metrics, pie, pie_data, pie_report, protocol
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,44 @@ def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data
     monkeypatch.setattr(pie, "measure", lambda *a, real=metrics.measure: measured.append(1) or real(*a))
     assert main([*asked, "--steps", "2"]) == 0 and not measured and (out / "pie.csv").read_bytes() == before
     assert main([*command(data, out, "--methods", "noise"), "--steps", "2"]) == 0 and len(measured) == 2   # the third, by both
+
+
+def test_figures_that_no_judge_of_this_run_measures_stay(data, tmp_path, capsys, monkeypatch):
+    """Measured with CLIP's weights at first, and then without any."""
+    out = tmp_path / "out"
+    asked = command(data, out, "--methods", "noise", "--limit", "1", "--steps", "1")
+    assert main(asked) == 0
+    file = out / "noise" / "figures.csv"
+    rows = pie_report.read_figures(file.parent)
+    for row in rows:
+        row["judges"], row["figures"]["structure"] = "of another run", 0.25
+        row["figures"]["PSNR"] = 1.0
+    pie_report.write_figures(file.parent, rows)
+    assert main(asked) == 0
+    assert {(row["figures"]["structure"], row["figures"]["PSNR"] > 1) for row in pie_report.read_figures(file.parent)} == {(0.25, True)}
+
+
+def test_a_padded_picture_is_compared_with_its_padded_edit(tmp_path):
+    picture = Image.effect_noise((128, 64), 90).convert("RGB")
+    picture.save(tmp_path / "source.png")
+    fit(picture, (64, 64), "pad").save(tmp_path / "edit.png")
+    of = item()._replace(picture=tmp_path / "source.png")
+    padded, cropped = (pie._measured(of, tmp_path / "edit.png", how, pie.Way({}), metrics.Judges())["corrected"]["MSE"]
+                       for how in ("pad", "crop"))
+    assert padded == 0 < cropped
+
+
+def test_rows_are_checked_by_prompts_that_the_model_can_encode(data, emoji, tmp_path, monkeypatch):
+    """A model of prompts that were encoded beforehand has none but those of the benchmark."""
+    items, tokens = pie_data.read(data, limit=1), p2p.Model.tokens
+    known = {items[0].source, items[0].target, ""}
+
+    def of_known(model, prompt):
+        if prompt not in known:
+            raise UsageError(f'the prompt "{prompt}" is not among the encoded ones')
+        return tokens(model, prompt)
+    monkeypatch.setattr(p2p.Model, "tokens", of_known)
+    pie._check("noise", pie.custom({"method": "noise"}), items[0], emoji)
 
 
 @pytest.mark.slow
@@ -369,7 +407,7 @@ def test_results_under_a_jpg_are_judged_as_jpeg_by_the_official_convention(tmp_p
         source.save(tmp_path / f"source.{suffix}", quality=100, subsampling=0)
         Image.fromarray(strip[:, 192:]).save(tmp_path / "edit.png")
         of = item()._replace(picture=tmp_path / f"source.{suffix}")
-        plain, jpeg = (pie._measured(of, tmp_path / "edit.png", pie.Way({}, jpeg=j), metrics.Judges()) for j in (False, True))
+        plain, jpeg = (pie._measured(of, tmp_path / "edit.png", "crop", pie.Way({}, jpeg=j), metrics.Judges()) for j in (False, True))
         assert (plain["official"]["MSE"] != jpeg["official"]["MSE"]) == (suffix == "jpg")
         assert plain["corrected"] == pytest.approx(jpeg["corrected"], nan_ok=True)
 

@@ -85,7 +85,7 @@ def told(settings, emoji, folder, blended=""):
 @pytest.mark.parametrize("like, changed, gone, kept", [
     ("edit-friendly-inversion+p2p", {"method": "direct"}, ["seed", "eta"], {"skip": 12}),
     ("directinversion+p2p_guidance_1_5", {"method": "noise"}, ["inversion_guidance"], {"seed": 0}),
-    ("ddim+pnp", {"method": "null-text"}, ["negative_prompt"], {"path": "resampled"}),
+    ("ddim+pnp", {"method": "null-text"}, ["negative_prompt"], {"path": "inverted"}),
     ("ddim+p2p", {"editor": "masactrl"}, ["proximal"], {"editor": "masactrl"}),
     ("ddim+masactrl", {"editor": None, "cross": 0.5}, ["editor"], {}),
     ("edit-friendly-inversion+p2p", {"method": None}, [], {"seed": 1234, "method": "edit-friendly"})])
@@ -100,6 +100,7 @@ def test_what_a_changed_row_does_not_read_is_not_inherited(emoji, folder, like, 
     ({"like": "ddim+masactrl", "cross": 0.5}, "cross_replace_steps: of Prompt-to-Prompt"),
     ({"like": "ddim+p2p", "editor": "masactrl", "self": 0.5}, "self_replace_steps: of Prompt-to-Prompt"),
     ({"like": "directinversion+p2p", "seed": 3}, "seed: direct inversion does not read it"),
+    ({"method": "null-text", "path": "resampled"}, "path: null-text inversion does not read it"),
     ({"steps": 3000}, "steps must be from 1 to 1000, not 3000"), ({"height": 63}, "height must be a positive multiple"),
     ({"method": "ddim", "steps": 3, "skip": 3}, "skip, which leaves steps to run, must be a whole number from 0 to 2, not 3")])
 def test_rows_that_cannot_be_meant_are_refused_before_anything_is_written(emoji, folder, settings, why):

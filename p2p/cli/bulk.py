@@ -189,7 +189,7 @@ def _option(field: str) -> str:
 
 
 def make_dataset(args: argparse.Namespace) -> int:
-    pairs, model = dataset.read(args.prompts), options.load(args)
+    pairs, model = dataset.read(args.prompts, table=args.format == "parquet"), options.load(args)
     options.say(model.notes)
     if args.clip is not None:
         embedder = metrics.clip(args.clip, prepare=metrics.squeezed)

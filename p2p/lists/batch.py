@@ -76,7 +76,7 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]
     many = workers or (max(1, _gpus(batch)) if engine == "local" else 1)
     if engine == "ray":
-        finished = on_ray(batch, todo, many)
+        finished = on_ray(batch, todo, workers)
     elif many > 1 and engine == "local":
         finished = in_processes(batch, todo, many, _gpus(batch))
     else:
@@ -97,6 +97,7 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     counts = store.index(jobs, mine)
     if engine == "torchrun":
         all_ended()
+        counts = store.index(jobs, mine)   # the others have written theirs since
     return counts
 
 

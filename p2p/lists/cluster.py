@@ -107,8 +107,9 @@ def _worker(batch: Batch, pipe: Connection, device: str | None, threads: int) ->
         pass
 
 
-def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finished]:
-    """Ray Data with one actor a device (extra "ray"); whatever cluster this process is connected to."""
+def on_ray(batch: Batch, todo: Sequence[Group], workers: int | None) -> Iterator[Finished]:
+    """Ray Data (extra "ray"), with one actor a GPU of whatever cluster this process is connected to, or
+    `workers`; on its CPUs where the batch's device is not a GPU, or there is none."""
     try:
         import ray
     except ImportError:
@@ -116,7 +117,7 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
 
     class Actor:
         def __init__(self):
-            self.model, self.store = loaded(batch, None), Store(batch.out)
+            self.model, self.store = loaded(batch, None if gpus else batch.device), Store(batch.out)
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             results = list(work(self.model, [todo[int(i)] for i in rows["group"]], self.store,
@@ -124,9 +125,9 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int) -> Iterator[Finish
             return {"id": [job.id for job, _ in results], "error": [error or "" for _, error in results]}
 
     jobs = {job.id: job for group in todo for job in group}
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if batch.device in (None, "cuda") else 0
     data = ray.data.from_items([{"group": i} for i in range(len(todo))])
-    gpus = 1 if torch.cuda.is_available() else 0
-    done = data.map_batches(Actor, batch_size=1, concurrency=workers, num_gpus=gpus)
+    done = data.map_batches(Actor, batch_size=1, concurrency=workers or max(1, gpus), num_gpus=min(1, gpus))
     try:
         for row in done.iter_rows():
             yield jobs[row["id"]], row["error"] or None

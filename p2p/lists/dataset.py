@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -36,6 +36,8 @@ from p2p.weights.aside import appearing, aside, finished, sweep
 from p2p.weights.untrusted import brief
 
 WHOLE = "counts.json"   # the file that marks a finished folder
+IMAGES = ("input_image", "edited_image", "edit_prompt")   # columns of the table
+ROWS = 256              # of it that are held at once
 
 
 class Pair(NamedTuple):
@@ -44,9 +46,9 @@ class Pair(NamedTuple):
     entry: dict[str, Any]    # of the list, with all its fields
 
 
-def read(file: Path) -> list[Pair]:
+def read(file: Path, table: bool = False) -> list[Pair]:
     """Reads a list in InstructPix2Pix's format: entries {"caption" (or "input"), "edit", "output"} with any
-    other fields ("url"). Raises UsageError naming all invalid entries."""
+    other fields ("url"). table: they become columns of one. Raises UsageError naming all invalid entries."""
     def parts(entry: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         entry = lines.present(entry)
@@ -58,6 +60,8 @@ def read(file: Path) -> list[Pair]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
         if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
+        if table:
+            check_columns(entry)
         check_prompt(texts["caption"])
         check_prompt(texts["output"])
         return Prompts(texts["caption"], texts["output"]), entry
@@ -81,8 +85,8 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     if not done:
         return
     before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
-    other = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in now.items() if k != "model"
-             and before.get(k) != v]
+    other = [f"{k} {before.get(k)!r}, not {now.get(k)!r}" for k in {**before, **now}   # some may be absent
+             if k != "model" and before.get(k) != now.get(k)]
     for pair in done:
         folder = _folder(pair, out)
         entry = _json(folder / "prompt.json")
@@ -146,25 +150,32 @@ def _json(file: Path) -> Any:
 def finish(out: Path) -> Counter[str]:
     """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder.
     -> the counts of all prompts"""
-    total, seeds = Counter(), []
-    for folder in sorted(p for p in out.iterdir() if finished(p / WHOLE)):
+    write(out / "seeds.json", json.dumps([[folder.name, seeds] for folder, seeds in _seeds(out)]))
+    total = Counter()
+    for folder in _finished(out):
         total.update(_json(folder / WHOLE))
-        if drawn := [p.name.split("_")[0] for p in sorted(folder.glob("*_0.jpg"))]:
-            seeds.append([folder.name, drawn])
-    write(out / "seeds.json", json.dumps(seeds))
     return total
 
 
-def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], bytes, bytes]]:
-    """Every kept sample of a finished folder: its name, its metadata, both pictures as JPEG."""
-    for name, seeds in _json(out / "seeds.json"):
-        folder = out / name
+def _finished(out: Path) -> list[Path]:
+    return sorted(folder for folder in out.iterdir() if finished(folder / WHOLE))
+
+
+def _seeds(out: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The finished folders that hold pairs, and the seeds of these."""
+    for folder in _finished(out):
+        if seeds := [file.name.split("_")[0] for file in sorted(folder.glob("*_0.jpg"))]:
+            yield folder, seeds
+
+
+def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], list[Path]]]:
+    """Every kept sample of a finished folder: its name, its metadata, the files of both pictures."""
+    for folder, seeds in _seeds(out):
         prompt = _json(folder / "prompt.json")
         known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d,
                                                        "no pair in it")}
         for seed in seeds:
-            yield f"{name}_{seed}", prompt | known[seed], *((folder / f"{seed}_{k}.jpg").read_bytes()
-                                                            for k in (0, 1))
+            yield f"{folder.name}_{seed}", prompt | known[seed], [folder / f"{seed}_{k}.jpg" for k in (0, 1)]
 
 
 def webdataset(out: Path, size: int = 1000) -> list[Path]:
@@ -175,7 +186,8 @@ def webdataset(out: Path, size: int = 1000) -> list[Path]:
         while shard := list(islice(remaining_, size)):
             shards.append(f"shard-{len(shards):06}.tar")
             with tarfile.open(temporary / shards[-1], "w") as tar:
-                for name, known, before, after in shard:
+                for name, known, pictures in shard:
+                    before, after = (file.read_bytes() for file in pictures)
                     files = {"input.jpg": before, "edited.jpg": after, "json": json.dumps(known).encode()}
                     for suffix, content in files.items():
                         info = tarfile.TarInfo(f"{name}.{suffix}")
@@ -188,20 +200,47 @@ def webdataset(out: Path, size: int = 1000) -> list[Path]:
 
 def parquet(out: Path) -> list[Path]:
     """Writes one table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all
-    metadata. It replaces an earlier one when it is written. Raises UsageError where the disk is full."""
+    metadata, a column that is not of one type as text. It replaces an earlier one when it is written. Raises
+    UsageError where the disk is full, and as `check_columns` does."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
-    rows = [{"input_image": before, "edited_image": after, "edit_prompt": known["edit"],
-             **{k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in known.items()}}
-            for _, known, before, after in samples(out)]
-    names = dict.fromkeys(name for row in rows for name in row)   # entries may differ in their fields
-    rows = [{name: row.get(name) for name in names} for row in rows]
-    with _exported(out) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary / "pairs.parquet")
+    types: dict[str, set[type]] = {}   # entries may differ in their fields, and a field in its type
+    for _, known, _ in samples(out):
+        for name, value in known.items():
+            types.setdefault(name, set()).add(_column(value))
+    check_columns(types)
+    arrow = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    columns = {name: arrow[next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else str]
+               for name, kinds in types.items()}
+    schema = pa.schema([(IMAGES[0], pa.binary()), (IMAGES[1], pa.binary()), (IMAGES[2], pa.string()),
+                        *columns.items()])
+    rows = ({IMAGES[0]: files[0].read_bytes(), IMAGES[1]: files[1].read_bytes(), IMAGES[2]: known["edit"],
+             **{name: _cell(known.get(name), kind == pa.string()) for name, kind in columns.items()}}
+            for _, known, files in samples(out))
+    with _exported(out) as temporary, pq.ParquetWriter(temporary / "pairs.parquet", schema) as table:
+        while some := list(islice(rows, ROWS)):
+            table.write_table(pa.Table.from_pylist(some, schema))
     return [out / "pairs.parquet"]
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raises UsageError where fields of a list have the name of a column of the table."""
+    if taken := sorted(set(IMAGES) & set(names)):
+        raise UsageError(f"{', '.join(taken)}: a field of the list has the name of a column of pictures or "
+                         "prompts, and parquet has one place for both; rename it, or give another --format")
+
+
+def _column(value: Any) -> type:
+    """The type of a column that holds it: numbers as they are, all else as text."""
+    small = type(value) is int and -2**63 <= value < 2**63
+    return int if small else float if type(value) is float else str
+
+
+def _cell(value: Any, text: bool) -> Any:
+    return value if value is None or not text or isinstance(value, str) else json.dumps(value)
 
 
 @contextmanager

@@ -37,7 +37,8 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 
 # of Prompt-to-Prompt alone
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
-READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY)}
+READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
+                     "path": ("ddim",)}
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
@@ -163,7 +164,8 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     defaults_ = {"steps": steps, "guidance_scale": model.guidance_scale, "seed": 0, "eta": eta,
                  "height": model.size[0], "width": model.size[1]}
     sampling = {k: entry.get(k, defaults_[k]) for k in SAMPLING if k not in idle}
-    inverting = {k: entry.get(k, v) for k, v in INVERTING.items() if k not in idle}
+    inverting = {k: entry.get(k, v) for k, v in INVERTING.items()
+                 if k not in idle or (pictured and k == "path")}   # which is part of every job's identity
     others = {k: entry[k] for k in OTHERS if k in entry}
     image = folder / entry["image"] if pictured else None
     job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags)

@@ -24,20 +24,22 @@ def read(file: Path, parse: Callable[[Any, int], T], empty: str) -> list[T]:
     text = _text(file)
     array = text.lstrip().startswith("[")
     try:   # splitlines() would split at U+2028 too; joined files have a mark in their middle
-        entries = list(enumerate(decoded(text) if array else text.replace("\n\ufeff", "\n").split("\n"), 1))
+        entries = decoded(text) if array else text.replace("\n\ufeff", "\n").split("\n")
     except ValueError as error:
         raise UsageError(f"{file}: not a JSON array, nor JSON objects a line ({error})") from None
-    parsed, wrong = [], []
-    for number, entry in entries:
+    parsed, wrong, more = [], [], 0
+    for number, entry in enumerate(entries, 1):
         if not array and not entry.strip():
             continue
         try:
             parsed.append(parse(entry if array else decoded(entry), number))
         except (UsageError, ValueError) as error:
-            wrong.append(f"{'item' if array else 'line'} {number}: {error}")
+            if len(wrong) < NAMED:
+                wrong.append(f"{'item' if array else 'line'} {number}: {error}")
+            else:
+                more += 1
     if wrong:
-        more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
-        raise UsageError(f"{file}: " + "\n  ".join(wrong[:NAMED] + more))
+        raise UsageError(f"{file}: " + "\n  ".join(wrong + [f"and {more} more"] * bool(more)))
     if not parsed:
         raise UsageError(f"{file}: {empty}")
     return parsed

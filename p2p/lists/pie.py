@@ -37,7 +37,7 @@ from p2p.lists.work import work
 from p2p.model import Model
 from p2p.request.inverting import DEFAULT
 from p2p.weights import digest
-from p2p.weights.untrusted import brief
+from p2p.weights.untrusted import LONGEST, brief
 
 PICTURES = "pictures.json"
 
@@ -163,7 +163,10 @@ def _check(name: str, way: Way, item: Item, model: Model) -> None:
     """Raises UsageError for settings that no item can have: checks all but words and pictures."""
     if way.job is None:
         return
-    job = _job_or_picture(way, item._replace(source="the source", target="the target", blended=""), model, 1)
+    plain = item._replace(source="the source", target="the target", blended="")
+    if not _encodes(model, plain.source):   # of prompts that were encoded beforehand
+        plain = item._replace(blended="")
+    job = _job_or_picture(way, plain, model, 1)
     try:
         if isinstance(job, str):
             raise UsageError(job)
@@ -172,12 +175,20 @@ def _check(name: str, way: Way, item: Item, model: Model) -> None:
         raise UsageError(f"{name}: {error}") from None
 
 
+def _encodes(model: Model, prompt: str) -> bool:
+    try:
+        return bool(model.tokens(prompt))
+    except UsageError:
+        return False
+
+
 def _contents(items: Sequence[Item]) -> dict[str, str]:
     """Hashes of those pictures of the benchmark that exist, by key."""
     hashes = {}
     for item in items:
         with suppress(OSError):
-            hashes[item.key] = digest.sha256(item.picture)[:16]
+            if item.picture.is_file():
+                hashes[item.key] = digest.sha256(item.picture)[:16]
     return hashes
 
 
@@ -216,8 +227,8 @@ def _same(folder: Path, way: Way, model: Model, data: str) -> None:
 
 def _judge(folder: Path, name: str, way: Way, jobs: Sequence[tuple[Item, Job | Path | str]], judges: Judges,
            judge_id: str | None, progress: bool) -> None:
-    """Writes the row's figures. Those that the same judges have measured already are kept, and so are those
-    of other items."""
+    """Writes the row's figures. Those that the same judges have measured already are kept, as are those of
+    other items, and those of this result that none of these judges measures."""
     store = Store(folder) if way.job is not None else None
     rows = {(row["key"], row["convention"]): row for row in pie_report.read_figures(folder)}
     try:
@@ -232,22 +243,27 @@ def _judge(folder: Path, name: str, way: Way, jobs: Sequence[tuple[Item, Job | P
             else:
                 error = job
             labels = {"method": name, "key": item.key, "editing_type": item.kind, "seed": seed,
-                      "error": error or "", "result": result, "judges": judge_id or ""}
+                      "error": (error or "")[:LONGEST], "result": result, "judges": judge_id or ""}
             known = [rows.get((item.key, c), {}) for c in CONVENTIONS]
             if not error and judge_id is not None and all({**row, **labels} == row for row in known):
                 continue
             try:
-                figures = {} if error else _measured(item, picture, way, judges)
+                how = job.inverting["fit"] if isinstance(job, Job) else "crop"
+                figures = {} if error else _measured(item, picture, how, way, judges)
             except UsageError as why:      # a picture that cannot be read
-                figures, labels = {}, labels | {"error": str(why)}
-            for c in CONVENTIONS:
+                figures, labels = {}, labels | {"error": str(why)[:LONGEST]}
+            for c, row in zip(CONVENTIONS, known):
                 measured = figures.get(c, dict.fromkeys(NAMES))
+                if figures and row.get("result") == result:
+                    measured = {k: row["figures"][k] if v is None else v for k, v in measured.items()}
                 rows[item.key, c] = labels | {"convention": c, "figures": measured}
     finally:
         pie_report.write_figures(folder, list(rows.values()))
 
 
-def _measured(item: Item, file: Path, way: Way, judges: Judges) -> dict[str, dict[str, float | None]]:
+def _measured(item: Item, file: Path, how: str, way: Way, judges: Judges
+              ) -> dict[str, dict[str, float | None]]:
+    """how: the benchmark's picture was fitted to the model's size."""
     picture, result = open_picture(item.picture), open_picture(file)
     if way.strips and result.width != result.height:
         result = result.crop((result.width - result.height, 0, result.width, result.height))
@@ -257,11 +273,11 @@ def _measured(item: Item, file: Path, way: Way, judges: Judges) -> dict[str, dic
         if convention == "official" and way.jpeg and item.picture.suffix.lower() in (".jpg", ".jpeg"):
             seen = _stored(result)
         size = seen.size[::-1]
-        pair = [torch.from_numpy(np.array(fit(p, size))).permute(2, 0, 1)[None] / 255
+        pair = [torch.from_numpy(np.array(fit(p, size, how))).permute(2, 0, 1)[None] / 255
                 for p in (picture, seen)]
         edited = mask(item.runs, picture.height, picture.width, border=convention == "official")
         if picture.size != seen.size:   # pictures of another size are fitted, and the masks with them
-            bright = fit(Image.fromarray(edited.numpy()).convert("RGB"), size)
+            bright = fit(Image.fromarray(edited.numpy()).convert("RGB"), size, how)
             edited = torch.from_numpy(np.array(bright)[..., 0]) > 127
         out |= measure(*pair, {convention: edited}, item.target, judges, item.source)
     return out

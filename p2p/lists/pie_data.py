@@ -19,7 +19,7 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     file = data / "mapping_file.json"
     try:
         mapping = parse_object(read_text(file))
-        items = [Item(key, data / "annotation_images" / entry["image_path"],
+        items = [Item(_key(key), data / "annotation_images" / _file(key, entry["image_path"]),
                       _plain(entry["original_prompt"]), _plain(entry["editing_prompt"]),
                       _text(key, entry.get("blended_word") or ""), _runs(key, entry["mask"]),
                       str(entry.get("editing_type_id", "")), entry["image_path"])
@@ -38,6 +38,18 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     if not items:
         raise UsageError(f"{file}: it names no picture")
     return items
+
+
+def _key(key: str) -> str:
+    if not key.isprintable() or not key:
+        raise ValueError(f"the key {key[:60]!r} cannot be printed")
+    return key
+
+
+def _file(key: str, path: Any) -> str:
+    if not isinstance(path, str) or not path.isprintable() or not path:
+        raise ValueError(f"{key}: image_path {brief(path)} is no path")
+    return path
 
 
 def _plain(prompt: str) -> str:
