@@ -1,14 +1,14 @@
 """Two prompts -> which token of one belongs to which token of the other.
 
-All functions work on `Tokens` (ids, and the characters each token came from), so any tokenizer
-with offsets will do. Of several tokenizers each is aligned for itself, see `parts`: a word has columns in
-all whose tower reads that far.
+All functions work on `Tokens`, so any tokenizer with offsets will do. Of several tokenizers each is aligned
+for itself, see `parts`: a word has columns in all whose tower reads that far.
 """
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,8 @@ def parts(prompt: Tokens, length: int = UNCUT) -> tuple[Part, ...]:
 
 def word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
     """Token positions (columns) of every occurrence of a word or phrase; with "cat#2", of the second one
-    only. Case and punctuation do not matter.
-
-    `length`: how many tokens the tower reads; occurrences beyond it do not count. Raises
-    UsageError where none is left.
+    only. Case and punctuation do not matter. `length`: how many tokens the tower reads; occurrences beyond it
+    do not count. Raises UsageError where none is left.
     """
     if not isinstance(phrase, str):
         raise UsageError(f"a word or phrase is needed, not {brief(phrase)}")
@@ -74,8 +72,7 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
     wanted = " ".join(phrase.lower().split())
     if wanted not in prompt.text:   # CLIP's tokenizer rewrites typography and entities in the prompt
         wanted = tokenizer().clean_fn(phrase)
-    found = _find(prompt, prompt.text, range(len(prompt.text)), wanted)
-    if found:
+    if found := _find(prompt, prompt.text, range(len(prompt.text)), wanted):
         return found
     text, origin = _without_punctuation(prompt.text)
     return _find(prompt, text, origin, _without_punctuation(wanted)[0])
@@ -83,9 +80,7 @@ def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
 
 def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list[list[int]]:
     """Token positions of each `wanted` in `text`, whose character i is character origin[i] of the prompt."""
-    own = [(i, s, e) for i, (s, e) in enumerate(prompt.spans) if e]
-    first = {s: i for i, s, _ in reversed(own) if not _within_word(prompt.text, s)}   # of several at one
-    last = {e: i for i, _, e in own if not _within_word(prompt.text, e)}              # character
+    first, last = _bounds(prompt.text, tuple(prompt.spans))
     out = []
     index = text.find(wanted) if wanted else -1
     while index >= 0:
@@ -96,9 +91,15 @@ def _find(prompt: Tokens, text: str, origin: Sequence[int], wanted: str) -> list
     return out
 
 
+@lru_cache(16)   # of a prompt, each of whose words is looked for
+def _bounds(text: str, spans: tuple[tuple[int, int], ...]) -> tuple[dict[int, int], dict[int, int]]:
+    """The first token that starts and the last that ends at a character, unless that is within a word."""
+    return ({s: i for i, (s, e) in reversed([*enumerate(spans)]) if e and not _within_word(text, s)},
+            {e: i for i, (_, e) in enumerate(spans) if e and not _within_word(text, e)})
+
+
 def _within_word(text: str, i: int) -> bool:
-    """Whether letters stand on both sides of character i's beginning: T5's pieces end there too, CLIP's do
-    not."""
+    """Whether letters stand on both sides of character i's beginning: T5's pieces end there too."""
     return 0 < i < len(text) and text[i - 1].isalpha() and text[i].isalpha()
 
 
@@ -230,7 +231,6 @@ def replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
 
 def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Tensor]:
     """Alignment A of the paper (section 3.2): A(j) is the source token of target token j, or None.
-
     -> mapper (length,) long with A(j) (0 where None), a (length,) float64: 1 where A(j) is not None.
     The ends of the two texts belong together, and so does the padding that stands in the same place in both
     (the embedding of padding depends on its place); padding where the source has words has no counterpart.
@@ -247,10 +247,8 @@ def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Ten
 
 
 def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) -> list[int | None]:
-    """Needleman-Wunsch: match 1, mismatch -1, gap 0. For each element of y its partner in x, or None.
-
-    Ties are broken as in google/prompt-to-prompt: skip an element of y, then one of x, then pair.
-    """
+    """Needleman-Wunsch: match 1, mismatch -1, gap 0. For each element of y its partner in x, or None. Ties
+    are broken as in google/prompt-to-prompt: skip an element of y, then one of x, then pair."""
     score = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i in range(1, len(x) + 1):
         for j in range(1, len(y) + 1):
@@ -274,7 +272,7 @@ def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) ->
 def official_replacement(source: Tokens, target: Tokens, length: int) -> Tensor:
     """The official mapper: after the last swapped word token j reads token j, whatever was shifted."""
     pairs = paired_words(source, target)
-    swapped = [(s, t) for (u, s), (v, t) in pairs if u != v]
+    swapped = [(s, t) for (u, s), (v, t) in pairs if u != v and max(*s, *t) < length]
     m = torch.zeros(length, length, dtype=torch.float64)
     i = j = 0
     for s, t in swapped:

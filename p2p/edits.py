@@ -29,6 +29,7 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.text import Tokens
 from p2p.request import windows
 from p2p.request.checks import choice, finite, flag, whole
+from p2p.request.words import by_breadth
 from p2p.weights.untrusted import brief
 
 Window = float | tuple[float, float]
@@ -99,8 +100,8 @@ def check(edit: Edit) -> None:
     for name, fits, wanted in (
             ("prompt", isinstance(edit.prompt, str), "a string"),
             ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
-            ("swap", mapping(edit.swap) and words(tuple((edit.swap or {"": ""}).values())),
-             '{"source word": "target word"}'),
+            ("swap", mapping(edit.swap) and words(new := tuple((edit.swap or {"": ""}).values()))
+             and len(set(new)) == len(new), '{"source word": "target word"}, each once'),
             ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope),
              "a word or a list of words")):
         if not fits:
@@ -178,16 +179,16 @@ def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int
         alpha[steps_in.start:steps_in.stop, columns] = 1
 
     fill(list(range(length)), by_word.pop("default_", (0.0, 1.0)), "cross_replace_steps")
-    for word, bounds in by_word.items():
-        fill(align.word_tokens(target, word, length), bounds, f'cross_replace_steps of "{word}"')
+    for columns, word, bounds in by_breadth(by_word, target, length):
+        fill(columns, bounds, f'cross_replace_steps of "{word}"')
     return alpha[:steps]
 
 
 def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) -> Tensor:
     """Computes c for every token of the target.  -> (length,) float64"""
     c = torch.ones(length, dtype=torch.float64)
-    for word, value in (equalizer or {}).items():
-        c[align.word_tokens(target, word, length)] = finite(f'equalizer: the weight of "{word}"', value)
+    for columns, word, value in by_breadth(equalizer or {}, target, length):
+        c[columns] = finite(f'equalizer: the weight of "{word}"', value)
     return c
 
 

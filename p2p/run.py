@@ -190,9 +190,9 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
         collector.add(step)
         x, mask, rows = step.x, step.mask, rows + step.batch.rows
         if on_step is not None:
-            version = x._version
+            before = x.clone()
             on_step(step)
-            if getattr(step, "x", None) is not x or x._version != version:
+            if not torch.equal(x, before) or getattr(step, "x", None) is not x:
                 ready.settings["changed_between_steps"] = True   # not replayed: by what is not recorded
             x = step.changed(x)
     latents, sampled = x.cpu(), time.perf_counter()
@@ -214,7 +214,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     stage's attention is not edited, as in the paper; edited: it is injected as the run's was. noise_level:
     timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). Where the
     stage is guided, it is led away from the run's negative prompt too. The settings are the run's, with those
-    of this stage under "upscale".
+    of this stage under "upscale", of several a list.
     """
     model = find_model(model)
     if not isinstance(small, Result):
@@ -241,7 +241,10 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     names = ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")
     stage = {name: large.settings[name] for name in names}
     large.edits = small.edits
-    large.settings = small.settings | {"upscale": stage | {"noise_level": noise_level, "edited": edited}}
+    stage |= {"noise_level": noise_level, "edited": edited}
+    before = small.settings.get("upscale", [])
+    stages = [*(before if isinstance(before, list) else [before]), stage]
+    large.settings = small.settings | {"upscale": stages if before else stage}
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}
     return large

@@ -28,12 +28,13 @@ def subject(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int,
     it, see `loose`; without a scope the words that differ and those with weights other than 1. aligned: the
     result of `alignment`, if it is known."""
     m, a = aligned or alignment(source, target, edit, mode, length)
-    ours, theirs = align.named_words(source), align.named_words(target)
-    reads = (m * a).bool()   # (L, L): source token i, target token j
+    ours, theirs = ([(name, columns) for name, columns in align.named_words(prompt)   # as far as it is read
+                     if not columns or min(columns) < length] for prompt in (source, target))
+    reads = (m * a).bool().tolist()   # (L, L): source token i, target token j
 
     def related(i: list[int], j: list[int]) -> bool:
         """Whether any target token of j reads any source token of i."""
-        return any(bool(reads[x, y]) for x in i for y in j if max(x, y) < length)
+        return any(reads[x][y] for x in i for y in j if max(x, y) < length)
 
     if edit.scope is not None:
         phrases = [edit.scope] if isinstance(edit.scope, str) else edit.scope

@@ -175,3 +175,8 @@ def test_a_word_that_occurs_a_thousand_times_is_looked_for_once(monkeypatch):
     monkeypatch.setattr(align, "_occurrences", lambda *a, real=align._occurrences: looked.append(a[1]) or real(*a))
     named = align.named_words(tokens("cat " * 1000))
     assert named[0] == ("cat#1", [1]) and named[-1] == ("cat#1000", [1000]) and looked == ["cat"]
+
+
+def test_the_official_mapper_reads_what_the_tower_reads():
+    m = align.official_replacement(tokens("a cat " * 20 + "on grass"), tokens("a dog " * 20 + "on grass"), 32)
+    assert m.shape == (32, 32) and torch.equal(m, torch.eye(32, dtype=torch.float64))

@@ -6,9 +6,10 @@ import torch
 import p2p
 from p2p.align import word_tokens
 from p2p.denoise import Batch
-from p2p.edits import Edit, choose_mode, cross_alpha, plan, tables, weights, window
+from p2p.edits import Edit, check, choose_mode, cross_alpha, plan, tables, weights, window
 from p2p.errors import UsageError
 from p2p.models.text import tokens
+from p2p.request.ready import prepared
 
 SOURCE, SWAP = "a cat on grass", "a dog on grass"
 
@@ -166,3 +167,34 @@ def test_an_edit_that_changes_nothing_is_said(emoji, how, said):
 def test_numpy_numbers_are_numbers():
     assert window(np.float32(0.5), "w") == (0.0, 0.5)
     assert weights({"cat": np.float32(2)}, tokens("a cat"), 8)[2] == 2
+
+
+@pytest.mark.parametrize("words", [("dog", "dog#1"), ("dog#1", "dog")])
+def test_what_is_said_of_one_occurrence_counts_beside_what_is_said_of_all(words):
+    """In whatever order; two names of the same columns must agree."""
+    target = tokens("a dog and a dog on grass")
+    c = weights({word: {"dog": 2.0, "dog#1": 3.0}[word] for word in words}, target, L)
+    assert [i for i in range(L) if c[i] == 3] == [2] and [i for i in range(L) if c[i] == 2] == [5]
+    alpha = cross_alpha({word: {"dog": 0.0, "dog#1": 1.0}[word] for word in words}, target, 4, L)
+    assert alpha[:, 2].all() and not alpha[:, 5].any()
+    with pytest.raises(UsageError, match='"dog" and "Dog" are the same word'):
+        weights({"dog": 2.0, "Dog": 3.0}, target, L)
+    assert weights({"dog": 2.0, "Dog": 2.0}, target, L)[2] == 2
+
+
+def test_two_words_are_not_swapped_for_one():
+    with pytest.raises(UsageError, match="each once"):
+        check(p2p.Edit("a dog on grass", swap={"cat": "dog", "house": "dog"}))
+
+
+def test_numbers_of_numpy_are_recorded(narrow, tmp_path):
+    easy = dict(steps=1, guidance_scale=3.0)
+    p2p.edit(narrow, "a cat", "a dog", proximal=("l0", np.float32(0.5)), **easy).save(tmp_path / "proximal")
+    p2p.edit(narrow, "a cat", "a dog", editor=p2p.MasaCtrl(start=np.float32(0.1)), **easy).save(tmp_path / "editor")
+    p2p.invert(narrow, torch.zeros(1, 3, 64, 64), "a cat", method="ddim", steps=1, final_alpha=np.float32(1)).save(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("steps", [800, 898])
+def test_as_many_steps_as_the_sampler_has_are_taken(narrow, steps):
+    """A note looks for a number of steps that reach the noisiest, some of which no sampler takes."""
+    assert prepared(narrow, "a cat", ["a dog"], steps=steps, sampler="dpm++", timestep_spacing="leading").start.schedule.steps == steps

@@ -16,6 +16,7 @@ from p2p.show.sweep import sweep
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 WHITE, HALF = torch.ones(4, 4), torch.tensor([[1.0, 0.0]])
+NO_TEXT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 BLEND = p2p.LocalBlend(words=("cat", "dog"), start=0.0)
 
 
@@ -32,6 +33,14 @@ IDLE = {   # (settings, what is the same without them, what is said)
     "threshold 0": (dict(local_blend=replace(BLEND, threshold=0.0)), {}, "at threshold 0 the words limit nothing"),
     "threshold 0 of substruct": (dict(local_blend=replace(BLEND, substruct=("grass", "grass"), threshold=(0.3, 0.0))),
                                  dict(local_blend=p2p.LocalBlend(mask=torch.zeros(2, 2), start=0.0)), "substruct leaves nothing"),
+    "a threshold for words": (dict(local_blend=p2p.LocalBlend(mask=HALF, substruct=("grass", "grass"), threshold=(0.9, 0.3), start=0.0)),
+                              dict(local_blend=p2p.LocalBlend(mask=HALF, substruct=("grass", "grass"), start=0.0)), "the first threshold"),
+    "words without a layer": (dict(target=SOURCE, equalizer={"cat": 3}, layers=NO_TEXT), dict(target=SOURCE, layers=NO_TEXT),
+                              "equalizer changes nothing: no layer that is chosen reads text"),
+    "windows without a layer": (dict(cross_replace_steps=0.3, layers=NO_TEXT), dict(layers=NO_TEXT),
+                                "cross_replace_steps changes nothing: no layer that is chosen reads text"),
+    "pixels without a layer": (dict(self_replace_steps=1.0, layers="mid"), dict(layers="mid"),
+                               "self_replace_steps changes nothing: no layer that is chosen is self-attention"),
     "weight 1": (dict(equalizer={"dog": 1.0}), {}, "it is 1"),
     "few pixels": (dict(self_max_tokens=3), dict(self_replace_steps=0.0), "self_max_tokens 3 leaves self-attention alone: its smallest maps"),
     "proximal from 0 on": (dict(proximal=("l0", 0)), {}, "proximal l0 changes nothing: from quantile 0"),

@@ -3,9 +3,11 @@ import copy
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import p2p
+from p2p.cli import replay
 from p2p.cli.parser import main
 from p2p.show.pictures import CHUNK, read_settings, save_png
 
@@ -190,3 +192,43 @@ def test_faults_of_a_changed_edit_are_found_before_the_picture_is_inverted(made,
     for change in (["--cross", "zebra=0.3"], ["--weight", "zebra=2"], ["--method", "null-text", "--negative", "fog"]):
         assert main(["edit", "--from", str(made[1]), "-o", str(tmp_path), *change]) == 2, change
     assert "zebra" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_another_method_begins_with_its_own_guidance(tmp_path, narrow, monkeypatch):
+    """Which of the former was recorded may be its default: rf-inversion's is 0, the others' 1."""
+    picture, seen = Image.effect_noise((64, 64), 100).convert("RGB"), []
+    for method, other, wanted in (("rf-inversion", "direct", 1), ("direct", "rf-inversion", 0)):
+        p2p.edit(narrow, p2p.invert(narrow, picture, SOURCE, method=method, steps=2), TARGET).save(tmp_path / method)
+        with monkeypatch.context() as patch:
+            patch.setattr(p2p, "load", lambda *_, **__: narrow)
+            patch.setattr(replay, "_same_model", lambda *_: None)
+            patch.setattr(p2p, "invert", lambda *a, real=p2p.invert, **k: seen.append(k) or real(*a, **k))
+            assert main(["edit", "--from", str(tmp_path / method / "edit.png"), "--method", other, "-q", "-o", str(tmp_path)]) == 0
+        assert seen[-1].get("inversion_guidance", wanted) == wanted and seen[-1]["method"] == other
+
+
+@pytest.mark.slow
+def test_a_rounded_trace_is_replayed_rounded(tmp_path, narrow, monkeypatch):
+    inversion = p2p.invert(narrow, Image.effect_noise((64, 64), 100).convert("RGB"), SOURCE, method="direct", steps=2)
+    r = p2p.edit(narrow, p2p.trace(narrow, inversion, dtype=torch.bfloat16), TARGET, self_replace_steps=1.0)
+    r.save(tmp_path / "made")
+    monkeypatch.setattr(p2p, "load", lambda *_, **__: narrow)
+    monkeypatch.setattr(replay, "_same_model", lambda *_: None)
+    assert r.settings["inversion"]["queries"] == "bfloat16"
+    assert main(["edit", "--from", str(tmp_path / "made" / "edit.png"), "-q", "-o", str(tmp_path)]) == 0
+    (again,) = tmp_path.glob("*-*/edit.png")
+    assert Image.open(again).tobytes() == r.images[1].tobytes()
+    stranger = r.settings | {"inversion": r.settings["inversion"] | {"queries": "load"}}
+    save_png(tmp_path / "x.png", r.images[1], stranger)
+    assert main(["edit", "--from", str(tmp_path / "x.png"), "-q", "-o", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+def test_what_was_enlarged_twice_is_not_replayed_once(emoji, tmp_path, capsys):
+    stage, small = p2p.load("emoji-upscaler"), p2p.edit(emoji, SOURCE, TARGET, steps=1, height=16, width=16)
+    twice = p2p.upscale(stage, p2p.upscale(stage, small, steps=1), steps=1)
+    assert [s["steps"] for s in twice.settings["upscale"]] == [1, 1]
+    twice.save(tmp_path / "made")
+    assert main(["edit", "--from", str(tmp_path / "made" / "edit.png"), "-o", str(tmp_path)]) == 2
+    assert "enlarged 2 times" in capsys.readouterr().err

@@ -116,3 +116,10 @@ def test_notes_come_before_the_first_step(monkeypatch, capsys, tmp_path):
     with pytest.raises(Stop):
         main(["edit", "a cat", "a dog", "--steps", "2", "-o", str(tmp_path)])
     assert "mode replace (chosen from the prompts)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [lambda x: x.numpy(), lambda x: x.data, lambda x: x], ids=["numpy", "data", "in place"])
+def test_a_step_that_was_changed_is_recorded(narrow, change):
+    """However it was: --from would make another picture."""
+    assert p2p.edit(narrow, "a cat", "a dog", on_step=lambda step: change(step.x).__iadd__(0.3), **EASY).settings["changed_between_steps"]
+    assert "changed_between_steps" not in p2p.edit(narrow, "a cat", "a dog", on_step=lambda step: step.x.sum(), **EASY).settings

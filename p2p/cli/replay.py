@@ -19,9 +19,9 @@ from p2p.image import FITS, from_base64
 from p2p.request import add_ons
 from p2p.request.checks import choice, whole
 from p2p.request.editing import edit_request
-from p2p.request.inverting import expected, settings_read, settings_recorded
+from p2p.request.inverting import GUIDANCE, expected, settings_read, settings_recorded
 from p2p.request.settings import from_settings
-from p2p.request.source import REPLACE_EMPTY
+from p2p.request.source import FOLLOW, REPLACE_EMPTY
 from p2p.request.start import guidance
 from p2p.run import Result
 from p2p.show.pictures import read_settings
@@ -117,10 +117,13 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     """Makes the inversion again that an edit's settings record, with what the options change of it. Raises
     UsageError for faults of its edits too, before it spends minutes."""
     if record["picture"] is None:
-        raise p2p.UsageError("made from latents given in Python, which are not recorded")
+        raise p2p.UsageError("made from latents given in Python, or from a trace of a prompt, which are not "
+                             "recorded; edit the prompt itself")
     arguments, method = settings_recorded(record), record["method"] if args.method is None else args.method
     if method != record["method"]:   # the others are the former method's own
-        common = ("steps", "guidance_scale", "inversion_guidance", "final_alpha", "negative_prompt")
+        common = ("steps", "guidance_scale", "final_alpha", "negative_prompt")
+        if record["inversion_guidance"] != GUIDANCE.get(record["method"], 1.0):   # not that method's default
+            common += ("inversion_guidance",)
         arguments = settings_read(method, {k: v for k, v in arguments.items() if k in common})
     given = dict(steps=args.steps, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
                  **options.inverting(args))
@@ -134,7 +137,11 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     arguments |= {"method": method, "height": picture.height, "width": picture.width}
     edit_request(model, expected(model, record["prompt"], **arguments), edits, **settings)
     inversion = p2p.invert(model, picture, record["prompt"], progress=options.progress(args), **arguments)
-    return replace(inversion, fit=choice("fit", fit, FITS))
+    inversion = replace(inversion, fit=choice("fit", fit, FITS))
+    if "queries" in record and inversion.method in FOLLOW:   # rounded, in a trace
+        dtype = choice("queries", record["queries"], ("float16", "bfloat16", "float32", "float64"))
+        inversion = p2p.trace(model, inversion, dtype=getattr(torch, dtype))
+    return inversion
 
 
 def _recorded(args: argparse.Namespace, settings: dict[str, Any]) -> p2p.Model:
@@ -217,6 +224,9 @@ def _same_model(args: argparse.Namespace, model: p2p.Model, settings: dict[str, 
 
 def _stage(args: argparse.Namespace, settings: dict[str, Any]) -> Stage:
     """Loads the super-resolution stage that a picture records. Raises UsageError, CheckpointError."""
+    if isinstance(settings, list):
+        raise p2p.UsageError(f"enlarged {len(settings)} times, which --from does not do: make the small "
+                             "picture again, and enlarge it in Python")
     refuse(args, "--from a picture that was enlarged, which does as it records",
            ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited"))
     text = _place(args, "text", (settings.get("places") or {}).get("text"))

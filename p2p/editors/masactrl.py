@@ -44,8 +44,8 @@ class MasaCtrl:
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
-        share("editor: start", self.start)
-        share("editor: layers", self.layers)
+        for name in ("start", "layers"):
+            object.__setattr__(self, name, share(f"editor: {name}", getattr(self, name)))
 
     def plan(self, unet: Network, batch: Batch, steps: int,
              device: torch.device) -> list[dict[str, AttentionEdit]]:

@@ -45,8 +45,8 @@ class PlugAndPlay:
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
-        share("editor: features", self.features)
-        share("editor: attention", self.attention)
+        for name in ("features", "attention"):
+            object.__setattr__(self, name, share(f"editor: {name}", getattr(self, name)))
         if self.source_prompt is not None:
             check_prompt(self.source_prompt)
 

@@ -30,7 +30,7 @@ class UniEdit:
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
-        finite("editor: omega", self.omega)
+        object.__setattr__(self, "omega", finite("editor: omega", self.omega))
 
     def plan(self, unet: Network, batch: Batch, steps: int, device: torch.device) -> list[Any]:
         """No attention is edited."""

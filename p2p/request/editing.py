@@ -105,7 +105,9 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     settings = understood(settings, EDITING + SAMPLING, "an edit")
     editor = _checked_editor(model, editor, record)
     sampling = Sampling(**{k: v for k, v in settings.items() if k in SAMPLING})
-    proximal_by(sampling.proximal)   # raises
+    if sampling.proximal is not None:
+        proximal_by(sampling.proximal)   # raises
+        sampling = replace(sampling, proximal=(sampling.proximal[0], float(sampling.proximal[1])))
     source = Inversion.load(source) if isinstance(source, Path) else source
     inversion = source if isinstance(source, Inversion) else None
     if inversion is not None:

@@ -134,6 +134,8 @@ def _blend(edit: Edit) -> list[str]:
     if b.substruct is None and words != substruct:
         notes.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
                      "given")
+    if b.substruct is not None and b.words is None and edit.scope is None and words != substruct:
+        notes.append("local_blend: the first threshold changes nothing: it is for words, which are not given")
     if b.words is not None and b.rivals is None and words == 0:
         notes.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
     if b.substruct is not None and substruct == 0:
@@ -179,14 +181,15 @@ def blends_without(edits: Sequence[Edit], blend: Blend, model: Model, shape: Seq
 def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape: Sequence[int]) -> list[str]:
     """Notes on settings of self-attention that do nothing here. edits: `given` with the windows that were
     chosen. shape: of the latents, (C, H, W)."""
-    pixels = model.unet.site_pixels(shape[1], shape[2])
-    sizes = [pixels[site] for site in model.unet.self_sites()]
+    pixels, all_sites = model.unet.site_pixels(shape[1], shape[2]), model.unet.self_sites()
     notes = []
     for g, e in zip(given, edits):
+        sites = layers.chosen(e.layers, model.unet)
+        sizes = [pixels[site] for site in all_sites if sites is None or sites[site][1]]
         for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
             if getattr(g, name) != DEFAULT[name]:
-                notes.append(f'"{e.prompt}": {name} changes nothing: no layer of this model is '
-                             "self-attention")
+                where = "of this model" if sites is None else "that is chosen"
+                notes.append(f'"{e.prompt}": {name} changes nothing: no layer {where} is self-attention')
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0
         limit = layers.for_network(e, model.unet).self_max_tokens
         if sizes and injected and limit and limit < min(sizes):
@@ -195,10 +198,12 @@ def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape:
     return notes
 
 
-def layers_idle(edits: Sequence[Edit], edit_tables: Sequence[Tables], unet: Network) -> list[str]:
-    """Notes on layers and emphasis that change nothing. edit_tables: of the edits."""
+def layers_idle(given: Sequence[Edit], edits: Sequence[Edit], edit_tables: Sequence[Tables],
+                unet: Network) -> list[str]:
+    """Notes on layers and emphasis that change nothing, and on what is said of words where no layer is left
+    that reads them. edits: `given` with what was chosen; edit_tables: theirs."""
     notes = []
-    for e, t in zip(edits, edit_tables):
+    for g, e, t in zip(given, edits, edit_tables):
         acts = {"cross": bool(t.reads_text().any()), "self": bool(t.inject.any())}
         sites = layers.chosen(e.layers, unet)
         if sites is not None and sites == layers.chosen((0.0, 1.0), unet):
@@ -208,6 +213,11 @@ def layers_idle(edits: Sequence[Edit], edit_tables: Sequence[Tables], unet: Netw
         elif isinstance(e.layers, Mapping):
             notes += [f'"{e.prompt}": layers of {kind}-attention change nothing: nothing is injected there '
                       "in any step" for kind in e.layers if not acts[kind]]
+        if sites is not None and acts["cross"] and not any(text for text, _ in sites.values()):
+            said = [name for name in ("equalizer", "swap", "cross_replace_steps", "aligner", "renormalise")
+                    if getattr(e if name == "equalizer" else g, name) != DEFAULT[name]]
+            notes += [f'"{e.prompt}": {name} changes nothing: no layer that is chosen reads text'
+                      for name in said]
         if e.emphasis != DEFAULT["emphasis"] and read(e.prompt).plain:
             notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
     return notes

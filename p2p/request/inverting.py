@@ -71,7 +71,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     shape = model.latent_shape(height, width)
     steps = whole("steps", model.steps if steps is None else steps)
     schedule = schedule_of(model, steps, shape[1:])
-    schedule = schedule.ending(_final(model, final_alpha))
+    schedule = schedule.ending(final_alpha := _final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
     usual = GUIDANCE.get(method, 1.0)
     inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
@@ -118,7 +118,7 @@ def _final(model: Model, final_alpha: float | None) -> float | None:
     """Raises UsageError unless a picture can be at that level."""
     if final_alpha is not None and model.flow is not None:
         raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
-    if final_alpha is not None and share("final_alpha", final_alpha) == 0:
+    if final_alpha is not None and (final_alpha := share("final_alpha", final_alpha)) == 0:
         raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
     return final_alpha
 

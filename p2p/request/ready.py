@@ -168,11 +168,14 @@ def _stepper(request: EditRequest, start: Start, before: tuple[Tensor, Level] | 
 def _recorded(request: EditRequest, start: Start) -> dict[str, Any]:
     """What the run records of itself, to be done again."""
     inversion, editor, sampling = request.inversion, request.editor, request.sampling
+    source = None if inversion is None else inversion.settings()
+    for kept in {x.dtype for x in ((inversion and inversion.queries) or {}).values()} - {request.model.dtype}:
+        source["queries"] = str(kept).removeprefix("torch.")   # of a trace: rounded
     return run_settings(request.model, "edit", start, sampling) | {
         "source": request.source, **to_settings(request.recorded, start.x.shape[2:], _fit(request)),
         "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
-        "inversion": inversion and inversion.settings()}
+        "inversion": source}
 
 
 def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[

@@ -43,7 +43,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
     notes += request.notes
     if request.editor is None:
         notes += self_idle(request.given, request.edits, request.model, shape)
-        notes += layers_idle(request.edits, edit_tables, request.model.unet)
+        notes += layers_idle(request.given, request.edits, edit_tables, request.model.unet)
     if blend is not None:
         each = zip(request.edits, request.blends, blend.start.tolist(), blend.fixed)
         notes += [f'"{e.prompt}": {why}' for e, b, start, mask in each
@@ -82,8 +82,7 @@ def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int
 
 def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
     notes = [] if isinstance(request.editor, Guiding) else editor_idle(request.editor, planned, steps)
-    scale, model = request.settled.guidance_scale, request.model
-    if isinstance(request.editor, Guiding) and model.guided(scale) and scale != model.guidance_scale:
+    if isinstance(request.editor, Guiding) and request.settled.guidance_scale != request.model.guidance_scale:
         notes.append(f"guidance_scale changes nothing: editor {type(request.editor).__name__} stands in the "
                      "place of guidance")
     for (e, t), given in zip(request.pairs(), request.given):

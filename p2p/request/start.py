@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -129,9 +130,14 @@ def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()
     if sampling.timesteps is not None:
         return [f"the first timestep is {first} of {total}: pure noise is taken for a picture of that level"]
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
-    better = next((n for n in near
-                   if model.schedule(n, sampling.sampler or model.sampler, sampling.timestep_spacing)
-                   .timesteps[0] >= 0.9 * total), None)
+
+    def reaches(n: int) -> bool:
+        with suppress(UsageError):   # more steps than the sampler has timesteps
+            how = sampling.sampler or model.sampler, sampling.timestep_spacing
+            return model.schedule(n, *how).timesteps[0] >= 0.9 * total
+        return False
+
+    better = next(filter(reaches, near), None)
     return [f"{steps} steps start at t = {first} of {total}: spaced evenly from the end, they do not "
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
