@@ -34,6 +34,7 @@ from p2p.weights.untrusted import brief
 
 Words = str | Sequence[str]
 FEATHER = 1024   # most latents
+SOFT = 2.0       # of the command line and the page, for masks of words
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class LocalBlend:
         transparent is dark), or a (H, W) tensor of 0 to 1 (stretched), bright where the edit may act: instead
         of words, or, with words, a limit to them.
     feather: latents on either side of the mask's edge over which it fades, 0: a hard edge, as in the official
-        code. Maps are coarse, so that a hard edge has steps of `level` latents.
+        code. Maps are coarse, so that a hard edge has steps of `level` latents: for masks of words the
+        command line and the page take SOFT, see `benchmarks.quality --only feather`.
 
     Outside of the mask and its feather the latents are the source's. In latent models the decoder looks a
     little beyond the mask's edge, so there the pixels near it are not.

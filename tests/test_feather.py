@@ -7,7 +7,8 @@ from PIL import Image
 
 import p2p
 from p2p.blend import Blend, feathered, local_blend
-from p2p.cli.parser import main
+from p2p.cli import options
+from p2p.cli.parser import main, parsers
 from p2p.lists import jobs, work
 from p2p.lists.together import edit_together
 from p2p.request.settings import from_settings
@@ -109,6 +110,11 @@ def test_settings_of_older_versions_are_hard(narrow):
 @pytest.mark.usefixtures("once")
 def test_from_the_command_line_a_list_and_again(narrow, tmp_path, capsys):
     short = ["--steps", "1", "--seed", "1", "-o", str(tmp_path)]
+    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    for told, wanted in ((["--blend", "cat:dog"], 2), (["--scope", "cat"], 2), (["--blend", "cat:dog", "--blend-feather", "0"], 0),
+                         (["--blend-mask", str(tmp_path / "mask.png")], 0), (["--scope", "cat", "--blend-feather", "1"], 1)):
+        args = parsers()[1]["edit"].parse_args([SOURCE, TARGET, *told])
+        assert options.targets(args, [TARGET])[0].local_blend.feather == wanted, told
     assert main(["edit", SOURCE, TARGET, "--blend", "cat:dog", "--blend-feather", "3", *short]) == 0
     made = capsys.readouterr().out.split()[1]
     wanted = p2p.edit(narrow, SOURCE, TARGET, steps=1, seed=1, local_blend=p2p.LocalBlend(words=("cat", "dog"), feather=3))

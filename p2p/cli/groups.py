@@ -89,7 +89,8 @@ def injection(parser: argparse.ArgumentParser) -> None:
                     help="the middle block's maps count too, as in RoyiRa's "
                     "code for SDXL")
     ap.add_argument("--blend-feather", type=float, metavar="N",
-                    help="latents on either side over which the mask's edge fades (0: a hard edge)")
+                    help="latents on either side over which the mask's edge fades (2, of a picture alone "
+                    "0: a hard edge, as in the official code)")
     ap.add_argument("--emphasis", choices=["attention", "embedding"],
                     help='what weights in a target, "a (red:1.3) dog", act on: attention, as --weight does '
                     "(the default), or the embedding, as in A1111 (always, in a source)")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import p2p
+from p2p.blend import SOFT
 from p2p.cli import values
 from p2p.image import open_picture
 from p2p.request.loading import find_device
@@ -82,8 +83,11 @@ def targets(args: argparse.Namespace, prompts: Sequence[str]) -> list[p2p.Edit]:
 
 
 def _with_blend(settings: dict[str, Any]) -> dict[str, Any]:
-    blend = settings.get("local_blend")
-    return settings | {"local_blend": p2p.LocalBlend(**opened(blend))} if blend else settings
+    """With the local blend, or that of a scope: the edges of maps are soft unless that is said otherwise."""
+    blend = opened(settings.get("local_blend", {}))
+    if "scope" in settings or {"words", "substruct"} & blend.keys():
+        blend = {"feather": SOFT} | blend
+    return settings | {"local_blend": p2p.LocalBlend(**blend)} if blend else settings
 
 
 def opened(blend: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from p2p.align import named_words, word_tokens
-from p2p.blend import LocalBlend
+from p2p.blend import SOFT, LocalBlend
 from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.model import Model
@@ -64,7 +64,8 @@ def _blend(model: Model, asked: Asked) -> LocalBlend | None:
     mask = mask_picture(asked.mask)
     if not any(sides) and mask is None:
         return None
-    return LocalBlend(words=(tuple(sides[0]), tuple(sides[1])) if any(sides) else None, mask=mask)
+    words = (tuple(sides[0]), tuple(sides[1])) if any(sides) else None
+    return LocalBlend(words=words, mask=mask, feather=SOFT if words else 0.0)
 
 
 def _has(prompt: Tokens, word: str, length: int) -> bool:
