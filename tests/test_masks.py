@@ -10,6 +10,7 @@ from PIL import Image
 
 import p2p
 from p2p.blend import fixed
+from p2p.blend import SOFT
 from p2p.cli.parser import main
 from p2p.edits import Edit
 from p2p.request.settings import from_dict, from_settings, to_dict, to_settings
@@ -108,7 +109,7 @@ def test_a_blend_takes_the_word_of_one_prompt_alone(narrow, capsys, tmp_path, it
     (file,) = tmp_path.glob("*/edit.png")
     said = read_settings(file)["targets"][0]["local_blend"]
     assert said[name] == list(words)
-    wanted = p2p.LocalBlend(**{"words": (["on"], ["on"]), name: words})
+    wanted = p2p.LocalBlend(**{"words": (["on"], ["on"]), name: words}, feather=SOFT)
     r = p2p.edit(narrow, SOURCE, TARGET, steps=1, seed=1, local_blend=wanted)
     assert np.array_equal(np.asarray(r.images[1]), np.asarray(Image.open(file)))
 
