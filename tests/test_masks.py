@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import p2p
-from p2p.blend import fixed
-from p2p.blend import SOFT
+from p2p.blend import SOFT, fixed
 from p2p.cli.parser import main
 from p2p.edits import Edit
 from p2p.request.settings import from_dict, from_settings, to_dict, to_settings
