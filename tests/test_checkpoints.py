@@ -113,7 +113,7 @@ def test_diffusers_opens_a_converted_folder(made, single, plain, tmp_path):
 
 
 FOLDERS = {
-    "bin": dict(safe_serialization=False), "fp16 variant": dict(variant="fp16"), "shards": dict(max_shard_size="300KB"),
+    "bin": dict(safe_serialization=False), "fp16 variant": dict(variant="fp16"), "bf16 variant": dict(variant="bf16"), "shards": dict(max_shard_size="300KB"),
     "bin shards": dict(max_shard_size="300KB", safe_serialization=False),
 }
 
@@ -126,6 +126,16 @@ def test_folder_formats(made, plain, tmp_path, how):
     shards = list((other / "unet").glob("*.index*.json"))
     assert bool(shards) == ("shards" in how)
     equal(load(other), plain)
+
+
+@pytest.mark.slow
+def test_pipelines_of_the_same_parts(made, plain, tmp_path):
+    family, _, folder = made
+    other = shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    for kind in ("StableDiffusionXLImg2Img",) if family == "sdxl" else ("StableDiffusionImg2Img", "LatentConsistencyModel"):
+        (other / "model_index.json").write_text(json.dumps(index | {"_class_name": f"{kind}Pipeline"}))
+        equal(load(other), plain)
 
 
 @pytest.mark.slow

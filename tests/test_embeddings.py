@@ -10,6 +10,7 @@ from p2p.models.text import tokens
 from p2p.request.emphasis import condition, read, token_weights
 from p2p.request.ready import unread_words
 from p2p.weights.convert import convert
+from p2p.weights.embeddings import open_words
 from p2p.weights.load import find
 
 PROMPTS = ["a photo of <cat-toy> on grass", "<cat-toy>", "grass, <Cat-Toy>s and a dog", "no such word"]
@@ -39,6 +40,7 @@ LAYOUTS = {   # (tensors) -> files
     "A1111": lambda d, v: [pickled(d / f"x{i}.pt", A1111 | {"string_to_param": {"*": t}}) for i, t in enumerate(v)],
     "A1111, parameters": lambda d, v: [pickled(d / f"x{i}.pt", A1111 | {"string_to_param": parameters(t)}) for i, t in enumerate(v)],
     "emb_params": lambda d, v: [save(d / f"x{i}.safetensors", {"emb_params": t}) for i, t in enumerate(v)],
+    "OneTrainer": lambda d, v: [save(d / f"x{i}.safetensors", {"emp_params": t}) for i, t in enumerate(v)],
     "diffusers": lambda d, v: [pickled(d / f"learned_embeds_{i}.bin", {"<cat-toy>": t}) for i, t in enumerate(v)],
     "diffusers, safetensors": lambda d, v: [save(d / f"x{i}.safetensors", {"<cat-toy>": t}) for i, t in enumerate(v)],
     "clip_l, clip_g": lambda d, v: [save(d / "x.safetensors", dict(zip(("clip_l", "clip_g"), v)))],
@@ -213,3 +215,9 @@ def test_a_model_without_such_towers_takes_none(tmp_path):
     path = save(tmp_path / "x.safetensors", {"<w>": torch.zeros(1, 64)})
     with pytest.raises(CheckpointError, match="no CLIP text tower"):
         find("emoji-upscaler", embeddings=[(path, None)])
+
+
+def test_vectors_for_the_towers_output_are_no_words(tmp_path):
+    save_file({"emp_params": torch.randn(2, 768), "emp_params_out": torch.randn(2, 768)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="emp_params_out: vectors that replace the text tower's output"):
+        open_words(tmp_path / "x.safetensors")

@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 
 
 def saved(state, path, metadata=None):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     save_file(state, path, metadata)
     return path
 
@@ -46,7 +46,10 @@ LORAS = {   # names of files (or of folders) -> sampler, steps, guidance scale, 
     "Hyper-SD15-8steps-lora": ("ddim", 8, 1.0, [999, 874]),
     "Hyper-SD15-12steps-CFG-lora": ("ddim", 12, 7.5, [999, 916]),
     "Hyper-SD15-1step-lora": ("tcd", 1, 1.0, [999]),
-    "sd_turbo_lora": ("ddim", 4, 1.0, [999, 749]),
+    "sd_turbo_lora": ("ddim", 4, 1.0, [999, 749]), "sdxlTurboLora": ("ddim", 4, 1.0, [999, 749]),
+    "dmd2_sdxl_4step_lora_fp16": ("lcm", 4, 1.0, [999, 759]),
+    "models--latent-consistency--lcm-lora-sdv1-5/snapshots/0/pytorch_lora_weights": ("lcm", 4, 1.0, [999, 759]),
+    "porsche_911_turbo": ("ddim", 50, 7.5, [981, 961]),
     "hyperrealistic_4step": ("ddim", 50, 7.5, [981, 961]), "lightning_bolts": ("ddim", 50, 7.5, [981, 961]),
     "turbocharger": ("ddim", 50, 7.5, [981, 961]), "my_0steps_hyper": ("ddim", 50, 7.5, [981, 961]),
 }
@@ -76,6 +79,7 @@ def test_metadata_say_it_too(base, tmp_path, key):
 
 FILES = {"sd_turbo": ("ddim", 4, 1.0, "eps"), "sdxl_lightning_8step": ("ddim", 8, 1.0, "eps"),
          "sdxl_lightning_1step_x0": ("ddim", 1, 1.0, "x0"), "dreamshaper_LCM": ("lcm", 4, 1.0, "eps"),
+         "dreamshaperXL_v21TurboDPMSDE": ("ddim", 4, 1.0, "eps"), "realvisV50_v50Lightning8steps": ("ddim", 8, 1.0, "eps"),
          "v1-5-pruned": ("ddim", 50, 7.5, "eps")}
 
 
@@ -87,6 +91,13 @@ def test_so_is_a_single_file(base, tmp_path, name):
     model = p2p.load(path, device="cpu")
     assert (model.sampler, model.steps, model.guidance_scale, model.prediction) == FILES[name]
     assert p2p.load(path, device="cpu", prediction="v").prediction == "v"
+
+
+@pytest.mark.parametrize("name, steps", [("models--stabilityai--sd-turbo/snapshots/0", 4), ("sd-turbo", 50)])
+def test_so_is_a_folder(base, tmp_path, name, steps):
+    """In the Hub's cache; elsewhere its scheduler config alone tells."""
+    model = p2p.load(shutil.copytree(base[0], tmp_path / name), device="cpu")
+    assert (model.steps, model.guidance_scale) == (steps, 1.0 if steps == 4 else 7.5)
 
 
 def test_a_file_with_a_guidance_embedding_is_a_latent_consistency_model(base, tmp_path):

@@ -6,6 +6,7 @@ from oracles import diffusers
 from safetensors.torch import load_file, save_file
 from test_checkpoints import load
 
+from p2p import CheckpointError
 from p2p.weights import keys
 from p2p.weights.convert import single_file
 from p2p.weights.detect import scaled_linear, zero_terminal_snr
@@ -31,6 +32,14 @@ def test_prediction_by_order(single, tmp_path):
     path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "eps"\n')
     assert saved({"v_pred": torch.zeros(0)}).prediction == "eps"
     assert find(path, prediction="v").prediction == "v"
+    scaling = "model:\n  params:\n    scaling_config:\n      target: sgm.modules.diffusionmodules.denoiser_scaling.%s\n    x:\n      target: y\n"
+    for name, wanted in (("VScaling", "v"), ("EpsScaling", "eps")):
+        path.with_suffix(".yaml").write_text(scaling % name)
+        found = saved()
+        assert (found.prediction, found.why) == (wanted, "m.yaml beside it")
+    path.with_suffix(".yaml").write_text(scaling % "EDMScaling")
+    with pytest.raises(CheckpointError, match="EDMScaling"):
+        saved()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import TensorFile
 from p2p.weights.scheduler import PREDICTION_NAMES, Flow, Sampling, scaled_linear, zero_terminal_snr
-from p2p.weights.sizes import check_sizes, read_settings
+from p2p.weights.sizes import check_sizes, told_prediction
 from p2p.weights.untrusted import parse_object
 
 LDM = ("sd1", "sd2", "sdxl")   # the original code's; their files may hold averaged weights
@@ -240,7 +240,7 @@ def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
 def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
     """What the UNet was trained to predict, and how that was found: no tensor says it for certain."""
     sidecar = file.path.with_suffix(".yaml")
-    if sidecar.is_file() and (name := read_settings(sidecar).get("parameterization")):
+    if sidecar.is_file() and (name := told_prediction(sidecar)):
         return PREDICTION_NAMES.get(name, name), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"

@@ -27,7 +27,8 @@ from p2p.weights.untrusted import brief
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 A1111 = "string_to_param"
-NAMELESS = ("emb_params", "clip_l", "clip_g")
+NAMELESS = ("emb_params", "emp_params", "clip_l", "clip_g")   # the second is OneTrainer's
+AFTER = ("emp_params_out", "clip_l_out", "clip_g_out")   # ... of vectors that come out of the text tower
 MOST = 75      # vectors of a word: what stands between the ends of a text
 SYNTAX = "()[]{}:|,\\"   # of prompts
 
@@ -86,6 +87,9 @@ def open_words(path: Path) -> tuple[TensorFile, dict[str, list[Vectors]]]:
         refuse.by_name(where, file.shapes, file.is_fp8())
         sample = ", ".join(list(file.shapes)[:3]) or "nothing"
         raise CheckpointError(f"{where}: no embedding: it holds {len(file.shapes)} tensors ({sample} ...).")
+    if after := [key for key in AFTER if key in file.shapes]:
+        raise CheckpointError(f"{where}: {', '.join(after)}: vectors that replace the text tower's output, "
+                              "which is not supported; train the embedding without output embeddings.")
     check_numbers(file, file.shapes)
     found: dict[str, list[Vectors]] = {}
     for key in file.shapes:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from p2p.weights import scheduler
 from p2p.weights.detect import FAMILY_RULE, Package
@@ -14,26 +15,39 @@ FIXED = ("pytorch_lora_weights", "adapter_model")   # files whose folders have t
 FEW = 4   # steps, where no number is said
 _COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 _KINDS = re.compile(rf"(?<![a-z])({'|'.join(scheduler.KINDS)})(?![a-z])")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])")   # dreamshaperXL_v21TurboDPMSDE
+_BASE = re.compile("sd|xl")   # what a LoRA of Turbo names beside it, and none of a car does
 
 
 def apply(package: Package, file: TensorFile) -> None:
     """Sets how a package is sampled by a file of it, or one that is merged into it, and adds a note; nothing
     where the file's name and metadata do not say, or its own header holds a scheduler's config.
 
-    Lightning and Hyper are words of styles too, so they count only beside a number of steps.
+    Lightning and Hyper are words of styles too, so they count only beside a number of steps, and Turbo of a
+    LoRA beside that or a base model. DMD2's models are sampled as latent consistency models are.
     """
-    stem = file.path.parent.name if file.path.stem in FIXED else file.path.stem
-    for text in (stem, *(file.metadata.get(key, "") for key in NAMES)):
-        kinds, count = _KINDS.findall(text.lower()), _COUNT.search(text.lower())
+    own = file is package.unet.file
+    name = _name(package.where if own else file.path)
+    for text in (name, *(file.metadata.get(key, "") for key in NAMES)):
+        text = _CAMEL.sub("_", text).lower().replace("dmd2", "lcm")
+        kinds, count = _KINDS.findall(text), _COUNT.search(text)
         steps = int(count[1]) if count and int(count[1]) else None
-        kind = next((k for k in kinds if steps or k not in ("lightning", "hyper")), None)
+        kind = next((k for k in kinds if steps or k in ("lcm", "tcd")
+                     or (k == "turbo" and (own or _BASE.search(text)))), None)
         if kind is not None and scheduler.METADATA not in file.metadata:
-            package.sampling = s = _sampling(package.sampling, kind, steps, text.lower())
+            package.sampling = s = _sampling(package.sampling, kind, steps, text)
             how = s.sampler + (" on trailing timesteps" if s.sampler == "ddim" else "")
             free = "" if s.guided or package.unet.config.guidance_dim else ", without guidance"
             package.notes.append(f"{file.path.name} is of few steps by its name or metadata ({kind}): "
                                  f"sampled by {how}, in {s.steps} steps{free}, unless a run says otherwise")
             return
+
+
+def _name(path: Path) -> str:
+    """What a model or an add-on is called. In the Hub's cache its folder says it; names of other folders of
+    models tell nothing, since their scheduler configs do."""
+    cached = next((p.name for p in (path, *path.parents) if p.name.startswith("models--")), None)
+    return cached or ("" if path.is_dir() else path.parent.name if path.stem in FIXED else path.stem)
 
 
 def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:

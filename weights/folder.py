@@ -31,7 +31,11 @@ from p2p.weights.scheduler import Sampling, scaled_linear
 from p2p.weights.sizes import check_given, per_level, read_json
 from p2p.weights.tokenizer import read_tokenizer
 
-PIPELINES = {"StableDiffusionPipeline": None, "StableDiffusionXLPipeline": "sdxl"}
+PIPELINES = {   # of the same parts
+    "StableDiffusionPipeline": None, "StableDiffusionImg2ImgPipeline": None,
+    "LatentConsistencyModelPipeline": None, "LatentConsistencyModelImg2ImgPipeline": None,
+    "StableDiffusionXLPipeline": "sdxl", "StableDiffusionXLImg2ImgPipeline": "sdxl"}
+VARIANTS = {"": "", ".fp16": "half precision", ".bf16": "half precision", ".non_ema": "not averaged"}
 AVERAGED = "unet_ema"
 EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
               "use_ema_warmup")
@@ -41,7 +45,7 @@ def candidates() -> list[str]:
     """Names that a component's weights may have, the best first: safetensors before bin, full before half
     precision."""
     out = []
-    for variant in ("", ".fp16"):
+    for variant in VARIANTS:
         for stem, suffix in (("diffusion_pytorch_model", "safetensors"), ("model", "safetensors"),
                              ("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")):
             out += [f"{stem}{variant}.{suffix}", f"{stem}{variant}.{suffix}{INDEX}",
@@ -53,8 +57,9 @@ def weights_file(folder: Path, notes: list[str]) -> TensorFile:
     """Opens a component's weights; shards by their index. Raises CheckpointError."""
     for name in candidates():
         if (folder / name).exists():
-            if "fp16" in name:
-                notes.append(f"{folder.name}: half precision (fp16 variant), the only one there")
+            if variant := next((v for v in filter(None, VARIANTS) if v in name), None):
+                notes.append(f"{folder.name}: {VARIANTS[variant]} ({variant[1:]} variant), the only one "
+                             "there")
             return open_file(folder / name)
     raise CheckpointError(f"{folder}: no weights found (diffusion_pytorch_model or model, .safetensors or "
                           ".bin expected).")

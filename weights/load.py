@@ -101,7 +101,7 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
                               "leave out vae.")
     if not isinstance(clip_skip, int) or clip_skip:
         skip_layers(package, clip_skip)
-    if package.family in LDM and package.where.is_file():
+    if package.family in LDM and (package.where.is_file() or package.sampling.sampler == "ddim"):
         few_steps.apply(package, package.unet.file)
     attach_loras(package, lora)
     attach_words(package, embeddings)

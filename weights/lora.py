@@ -25,6 +25,7 @@ from p2p.weights.untrusted import parse_object, read_text
 IN_FOLDERS = tuple(f"{stem}{suffix}" for stem in ("pytorch_lora_weights", "adapter_model")
                    for suffix in (".safetensors", ".bin"))
 BIASES = ("diff_b", "b_norm")
+PATTERNS = 10_000   # of a LoRA's alphas
 Shape = tuple[int, ...]
 
 
@@ -160,7 +161,9 @@ def _scale(add_on: AddOn, kind: str, keys: Mapping[str, str], place: Place) -> f
         return add_on.alphas[keys["alpha"]] / rank
     settings = add_on.settings.get(COMPONENTS[place.part], add_on.settings[""])
     alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+    if len(patterns := settings.get("alpha_pattern") or {}) > PATTERNS:
+        raise ValueError(f"its alpha_pattern holds {len(patterns):,} paths; no network has as many layers")
+    for pattern, value in patterns.items():
         path = pattern.removeprefix("^")
         if not re.fullmatch(r"[\w.]+", path):   # PEFT takes any regular expression; a stranger's is not run
             raise ValueError(f"its alpha_pattern {pattern[:60]!r} is no path")

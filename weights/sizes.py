@@ -16,6 +16,8 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.untrusted import kind_of, parse_json, parse_settings, read_text
 
 LEVELS = 16   # most numbers of a list, one a level of the network
+SCALINGS = {"VScaling": "v", "EpsScaling": "eps"}   # of sgm, whose other ones are other parameterizations
+_SCALING = re.compile(r"denoiser_scaling\.(\w+)")
 # The most that each may be, at least 1 (at least 0 below); a name means the same in every config that has it.
 _WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head_dim block_out_channels "
            "channels context_dim cross_attention_dim d_ff d_kv d_model encoder_hid_dim heads hidden_size "
@@ -70,6 +72,19 @@ def read_settings(path: Path) -> dict[str, str]:
         return parse_settings(read_text(path, 2**20, errors="replace"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from None
+
+
+def told_prediction(config: Path) -> str | None:
+    """What a YAML file beside a model says that it predicts: by CompVis' ldm, or Stability's sgm. Raises
+    CheckpointError."""
+    name = read_settings(config).get("parameterization")
+    scaling = _SCALING.search(read_text(config, 2**20, errors="replace"))
+    if name or scaling is None:
+        return name
+    if scaling[1] not in SCALINGS:
+        raise CheckpointError(f"{config}: {scaling[1]}; models that predict by EpsScaling or VScaling are "
+                              "supported.")
+    return SCALINGS[scaling[1]]
 
 
 def check_sizes(path: Path, config: dict[str, Any]) -> None:
