@@ -8,8 +8,11 @@ from PIL import Image
 
 import p2p
 from p2p import UsageError
+from p2p.cli import values
 from p2p.cli.parser import main
 from p2p.lists import dataset, jobs, work
+from p2p.show.pictures import difference, marked, read_settings
+from p2p.show.sweep import shown
 
 pytestmark = pytest.mark.usefixtures("once")
 JOB = {"source": "a cat on grass", "targets": ["a dog on grass"], "steps": 1, "cfg": 1}
@@ -177,3 +180,50 @@ def test_processes_that_torchrun_starts_are_not_counted_again(tmp_path, capsys, 
     monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "1")
     listed(tmp_path, JOB)
     assert run(tmp_path, "--engine", "torchrun", "--workers", "2") == 2 and "--workers: torchrun starts" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- of the command line, all at once
+
+def refused(capsys, monkeypatch, *argv):
+    """What is said of a command that is refused before anything is sampled."""
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("sampled"))
+    assert main([str(each) for each in argv]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over, given", [("self=0,0.5", ["--self", "0.9"]), ("cross=0,0.5", ["--cross", "0.9"]),
+                                         ("weight:dog=0,1", ["--weight", "dog=5"]), ("layers=up,mid", ["--layers", "up"])])
+def test_what_a_sweep_varies_is_not_given_too(tmp_path, capsys, monkeypatch, over, given):
+    said = refused(capsys, monkeypatch, "sweep", "a cat on grass", "a dog on grass", "--over", over, *given, "-o", tmp_path)
+    assert "the sweep is over that; leave it out" in said
+
+
+@pytest.mark.parametrize("given, said", [(["--upscale-steps", 0], "--upscale-steps"), (["--upscale-level", 5000], "--upscale-level"),
+                                         (["--upscale-cfg", "nan"], "--upscale-cfg"), (["--upscaler", "emoji"], "no super-resolution stage")])
+def test_a_stage_that_cannot_be_is_refused_before_there_is_a_picture(tmp_path, capsys, monkeypatch, given, said):
+    more = [] if "--upscaler" in given else ["--upscale"]
+    assert said in refused(capsys, monkeypatch, "edit", "a cat on grass", "a dog on grass", *more, *given, "-o", tmp_path)
+
+
+def test_seeds_of_a_sweep_are_exact(capsys):
+    assert values.over(["seed=9007199254740993,1234567"]) == {"seed": [9007199254740993, 1234567]}
+    assert [shown(seed) for seed in (9007199254740993, 1234567)] == ["9007199254740993", "1234567"]
+    with pytest.raises(p2p.UsageError, match="whole numbers"):
+        values.over(["seed=1.5"])
+
+
+def test_captions_of_long_prompts_take_no_time():
+    began = time.process_time()
+    source, target = "a cat " * 5000, "a dog " * 5000
+    assert difference(source, target).startswith("cat to dog") and sum(new for _, new in marked(source, target)) == 100
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.usefixtures("once")
+def test_a_blend_that_a_replay_adds_is_soft_as_any(tmp_path, capsys):
+    assert main(["edit", "a cat on grass", "a dog on grass", "--steps", "1", "-q", "-o", str(tmp_path / "made")]) == 0
+    (made,) = tmp_path.glob("made/*/edit.png")
+    for k, (told, feather) in enumerate(((["--blend", "cat:dog"], 2), (["--scope", "cat"], 2), (["--blend", "cat:dog", "--blend-feather", "0"], 0))):
+        assert main(["edit", "--from", str(made), *told, "-q", "-o", str(tmp_path / str(k))]) == 0
+        (again,) = tmp_path.glob(f"{k}/*/edit.png")
+        assert read_settings(again)["targets"][0]["local_blend"]["feather"] == feather, told

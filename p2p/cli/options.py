@@ -73,16 +73,16 @@ def say(notes: Sequence[str]) -> None:
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options set."""
-    return _with_blend(values.changed(args))
+    return with_blend(values.changed(args))
 
 
 def targets(args: argparse.Namespace, prompts: Sequence[str]) -> list[p2p.Edit]:
     """The edits that the options ask for, of these prompts."""
     settings = values.changed_by_target(args, len(prompts))
-    return [p2p.Edit(prompt, **_with_blend(each)) for prompt, each in zip(prompts, settings)]
+    return [p2p.Edit(prompt, **with_blend(each)) for prompt, each in zip(prompts, settings)]
 
 
-def _with_blend(settings: dict[str, Any]) -> dict[str, Any]:
+def with_blend(settings: dict[str, Any]) -> dict[str, Any]:
     """With the local blend, or that of a scope: the edges of maps are soft unless that is said otherwise."""
     blend = opened(settings.get("local_blend", {}))
     if "scope" in settings or {"words", "substruct"} & blend.keys():

@@ -91,8 +91,10 @@ def _changed(args: argparse.Namespace, edits: list[p2p.Edit]) -> list[p2p.Edit]:
     """The recorded edits with what the options change of each. Raises UsageError."""
     out = []
     for edit, changes in zip(edits, values.changed_by_target(args, len(edits))):
-        if blend := changes.pop("local_blend", None):
-            changes["local_blend"] = replace(edit.local_blend or p2p.LocalBlend(), **options.opened(blend))
+        if edit.local_blend is None:
+            changes = options.with_blend(changes)
+        elif blend := changes.pop("local_blend", None):
+            changes["local_blend"] = replace(edit.local_blend, **options.opened(blend))
         out.append(replace(edit, **changes))
     return out
 

@@ -7,6 +7,7 @@ from typing import Any
 import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
+from p2p.request.checks import finite, whole
 from p2p.request.ready import generation, prepared
 from p2p.run import Result, run
 from p2p.show.leakage import leakage
@@ -33,7 +34,19 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
                              "into")
     settings = dict(steps=args.upscale_steps, guidance_scale=args.upscale_cfg, noise_level=args.upscale_level,
                     edited=args.upscale_edited or None)
-    return model, {k: v for k, v in settings.items() if v is not None}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    _check_stage(name, model, settings)
+    return model, settings
+
+
+def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
+    """Raises UsageError before there is a picture to be enlarged."""
+    if not model.unet.enlarges:
+        raise p2p.UsageError(f"--upscaler {name}: no super-resolution stage, but a model of its own")
+    total = len(model.alphas_cumprod)
+    whole("--upscale-steps", settings.get("steps", 1), 1, total)
+    whole("--upscale-level", settings.get("noise_level", 0), 0, total - 1)
+    finite("--upscale-cfg", settings.get("guidance_scale", 1.0))
 
 
 def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any, **settings: Any) -> Result:

@@ -167,9 +167,17 @@ def over(items: list[str]) -> dict[str, list[Window]]:
     """NAME=VALUE,VALUE,... of a sweep"""
     named = [pair(item, "=", "--over", "NAME=VALUE,VALUE,...") for item in items]
     why = "give that with --cross, and values for all other words here"
-    return once([(name, [layers(v) if name == "layers" else cross_of_all(v, f"--over {item}", why)
+    read = {"layers": layers, "seed": _seed}
+    return once([(name, [read[name](v) if name in read else cross_of_all(v, f"--over {item}", why)
                          for v in values.split(",")])
                  for item, (name, values) in zip(items, named)], "--over")
+
+
+def _seed(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise UsageError(f"--over seed: seeds are whole numbers, not {value!r}") from None
 
 
 def proximal(args: argparse.Namespace) -> tuple[str, float] | None:

@@ -20,6 +20,7 @@ from p2p.weights.aside import replacing
 from p2p.weights.untrusted import parse_object
 
 CHUNK = "prompt_to_prompt"   # PNG text chunk that holds all settings of a run, as JSON
+COMPARED = 200               # words of two prompts that captions compare, in time that grows with their cube
 _INK, ACCENT, _PAPER = (40, 40, 46), (204, 62, 22), (255, 255, 255)
 
 
@@ -38,7 +39,7 @@ def slug(text: str, longest: int = 48) -> str:
 
 def difference(source: str, prompt: str, equalizer: Mapping[str, float] | None = None) -> str:
     """What an edit does to a prompt: "cat to dog", "with snowy", "without red", "foggy × 2"."""
-    a, b, parts = source.split(), prompt.split(), []
+    a, b, parts = source.split()[:COMPARED], prompt.split()[:COMPARED], []
     for kind, i, k, j, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         old, new = " ".join(a[i:k]), " ".join(b[j:m])
         parts += {"equal": [], "replace": [f"{old} to {new}"], "insert": [f"with {new}"],
@@ -177,9 +178,9 @@ def _at_height(picture: Image.Image, side: int) -> Image.Image:
 def marked(source: str, caption: str) -> list[tuple[str, bool]]:
     """The words of a caption, and whether each is new against the source's."""
     a, b = source.split(), caption.split()
-    unchanged = {j for m in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
-                 for j in range(m.b, m.b + m.size)}
-    return [(word, j not in unchanged) for j, word in enumerate(b)]
+    matches = SequenceMatcher(None, a[:COMPARED], b[:COMPARED], autojunk=False).get_matching_blocks()
+    unchanged = {j for m in matches for j in range(m.b, m.b + m.size)}
+    return [(word, j < COMPARED and j not in unchanged) for j, word in enumerate(b)]
 
 
 def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[str, bool]]]:

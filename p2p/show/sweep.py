@@ -56,7 +56,7 @@ def shown(value: Any, digits: int = 6) -> str:
         return " ".join(f"{kind}={shown(each, digits)}" for kind, each in value.items())
     numbers = value if isinstance(value, (list, tuple)) else (value,)
     if all(isinstance(v, Real) for v in numbers):
-        return ":".join(f"{v:.{digits}g}" for v in numbers)
+        return ":".join(str(v) if isinstance(v, Integral) else f"{v:.{digits}g}" for v in numbers)
     return "+".join(shown(each, digits) for each in numbers)
 
 
@@ -122,8 +122,12 @@ def edits_of(model: Model, source: str | Inversion | Path, target: str | Edit,
     over = _checked(over, isinstance(source, (Inversion, Path)), seed)
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
-    if "layers" in over and base.layers is not None:
-        raise UsageError("layers: the sweep is over layers; leave them out of the edit")
+    cross = base.cross_replace_steps
+    own = {"layers": base.layers, "self": base.self_replace_steps,
+           "cross": cross.get("default_") if isinstance(cross, Mapping) else cross,
+           **{f"weight:{word}": c for word, c in (base.equalizer or {}).items()}}
+    if both := [name for name in over if own.get(name) is not None]:
+        raise UsageError(f"{', '.join(both)}: the sweep is over that; leave it out of the edit")
     variants: list[dict[str, Window]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]
