@@ -127,7 +127,8 @@ def edits_of(model: Model, source: str | Inversion | Path, target: str | Edit,
            "cross": cross.get("default_") if isinstance(cross, Mapping) else cross,
            **{f"weight:{word}": c for word, c in (base.equalizer or {}).items()}}
     if both := [name for name in over if own.get(name) is not None]:
-        raise UsageError(f"{', '.join(both)}: the sweep is over {' and '.join(both)}; leave it out of the edit")
+        names = " and ".join(both)
+        raise UsageError(f"{names}: the sweep is over {names}; leave it out of the edit")
     variants: list[dict[str, Window]] = [{}]
     for name in reversed([n for n in over if n != "seed"]):   # the first named varies fastest
         variants = [{**v, name: value} for v in variants for value in over[name]]
