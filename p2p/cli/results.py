@@ -42,7 +42,7 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
 def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
     """Raises UsageError before there is a picture to be enlarged."""
     if not model.unet.enlarges:
-        raise p2p.UsageError(f"--upscaler {name}: no super-resolution stage, but a model of its own")
+        raise p2p.UsageError(f"--upscaler: {name} is no super-resolution stage, but a model of its own")
     total = len(model.alphas_cumprod)
     whole("--upscale-steps", settings.get("steps", 1), 1, total)
     whole("--upscale-level", settings.get("noise_level", 0), 0, total - 1)
