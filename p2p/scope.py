@@ -11,6 +11,7 @@ from p2p.blend import LocalBlend
 from p2p.edits import Edit, alignment
 from p2p.models.text import Tokens
 from p2p.request.windows import BRINGS, PLACES
+from p2p.request.words import read_words
 
 ARTICLES = frozenset("a an the".split())
 PHRASES = BRINGS | PLACES | ARTICLES | frozenset("of to from".split())   # words with which a phrase begins
@@ -94,5 +95,4 @@ def scoped(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) -
 
 def _others(prompt: Tokens, words: Sequence[str], length: int) -> list[str]:
     """The words of a prompt beside these, as far as the text tower reads it."""
-    return [name for name, columns in align.named_words(prompt)
-            if name not in words and columns and max(columns) < length - 1]
+    return [name for name in read_words(prompt, length) if name not in words]

@@ -12,6 +12,11 @@ from p2p.models.text import Tokens
 T = TypeVar("T")
 
 
+def read_words(prompt: Tokens, length: int) -> list[str]:
+    """The words of a prompt, as far as the text tower reads it."""
+    return [name for name, columns in align.named_words(prompt) if columns and max(columns) < length - 1]
+
+
 def by_breadth(said: Mapping[str, T], prompt: Tokens, length: int) -> list[tuple[list[int], str, T]]:
     """(columns, word, value) of each word of a prompt, those of the most columns first: what is said of
     "dog#1" counts beside what is said of "dog". Raises UsageError where two names of the same columns have

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from p2p.align import named_words, word_tokens
+from p2p.align import word_tokens
 from p2p.blend import SOFT, LocalBlend
 from p2p.edits import Edit
 from p2p.errors import UsageError
@@ -11,6 +11,7 @@ from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.prompts import check as check_prompt
+from p2p.request.words import read_words
 from p2p.web.asked import Asked, layer_choices, mask_picture
 from p2p.weights.untrusted import brief
 
@@ -25,13 +26,8 @@ def tokens_of(model: Model, asked: Asked) -> tuple[Tokens, Tokens]:
 
 def dropped_words(model: Model, asked: Asked) -> list[str]:
     """Words of faders that the edited prompt has no more."""
-    names = read_words(model, tokens_of(model, asked)[1])
+    names = read_words(tokens_of(model, asked)[1], model.length)
     return [word for word, _ in asked.weights if word not in names]
-
-
-def read_words(model: Model, prompt: Tokens) -> list[str]:
-    """The words of a prompt that its text tower reads, which faders weigh."""
-    return [name for name, columns in named_words(prompt) if columns and max(columns) < model.length - 1]
 
 
 def edit_of(model: Model, asked: Asked) -> Edit:

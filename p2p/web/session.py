@@ -23,11 +23,12 @@ from p2p.request.inverting import expected, settings_read
 from p2p.request.ready import generation, prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
+from p2p.request.words import read_words
 from p2p.run import run, stepped
 from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
-from p2p.web.edit_asked import dropped_words, edit_of, read_words, tokens_of
+from p2p.web.edit_asked import dropped_words, edit_of, tokens_of
 from p2p.web.sources import MAPS, Source, Sources, Stopped
 
 LOOK = 0.4      # share of the steps after which a preview is shown
@@ -227,7 +228,7 @@ class Session:
             sums = dict(source.maps.each_word())
         weights, maps = dict(asked.weights), sums or {}
         return tuple(Word(name, weights.get(name, 1.0), _map(maps[name]) if name in maps else None)
-                     for name in read_words(self.model, prompt))
+                     for name in read_words(prompt, self.model.length))
 
 
 def _map(values: Tensor) -> Image.Image:
