@@ -97,10 +97,11 @@ def token_weights(prompt: Weighted, tokens: Callable[[str], Tokens]) -> list[flo
 def equalizer(prompt: Weighted, tokens: Callable[[str], Tokens]) -> dict[str, float]:
     """{word: weight} of the words that are weighed, as `Edit` names them: "cat#2" is the second one."""
     whole, weights, out = tokens(prompt.text), token_weights(prompt, tokens), {}
+    known: dict[tuple[int, str], list[list[int]]] = {}
     for word, columns in align.words(whole):
         for weight, run in groupby(columns, lambda i: weights[i]):  # its punctuation may weigh something else
             if weight != 1:
-                name = align.name_of(whole, list(run), {})
+                name = align.name_of(whole, list(run), known)
                 if name is None:
                     raise UsageError(f'{brief(prompt.text)}, "{word}": {PART}')
                 out[name] = weight
