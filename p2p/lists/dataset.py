@@ -150,10 +150,12 @@ def _json(file: Path) -> Any:
 def finish(out: Path) -> Counter[str]:
     """Writes seeds.json, the list that InstructPix2Pix's `prepare_dataset.py` makes of such a folder.
     -> the counts of all prompts"""
-    write(out / "seeds.json", json.dumps([[folder.name, seeds] for folder, seeds in _seeds(out)]))
-    total = Counter()
+    total, listed = Counter(), []
     for folder in _finished(out):
         total.update(_json(folder / WHOLE))
+        if seeds := _seeds(folder):
+            listed.append([folder.name, seeds])
+    write(out / "seeds.json", json.dumps(listed))
     return total
 
 
@@ -161,16 +163,16 @@ def _finished(out: Path) -> list[Path]:
     return sorted(folder for folder in out.iterdir() if finished(folder / WHOLE))
 
 
-def _seeds(out: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The finished folders that hold pairs, and the seeds of these."""
-    for folder in _finished(out):
-        if seeds := [file.name.split("_")[0] for file in sorted(folder.glob("*_0.jpg"))]:
-            yield folder, seeds
+def _seeds(folder: Path) -> list[str]:
+    """Of the pairs in it, if there are any."""
+    return [file.name.split("_")[0] for file in sorted(folder.glob("*_0.jpg"))]
 
 
 def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], list[Path]]]:
     """Every kept sample of a finished folder: its name, its metadata, the files of both pictures."""
-    for folder, seeds in _seeds(out):
+    for folder in _finished(out):
+        if not (seeds := _seeds(folder)):
+            continue
         prompt = _json(folder / "prompt.json")
         known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d,
                                                        "no pair in it")}
