@@ -86,6 +86,8 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     try:
         with closing(finished):
             _follow(finished, waiting, len(jobs), batch.quiet)
+        if engine == "torchrun":   # then all results are there
+            all_ended()
     except BaseException as stop:
         with suppress(UsageError):   # a full disk, say, which is the error being raised
             counts = store.index(jobs, mine)
@@ -94,11 +96,7 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
                 print(f"stopped: {summary}, see {store.root / 'results.jsonl'}; the same command goes on "
                       "from there", file=sys.stderr)
         raise
-    counts = store.index(jobs, mine)
-    if engine == "torchrun":
-        all_ended()
-        counts = store.index(jobs, mine)   # the others have written theirs since
-    return counts
+    return store.index(jobs, mine)
 
 
 def _open(store: Store, job: Job, retry_failed: bool) -> bool:
