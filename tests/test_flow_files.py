@@ -103,6 +103,16 @@ def test_levels_by_the_scheduler(family, c, wanted, tmp_path):
     assert find(laid_out(tmp_path, files)).sampling.flow == wanted
 
 
+def test_a_dev_without_a_guidance_embedding_is_told_by_its_levels(tmp_path):
+    """As dev is when its guidance was trained out of it; schnell's levels are not shifted."""
+    shifted = {T: published.FLUX_SCHNELL[T], S: published.FLUX_DEV[S]}
+    unguided = find(laid_out(tmp_path / "dev", published.FLUX_DEV | shifted))
+    assert (unguided.kind, unguided.notes, unguided.unet.config.guidance) == ("dev", [], False)
+    bare = laid_out(tmp_path / "bare", published.FLUX_SCHNELL)
+    (bare / S).unlink()
+    assert find(bare).kind == "schnell" and "taken for FLUX.1 schnell" in find(bare).notes[0]
+
+
 @pytest.mark.parametrize("kind, what", [
     ("FluxFillPipeline", "FLUX.1 Fill, a FluxFillPipeline; supported"), ("FluxKontextPipeline", "FLUX.1 Kontext"),
     ("FluxControlPipeline", "FLUX.1 Canny or Depth"), ("FluxPriorReduxPipeline", "FLUX.1 Redux"), ("Flux2Pipeline", "FLUX.2"),

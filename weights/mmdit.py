@@ -35,10 +35,22 @@ SIZES = "p2p.transformer_config"   # in the metadata of a file: what shapes do n
 PROJECTED = "p2p.clip_l_projection"   # ... its CLIP-L's pooled text is projected, which no released file's is
 
 
-def kind_of(family: str, config: MMDiTConfig, name: str, told: bool | None, notes: list[str]) -> str:
-    """Which of its family it is, by its config; whether turbo as it is told, else by its name."""
+def flux_kind(guided: bool, said: Mapping[str, Any]) -> str:
+    """dev or schnell, by its guidance embedding or else its scheduler's config: a dev whose guidance was
+    trained out of it shifts its levels as dev does."""
+    return "dev" if guided or said.get("use_dynamic_shifting") else "schnell"
+
+
+def kind_of(family: str, config: MMDiTConfig, name: str, said: Mapping[str, Any], told: bool | None,
+            notes: list[str]) -> str:
+    """Which of its family it is, by its config and its scheduler's, said; whether turbo as it is told, else
+    by its name."""
     if family == "flux":
-        return "dev" if config.guidance else "schnell"
+        kind = flux_kind(config.guidance, said)
+        if kind == "schnell" and not said:
+            notes.append("without a guidance embedding, so taken for FLUX.1 schnell: few steps, without "
+                         "guidance")
+        return kind
     kind = "3.5 medium" if config.dual else "3.5 large" if config.qk_norm else "3 medium"
     if told is False or (told is None and "turbo" not in name.lower()):
         return kind
@@ -81,7 +93,7 @@ def find_in_file(file: TensorFile) -> Package:
     _check_kontext(file.path, family, config, file.metadata, notes)
     said = parsed(file, scheduler.METADATA)
     told = bool(scheduler.few_steps(file.path, said)) if said else None
-    kind = kind_of(family, config, named(file.path), told, notes)
+    kind = kind_of(family, config, named(file.path), said or {}, told, notes)
     text = _text(file, family)
     tower = t5.in_file(file, f"{COMFY}t5xxl.transformer.")
     scale, shift = latents(file, family)
@@ -161,7 +173,8 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     if config.exists():
         said = read_json(config)
         told = bool(scheduler.few_steps(config, said)) or None
-    variant = kind_of(family, unet.config, f"{named(path)} {c.get('_name_or_path', '')}", told, notes)
+    name = f"{named(path)} {c.get('_name_or_path', '')}"
+    variant = kind_of(family, unet.config, name, said, told, notes)
     sampling = scheduler.flow(usual_flow(family, variant), "a guess, the folder has no scheduler")
     if said:
         sampling = scheduler.read_flow(config, said, family, scheduler_class(index))

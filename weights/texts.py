@@ -15,7 +15,7 @@ from p2p.weights.detect import Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fill import fill
 from p2p.weights.folder import folder_text, pipeline
-from p2p.weights.mmdit import CLIP, PIPELINES, T5, check_text
+from p2p.weights.mmdit import CLIP, PIPELINES, T5, check_text, flux_kind
 from p2p.weights.sizes import read_json
 
 T5Tower = T5Encoder | EncodedPrompts | NoT5
@@ -44,9 +44,9 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5Encoder
     family = flow_family(folder)
     if family is None:
         return t5.load_t5(folder, device, dtype)
-    config = folder / "transformer" / "config.json"
-    guided = config.exists() and read_json(config).get("guidance_embeds")
-    kind = "schnell" if config.exists() and not guided else "dev"
+    configs = folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    c, said = (read_json(config) if config.exists() else {} for config in configs)
+    kind = flux_kind(bool(c.get("guidance_embeds", not c)), said)   # without a transformer: the longer text
     return t5.load_t5(folder, device, dtype, length(family, kind), masked=False)
 
 
