@@ -45,9 +45,11 @@ def shown(image: Image.Image, paper: str = "white") -> Image.Image:
     Values of 16 bits (Pillow's modes I;16 and I) are divided by 257, never stretched (of colours of 16 bits
     Pillow keeps the upper half); those of mode F count from 0 to 255, as in Pillow, and are clipped. In mode
     I nothing above 255, in mode F nothing above 1 is likely to mean 8 bits and 0 to 1, and values far outside
-    of these ranges mean another scale: they are refused. Colour profiles are left aside. Raises UsageError.
+    of these ranges mean another scale: they are refused. Colour profiles are left aside, and dropped: what is
+    made of the picture has none. Raises UsageError.
     """
     image = upright(image)
+    image.info.pop("icc_profile", None)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "La":   # premultiplied, which Pillow converts to its like alone

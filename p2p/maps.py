@@ -143,8 +143,8 @@ class AttentionMaps:
         p = self.mean(row, columns="pixels", **selection)                            # (h, w, pixels)
         flat = p.flatten(0, 1).double()
         u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
-        # the sign of a component is arbitrary: one that is the same every time
-        u = u[:, :count] * s[:count] * torch.sign(u[:, :count].sum(0) + 1e-12)
+        u = u[:, :count] * s[:count]
+        u *= torch.where((u**3).sum(0) < 0, -1, 1)   # the sign is arbitrary: the longer tail is bright
         low, high = u.amin(0), u.amax(0)
         return ((u - low) / (high - low).clamp(min=1e-12)).float().unflatten(0, p.shape[:2])
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 import p2p
 from p2p.cli.parser import main
-from p2p.show.pictures import captions, difference, grid, names, slug, table
+from p2p.show.pictures import captions, difference, grid, marked, names, slug, table
 
 SOURCE = "a cat on grass"
 
@@ -23,6 +23,19 @@ def test_captions_say_in_what_edits_of_one_prompt_differ():
     found = captions([SOURCE, "a dog", "a dog", "a cat"], edits)
     assert found == [SOURCE, "a dog (cross 0.2)", "a dog (cross 0.8 dog=0:0.4)", "a cat (cat × 2)"]
     assert captions(["a cat"], []) == ["a cat"]
+    whole, car = p2p.Edit("a car"), p2p.Edit("a car", scope=("red", "car"), layers="up")
+    assert captions(["a", "a car", "a car"], [whole, car])[1:] == ["a car", "a car (scope red:car, layers up)"]   # what it has not is not said
+
+
+def test_captions_tell_blends_of_one_prompt_apart():
+    hard, soft = (p2p.LocalBlend(words=("cat", "dog"), feather=f) for f in (0.0, 4.0))
+    edits = [p2p.Edit("a dog", local_blend=blend) for blend in (None, hard, soft)]
+    assert captions(["a cat", *["a dog"] * 3], edits)[2:] == ["a dog (blend words cat:dog, blend feather 0)", "a dog (blend words cat:dog, blend feather 4)"]
+
+
+def test_signs_at_a_word_do_not_make_it_new():
+    assert marked("a cat on grass", 'a "cat" on grass, at night!') == [
+        ("a", False), ('"cat"', False), ("on", False), ("grass,", False), ("at", True), ("night!", True)]
 
 
 @pytest.mark.parametrize("caption", ["猫が草の上にいる" * 4, "W" * 100])

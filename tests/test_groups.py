@@ -396,6 +396,8 @@ def test_components_of_a_transformer_are_refused_before_it_runs(monkeypatch, tmp
     monkeypatch.setattr("p2p.cli.commands.generated", None)
     argv = ["maps", "a cat", "--model", "emoji-flow", "--components", "--steps", "2", "-o", str(tmp_path), "--device", "cpu"]
     assert main(argv) == 2 and "no layer of this model attends to pixels alone" in capsys.readouterr().err
+    argv = ["maps", "a cat", "--components", "--site", "up", "-o", str(tmp_path), "--device", "cpu"]   # the bundled one has them going down
+    assert main(argv) == 2 and "no layer named up attends to pixels alone; those that do: down" in capsys.readouterr().err
 
 
 @pytest.mark.slow

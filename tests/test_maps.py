@@ -7,6 +7,7 @@ from PIL import Image
 import p2p
 from p2p.cli.parser import main
 from p2p.errors import UsageError
+from p2p.maps import AttentionMaps
 from p2p.show.pictures import heat, overlay
 
 pytestmark = pytest.mark.usefixtures("once")
@@ -77,6 +78,16 @@ def test_components_are_pictures_of_the_layout(run):
     assert (flat.T @ flat - torch.eye(3)).abs().max() < 1e-4   # uncorrelated
 
 
+def test_the_sign_of_a_component_is_that_of_its_maps():
+    """However their pixels are numbered: a picture and its edit are coloured alike."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        p, order = torch.rand(1, 1, 1, 36, 36, generator=g) ** 3, torch.randperm(36, generator=g)
+        one, other = (AttentionMaps([None], [0.0], (12, 12), 8, {"x": m}, frozenset("x")).components().flatten(0, 1)
+                      for m in (p, p[..., order, :][..., order]))
+        assert torch.allclose(one[order], other, atol=1e-4)
+
+
 def test_non_square_maps(sd1):
     r = p2p.generate(sd1, "a cat", steps=1, height=128, width=64, record=p2p.Record(text=1024))
     assert r.maps.sides()[0] == (16, 8) and r.maps.word("cat", side=(16, 8)).shape == (16, 8)
@@ -96,6 +107,14 @@ def test_heat_grows_brighter_and_survives_nothing():
     assert (np.diff(brightness) >= 0).all() and brightness[0] < 10 and brightness[-1] > 200
     assert np.array(heat(torch.zeros(2, 2))).max() < 10
     assert overlay(Image.new("RGB", (32, 48)), torch.rand(4, 4)).size == (32, 48)
+
+
+def test_a_map_lies_on_the_picture_as_it_is_shown():
+    """Grey of 16 bits, divided by 257 and not clipped; paper where it is transparent."""
+    grey, values = np.full((8, 8), 150 * 257, np.uint16), torch.rand(2, 2)
+    sixteen, eight = Image.fromarray(grey), Image.new("L", (8, 8), 150)
+    assert overlay(sixteen, values).tobytes() == overlay(eight, values).tobytes()
+    assert overlay(Image.new("RGBA", (8, 8)), values).tobytes() == overlay(Image.new("L", (8, 8), 255), values).tobytes()
 
 
 @pytest.mark.slow

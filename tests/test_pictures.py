@@ -121,6 +121,14 @@ def test_pictures_and_masks_are_turned_upright(mode, tmp_path):
         assert np.asarray(brightness(opened)).tolist() == [[0], [0], [200]]
 
 
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_a_profile_is_left_aside_wherever_the_picture_goes(mode):
+    """A viewer that reads one would show the picture and its reconstruction in different colours."""
+    picture = Image.new("RGB", (40, 30), "teal")
+    picture.info["icc_profile"] = b"a profile"
+    assert "icc_profile" not in fit(picture, (16, 16), mode).info and "icc_profile" in picture.info
+
+
 def test_padding_keeps_the_whole_picture():
     wide = Image.fromarray(np.arange(0, 200, 20, dtype=np.uint8)[None].repeat(2, 0))   # 10 x 2
     found = np.asarray(fit(wide, (10, 10), "pad"))[..., 0]

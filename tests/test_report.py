@@ -71,6 +71,11 @@ def test_words_that_differ_are_marked(narrow, target, source, edit):
     assert 'class="word"' not in html and "point at one" not in html   # without maps there is nothing to hover
 
 
+def test_maps_of_pixels_alone_are_no_maps_of_words(narrow):
+    page = report(p2p.edit(narrow, "a cat on grass", "a dog on grass", steps=1, record=p2p.Record(text=0, pixels=256)))
+    assert "Dotted words" not in page and "hover" not in page.split("<h1>")[1].split("<script>")[0]
+
+
 def test_where_a_local_edit_may_change_the_picture_is_shown(narrow):
     mask = torch.zeros(16, 16)
     mask[:, :8] = 1

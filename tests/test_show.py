@@ -102,7 +102,7 @@ def test_the_command_line_says_its_version_and_errors_in_two_lines(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"p2p {p2p.__version__}\n"
     assert main(["edit", "a", "b", "--stepz", "3"]) == 2
     err = capsys.readouterr().err
-    assert err == "p2p edit: unrecognized arguments: --stepz 3\np2p edit --help lists the options\n" or err.count("\n") == 2
+    assert err == "p2p edit: unrecognized arguments: --stepz 3\np2p edit --help lists the options\n"
 
 
 def test_notes_come_before_the_first_step(monkeypatch, capsys, tmp_path):

@@ -56,7 +56,7 @@ def test_captions_say_what_is_there():
             if t >= 0:
                 assert things[t] in words
                 assert c < 0 or f"{colours[c]} {things[t]}" in text
-                assert (SIZES[int(scene.size_word[i, j])] or "a") in text
+                assert SIZES[int(scene.size_word[i, j])] in [*words, ""]
         assert (" next to " in text) == bool(scene.thing[i, 1] >= 0)
 
 
@@ -81,7 +81,7 @@ def test_masks_cover_the_objects():
     empty = render(edited(scene, thing=torch.full_like(scene.thing, -1)))[0]
     changed = (picture - empty).abs().amax(1)
     above = mask[:, 0].amax(1, keepdim=True).expand_as(changed) == 0        # columns without the object, and its shadow
-    assert changed[above & (mask[:, 0] == 0)].median() < 0.01
+    assert changed[above & (mask[:, 0] == 0)].quantile(0.99) < 0.01
     assert (changed[mask[:, 0] > 0.9] > 0.05).float().mean() > 0.9
 
 

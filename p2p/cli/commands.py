@@ -195,9 +195,11 @@ def _check_unguided(args: argparse.Namespace) -> None:
 def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
     """Raises UsageError for a name of no layer, and for components without self-attention."""
     layers, site = model.unet.text_sites(), args.site
-    if args.components and not model.unet.layers(SelfAttention):
-        raise p2p.UsageError("--components: of self-attention, and no layer of this model attends to pixels "
-                             "alone")
+    pixels = [layer.site for layer in model.unet.layers(SelfAttention)]
+    if args.components and not any((site or "") in name for name in pixels):
+        raise p2p.UsageError(f"--components: of self-attention, and no layer "
+                             f"{'of this model' if site is None else f'named {site}'} attends to pixels alone"
+                             f"{'; those that do: ' if pixels else ''}{', '.join(pixels)}")
     if site is not None and not any(site in name for name in layers):
         raise p2p.UsageError(f"--site {site}: no layer that attends to text is named so; they are "
                              f"{', '.join(layers)}")

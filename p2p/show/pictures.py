@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.image import TEXT, open_picture
+from p2p.image import TEXT, open_picture, shown
 from p2p.weights.aside import replacing
 from p2p.weights.untrusted import parse_object
 
@@ -53,16 +53,22 @@ def _weights(equalizer: Mapping[str, float] | None) -> list[str]:
 
 def captions(prompts: Sequence[str], edits: Sequence[Any]) -> list[str]:
     """The prompts of a run, the source's first, each with what tells its `Edit` from others: its weights, and
-    of edits of one prompt the settings in which they differ."""
+    of edits of one prompt the settings that it has and in which they differ."""
     out = list(prompts)
     for k, edit in enumerate(edits, 1):
         twins = [e for e in edits if e.prompt == edit.prompt]
-        apart = [f.name for f in fields(edit) if f.name not in ("prompt", "equalizer", "local_blend")
-                 and any(getattr(e, f.name) != getattr(edit, f.name) for e in twins)]
-        said = [*_weights(edit.equalizer),
-                *(f"{name.removesuffix('_replace_steps')} {_brief(getattr(edit, name))}" for name in apart)]
+        apart = _apart(edit, twins, ("prompt", "equalizer", "local_blend"))
+        blend = _apart(edit.local_blend, [e.local_blend for e in twins], ("mask",))
+        said = [*_weights(edit.equalizer), *apart, *(f"blend {setting}" for setting in blend)]
         out[k] += f" ({', '.join(said)})" if said else ""
     return out
+
+
+def _apart(own: Any, all_: Sequence[Any], but: Sequence[str]) -> list[str]:
+    """The settings of a dataclass that not all have alike, as a caption has them. None has the defaults."""
+    of = [] if own is None else [(f, getattr(own, f.name)) for f in fields(own) if f.name not in but]
+    return [f"{f.name.removesuffix('_replace_steps')} {_brief(value)}" for f, value in of
+            if value is not None and any(getattr(e, f.name, f.default) != value for e in all_)]
 
 
 def _brief(value: Any) -> str:
@@ -78,13 +84,13 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str], side: int = 2
     """Pictures in a row, captions below; words that the first caption does not have are set in colour."""
     font = ImageFont.load_default(15)
     gap, line = 12, 20
-    shown = [_at_height(p, side) for p in pictures]
+    pictures = [_at_height(p, side) for p in pictures]
     captions = [_drawable(c, font) for c in captions]
-    lines = [_wrap(marked(captions[0], c), font, p.width) for c, p in zip(captions, shown)]
+    lines = [_wrap(marked(captions[0], c), font, p.width) for c, p in zip(captions, pictures)]
     height = side + 3 * gap + line * max(map(len, lines))
-    sheet = Image.new("RGB", (sum(p.width + gap for p in shown) + gap, height), _PAPER)
+    sheet = Image.new("RGB", (sum(p.width + gap for p in pictures) + gap, height), _PAPER)
     draw, x = ImageDraw.Draw(sheet), gap
-    for picture, rows in zip(shown, lines):
+    for picture, rows in zip(pictures, lines):
         sheet.paste(picture, (x, gap))
         for k, row in enumerate(rows):
             left = float(x)
@@ -136,7 +142,7 @@ def _drawable(text: str, font: Any) -> str:
     def has(c: str) -> bool:
         return c.isascii() or bytes(font.getmask(c)) != box
 
-    def shown(c: str) -> str:
+    def drawn(c: str) -> str:
         if has(c):
             return c
         if plain := "".join(filter(has, unicodedata.normalize("NFKD", c).translate(_ALIKE))):
@@ -145,7 +151,7 @@ def _drawable(text: str, font: Any) -> str:
             return ""
         return f"[{unicodedata.name(c).lower()}]" if kind[0] in "SP" else f"[u+{ord(c):x}]"
 
-    return "".join(map(shown, text.translate(_ALIKE)))
+    return "".join(map(drawn, text.translate(_ALIKE)))
 
 
 # Anchors of a dark-to-bright colour scale, evenly spaced.
@@ -167,7 +173,7 @@ def heat(values: Tensor, size: tuple[int, int] | None = None, top: float | None 
 
 def overlay(picture: Image.Image, values: Tensor, strength: float = 0.65) -> Image.Image:
     """A map (h, w) laid over the picture it belongs to."""
-    return Image.blend(picture.convert("RGB"), heat(values, picture.size), strength)
+    return Image.blend(shown(picture), heat(values, picture.size), strength)
 
 
 def _at_height(picture: Image.Image, side: int) -> Image.Image:
@@ -176,11 +182,13 @@ def _at_height(picture: Image.Image, side: int) -> Image.Image:
 
 
 def marked(source: str, caption: str) -> list[tuple[str, bool]]:
-    """The words of a caption, and whether each is new against the source's."""
-    a, b = source.split(), caption.split()
-    matches = SequenceMatcher(None, a[:COMPARED], b[:COMPARED], autojunk=False).get_matching_blocks()
+    """The words of a caption, and whether each is new against the source's, whatever signs stand at it."""
+    words = caption.split()
+    a, b = ([word.strip(",.;:!?\"'()") or word for word in text.split()[:COMPARED]]
+            for text in (source, caption))
+    matches = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
     unchanged = {j for m in matches for j in range(m.b, m.b + m.size)}
-    return [(word, j < COMPARED and j not in unchanged) for j, word in enumerate(b)]
+    return [(word, j < COMPARED and j not in unchanged) for j, word in enumerate(words)]
 
 
 def _wrap(words: list[tuple[str, bool]], font, width: int) -> list[list[tuple[str, bool]]]:

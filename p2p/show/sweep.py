@@ -118,7 +118,8 @@ def edits_of(model: Model, source: str | Inversion | Path, target: str | Edit,
     if not 1 <= len(over) <= 2 or not all(len(v) for v in over.values()):
         raise UsageError("a sweep varies one or two settings, with at least one value each")
     count = prod(len(values) for name, values in over.items() if name != "seed")
-    check_run(model, 1 + count, model.latent_shape(), 1, targets=count)   # before there is an edit for each
+    # before there is an edit for each: what the smallest pictures would take
+    check_run(model, 1 + count, model.latent_shape(model.unit, model.unit), 1, targets=count)
     over = _checked(over, isinstance(source, (Inversion, Path)), seed)
     base = target if isinstance(target, Edit) else Edit(target)
     check(base)
