@@ -34,8 +34,8 @@ class AttentionEdit(NamedTuple):
     renormalise: Tensor | None = None   # (E,) bool: divide P' V by each pixel's row sum of P', which an edit
                                         # moves away from 1 (formed of |mix|, |keep|: weights may be negative)
     pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... at sites of at most this many pixels alone, and of
-                                        # hybrid attention in joint alone; None: everywhere
+    max_pixels: Tensor | None = None    # (E,) long: ... only at sites with at most this many pixels, and
+                                        # among hybrid layers only in joint ones; None: everywhere
     cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are numbered after the batch's
 
 

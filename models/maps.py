@@ -22,21 +22,22 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
     softmax also counts pixels, both with the pixels' q and k that the edit borrows.
 
     qk: as the layer put it into `seen`. rows (R,) long: sources and edited rows, these last, in the batch's
-    order; cached ones are numbered after its last. mean: over heads, in single precision at least.
-    -> (R, h or 1, N, K) twice: the columns of the text, or in self-attention those of the pixels
+    order; cached ones are numbered after its last. mean: over heads.
+    -> (R, h or 1, N, K) twice, in single precision at least: the columns of the text, or in self-attention
+    those of the pixels
     """
     layer_edit = layer.site_edit(edit)
     if isinstance(layer, SelfAttention):
         return _pixel_maps(layer, qk, layer_edit, rows)
     q, k = layer.with_cached(layer_edit, *qk) if layer_edit is not None else qk
-    q, k = layer.split(q.index_select(0, rows), k.index_select(0, rows))         # (R, h, N, d), (R, h, K, d)
+    q, k = _heads(layer, q.index_select(0, rows), k.index_select(0, rows))       # (R, h, N, d), (R, h, K, d)
     mix = keep = renormalise = None
     if layer_edit is not None:
         mix, keep, renormalise = layer_edit.mix, layer_edit.keep, layer_edit.renormalise
     pixels = q.shape[2] if isinstance(layer, HybridAttention) and not layer.text_only else 0
     p = _text_probs(q, k, pixels)                                                # (R, h, N, L)
     if mean and renormalise is None:   # edits are linear
-        p = p.mean(1, keepdim=True, dtype=torch.promote_types(p.dtype, torch.float32))
+        p = p.mean(1, keepdim=True)
     if layer_edit is None or mix is None or keep is None:
         return p, p
     e = len(layer_edit.source)
@@ -50,9 +51,14 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
     return p, torch.cat([p[:-e], after])
 
 
+def _heads(layer: Attention, *parts: Tensor) -> list[Tensor]:
+    """(B, N, h d) -> (B, h, N, d) each, in single precision at least, as fused attention keeps its logits."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in layer.split(*parts)]
+
+
 def _pixel_maps(layer: Attention, qk: QK, edit: AttentionEdit | None, rows: Tensor) -> tuple[Tensor, Tensor]:
     def probs(q: Tensor, k: Tensor) -> Tensor:
-        return attend_probs(*layer.split(q.index_select(0, rows), k.index_select(0, rows)))
+        return attend_probs(*_heads(layer, q.index_select(0, rows), k.index_select(0, rows)))
 
     if edit is None:
         return (probs(*qk),) * 2

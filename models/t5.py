@@ -18,7 +18,9 @@ class T5Config:
     width: int = 4096
     context_length: int = 77
     pooled_dim: int | None = None
-    masked: bool = True   # padding is masked inside T5 (IF), or read as text (Stable Diffusion 3, FLUX)
+    # as DeepFloyd IF reads prompts: in small letters, padding masked inside T5; Stable Diffusion 3 and FLUX
+    # read them as they are, padding too
+    masked: bool = True
 
 
 def tokens(tokenizer: Any, prompt: str) -> Tokens:
@@ -42,7 +44,7 @@ class T5Encoder(nn.Module):
     """transformers' T5EncoderModel and its (fast) tokenizer, with the methods of
     `p2p.models.text.TextEncoder`.
 
-    Padding is masked inside T5 at most: the network attends to all `context_length` tokens.
+    Padding is masked inside T5, if anywhere: the network attends to all `context_length` tokens.
     """
 
     def __init__(self, tower: Any, tokenizer: Any, context_length: int = 77, masked: bool = True):
@@ -51,14 +53,17 @@ class T5Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.config = T5Config(tower.config.d_model, context_length, masked=masked)
 
+    def _read(self, prompt: str) -> str:
+        text = " ".join(prompt.split())
+        return text.lower() if self.config.masked else text
+
     def tokens(self, prompt: str) -> Tokens:
-        return tokens(self.tokenizer, prompt)
+        return tokens(self.tokenizer, self._read(prompt))
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one the end token) and padded."""
-        encoded = self.tokenizer([" ".join(p.split()) for p in prompts], truncation=True,
-                                 padding="max_length", max_length=self.config.context_length,
-                                 return_tensors="pt")
+        encoded = self.tokenizer([self._read(p) for p in prompts], truncation=True, padding="max_length",
+                                 max_length=self.config.context_length, return_tensors="pt")
         return encoded["input_ids"]
 
     def unknown(self, ids: Tensor) -> Tensor:

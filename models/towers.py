@@ -35,8 +35,8 @@ def joined(family: str, encoded: Sequence[Encoded]) -> Encoded:
 
 
 def groups(family: str, towers: Sequence[TextTower]) -> list[TextTower]:
-    """The towers whose tokens the context's columns are, in their order; that of several which read the same
-    tokens, the first."""
+    """The towers whose tokens make up the context's columns, in order; where several read the same tokens,
+    the first."""
     if family == "flux":
         return [*towers[-1:]]
     return [*towers[:1], *(towers[-1:] if family == "sd3" else [])]

@@ -182,7 +182,7 @@ class Collector:
             before, after = site_maps(layer, qk, step.edit, rows, mean)
             maps = torch.cat([after, before[-step.batch.targets:]]) if self.record.before else after
             if mean:
-                maps = maps.mean(1, keepdim=True, dtype=torch.float32)
+                maps = maps.mean(1, keepdim=True)
             maps_by_site[site] = maps.to("cpu", torch.float32 if mean else torch.float16)
         self.timesteps.append(step.t)
         if mean and self.steps:

@@ -251,3 +251,15 @@ def test_edit_is_one_graph_for_all_steps():
     for i in range(5):
         compiled(site.x, texts, an_edit(mix=rand(2, L, L, seed=i), keep=rand(2, L, seed=i)))
     assert len(graphs) == 2
+
+
+def test_maps_of_half_precision_are_computed_in_single():
+    """Fused attention keeps its logits so: a map that is rounded before its softmax is not what was attended to."""
+    layer = CrossAttention(64, 32, heads=2, head_dim=32)
+    layer.site = "x"
+    g = torch.Generator().manual_seed(0)
+    q, k = (4 * torch.randn(2, n, 64, generator=g).bfloat16() for n in (16, 8))
+    half, single = (site_maps(layer, pair, None, torch.arange(2))[0] for pair in ((q, k), (q.float(), k.float())))
+    assert half.dtype == torch.float32 and torch.equal(half, single)
+    pixels = SelfAttention(64, 2, 32)
+    assert torch.equal(site_maps(pixels, (q, q), None, torch.arange(2))[0], site_maps(pixels, (q.float(), q.float()), None, torch.arange(2))[0])

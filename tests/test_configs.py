@@ -324,6 +324,15 @@ def test_the_size_is_that_of_the_pipeline(tmp_path, version, side, used):
 
 
 @pytest.mark.slow
+def test_a_size_that_is_not_square_is_kept_by_converting(sd1_folder, tmp_path):
+    folder = changed(shutil.copytree(sd1_folder, tmp_path / "wide"), "unet/config.json", sample_size=[8, 12])
+    convert(find(folder), tmp_path / "one.safetensors")
+    convert(find(tmp_path / "one.safetensors"), tmp_path / "again")
+    sizes = {find(place).size for place in (folder, tmp_path / "one.safetensors", tmp_path / "again")}
+    assert len(sizes) == 1 and sizes.pop() == tuple(side * find(folder).vae.config.shrink for side in (8, 12))
+
+
+@pytest.mark.slow
 def test_sizes_that_do_not_fit_are_a_models_fault(tmp_path, made):
     """Whatever stumbles over them as the network is built."""
     from p2p.weights import fill
@@ -349,6 +358,31 @@ def test_pixels_are_bounded_as_the_config_says(tmp_path, bound):
     folder = changed(laid_out(tmp_path, published.IF), "scheduler/scheduler_config.json", **bound, variance_type="fixed_small")
     s = find(folder).sampling
     assert s.clip == ((0.9, 2.0) if bound["thresholding"] else bound.get("clip_sample_range")) and not s.learned_variance
+
+
+@pytest.mark.parametrize("kind", ["fixed_large", "fixed_small_log", "learned"])
+def test_a_variance_that_is_not_known_is_refused_of_pixels_alone(tmp_path, kind):
+    """DeepFloyd IF is sampled by DDPM, which adds it; DDIM reads none."""
+    s, said = "scheduler/scheduler_config.json", f"variance_type '{kind}'; supported: learned_range, fixed_small"
+    with pytest.raises(CheckpointError, match=said):
+        find(changed(laid_out(tmp_path / "if", published.IF), s, variance_type=kind))
+    find(changed(laid_out(tmp_path / "sd", published.SD21), s, variance_type=kind))
+
+
+def test_the_middle_inherits_from_a_bool_alone(tmp_path):
+    """As in diffusers: where a list says which blocks attend to text only, the middle is not one of them."""
+    n = len(published.IF["unet/config.json"]["block_out_channels"])
+    for value, middle in (([True] * n, "added"), (True, "added text"), (None, "added")):
+        folder = changed(laid_out(tmp_path / str(value is True), published.IF), "unet/config.json", only_cross_attention=value,
+                         mid_block_only_cross_attention=None)
+        assert find(folder).unet.config.mid_attention == middle
+
+
+@pytest.mark.parametrize("channels, said", [(9, "takes 9 channels, not the 4 .*: an inpainting model; use the text-to-image model"),
+                                            (16, "takes 16 channels, not the 4 of Stable Diffusion's latents; use another")])
+def test_other_inputs_are_named(tmp_path, channels, said):
+    with pytest.raises(CheckpointError, match=said):
+        find(changed(laid_out(tmp_path, published.SD21), "unet/config.json", in_channels=channels))
 
 
 @pytest.mark.parametrize("asked", [True, False])

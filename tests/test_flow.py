@@ -32,7 +32,9 @@ def test_levels_are_those_of_diffusers(steps):
     dev = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     schnell = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     schnell.set_timesteps(sigmas=given)
-    cases = [(SD3, 4096, sd3), (Flow(), 4096, schnell)]
+    moving = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)   # of Stable Diffusion 3: its end is not shifted
+    moving.set_timesteps(steps, mu=1.15)
+    cases = [(SD3, 4096, sd3), (Flow(), 4096, schnell), (Flow(twice=True, dynamic=FLUX_DEV.dynamic), 4096, moving)]
     for tokens in (256, 1024, 4096):
         dev.set_timesteps(sigmas=given, mu=0.5 + (tokens - 256) / (4096 - 256) * (1.15 - 0.5))
         for ours, theirs in zip(flow_schedule(FLUX_DEV, steps, tokens).levels, dev.sigmas.tolist(), strict=True):

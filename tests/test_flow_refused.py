@@ -44,7 +44,7 @@ REFUSED = {   # tensors, and what the message calls the file
     "FLUX.2": (tensors(FLUX, **zeros("double_stream_modulation_img.lin.weight")), "FLUX.2"),
     "FLUX.2 with prefix": (zeros("model.diffusion_model.single_stream_modulation.lin.weight", "x.bias", "y.bias"), "FLUX.2"),
     "Chroma": (tensors(FLUX, **zeros("distilled_guidance_layer.in_proj.weight")), "Chroma"),
-    "HunyuanVideo": (tensors(FLUX, **zeros("txt_in.individual_token_refiner.blocks.0.norm1.weight")), "a model of films"),
+    "HunyuanVideo": (tensors(FLUX, **zeros("txt_in.individual_token_refiner.blocks.0.norm1.weight")), "a video model"),
     "ControlNet of InstantX": (zeros("controlnet_blocks.0.weight", "controlnet_x_embedder.weight", "transformer_blocks.0.attn.add_q_proj.bias"),
                                "a ControlNet of Stable Diffusion 3 or FLUX"),
     "ControlNet of XLabs": (tensors(FLUX, **zeros("controlnet_blocks.0.weight")), "a ControlNet of Stable Diffusion 3 or FLUX"),

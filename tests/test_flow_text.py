@@ -1,5 +1,6 @@
 """What the text towers of Stable Diffusion 3 and FLUX give together, against diffusers' pipelines; T5 from elsewhere, or none."""
 import shutil
+from pathlib import Path
 
 import flow_models as made
 import pytest
@@ -10,10 +11,11 @@ from test_deepfloyd import t5
 import p2p
 from p2p import CheckpointError
 from p2p.cli.parser import main
-from p2p.models.t5 import NoT5
+from p2p.models.t5 import EncodedPrompts, NoT5
 from p2p.models.text import TextEncoder
 from p2p.request.emphasis import condition
 from p2p.weights.mmdit import T5
+from p2p.weights.t5 import load_prompts, save_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +126,10 @@ def test_prompts_encoded_beforehand(saved, tmp_path, capsys):
     for ask in (model.condition, lambda prompts: model.tokens(prompts[0])):
         with pytest.raises(p2p.UsageError, match='"a bird" is not among the encoded ones'):
             ask(["a bird"])
+    whole, cut = load_prompts(Path(file)), tmp_path / "cut.safetensors"
+    save_prompts(EncodedPrompts(whole.prompts, [*whole.split.values()], whole.embeddings[:, :100].contiguous(), masked=False), cut)
+    said = f"prompts encoded to 100 tokens, where {made.FAMILY[kind]} reads {whole.config.context_length}"
+    assert any(said in note for note in p2p.load(folder, device="cpu", text=cut).notes) and not any("encoded to" in note for note in model.notes)
     t5(tmp_path / "if", width=made.WIDTH)
     assert main(["encode", "a cat", "--model", str(tmp_path / "if"), "-o", str(tmp_path)]) == 0
     with pytest.raises(CheckpointError, match="its T5 did not read the padding, as for DeepFloyd IF"):

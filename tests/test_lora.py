@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import p2p
 from p2p.models.unet import UNet
 from p2p.weights.convert import convert
+from p2p.weights.deltas import Change
+from p2p.weights.files import open_file
 from p2p.weights.fill import read_tensors
 from p2p.weights.load import find
 
@@ -295,3 +297,13 @@ def test_a_pixel_model_takes_one_by_its_own_names(emoji, tmp_path):
     assert close(found.unet.get_submodule(layer).weight, emoji.unet.get_submodule(layer).weight.double() + change)
 
 
+
+
+def test_factors_go_to_where_the_weight_is(tmp_path, monkeypatch):
+    """To a GPU, of a pipeline that lies on one: here a device without numbers stands for it."""
+    tensors, _ = lora(generator(), torch.empty(8, 8))
+    save_file({end.lstrip("."): t for end, t in tensors.items()}, tmp_path / "l.safetensors")
+    up, down = (next(key for key in load_file(tmp_path / "l.safetensors") if role in key) for role in ("up", "down"))
+    change = Change(open_file(tmp_path / "l.safetensors"), "LoRA", {"up": up, "down": down}, 1.0, 1.0)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: torch.ones((), dtype=torch.bool))
+    assert change(torch.empty(8, 8, device="meta")).device.type == "meta"

@@ -14,7 +14,7 @@ from p2p.cli.parser import main
 from p2p.show.pictures import read_settings
 from p2p.weights import keys
 from p2p.weights.convert import single_file
-from p2p.weights.detect import zero_terminal_snr
+from p2p.weights.detect import scaled_linear, zero_terminal_snr
 from p2p.weights.fill import stored
 from p2p.weights.load import find
 from p2p.weights.load import load as build
@@ -198,6 +198,16 @@ def test_zero_terminal_snr_can_be_asked_for(single):
     assert torch.equal(model.alphas_cumprod, zero_terminal_snr(plain.alphas_cumprod)) and model.alphas_cumprod[-1] == 0
     assert model.schedule(7).timesteps == plain.schedule(7).timesteps and model.schedule(7).levels != plain.schedule(7).levels
     assert all(torch.equal(a, b) for a, b in zip(model.unet.state_dict().values(), plain.unet.state_dict().values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("change", [lambda abar: abar, zero_terminal_snr], ids=["usual", "zero SNR"])
+def test_a_usual_schedule_in_half_precision_is_the_usual_one(sd1_file, tmp_path, dtype, change):
+    """As files have it whose every tensor was cast."""
+    tensors, usual = load_file(sd1_file), change(scaled_linear())
+    save_file(tensors | {"alphas_cumprod": usual.to(dtype)}, tmp_path / "half.safetensors")
+    found = find(tmp_path / "half.safetensors", family="sd1", prediction="eps")
+    assert torch.equal(found.alphas_cumprod, usual) and bool(found.notes) == (change is zero_terminal_snr)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def content(model: Any, known: dict[str, str] | None = None) -> str:
     parts = [model.unet, *model.text_encoders, *([model.vae] if model.vae else [])]
     tensors = [(name, t.detach()) for part in parts for name, t in _tensors(part)]
     known = {} if known is None else known
-    sums = repr([t.sum(dtype=torch.float64).item() for _, t in tensors])
+    sums = repr([_sum(t) for _, t in tensors])
     if sums not in known:
         settings = [*(part.config for part in parts), *(getattr(model, name) for name in SET)]
         digest = hashlib.sha256(repr((settings, model.alphas_cumprod.tolist())).encode())
@@ -31,6 +31,10 @@ def content(model: Any, known: dict[str, str] | None = None) -> str:
             digest.update(t.to("cpu", torch.promote_types(t.dtype, torch.float32)).contiguous().numpy().data)
         known[sums] = digest.hexdigest()
     return known[sums]
+
+
+def _sum(t: Tensor) -> float:
+    return (t.cpu() if t.device.type == "mps" else t).sum(dtype=torch.float64).item()   # MPS has no float64
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

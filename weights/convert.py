@@ -319,7 +319,7 @@ def _save(state: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, s
 
 def _unet_config(package: Package) -> dict[str, Any]:
     c = package.unet.config
-    kinds = [bool(k) for k in c.down_attention]
+    kinds, sides = [bool(k) for k in c.down_attention], [s // package.vae.config.shrink for s in package.size]
     out = {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "block_out_channels": c.channels,
         "in_channels": c.in_channels, "out_channels": c.out_channels, "layers_per_block": c.layers_per_block,
@@ -329,7 +329,7 @@ def _unet_config(package: Package) -> dict[str, Any]:
         "up_block_types": ["CrossAttnUpBlock2D" if k else "UpBlock2D" for k in reversed(kinds)],
         "upcast_attention": c.upcast_attention, "norm_num_groups": 32, "norm_eps": 1e-5,
         "flip_sin_to_cos": True, "freq_shift": 0,
-        "sample_size": package.size[0] // package.vae.config.shrink,
+        "sample_size": sides[0] if sides[0] == sides[1] else sides,
     }
     if c.vector_dim:
         pooled = package.text[-1].config.pooled_dim

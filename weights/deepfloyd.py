@@ -37,8 +37,8 @@ def find_folder(path: Path) -> Package:
     if noising.exists():   # of the low-resolution picture
         if not torch.equal(scheduler.read(noising, read_json(noising), "if").alphas_cumprod,
                            sampling.alphas_cumprod):
-            raise CheckpointError(f"{noising}: another noise schedule than the sampler's; one for both is "
-                                  "supported.")
+            raise CheckpointError(f"{noising}: a noise schedule other than the sampler's; both must share "
+                                  "one.")
         configs.append(noising)
     side = c.get("sample_size") or 64
     size = (side, side) if isinstance(side, int) else tuple(side)
@@ -76,7 +76,9 @@ def unet_from_config(path: Path, c: dict[str, Any]) -> UNetConfig:
     up = kinds("up_block_types", {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True},
                text_only[::-1])[::-1]
     only_mid = c.get("mid_block_only_cross_attention")
-    mid = "added text" if (text_only[-1] if only_mid is None else only_mid) else "added"
+    if only_mid is None:   # of a list the middle is none
+        only_mid = c.get("only_cross_attention") is True
+    mid = "added text" if only_mid else "added"
     low = c.get("in_channels", 3) - 3 if c.get("class_embed_type") == "timestep" else 0
     text = c.get("encoder_hid_dim")
     return UNetConfig(

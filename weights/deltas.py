@@ -45,7 +45,7 @@ class Change:
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         k, n = self.share
         piece = (wide.T if self.transposed else wide).chunk(n)[k]
-        held = {role: self._read(key).to(wide.dtype) for role, key in self.keys.items()}
+        held = {role: self._read(key).to(wide) for role, key in self.keys.items()}
         changed = piece + (self.weight * self.scale) * delta(self.kind, held).reshape(piece.shape)
         if DORA in held:
             changed = changed * (1 + self.weight * (relative(held[DORA], changed) - 1))

@@ -207,7 +207,7 @@ def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
         return replace(sampling, prediction=prediction, why=why)
     abar = scaled_linear()
     if "alphas_cumprod" in file.shapes:
-        stored = _schedule(file)
+        stored = scheduler.stored(file)
         if (stored - abar).abs().max() > 1e-4:
             notes.append("the file's own noise schedule differs from Stable Diffusion's and is used")
         abar = stored
@@ -218,16 +218,6 @@ def _sampling(file: TensorFile, family: str, notes: list[str]) -> Sampling:
     if latent_consistency:
         notes.append("lcm samples (its guidance is an input, as of latent consistency models)")
     return Sampling(abar, prediction, why, sampler="lcm" if latent_consistency else "ddim")
-
-
-def _schedule(file: TensorFile) -> Tensor:
-    """A file's own noise schedule.  -> (1000,) float64"""
-    abar = file["alphas_cumprod"].double()
-    # NaN fails it too
-    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] < 1:
-        raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise "
-                              "schedule: 1000 numbers that fall from below 1 to at least 0 were expected.")
-    return abar
 
 
 def check_widths(path: Path, wanted: int, text: list[Part]) -> None:
@@ -391,7 +381,7 @@ def _own(file: TensorFile) -> Package:
         sampling = Sampling(torch.empty(0), "flow", "the file's metadata",
                             flow=Flow(float(file.metadata.get("shift", 1))))
     else:
-        sampling = Sampling(_schedule(file), file.metadata.get("prediction", "x0"), "the file's metadata",
-                            final_alpha=1.0, clip=1.0)
+        sampling = Sampling(scheduler.stored(file), file.metadata.get("prediction", "x0"),
+                            "the file's metadata", final_alpha=1.0, clip=1.0)
     return Package("emoji-flow" if flow else "emoji", file.path, Part(file, "unet.", "own", network), text,
                    None, sampling, (256, 256) if large else (64, 64))

@@ -6,7 +6,8 @@ towers read as tokens.
     of diffusers    {"<word>": (C,) or (n, C), ...}
     of SDXL         {"clip_l": (n, C), "clip_g": (n, C')}: one for each tower; the word is the file's name
 
-A tensor belongs to the tower of its width; a word must have as many vectors in every tower of the model.
+A tensor belongs to the tower of its width; a word must have the same number of vectors in every tower of
+the model.
 """
 from __future__ import annotations
 
@@ -174,8 +175,8 @@ def _complete(word: str, by_tower: Mapping[int, Vectors], package: Package) -> l
     each = [by_tower[i] for i in range(len(package.text))]
     if len({vectors.shape[0] for vectors in each}) > 1:
         numbers = " and ".join(str(vectors.shape[0]) for vectors in each)
-        raise CheckpointError(f"{where}, has {numbers} vectors in its text towers; as many are needed in "
-                              "each.")
+        raise CheckpointError(f"{where}, has {numbers} vectors in its text towers; each needs the "
+                              "same number.")
     return each
 
 

@@ -26,7 +26,7 @@ from p2p.weights.detect import (
 )
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import INDEX, Renamed, TensorFile, open_file
-from p2p.weights.refuse import by_config
+from p2p.weights.refuse import INPUTS, by_config
 from p2p.weights.scheduler import Sampling, scaled_linear
 from p2p.weights.sizes import check_given, per_level, read_json
 from p2p.weights.tokenizer import read_tokenizer
@@ -109,10 +109,12 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     index, unet_folder = read_index(path, notes), _unet_folder(path, ema, notes)
     configs, where = [path / "model_index.json"], unet_folder / "config.json"
     unet_config = {k: v for k, v in read_json(where).items() if not ema or k not in EMA_FIELDS}
-    if unet_config.get("in_channels", 4) != 4:
-        raise CheckpointError(f"{path}: its UNet takes {fields.short(unet_config['in_channels'])} channels, "
-                              "not 4 (an inpainting or editing model); use the text-to-image model that it "
-                              "was made from.")
+    takes = unet_config.get("in_channels", 4)
+    if takes != 4:
+        kind = INPUTS.get(takes) if isinstance(takes, int) else None
+        raise CheckpointError(f"{path}: its UNet takes {fields.short(takes)} channels, not the 4 of Stable "
+                              f"Diffusion's latents{f': {kind} model' if kind else ''}; use "
+                              f"{'the text-to-image model that it was made from' if kind else 'another'}.")
     widths = [unet_config.get(name)
               for name in ("cross_attention_dim", "projection_class_embeddings_input_dim")]
     if widths == [1280, 2560]:
@@ -207,8 +209,8 @@ def unet_from_config(path: Path, c: dict[str, Any], family: str) -> UNetConfig:
                               "for all levels is supported.")
     channels_in, channels_out = c.get("in_channels", 4), c.get("out_channels", 4)
     if channels_out != channels_in:
-        raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)} of in_channels "
-                              f"{fields.short(channels_in)}; as many are expected.")
+        raise CheckpointError(f"{path}: out_channels {fields.short(channels_out)}, in_channels "
+                              f"{fields.short(channels_in)}; they must be equal.")
     depth = per_level(path, "transformer_layers_per_block", c.get("transformer_layers_per_block", 1), n)
     # "attention_head_dim" holds the number of heads in these configs, an old slip of diffusers
     heads = per_level(path, "num_attention_heads or attention_head_dim",

@@ -13,7 +13,8 @@ from p2p.weights.tokenizer import CONFIGS, VOCABULARIES
 
 COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # read where they exist
-BESIDE = ("scheduler/scheduler_config.json", f"{AVERAGED}/config.json",
+BESIDE = ("scheduler/scheduler_config.json", "image_noising_scheduler/scheduler_config.json",
+          f"{AVERAGED}/config.json",
           *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2", "tokenizer_3")
             for name in (*CONFIGS, *VOCABULARIES, "spiece.model")))   # the last one is T5's
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -72,7 +73,7 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no word').splitlines()[0]}"
+    return f"{type(error).__name__}: {(str(error) or 'no details').splitlines()[0]}"
 
 
 def _fetch(repo: str, names: list[str], ema: bool) -> Path:

@@ -72,7 +72,7 @@ def find(source: Any = "emoji", family: str | None = None, prediction: str | Non
          vae: str | Path | None = None, ema: bool = False, clip_skip: int = 0,
          zero_snr: bool = False, lora: Sequence[tuple[Path, float]] = (),
          embeddings: Sequence[tuple[Path, str | None]] = ()) -> Package:
-    """Recognises "emoji" and "emoji-upscaler" (bundled), a .safetensors or .ckpt file, a diffusers folder, an
+    """Recognises a bundled model by its name (BUNDLED), a .safetensors or .ckpt file, a diffusers folder, an
     "org/name" of the Hub (which is downloaded), or a diffusers pipeline in memory, without loading it.
 
     The other arguments override what is recognised; see `p2p.load`. lora: files with their weights.

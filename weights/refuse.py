@@ -46,7 +46,7 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
       "input_hint_block", "lllite_"), "a ControlNet; use the Stable Diffusion model that it steers"),
     (("adapter.body.", "adapter.conv_in"), T2I_ADAPTER),
     (("motion_modules.", "temporal_transformer."),
-     "a motion module (AnimateDiff), which makes films; use the plain model"),
+     "a motion module (AnimateDiff), which makes videos; use the plain model"),
     (("hada_w1",), "a LoHa (a kind of LoRA)" + BESIDE),
     (("lokr_w",), "a LoKr (a kind of LoRA)" + BESIDE),
     (("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_"), "an OFT (turns of a model's weights)" + MERGE),
@@ -59,11 +59,11 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
     ((".diff$", ".diff_b$", ".w_norm$", ".b_norm$"),
      "full differences from a model, as LyCORIS saves them" + BESIDE),
     (("single_stream_modulation.", "double_stream_modulation_", "early_stream_modulations."),
-     "FLUX.2 or one of its kind, whose text and latents are others; FLUX.1 is supported"),
-    (("distilled_guidance_layer.",), "Chroma, whose modulations are others than FLUX.1's; use FLUX.1 dev or "
+     "FLUX.2 or one of its kind, whose text and latents differ; FLUX.1 is supported"),
+    (("distilled_guidance_layer.",), "Chroma, whose modulations differ from FLUX.1's; use FLUX.1 dev or "
      "schnell"),
     (("individual_token_refiner.", "double_blocks.0.img_attn_q."),
-     "a model of films (HunyuanVideo or the like); use a model of pictures"),
+     "a video model (HunyuanVideo or the like); use an image model"),
     (("single_transformer_blocks.", "attn.add_q_proj"),
      "the transformer of a diffusers folder alone; give the folder that it lies in"),
     (("adaln_single.", "t_block.1.", "double_layers.", "cap_embedder.", "blocks.0.adaLN_modulation",
@@ -71,9 +71,9 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
      "a transformer model (PixArt, AuraFlow, Lumina or the like); Stable Diffusion 3 and FLUX.1 are "
      "supported"),
     (("clip_txt_mapper", "clip_txt_pooled_mapper", "effnet_mapper"),
-     "a stage of Stable Cascade, whose networks are others"),
+     "a stage of Stable Cascade, whose networks differ"),
     (("time_stack.", "time_mixer."),
-     "a model of films (Stable Video Diffusion or the like); use a model of pictures"),
+     "a video model (Stable Video Diffusion or the like); use an image model"),
     (("emb_params", "string_to_param", "string_to_token", "clip_g$", "clip_l$"), EMBEDDING),
     (("embedder.model.visual", "noise_augmentor."),
      "an unCLIP model, driven by pictures; use the text-to-image model that it was made from"),
@@ -81,7 +81,7 @@ NAMED: tuple[tuple[tuple[str, ...], str], ...] = (
      "an EDM model (Playground 2.5, CosXL or the like), whose noise levels this project does not know"),
     (("concept_embeds", "special_care_embeds"), "a safety checker; give the model that it belongs to"),
     (("RDB1.", "rdb1.conv", "upconv1.", "HRconv."),
-     "an enlarger of pictures (ESRGAN or the like); give a text-to-image model"),
+     "an image upscaler (ESRGAN or the like); give a text-to-image model"),
 )
 TINY = "a tiny autoencoder (TAESD), which gives previews; --vae takes those of Stable Diffusion's own kind"
 INPUTS = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth-guided", 7: "an upscaling"}   # by channels

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
+from p2p.weights.files import TensorFile
 
 # diffusers' words for predictions
 PREDICTION_NAMES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -130,6 +131,8 @@ def read(where: Path, c: Mapping[str, Any], family: str, kind: str | None = None
                      "true")
     final = 1.0 if family == "if" or c.get("set_alpha_to_one", True) else None
     learned = c.get("variance_type") == "learned_range"
+    if family == "if":   # which is sampled by DDPM; DDIM reads none
+        _one_of(where, c, "variance_type", "fixed_small", ("learned_range", "fixed_small", None))
     few = few_steps(where, c)
     if few:
         notes.append(f"of few steps ({few['few_steps']}, by its scheduler config): sampled in {few['steps']}"
@@ -155,8 +158,8 @@ def read_flow(where: Path, c: Mapping[str, Any], family: str, kind: str | None =
     """The sampling of a flow by the config c of the file `where`; absent fields have the defaults of
     diffusers' class. kind: as in `read`. Raises CheckpointError.
 
-    StableDiffusion3Pipeline spaces the levels between the ends of the scheduler's table, which it has
-    shifted already; FluxPipeline from 1 to 1 / N.
+    StableDiffusion3Pipeline spaces the levels between the ends of the scheduler's table, which has been
+    shifted already unless the shift is dynamic; FluxPipeline from 1 to 1 / N.
     """
     check_class(where, kind if kind is not None else c.get("_class_name"), flow=True)
     fields.check(where, c, fields.FLOW_SCHEDULER)
@@ -181,9 +184,28 @@ def flow(levels: Flow, why: str) -> Sampling:
     return Sampling(torch.empty(0, dtype=torch.float64), "flow", why, flow=levels)
 
 
-def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str, known: tuple[str, ...]) -> str:
+def stored(file: TensorFile) -> Tensor:
+    """A single file's own noise schedule, or the usual one that it has in half precision.
+    -> (1000,) float64. Raises CheckpointError."""
+    table = file["alphas_cumprod"]
+    abar = table.double()
+    if table.dtype in (torch.float16, torch.bfloat16) and abar.shape == (1000,):
+        eps = torch.finfo(table.dtype).eps
+        for known in (scaled_linear(), zero_terminal_snr(scaled_linear())):
+            if torch.allclose(abar, known, rtol=eps, atol=eps / 64):
+                return known
+    # NaN fails it too
+    if abar.shape != (1000,) or not (abar.diff() < 0).all() or not 0 <= abar[-1] <= abar[0] < 1:
+        raise CheckpointError(f"{file.path}: alphas_cumprod, of shape {list(abar.shape)}, is no noise "
+                              "schedule: 1000 numbers that fall from below 1 to at least 0 were expected.")
+    return abar
+
+
+def _one_of(where: Path, c: Mapping[str, Any], name: str, usual: str,
+            known: tuple[str | None, ...]) -> str:
     if (value := c.get(name, usual)) not in known:
-        raise CheckpointError(f"{where}: {name} {fields.short(value)}; supported: {', '.join(known)}.")
+        names = ", ".join(filter(None, known))
+        raise CheckpointError(f"{where}: {name} {fields.short(value)}; supported: {names}.")
     return value
 
 
@@ -209,7 +231,7 @@ def _alphas(where: Path, c: Mapping[str, Any], family: str, notes: list[str]) ->
         return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
     usual = "squaredcos_cap_v2" if family == "if" else "scaled_linear"
     if (schedule := c.get("beta_schedule", usual)) != usual:
-        raise CheckpointError(f"{where}: beta_schedule {fields.short(schedule)}; supported of this family: "
+        raise CheckpointError(f"{where}: beta_schedule {fields.short(schedule)}; supported for this family: "
                               f"{usual}, or trained_betas.")
     if family == "if":
         return squared_cosine()

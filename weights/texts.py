@@ -84,6 +84,9 @@ def _t5(package: Package, where: Path | None, device: torch.device, dtype: torch
         if prompts.config.masked:
             raise CheckpointError(f"{where}: {t5.PADDING_MASKED}; encode the prompts by the folder of a "
                                   f"model of the family {package.family}.")
+        if (encoded := prompts.config.context_length) != tokens:   # padding is read as text
+            package.notes.append(f"prompts encoded to {encoded} tokens, where {package.family} reads "
+                                 f"{tokens}: pictures differ from those of its own text")
         return prompts
     if where is not None and (suffix := t5.in_folder(where)) is not None:
         part = t5.find_t5(where, suffix, package.notes)

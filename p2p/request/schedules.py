@@ -191,11 +191,12 @@ def flow_schedule(flow: Flow, steps: int, tokens: int = 0) -> Schedule:
     then shifted, s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, Eq. 23), so that more steps are noisy.
 
     tokens: of the picture, on which FLUX's shift depends. Where the shift is `twice`, the levels fall to a
-    thousandth, shifted, as in diffusers' FlowMatchEulerDiscreteScheduler; else to 1 / steps, as in FLUX.
+    thousandth, which diffusers' FlowMatchEulerDiscreteScheduler has shifted before (not by a shift that
+    depends on tokens); else to 1 / steps, as in FLUX.
     """
     if not 1 <= steps <= 1000:
         raise UsageError(f"steps must be from 1 to 1000, not {steps}")
-    shift = flow.shift
+    shift, end = flow.shift, 1 / 1000 if flow.twice else 1 / steps
     if flow.dynamic is not None:
         (low, from_), (high, to) = flow.dynamic
         shift = math.exp(from_ + (tokens - low) / (high - low) * (to - from_))
@@ -203,7 +204,8 @@ def flow_schedule(flow: Flow, steps: int, tokens: int = 0) -> Schedule:
     def shifted(sigma: float) -> float:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    sigmas = np.linspace(1, shifted(1 / 1000) if flow.twice else 1 / steps, steps).tolist()
+    end = shifted(end) if flow.twice and flow.dynamic is None else end
+    sigmas = np.linspace(1, end, steps).tolist()
     return sigma_levels(map(shifted, sigmas))
 
 
