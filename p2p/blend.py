@@ -181,15 +181,15 @@ def check(b: LocalBlend, scoped: bool = False) -> None:
                              "the source prompt, of the target prompt), each a word or a list of words")
     th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
     if len(th) > 2 or not th or not all(isinstance(v, Real) and 0 <= v < 1 for v in th):
-        raise UsageError(f"local_blend: threshold {brief(b.threshold)} must lie within 0 and 1, one number "
-                         "or two")
+        raise UsageError(f"local_blend: threshold {brief(b.threshold)}: one number or two, at least 0 and "
+                         "below 1, are expected")
     share("local_blend: start", b.start)
     if b.level is not None:
         whole("local_blend: level", b.level, most=2**31)
     choice("local_blend: keep", b.keep, ("stored", "sampled"))
     flag("local_blend: middle", b.middle)
     if not 0 <= finite("local_blend: feather", b.feather) <= FEATHER:
-        raise UsageError(f"local_blend: feather {brief(b.feather)} must lie within 0 and {FEATHER} latents")
+        raise UsageError(f"local_blend: feather {brief(b.feather)} must lie between 0 and {FEATHER} latents")
     if b.mask is not None:
         check_mask(b.mask)
 

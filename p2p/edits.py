@@ -148,7 +148,7 @@ def decided(source: Tokens, target: Tokens, edit: Edit, mode: str, length: int) 
 
 
 def window(value: Window, name: str) -> tuple[float, float]:
-    """A number or a pair as (start, end). Raises UsageError unless both lie within 0 and 1."""
+    """A number or a pair as (start, end). Raises UsageError unless both lie between 0 and 1."""
     pair = (0.0, value) if isinstance(value, Real) and not isinstance(value, bool) else value
     try:
         if not isinstance(pair, (list, tuple)) or not all(isinstance(v, Real) for v in pair):
@@ -157,7 +157,7 @@ def window(value: Window, name: str) -> tuple[float, float]:
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name}: {brief(value)} is neither a number nor a pair (start, end)") from None
     if not 0 <= lo <= hi <= 1:
-        raise UsageError(f"{name}: {brief(value)} must lie within 0 and 1, the start not after the end")
+        raise UsageError(f"{name}: {brief(value)} must lie between 0 and 1, the start not after the end")
     return lo, hi
 
 

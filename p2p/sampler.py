@@ -219,8 +219,8 @@ def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
     """The step function of a run by one of `schedules.SAMPLERS`; "ddim" is DDPM where eta is 1 and the
     network predicts a variance.
 
-    noise: one tensor a step, shared by the rows, for eta > 0 and for "lcm". before: x one level noisier than
-    the first step, and its level, for O-BELM's steps.
+    noise: one tensor a step, for all rows or for each, for eta > 0, "lcm" and "tcd". before: x one level
+    noisier than the first step, and its level, for O-BELM's steps.
     """
     previous: Any = before   # what a second-order step remembers: x or x_0, and its level
 
@@ -228,11 +228,10 @@ def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
         nonlocal previous
         level, after = schedule.levels[i:i + 2]
         z: Any = noise[i] if noise else None
+        x_0, eps = x0_and_eps(x, out, level, prediction, clip)
         if before is not None:
-            x_0, eps = x0_and_eps(x, out, level, prediction)
             (x_above, above), previous = previous, (x, level)
             return belm_step(x_above[-len(x):], x, eps, above, level, after), x_0
-        x_0, eps = x0_and_eps(x, out, level, prediction, clip)
         if sampler == "dpm++":
             x, previous = dpmpp_step(x, x_0, level, after, previous), (x_0, level)
         elif sampler == "lcm":

@@ -184,7 +184,7 @@ USAGE = {
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
     'no word "bird"': [*EDIT, "--weight", "bird=2"], "expected WORD=NUMBER": [*EDIT, "--weight", "red"],
     "'much' is not a number": [*EDIT, "--weight", "red=much"], 'no word "hat"': [*EDIT, "--cross", "hat=0.5"],
-    "within 0 and 1": [*EDIT, "--cross", "1.5"], "--self: 'x' is not a number": [*EDIT, "--self", "x"],
+    "between 0 and 1": [*EDIT, "--cross", "1.5"], "--self: 'x' is not a number": [*EDIT, "--self", "x"],
     "as many words": ["edit", "a cat", "a big cat", "--mode", "replace"], "1 to 1000": [*EDIT[:-1], "2000"],
     "whole number": [*EDIT[:-1], "0"], "invalid int value": [*EDIT[:-1], "many"], "no such file": ["edit", "--from", "absent.png"],
     "give either prompts or --from": ["edit", "a", "b", "--from", "x.png"], "eta must lie": [*EDIT, "--eta", "3"],

@@ -142,7 +142,7 @@ def test_result_records_what_is_needed(narrow, edited):
 def test_bad_requests_name_what_is_wrong(narrow):
     for words, kw in {"mode .refine.": dict(targets="a big red cat on grass", mode="replace"),
                       'no word "bird"': dict(targets=PAIR[1], equalizer={"bird": 2}),
-                      "within 0 and 1": dict(targets=PAIR[1], cross_replace_steps=1.5),
+                      "between 0 and 1": dict(targets=PAIR[1], cross_replace_steps=1.5),
                       "expected .1 or 2, 3,": dict(targets=PAIR[1], x_T=torch.zeros(1, 4, 64, 64)),
                       "whole number": dict(targets=PAIR[1], steps=0), "no target": dict(targets=[]),
                       "eta": dict(targets=PAIR[1], eta=2.0)}.items():

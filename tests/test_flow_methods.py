@@ -349,8 +349,10 @@ def test_few_step_models_are_inverted_by_ddcm_alone(models, picture, sampler):
     assert inv.steps == 4
     r = p2p.edit(model, inv, TARGET)
     assert torch.equal(r.latents[0], picture[0]) and (r.latents[1] - picture[0]).abs().max() > 1e-3
-    assert r.settings["sampler"] == sampler
-    with pytest.raises(p2p.UsageError, match="ddcm takes few steps"):
+    assert r.settings["sampler"] == sampler and torch.equal(p2p.edit(model, inv, TARGET, sampler=sampler).latents, r.latents)
+    with pytest.raises(p2p.UsageError, match=f"sampler: an inverted or traced source is sampled by {sampler}"):
+        p2p.edit(model, inv, TARGET, sampler="ddim")
+    with pytest.raises(p2p.UsageError, match=f"flow-edit inverts by DDIM, in small steps, and .* {sampler}: use ddcm, or the model"):
         p2p.invert(model, picture, SOURCE, method="flow-edit", steps=4)
 
 
@@ -424,6 +426,21 @@ def test_distilled_guidance_is_an_input_of_both_of_uni_edits_rows(models, pictur
     made = [p2p.edit(model, inv, [TARGET, SOURCE], editor=p2p.UniEdit(), guidance_scale=g).latents for g in (1.0, 4.0)]
     assert (made[0][1] - made[1][1]).abs().max() > 1e-3
     assert all((r[2] - r[0]).abs().max() < 1e-4 for r in made)
+    led = p2p.edit(model, inv, TARGET, editor=p2p.UniEdit(), guidance_scale=4.0)
+    assert not any("guidance_scale changes nothing" in note for note in led.notes)   # it does
+
+
+def test_a_flow_that_begins_late_says_so(models):
+    short, whole = (p2p.generate(models["flow"], SOURCE, timesteps=steps, height=32, width=32) for steps in ([300, 100], [1000, 500]))
+    assert any("the first timestep is 300 of 1000: pure noise is taken for" in note for note in short.notes)
+    assert not any("first timestep" in note for note in whole.notes)
+
+
+def test_the_authors_guidance_of_turbo_edit_is_not_warned_against(models, picture):
+    model = replace(models["eps"], guidance_scale=1.0, steps=4)
+    said = {method: p2p.edit(model, p2p.invert(model, picture, SOURCE, method=method), TARGET, guidance_scale=1.5).notes
+            for method in ("turbo-edit", "direct")}
+    assert ["made to run without guidance" in " ".join(notes) for notes in said.values()] == [False, True]
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ FAULTS = {   # (what a line says, what is said of it)
     "negative prompt": ({"negative_prompt": "grey"}, "nothing leads away from it"),
     "syntax of the negative prompt": ({"negative_prompt": "[grey|red]", "cfg": 2}, "in the syntax of other programs"),
     "skip": (PICTURE | {"skip": 1}, "skip, which leaves steps to run, must be a whole number from 0 to 0, not 1"),
-    "eta": (PICTURE | {"method": "edit-friendly", "eta": 0}, "eta must lie within 0 and 1, above 0"),
+    "eta": (PICTURE | {"method": "edit-friendly", "eta": 0}, "eta must lie above 0"),
     "final alpha": (PICTURE | {"final_alpha": 0.5}, "final_alpha 0.5"),
     "inversion guidance": (PICTURE | {"inversion_cfg": 1e300}, "inversion_guidance must be a finite number"),
     "inner steps": (PICTURE | {"method": "null-text", "inner_steps": 10**7}, "inner_steps must be a whole number"),

@@ -85,7 +85,7 @@ def test_a_traced_source_serves_them(narrow):
 @pytest.mark.parametrize("bad, message", [
     ("nowhere", "none is chosen by 'nowhere'"), ((0.9, 0.1), "start not after the end"), (3, "is not a part of"), ([], "is not a part of"),
     ({"both": "up"}, "is not a part of"), ("", "is not a part of"), ({"cross": "nowhere"}, "no layer is chosen for cross"),
-    ({"self": "up"}, "no layer is chosen for self"), ((0, 2), "within 0 and 1")])
+    ({"self": "up"}, "no layer is chosen for self"), ((0, 2), "between 0 and 1")])
 def test_others_are_refused(narrow, bad, message):
     with pytest.raises(UsageError, match=message):
         edited(narrow, bad)

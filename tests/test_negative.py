@@ -65,6 +65,7 @@ def test_inversions_with_guidance_and_traces_keep_theirs(narrow, tmp_path):
     (dict(method="null-text", negative_prompt="a"), "has its own in its place"),
     (dict(method="negative-prompt", negative_prompt="a"), "has its own in its place"),
     (dict(method="ddim", negative_prompt="a"), "without guidance"), (dict(method="noise", negative_prompt="a"), "without guidance"),
+    (dict(method="rf-inversion", negative_prompt="a"), "without guidance"),   # 0, its own, is without a prompt: none stands in its place
     (dict(method="direct", inversion_guidance=2, negative_prompt="[a:b:0.4]"), "a schedule")])
 def test_inversions_that_do_not_read_it_refuse_it(narrow, settings, message):
     with pytest.raises(UsageError, match=message):
@@ -77,6 +78,13 @@ def test_inversions_that_do_not_read_it_refuse_it(narrow, settings, message):
 def test_runs_that_cannot_read_it_refuse_it(narrow, settings, message):
     with pytest.raises(UsageError, match=message):
         p2p.edit(narrow, "a cat", "a dog", **EASY | settings)
+
+
+@pytest.mark.parametrize("latents_only", [True, False])
+def test_a_source_that_is_followed_reads_none(narrow, latents_only):
+    traced = p2p.trace(narrow, "a cat", latents_only=latents_only, **EASY)
+    with pytest.raises(UsageError, match='a bird.* is given for the source.*give "" for it'):
+        p2p.edit(narrow, traced, "a dog", negative_prompt=["a bird", "a house"])
 
 
 @pytest.mark.slow

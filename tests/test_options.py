@@ -70,7 +70,7 @@ def test_a_sweep_over_windows(emoji):
     assert (done.runs[0].latents[1] - alone.latents[1]).abs().max() < 1e-4
     with pytest.raises(p2p.UsageError, match="names a value twice: 0.5:1, 0.5:1"):
         sweep(emoji, *PROMPTS, {"cross": [(0.5, 1), [0.5, 1]]}, steps=2)
-    with pytest.raises(p2p.UsageError, match="cross: .* must lie within 0 and 1"):
+    with pytest.raises(p2p.UsageError, match="cross: .* must lie between 0 and 1"):
         sweep(emoji, *PROMPTS, {"cross": [(0.5, 2)]}, steps=2)
 
 

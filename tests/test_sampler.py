@@ -127,5 +127,9 @@ def test_steps_from_pure_noise_divide_by_nothing(from_noise):
         assert p2p.generate(from_noise, "a cat", steps=2, eta=eta, height=64, width=64).latents.isfinite().all()
     with pytest.raises(p2p.UsageError, match="at t = 999 there is nothing but noise.*no sigma is so large"):
         schedules.sigma_schedule(from_noise.alphas_cumprod, 3)
+    multistep = p2p.generate(from_noise, "a cat", steps=3, sampler="dpm++", height=64, width=64)   # its first step is of first order
+    first = p2p.generate(from_noise, "a cat", steps=1, sampler="dpm++", height=64, width=64)
+    assert multistep.latents.isfinite().all()
+    assert torch.allclose(first.latents, p2p.generate(from_noise, "a cat", steps=1, height=64, width=64).latents, atol=0.1)
     with pytest.raises(p2p.UsageError, match="belm cannot begin"):
         sampler.belm_step(*[torch.zeros(1)] * 3, *map(Level.of, (0.0, 0.5, 0.9)))

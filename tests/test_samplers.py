@@ -109,7 +109,7 @@ def test_four_steps_unless_told(narrow):
 
 def test_an_inverted_source_has_its_own(narrow):
     inv = p2p.invert(narrow, torch.zeros(1, 3, 16, 16), "a cat", method="ddim", steps=2)
-    with pytest.raises(UsageError, match="sampler: an inverted or traced source is sampled by DDIM"):
+    with pytest.raises(UsageError, match="sampler: an inverted or traced source is sampled by ddim"):
         p2p.edit(narrow, inv, "a dog", sampler="dpm++")
 
 

@@ -121,7 +121,7 @@ def test_sweep_shares_its_source_and_lays_out_its_table(narrow):
 
 
 @pytest.mark.parametrize("over, message", [({}, "one or two"), ({"cross": []}, "at least one"), ({"size": [1]}, '"size" is not known'),
-                                           ({"cross": [1], "self": [1], "seed": [1]}, "one or two"), ({"cross": [2.0]}, "within 0 and 1")])
+                                           ({"cross": [1], "self": [1], "seed": [1]}, "one or two"), ({"cross": [2.0]}, "between 0 and 1")])
 def test_bad_sweeps_are_named(narrow, over, message):
     with pytest.raises(UsageError, match=message):
         sweep(narrow, SOURCE, TARGET, over, steps=1)

@@ -33,10 +33,21 @@ def test_no_guidance_is_half_the_rows(narrow):
 
 
 @pytest.mark.parametrize("other, what", [(dict(steps=3), "steps"), (dict(height=96), "height"), (dict(eta=1.0), "eta"),
-                                         (dict(guidance_scale=1.0), "guidance_scale")])
+                                         (dict(guidance_scale=1.0), "with and without guidance cannot")])
 def test_what_cannot_share_a_batch_is_said(narrow, other, what):
     with pytest.raises(p2p.UsageError, match=what):
         edit_together(narrow, [JOBS[0] | dict(steps=2), JOBS[0] | dict(steps=2) | other])
+
+
+def test_a_mask_alone_and_words_share_a_batch(narrow):
+    half = torch.zeros(64, 64)
+    half[:, :32] = 1
+    masked = dict(source="a cat on grass", targets="a dog on grass", seed=5, local_blend=p2p.LocalBlend(mask=half))
+    for pair in ((masked, JOBS[2]), (JOBS[2], masked)):
+        jobs = [job | dict(steps=2) for job in pair]
+        for job, together in zip(jobs, edit_together(narrow, jobs)):
+            alone = p2p.edit(narrow, **job)
+            assert (together.latents - alone.latents).abs().max() < 1e-4 and torch.equal(together.masks, alone.masks)
 
 
 def test_maps_are_not_recorded_together(narrow):

@@ -40,14 +40,16 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
     common = [{"timesteps": r.start.schedule.timesteps, "noise levels": r.start.schedule.levels,
                "sampler": r.start.sampler,
                "height, width": r.start.size, "eta": r.start.eta,
-               "guidance_scale 1, or not": r.start.guidance_scale == 1,
-               "level and middle of blends": (r.blend.side, r.blend.sites) if r.blend else None}
+               "level and middle of blends": (r.blend.side, r.blend.sites)
+               if r.blend and r.blend.sites else None}   # a mask alone has none
               for r in ready]
     for name in common[0] if common else ():
         values = {settings[name] for settings in common} - {None}
         if len(values) > 1:
             raise UsageError(f"edits run together need the same {name}, not "
                              f"{' and '.join(map(str, sorted(values)))}")
+    if len({r.batch.guided for r in ready}) > 1:
+        raise UsageError("edits with and without guidance cannot run together")
     if not ready:
         return []
     start, targets = ready[0].start, sum(len(r.prompts) - 1 for r in ready)
@@ -85,7 +87,7 @@ def _conditioned(parts: Sequence[Conditioning], ordered: Callable[[list[Any]], l
 
 
 def _blends(blends: Sequence[Blend | None], targets: Sequence[int]) -> Blend | None:
-    template = next(filter(None, blends), None)
+    template = max(filter(None, blends), key=lambda b: len(b.sites), default=None)
     if template is None:
         return None
     parts = [b or _no_blend(template, n) for b, n in zip(blends, targets)]

@@ -79,7 +79,7 @@ def finite(name: str, value: object) -> float:
 
 def within(name: str, value: object, most: float) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most:
-        raise UsageError(f"{name} must lie within 0 and {most}, not {brief(value)}")
+        raise UsageError(f"{name} must lie between 0 and {most}, not {brief(value)}")
     return float(value)
 
 

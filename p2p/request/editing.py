@@ -122,7 +122,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     check_negative(model, sampling.negative_prompt, settled.guidance_scale, 1 + n, inversion)
     given = [weights_as_equalizer(model, e) for e in written]   # brackets leave their prompts
     if editor is not None:
-        refuse_p2p_settings(given)
+        refuse_p2p_settings(written, given)
     tokens = _tokens(model, [source, *(e.prompt for e in given)], editor, sampling)
     edits = [decided(tokens[0], t, e, choose_mode(tokens[0], e, t), model.length)
              for e, t in zip(given, tokens[1:])]
@@ -192,10 +192,12 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
+    # ddcm: the steps are the model's own, at its sampler's timesteps
+    own = model.sampler if model.sampler in DISTILLED else "ddim"
     for name in ("sampler", "timestep_spacing", "timesteps"):
         value = getattr(sampling, name)
-        if value is not None and not (isinstance(value, str) and value == "ddim"):
-            raise UsageError(f"{name}: an inverted or traced source is sampled by DDIM, at its own "
+        if value is not None and not (name == "sampler" and value == own):
+            raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at its own "
                              "timesteps; leave it out")
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
     for name, stored in fixed.items():
@@ -214,9 +216,8 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     negative = sampling.negative_prompt
     if negative is None and model.guided(scale):
         negative = inversion.negative_prompt
-    few = model.sampler in DISTILLED   # ddcm: the steps are its own, at the sampler's timesteps
-    return replace(sampling, sampler=model.sampler if few else "ddim", negative_prompt=negative,
-                   steps=inversion.steps, eta=None if few else inversion.eta, x_T=inversion.latents[-1:],
+    return replace(sampling, sampler=own, negative_prompt=negative, steps=inversion.steps,
+                   eta=inversion.eta if own == "ddim" else None, x_T=inversion.latents[-1:],
                    guidance_scale=scale)
 
 
@@ -238,16 +239,18 @@ def _edits(targets: str | Edit | Sequence[str | Edit], settings: dict[str, Any])
     return edits
 
 
-def refuse_p2p_settings(edits: Sequence[Edit]) -> None:
+def refuse_p2p_settings(edits: Sequence[Edit], read: Sequence[Edit] | None = None) -> None:
     """Raises UsageError for settings of an edit that Prompt-to-Prompt alone reads, and another editor would
-    ignore."""
-    read = ("prompt", "mode", "local_blend", "scope")
-    for e in edits:
-        unread = [f.name for f in fields(e) if f.name not in read
-                  and getattr(e, f.name) not in (None, f.default)]
+    ignore. read: the edits without their brackets, which weigh attention."""
+    for e, without in zip(edits, edits if read is None else read):
+        unread = [f.name for f in fields(e) if getattr(e, f.name) not in (None, f.default)
+                  and f.name not in ("prompt", "mode", "local_blend", "scope", "emphasis")]
         if unread:
             raise UsageError(f"{e.prompt:.60}: {', '.join(unread)}: of Prompt-to-Prompt, which the "
                              "editor replaces; leave it out")
+        if without.equalizer != e.equalizer:
+            raise UsageError(f"{e.prompt:.60}: brackets weigh attention, which is Prompt-to-Prompt's; take "
+                             'them out, or weigh the text by emphasis="embedding"')
 
 
 def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, windows: bool) -> None:

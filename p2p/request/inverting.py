@@ -76,14 +76,14 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     usual = GUIDANCE.get(method, 1.0)
     inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
                                 inversion_guidance)
-    if model.guided(inversion_guidance) and inversion_guidance != usual and _empty(model, prompt):
-        notes.append("inversion_guidance changes nothing: the prompt is empty, so it guides to nowhere")
+    if inversion_guidance != usual and _leads_nowhere(model, inversion_guidance, prompt, negative_prompt):
+        notes.append("inversion_guidance changes nothing: the prompt is what it leads away from")
     _check_negative(model, method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
     seed, eta = check_seed(0 if seed is None else seed), share("eta", 1 if eta is None else eta)
     if eta == 0:
-        raise UsageError("eta must lie within 0 and 1, above 0, not 0")
+        raise UsageError("eta must lie above 0 and be at most 1, not 0")
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
     if method == "belm" and not schedule.levels[skip].alpha > 0:
@@ -108,7 +108,7 @@ def _check_model(model: Model, method: str) -> None:
         raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
                          "model, see `upscale`")
     if method != "ddcm":
-        by_ddim(model, f"a picture is inverted (by {method}; ddcm takes few steps)")
+        by_ddim(model, f"{method} inverts", "ddcm, or ")
     if method == "null-text" and model.unet.reads_guidance:
         raise UsageError(f"null-text: {model.name} was distilled with its guidance and reads no empty prompt "
                          "that could be optimised; invert by another method")
@@ -165,9 +165,9 @@ def _check_negative(model: Model, method: str, negative_prompt: str | None,
         return
     check_prompt(negative_prompt)
     refuse_replaced(method)
-    if model.unet.reads_guidance and inversion_guidance != 0:
+    if model.unet.reads_guidance:
         raise UsageError(f"negative_prompt: {why_unguided(model)}; leave it out")
-    if inversion_guidance == 1 or method == "noise":
+    if inversion_guidance in (0, 1) or method == "noise":
         raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
                          "guidance; give inversion_guidance too, or give it to the edits")
 
@@ -182,11 +182,12 @@ def _check_read(method: str, **settings: object) -> None:
                              f"{', '.join(READ_BY[name])}); leave it out")
 
 
-def _empty(model: Model, prompt: str) -> bool:
-    """Whether the network reads this prompt as it reads the empty prompt of guidance."""
-    if not model.text_encoders:
-        return True
-    return not model.zero_negative and prompt_tokens(model, prompt).ids == model.tokens("").ids
+def _leads_nowhere(model: Model, guidance_scale: float, prompt: str, negative_prompt: str | None) -> bool:
+    """Whether the network reads this prompt as it reads the one that guidance leads away from."""
+    if not model.guided(guidance_scale) or not model.text_encoders:
+        return model.guided(guidance_scale)
+    zeros = model.zero_negative and not negative_prompt   # in place of the empty prompt
+    return not zeros and prompt_tokens(model, prompt).ids == prompt_tokens(model, negative_prompt or "").ids
 
 
 def why_unguided(model: Model) -> str:

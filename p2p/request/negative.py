@@ -49,6 +49,7 @@ def refuse_replaced(method: str) -> None:
 
 def check_sources(each: str | Sequence[str] | None, batch: Batch) -> None:
     """Raises UsageError for a negative prompt of a source that is not guided."""
-    if isinstance(each, (list, tuple)) and each[0] and batch.guided and batch.unconditional < batch.prompts:
+    followed = batch.absent or batch.unconditional < batch.prompts   # and not guided
+    if isinstance(each, (list, tuple)) and each[0] and batch.guided and followed:
         raise UsageError(f"negative_prompt: {brief(each[0])} is given for the source, whose stored latents "
                          'are followed without guidance here; give "" for it')

@@ -24,7 +24,7 @@ from p2p.request.effect import (
 from p2p.request.emphasis import below_zero, read
 from p2p.request.inverting import unguided, why_unguided
 from p2p.request.negative import negatives
-from p2p.request.source import FOLLOW
+from p2p.request.source import FOLLOW, Inversion
 from p2p.request.start import Sampling, Settled, Start, late_start
 
 
@@ -37,7 +37,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
         notes += _of_tables(request, edit_tables, steps)
     else:
         notes += _of_editor(request, planned, steps)
-    notes += sampling_idle(request.model, request.sampling, request.settled, known=inversion is not None)
+    notes += sampling_idle(request.model, request.sampling, request.settled, inversion)
     if inversion is not None:
         notes += unguided(request.model, inversion.method, request.settled.guidance_scale)
     notes += request.notes
@@ -82,7 +82,8 @@ def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int
 
 def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list[str]:
     notes = [] if isinstance(request.editor, Guiding) else editor_idle(request.editor, planned, steps)
-    if isinstance(request.editor, Guiding) and request.settled.guidance_scale != request.model.guidance_scale:
+    asked = request.settled.guidance_scale != request.model.guidance_scale
+    if isinstance(request.editor, Guiding) and asked and not request.model.unet.reads_guidance:
         notes.append(f"guidance_scale changes nothing: editor {type(request.editor).__name__} stands in the "
                      "place of guidance")
     for (e, t), given in zip(request.pairs(), request.given):
@@ -95,11 +96,13 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
     return notes
 
 
-def sampling_idle(model: Model, sampling: Sampling, settled: Settled, known: bool = False) -> list[str]:
-    """Notes on a run's sampling that changes nothing, or that the model was not made for. known: its source
-    is inverted or traced."""
-    notes = []
-    if model.guidance_scale == 1 and model.guided(settled.guidance_scale):
+def sampling_idle(model: Model, sampling: Sampling, settled: Settled,
+                  inversion: Inversion | None = None) -> list[str]:
+    """Notes on a run's sampling that changes nothing, or that the model was not made for. inversion: of its
+    source, which is inverted or traced."""
+    notes, known = [], inversion is not None
+    own = inversion is not None and inversion.method == "turbo-edit"   # its authors guide such models
+    if model.guidance_scale == 1 and model.guided(settled.guidance_scale) and not own:
         notes.append(f"guidance_scale {settled.guidance_scale:g}: this model was made to run without "
                      "guidance; with it, it takes twice the rows, and pictures are often over-saturated")
     if sampling.proximal is not None and not model.guided(settled.guidance_scale):

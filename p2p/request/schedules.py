@@ -110,18 +110,15 @@ def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset
         if timesteps is not None:
             return listed_schedule(alphas_cumprod, timesteps, final_alpha)
         return ddim_schedule(alphas_cumprod, steps, offset, final_alpha, spacing)
-    found = dpm_schedule(alphas_cumprod, steps, offset, spacing) if timesteps is None else \
-        listed_schedule(alphas_cumprod, timesteps, 1.0)
-    if not found.levels[0].alpha > 0:
-        raise UsageError(f"at t = {found.timesteps[0]} there is nothing but noise (zero terminal SNR), where "
-                         "dpm++ cannot begin; sample by ddim")
-    return found
+    if timesteps is not None:
+        return listed_schedule(alphas_cumprod, timesteps, 1.0)
+    return dpm_schedule(alphas_cumprod, steps, offset, spacing)
 
 
 def ddim_schedule(alphas_cumprod: Tensor, steps: int, offset: int = 1, final_alpha: float | None = None,
                   spacing: str = "leading") -> Schedule:
     """Evenly spaced timesteps, each step ending at the level where the next begins (not 1000 // N below, as
-    in diffusers, which is another level where N does not divide 1000 and the spacing is not leading).
+    in diffusers: another level with linspace spacing, and with trailing where N does not divide 1000).
 
     alphas_cumprod (1000,). spacing, as Lin et al. 2023, table 2, and diffusers name it, with the same
     timesteps: "leading": offset, offset + 1000 // N, ..., as Stable Diffusion samples; "trailing": ...,
@@ -229,10 +226,10 @@ def timesteps_at(alphas_cumprod: Tensor, levels: Sequence[Level]) -> list[float]
 def consistency_schedule(alphas_cumprod: Tensor, steps: int, origin: int = 50) -> Schedule:
     """Evenly spaced ones of the `origin` timesteps with which a latent consistency model was distilled, from
     the noisiest (Luo et al. 2023, as in diffusers' LCMScheduler and TCDScheduler)."""
-    total = _length(alphas_cumprod, steps)
-    if steps > origin:
+    if not 1 <= steps <= origin:
         raise UsageError(f"steps must be from 1 to {origin}, as many as the model was distilled with, not "
                          f"{steps}")
+    total = _length(alphas_cumprod, steps)
     timesteps = np.arange(origin, 0, -1) * (total // origin) - 1
     return listed_schedule(alphas_cumprod,
                            timesteps[np.floor(np.linspace(0, origin, steps, endpoint=False)).astype(int)])

@@ -105,7 +105,7 @@ def euler(schedule: Schedule, reader: Reader, to: Tensor | None = None, at: Leve
     def step(i: int, x: Tensor, out: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
         level, after = schedule.levels[i:i + 2]
         v = reader.velocity(x, out, level)
-        if to is not None and at is not None and i < len(strengths):
+        if to is not None and at is not None and i < len(strengths) and level != at:
             v = controlled(x, v, level, to, at, strengths[i])
         x_0, rows = x / level.scale - level.share * v, len(x)
         held.append(v)

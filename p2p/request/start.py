@@ -124,11 +124,12 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
 def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
     """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
     a picture of that level, and an inversion ends there."""
-    total, first, steps = len(model.alphas_cumprod), schedule.timesteps[0], schedule.steps
+    total, first, steps = len(model.alphas_cumprod) or 1000, schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []
     if sampling.timesteps is not None:
-        return [f"the first timestep is {first} of {total}: pure noise is taken for a picture of that level"]
+        return [f"the first timestep is {first:g} of {total}: pure noise is taken for a picture of that "
+                "level"]
     near = sorted((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - steps))
 
     def reaches(n: int) -> bool:
@@ -170,11 +171,12 @@ def guidance(model: Model, scale: float | None) -> float:
     return model.guidance_scale if scale is None else finite("guidance_scale", scale) or 1.0
 
 
-def by_ddim(model: Model, what: str) -> None:
-    """Raises UsageError for a model that other steps than DDIM's were distilled into."""
+def by_ddim(model: Model, what: str, instead: str = "") -> None:
+    """Raises UsageError for a model that other steps than DDIM's were distilled into. instead: what else
+    takes them."""
     if model.sampler in DISTILLED:
-        raise UsageError(f"{what} by DDIM, in small steps; {model.name} was distilled for those of "
-                         f"{model.sampler}: use the model that it was made from")
+        raise UsageError(f"{what} by DDIM, in small steps, and {model.name} was distilled for those of "
+                         f"{model.sampler}: use {instead}the model that it was made from")
 
 
 class Settled(NamedTuple):

@@ -14,8 +14,8 @@ near them.
     edit-friendly    independent noise at every level; what the network misses is added to all rows, and the
                      source is reset to its latents as in direct (Huberman et al. 2023)
     turbo-edit       edit-friendly for few steps: the latents of a step have the noise of the next one
-                     (Deutch et al. 2024; their pseudo-guidance is a negative_prompt, the source's, with
-                     guidance_scale 1.5)
+                     (Deutch et al. 2024; they run the last 4 of 5 steps, so skip is 1, and their
+                     pseudo-guidance is a negative_prompt, the source's, with guidance_scale 1.5)
 
 In a flow's coordinates, which every model has (see `sampler.velocity` and `solvers`):
 
@@ -190,7 +190,7 @@ def _belm(run: Run, guidance_scale: float) -> Tensor:
             latents.append(run.lifted(x, run.predict(x, t, guidance_scale), after, before, x))
         else:
             out = run.predict(x, run.schedule.timesteps[::-1][i - 1], guidance_scale)   # of x's own level
-            _, eps = x0_and_eps(x, out, before, run.model.prediction)
+            _, eps = x0_and_eps(x, out, before, run.model.prediction, run.model.clip)
             latents.append(belm_step_up(latents[-2], x, eps, levels[i - 1], before, after))
     return torch.cat(latents)
 

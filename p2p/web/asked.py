@@ -100,7 +100,7 @@ def text(name: str, value: Any) -> str:
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise UsageError(f"{name} must lie within {least:g} and {most:g}, not {brief(value)}")
+        raise UsageError(f"{name} must lie between {least:g} and {most:g}, not {brief(value)}")
     return float(value)
 
 
