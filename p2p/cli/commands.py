@@ -161,7 +161,8 @@ def _add_maps(args: argparse.Namespace, out: Output, result: Result, selection: 
         labels = [w for w, _ in each]
         out.picture(f"{stem}words", table([[picture, *(heat(m, picture.size) for _, m in each)],
                                            [picture, *(overlay(picture, m) for _, m in each)]],
-                                          [f"{name or 'picture'}", *labels], ["map", "overlay"]))
+                                          [name.removesuffix("-before") or "picture", *labels],
+                                          ["map before" if before else "map", "overlay"]))
         if args.components and not before:
             parts = result.maps.components(row, sites=args.site, heads=args.head, steps=selection["steps"])
             columns = [heat(parts[..., i], picture.size) for i in range(parts.shape[-1])]
