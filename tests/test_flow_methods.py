@@ -436,6 +436,13 @@ def test_a_flow_that_begins_late_says_so(models):
     assert not any("first timestep" in note for note in whole.notes)
 
 
+def test_a_controlled_step_of_no_length_divides_by_nothing(models, picture):
+    """The last one where steps are spaced from t = 0 on, and the picture is taken to be at its level."""
+    model = replace(models["eps"], prediction="v", timestep_spacing="linspace", final_alpha=None)
+    inv = p2p.invert(model, picture, SOURCE, method="rf-inversion", steps=3, control_steps=1.0)
+    assert all(step.x_0.isfinite().all() for step in p2p.steps(model, inv, TARGET))
+
+
 def test_the_authors_guidance_of_turbo_edit_is_not_warned_against(models, picture):
     model = replace(models["eps"], guidance_scale=1.0, steps=4)
     said = {method: p2p.edit(model, p2p.invert(model, picture, SOURCE, method=method), TARGET, guidance_scale=1.5).notes
