@@ -87,8 +87,7 @@ class Edit:
 
 
 def check(edit: Edit) -> None:
-    """Raises UsageError for fields of the wrong kind; words and windows are checked where the
-    prompts are known."""
+    """Raises UsageError for fields of the wrong kind; words are checked where the prompts are known."""
     def words(value: Any) -> bool:
         if not isinstance(value, (list, tuple)) or not value:
             return False
@@ -171,17 +170,14 @@ def covered(value: Window, n: int, name: str) -> range:
 def cross_alpha(value: Window | Mapping[str, Window], target: Tokens, steps: int, length: int) -> Tensor:
     """Computes alpha for every step and token of the target.  -> (steps, length) float64, 0 or 1"""
     by_word = dict(value) if isinstance(value, Mapping) else {"default_": value}
-    alpha = torch.zeros(steps + 1, length, dtype=torch.float64)
-
-    def fill(columns: list[int], bounds: Window, name: str) -> None:
-        steps_in = covered(bounds, steps + 1, name)
+    bounds = [(list(range(length)), "", by_word.pop("default_", (0.0, 1.0)))]
+    bounds += [(columns, f' of "{word}"', own) for columns, word, own in by_breadth(by_word, target, length)]
+    alpha = torch.zeros(steps, length, dtype=torch.float64)
+    for columns, of_word, own in bounds:   # the last one that names a column counts
+        inside = covered(own, steps + 1, f"cross_replace_steps{of_word}")
         alpha[:, columns] = 0
-        alpha[steps_in.start:steps_in.stop, columns] = 1
-
-    fill(list(range(length)), by_word.pop("default_", (0.0, 1.0)), "cross_replace_steps")
-    for columns, word, bounds in by_breadth(by_word, target, length):
-        fill(columns, bounds, f'cross_replace_steps of "{word}"')
-    return alpha[:steps]
+        alpha[inside.start:inside.stop, columns] = 1
+    return alpha
 
 
 def weights(equalizer: Mapping[str, float] | None, target: Tokens, length: int) -> Tensor:
@@ -239,7 +235,7 @@ class Tables(NamedTuple):
     mix: Tensor           # (T, L, L) float64
     keep: Tensor          # (T, L) float64
     inject: Tensor        # (T,) bool: its pixels use the source's queries and keys in self-attention
-    max_pixels: int | None   # ... at sites of at most this many; None: at all
+    max_pixels: int | None   # ... at sites of at most this many; None: of any number
     renormalise: bool
     layers: Mapping[str, tuple[bool, bool]] | None = None   # by site: edits text, borrows pixels; None: all
 
@@ -248,19 +244,20 @@ class Tables(NamedTuple):
         return self.mix.flatten(1).any(1) | (self.keep != 1).any(1)
 
 
-def tables(source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int, length: int,
+def tables(source: Tokens, target: Tokens, edit: Edit, steps: int, length: int,
            schedule_steps: int | None = None) -> Tables:
-    """Computes the tables of one target. schedule_steps: of the schedule, where some are left out."""
-    edit = decided(source, target, edit, mode, length)
+    """Computes the tables of one target. edit: as `decided`, with a mode and windows. schedule_steps: of the
+    schedule, where some are left out."""
+    mode = choice("mode", edit.mode, MODES)
     m, a = alignment(source, target, edit, mode, length)
-    window_steps = windowed(edit, steps, schedule_steps)
-    alpha = cross_alpha(cast(Window, edit.cross_replace_steps), target, window_steps, length)[:steps]
-    injected = covered(cast(Window, edit.self_replace_steps), window_steps, "self_replace_steps")
+    whole_steps = steps_of_windows(edit, steps, schedule_steps)
+    alpha = cross_alpha(cast(Window, edit.cross_replace_steps), target, whole_steps, length)[:steps]
+    injected = covered(cast(Window, edit.self_replace_steps), whole_steps, "self_replace_steps")
     return Tables(*mix_keep(mode, alpha, weights(edit.equalizer, target, length), m, a),
                   torch.tensor([i in injected for i in range(steps)]), edit.self_max_tokens, edit.renormalise)
 
 
-def windowed(edit: Edit, steps: int, schedule_steps: int | None) -> int:
+def steps_of_windows(edit: Edit, steps: int, schedule_steps: int | None) -> int:
     """The number of steps that the edit's windows are shares of."""
     if schedule_steps is not None and edit.windows_over == "schedule":
         return schedule_steps
@@ -275,6 +272,7 @@ def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: to
     sources = [0] * batch.targets if sources is None else sources
     source = torch.tensor([batch.source(j) for j in sources], device=device)
     own_rows = torch.arange(batch.rows - batch.targets, batch.rows, device=device)
+    # a number even where there is no limit: None would let hybrid layers borrow pixels too
     limits = [2**62 if t.max_pixels is None else t.max_pixels for t in tables]
     limit = torch.tensor(limits, device=device)
     renormalise = None
@@ -291,7 +289,8 @@ def plan(tables: Sequence[Tables], batch: Batch, device: torch.device, dtype: to
         if reads or dense:
             edit = edit._replace(mix=mix[i], keep=keep[i], renormalise=renormalise)
         if injects or dense:
-            edit = edit._replace(pixels=torch.stack([rows[i], rows[i], own_rows]), max_pixels=limit)
+            of_qkv = torch.stack([rows[i], rows[i], own_rows])   # q and k of the source, its own v
+            edit = edit._replace(pixels=of_qkv, max_pixels=limit)
         # where the source is absent, an edit also carries what is cached of it
         steps.append(edit if reads or injects or dense or batch.absent else None)
     return steps

@@ -1,7 +1,13 @@
 """The plan of an edit, for tests that drive the network themselves."""
 from p2p.denoise import Batch
-from p2p.edits import plan, tables
+from p2p.edits import decided, plan
+from p2p.edits import tables as decided_tables
 from p2p.request.layers import for_network
+
+
+def tables(source, target, edit, mode, steps, length, schedule_steps=None):
+    """The tables of an edit in this mode, with the usual windows in place of those that it leaves open."""
+    return decided_tables(source, target, decided(source, target, edit, mode, length), steps, length, schedule_steps)
 
 
 def planned(model, prompts, edits, steps, batch=None):

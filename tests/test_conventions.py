@@ -1,11 +1,12 @@
 """Where codes disagree there is a switch: each side of it against its formula, and settings that nothing reads refused."""
 import pytest
 import torch
+from plans import tables
 
 import p2p
 import p2p.sampler
 from p2p.blend import prepare, word_maps
-from p2p.edits import Edit, tables
+from p2p.edits import Edit
 from p2p.models.maps import site_maps
 from p2p.models.text import tokens
 from p2p.request.inverting import READ_BY, settings_read

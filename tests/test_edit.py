@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 import torch
+from plans import tables
 
 import p2p
 from p2p.align import word_tokens
 from p2p.denoise import Batch
-from p2p.edits import Edit, check, choose_mode, cross_alpha, plan, tables, weights, window
+from p2p.edits import Edit, check, choose_mode, cross_alpha, plan, weights, window
 from p2p.errors import UsageError
 from p2p.models.text import tokens
 from p2p.request.ready import prepared

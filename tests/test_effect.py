@@ -2,9 +2,10 @@
 import pytest
 import torch
 from PIL import Image
+from plans import tables
 
 import p2p
-from p2p.edits import choose_mode, tables
+from p2p.edits import choose_mode
 from p2p.errors import UsageError
 from p2p.request.effect import idle_options, left_out
 

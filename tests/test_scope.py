@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import ImageOps
+from plans import tables
 
 import p2p
 from p2p.cli.parser import main
-from p2p.edits import choose_mode, tables
+from p2p.edits import choose_mode
 from p2p.errors import UsageError
 from p2p.scope import scoped, subject
 from p2p.show.leakage import leakage

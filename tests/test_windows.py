@@ -1,9 +1,10 @@
 """The default windows: by what the edit does, said, recorded, and overruled by those that are given."""
 import pytest
 import torch
+from plans import tables
 
 import p2p
-from p2p.edits import Edit, choose_mode, tables
+from p2p.edits import Edit, choose_mode
 from p2p.models.text import tokens
 from p2p.request import windows
 from p2p.request.layers import for_network

@@ -51,7 +51,7 @@ def edit(args: argparse.Namespace) -> None:
                [name for name in EDIT if name not in REPLAY])
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--from, which does as the picture records", ["emphasis"])
-            values.changed(section)
+            values.given(section)
         values.proximal(args)
         values.timesteps(args)
         return
@@ -111,7 +111,7 @@ def sweep(args: argparse.Namespace) -> None:
     if "seed" in values.over(args.over):
         refuse(args, "--over seed=...: a picture has its noise", ["image"])
         refuse(args, "--over seed=...", ["seed"])
-    values.check_blends([values.changed(args)])
+    values.check_blends([values.given(args)])
     values.timesteps(args)
 
 
@@ -122,7 +122,7 @@ def batch(args: argparse.Namespace) -> None:
                ("workers", "together", "retry_failed"))
         if args.engine != "local":
             raise UsageError(f"--engine {args.engine}: not with --preview, which runs in this process")
-    values.check_blends([values.changed(args)])
+    values.check_blends([values.given(args)])
     values.proximal(args)
     values.timesteps(args)
 

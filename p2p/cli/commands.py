@@ -42,7 +42,7 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family)
         sampling = dict(guidance_scale=args.cfg)
-        if args.preview and args.steps is None and (usual := _planned(args, model).steps) > PREVIEW_STEPS:
+        if args.preview and args.steps is None and (usual := _expected(args, model).steps) > PREVIEW_STEPS:
             vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
         source = _inverted(args, model, picture, targets, **settings, **sampling)
     else:
@@ -73,7 +73,7 @@ def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
                       negative_prompt=negative_prompt, progress=options.progress(args))
 
 
-def _planned(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
+def _expected(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
     """What `_invert` will give, without its latents. Raises UsageError."""
     return expected(model, args.source, **_inversion_settings(args))
 
@@ -81,7 +81,7 @@ def _planned(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
               **settings: Any) -> p2p.Inversion:
     """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
-    edit_request(model, _planned(args, model), edits, **settings)
+    edit_request(model, _expected(args, model), edits, **settings)
     return _invert(args, model, picture)
 
 
@@ -120,7 +120,7 @@ def maps(args: argparse.Namespace) -> None:
         run_steps = solver(model, Sampling(**options.solver(args)))[1]
     else:
         picture, model = open_picture(args.image), options.load(args)
-        planned, sampling = _planned(args, model), dict(guidance_scale=args.cfg)
+        planned, sampling = _expected(args, model), dict(guidance_scale=args.cfg)
         # O-BELM's first step is the source's
         run_steps = planned.calls - (planned.method == "belm" and planned.calls > 1)
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
@@ -219,7 +219,7 @@ def sweep(args: argparse.Namespace) -> None:
     else:
         picture, model = open_picture(args.image), options.load(args)
         sampling["guidance_scale"] = args.cfg
-        edits = edits_of(model, _planned(args, model), base, over)[2]
+        edits = edits_of(model, _expected(args, model), base, over)[2]
         source = _inverted(args, model, picture, edits, **sampling)
         out.picture("input", source.picture)
         options.say([taken(source)])

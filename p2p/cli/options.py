@@ -73,7 +73,7 @@ def say(notes: Sequence[str]) -> None:
 
 def edit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options set."""
-    return with_blend(values.changed(args))
+    return with_blend(values.given(args))
 
 
 def targets(args: argparse.Namespace, prompts: Sequence[str]) -> list[p2p.Edit]:

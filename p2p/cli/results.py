@@ -50,7 +50,7 @@ def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
 
 
 def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any, **settings: Any) -> Result:
-    """`p2p.edit`, whose notes are printed before its first step."""
+    """As `p2p.edit`, but prints the notes before the first step."""
     ready = prepared(model, source, targets, **settings)
     options.say(list(dict.fromkeys(ready.notes)))
     return run(model, ready, settings.get("record", NOTHING), options.progress(args))
@@ -58,7 +58,7 @@ def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any
 
 def generated(args: argparse.Namespace, model: p2p.Model, prompts: Any,
               record: p2p.Record = NOTHING, **settings: Any) -> Result:
-    """`p2p.generate`, whose notes are printed before its first step."""
+    """As `p2p.generate`, but prints the notes before the first step."""
     ready = generation(model, prompts, record, **settings)
     options.say(list(dict.fromkeys(ready.notes)))
     return run(model, ready, record, options.progress(args))

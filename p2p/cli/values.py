@@ -195,9 +195,9 @@ def changed_by_target(args: argparse.Namespace, n: int) -> list[dict[str, Any]]:
     if beyond := [number for number in sections if not 1 <= number <= n]:
         raise UsageError(f"--for {beyond[0]}: there {'is' if n == 1 else 'are'} {n} target"
                          f"{'' if n == 1 else 's'}, counted from 1")
-    shared, out = changed(args), []
+    shared, out = given(args), []
     for number in range(1, n + 1):
-        own = changed(sections[number]) if number in sections else {}
+        own = given(sections[number]) if number in sections else {}
         if "local_blend" in shared and "local_blend" in own:
             own["local_blend"] = shared["local_blend"] | own["local_blend"]
         out.append(shared | own)
@@ -212,7 +212,7 @@ def check_blends(each: Iterable[dict[str, Any]]) -> None:
             raise UsageError("the options of --blend need --blend, --blend-mask or --scope")
 
 
-def changed(args: argparse.Namespace) -> dict[str, Any]:
+def given(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Edit` that the options set; a local blend is a dict of those that they set, its mask a
     path. Raises UsageError."""
     settings: dict[str, Any] = {}

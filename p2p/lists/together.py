@@ -15,7 +15,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
 from p2p.request.memory import check_run
-from p2p.request.ready import Ready, planned_edits, prepared
+from p2p.request.ready import Ready, plan_by_site, prepared
 from p2p.request.start import stepper_of
 from p2p.run import Result, run
 
@@ -77,7 +77,7 @@ def _joined(model: Model, ready: Sequence[Ready]) -> Ready:
         list(chain(*ordered([r.prompts for r in ready]))), start._replace(x=x, noise=noise), batch,
         stepper_of(model, start._replace(noise=noise)),
         _conditioned([r.empty for r in ready], ordered) if batch.guided else None, {}, [],
-        planned_edits(model, tables, batch, sources), tables,
+        plan_by_site(model, tables, batch, sources), tables,
         _blends([r.blend for r in ready], targets), guidance_scale=scales)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from p2p import align
 from p2p.blend import Blend, LocalBlend
-from p2p.edits import Edit, Tables, alignment, covered, cross_alpha, decided, tables, window, windowed
+from p2p.edits import Edit, Tables, alignment, covered, cross_alpha, decided, steps_of_windows, tables, window
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.attention import HybridAttention
@@ -30,11 +30,11 @@ def idle_options(current: Tables, source: Tokens, target: Tokens, edit: Edit, mo
     """Notes on each option that does nothing in an edit's tables, and why. current: the tables, as `tables`
     makes them of the other arguments. hybrid: some of the edited layers are hybrid attention."""
     given, edit = edit, decided(source, target, edit, mode, length)
-    window_steps = windowed(edit, steps, schedule_steps)
+    window_steps = steps_of_windows(edit, steps, schedule_steps)
     alpha = cross_alpha(edit.cross_replace_steps, target, window_steps, length)[:steps]
 
     def same(**changed: Any) -> bool:
-        other = tables(source, target, replace(edit, **changed), mode, steps, length, schedule_steps)
+        other = tables(source, target, replace(edit, **changed), steps, length, schedule_steps)
         return torch.equal(current.mix, other.mix) and torch.equal(current.keep, other.keep)
 
     notes = _windows(edit, given, steps, window_steps)

@@ -68,7 +68,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
         start, known, before = _from_inversion(model, start, request.inversion)
     batch = request.batch
     blend = _blend(request, start)
-    edit_tables, planned = _planned(request, batch, start.schedule.steps)
+    edit_tables, planned = _tables_and_plan(request, batch, start.schedule.steps)
     notes = _notes(request, start, edit_tables, blend, planned)
     if known is not None:
         known, planned = _run_where_read(request, batch, blend, edit_tables, known, planned)
@@ -118,15 +118,15 @@ def _fit(request: EditRequest) -> str:
     return "crop" if request.inversion is None else request.inversion.fit
 
 
-def _planned(request: EditRequest, batch: Batch, steps: int) -> tuple[list[Tables], Plan]:
+def _tables_and_plan(request: EditRequest, batch: Batch, steps: int) -> tuple[list[Tables], Plan]:
     """What is edited at each step; of Prompt-to-Prompt also the tables that tell it."""
     model, unet, source = request.model, request.model.unet, request.tokens[0]
     if request.editor is not None:
         return [], request.editor.plan(unet, batch, steps, model.device)
-    edit_tables = [tables(source, target, layers.for_network(edit, unet), edit.mode, steps, model.length,
+    edit_tables = [tables(source, target, layers.for_network(edit, unet), steps, model.length,
                           request.schedule_steps)._replace(layers=layers.chosen(edit.layers, unet))
                    for edit, target in request.pairs()]
-    return edit_tables, planned_edits(model, edit_tables, batch)
+    return edit_tables, plan_by_site(model, edit_tables, batch)
 
 
 def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
@@ -188,7 +188,7 @@ def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[
     return proximal_by(sampling.proximal), empty
 
 
-def planned_edits(model: Model, edit_tables: Sequence[Tables], batch: Batch,
+def plan_by_site(model: Model, edit_tables: Sequence[Tables], batch: Batch,
                   sources: Sequence[int] | None = None) -> Plan:
     """An edit a step, of all layers, or by site where a target is limited to some; see `plan`."""
     planned = plan(edit_tables, batch, model.device, model.dtype, sources=sources, dense=model.compiled)
