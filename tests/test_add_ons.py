@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import families
+import pickle_bytes as raw
 import pytest
 import torch
 from lora_files import KINDS, LAYERS, dora, lora, write
@@ -192,13 +193,9 @@ def test_no_code_of_a_pickle_runs(folders, tmp_path, how, name):
 
 def test_parameters_whose_state_is_no_dictionary_are_no_embedding(folders, tmp_path):
     """What a module's state would be is looked at, and is whatever a file says."""
-    class Dict(torch.nn.ParameterDict):
-        def __reduce__(self):
-            return torch.nn.ParameterDict.__new__, (torch.nn.ParameterDict,), ["no", "state"]
-
-    Dict.__module__, Dict.__qualname__ = torch.nn.ParameterDict.__module__, "ParameterDict"
-    torch.save({"string_to_param": Dict(), "string_to_token": {}}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError):
+    made = raw.name("torch.nn.modules.container.ParameterDict") + b")" + raw.NEWOBJ + b"](" + raw.text("no") + raw.text("state") + b"e" + raw.BUILD
+    (tmp_path / "x.pt").write_bytes(raw.archive(raw.dictionary(string_to_param=made, string_to_token=b"}")))
+    with pytest.raises(CheckpointError, match="a textual-inversion embedding"):
         find(folders["sd1"], embeddings=[(tmp_path / "x.pt", "<w>")])
 
 

@@ -17,7 +17,7 @@ from p2p.models.blocks import AddedAttention
 from p2p.models.maps import site_maps
 from p2p.models.t5 import T5Encoder
 from p2p.models.unet import UNet, UNetConfig
-from p2p.request.start import Low
+from p2p.request.start import Low, draw
 from p2p.sampler import ddpm_step, x0_and_eps
 from p2p.show.pictures import read_settings
 
@@ -240,6 +240,18 @@ def test_steps_are_theirs(stages, most, steps):
         assert (ddpm_step(x, x_0, a_t, a_prev, noise, v) - want).abs().max() <= 1e-6
 
 
+def test_a_run_is_ddpm_with_the_variance_that_is_learned(stages):
+    model = p2p.load(stages[0], device="cpu")
+    x, *noise = draw(model.latent_shape(16, 16), [3], 4)
+    text, schedule = model.condition(["a cat"]), model.schedule(3)
+    for (t, level, after), z in zip(schedule, noise):
+        out, variance, _ = model.predict(x, t, text)
+        x = ddpm_step(x, x0_and_eps(x, out, level, clip=model.clip)[0], level, after, z, variance)
+    run = dict(steps=3, seed=3, guidance_scale=1.0, height=16, width=16)
+    assert (p2p.generate(model, "a cat", **run).latents - x).abs().max() < 1e-4
+    assert (p2p.generate(replace(model, learned_variance=False), "a cat", **run).latents - x).abs().max() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------------------------- edits
 
 def test_t5_tokens_know_their_words(stages):
@@ -359,14 +371,17 @@ def test_low_resolution_picture_is_noised_as_said(stages):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("p2p.run.denoise", spy)
-        for level in (0, 999):
+        for level in (0, 500, 999):
             with pytest.raises(StopIteration):
                 p2p.generate(upscaler, ["a cat", "a dog"], low=Low(low, level), seed=5)
             told = seen["text"]
             assert torch.equal(told.low[0], told.low[1]) and told.level.tolist() == [level] * 2 and torch.equal(seen["null"].low, told.low)
+            large = torch.nn.functional.interpolate(low, scale_factor=4, mode="bilinear", align_corners=True)
             if level == 0:
-                large = torch.nn.functional.interpolate(low, scale_factor=4, mode="bilinear", align_corners=True)
                 assert (told.low - large).std() < 0.02
+            elif level == 500:
+                a = float(upscaler.alphas_cumprod[500])
+                assert (told.low - a**0.5 * large).std().item() == pytest.approx((1 - a) ** 0.5, rel=0.05)
             else:
                 assert abs(told.low.std() - 1) < 0.1 and (told.low - seen["x"]).std() > 1
 

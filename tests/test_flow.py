@@ -61,6 +61,14 @@ def test_noise_that_comes_in_keeps_the_level():
         assert x.std().item() == pytest.approx((after.alpha**2 + after.sigma**2) ** 0.5, rel=1e-2)
 
 
+def test_dpmpp_after_nothing_but_noise_is_of_first_order():
+    """The step before it was infinite: what it remembers of the picture counts for nothing."""
+    x, a, b = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    middle, after = Level(0.5, 0.5), Level(0.8, 0.2)
+    first, second = dpmpp_step(x, b, middle, after), dpmpp_step(x, b, middle, after, (a, Level(0.1, 0.9)))
+    assert torch.equal(dpmpp_step(x, b, middle, after, (a, Level(0.0, 1.0))), first) and not torch.allclose(second, first, atol=1e-3)
+
+
 def test_dpmpp_begins_at_nothing_but_noise():
     """Of a picture that is known, every step is exact, the first one from sigma 1 too."""
     x_0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -124,6 +132,9 @@ def test_inversions_of_a_flow(flow, picture, method):
     assert r.latents.isfinite().all()
     if method in ("direct", "edit-friendly"):
         assert (r.latents[0] - inv.latents[0]).abs().max() < 1e-4
+    if method == "belm":   # alone; what an edit injects is another network's
+        alone = p2p.edit(flow, inv, SOURCE, guidance_scale=1.0, cross_replace_steps=0.0, self_replace_steps=0.0).latents
+        assert (alone - flow.encode(picture)).abs().max() < 1e-3
     if method == "edit-friendly":
         assert (r.latents[0] - flow.encode(picture)[0]).abs().max() < 1e-4
 

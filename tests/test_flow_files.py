@@ -189,7 +189,9 @@ def forms(kind, pipe, folder, one, root):
     state = load_file(one)
     save_file({k.replace("first_stage_model.", "vae."): v for k, v in state.items()}, root / "comfy.safetensors", header(one))
     yield "ComfyUI's", root / "comfy.safetensors", {}
-    torch.save({"state_dict": bare_state(state)}, root / "pickled.ckpt")
+    if kind.startswith("3.5"):   # the others' miniatures are told by their metadata, which a pickle has not
+        torch.save({"state_dict": {k: v for k, v in state.items() if k.startswith(UNET)}}, root / "pickled.ckpt")
+        yield "pickled", root / "pickled.ckpt", {"vae": root / "ae.safetensors"}
     shards = root / "shards"
     shutil.copytree(folder, shards)
     shutil.rmtree(shards / "transformer")
@@ -201,10 +203,6 @@ def forms(kind, pipe, folder, one, root):
     weights = variant / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     yield "variant", variant, {}
-
-
-def bare_state(state):
-    return {k: v for k, v in state.items() if k.startswith(UNET)}
 
 
 def test_every_form_gives_the_same_transformer(saved, tmp_path):
@@ -220,9 +218,7 @@ def test_every_form_gives_the_same_transformer(saved, tmp_path):
 
 
 def test_latents_are_those_of_diffusers(saved):
-    kind, pipe, folder, one = saved
-    if kind not in ("3 medium", "dev"):
-        return
+    _, pipe, folder, one = saved
     g = torch.Generator().manual_seed(0)
     x, z = torch.rand(1, 3, 32, 48, generator=g) * 2 - 1, torch.randn(1, 16, 8, 8, generator=g)
     c = pipe.vae.config

@@ -260,8 +260,9 @@ def test_edits_through_two_groups(model, run):
     assert any("self_max_tokens 10 leaves self-attention alone: its smallest maps are of 96" in n for n in run.notes)
 
 
-def test_every_pixel_borrows_unless_a_limit_is_given(model, run):
+def test_every_pixel_borrows_unless_a_limit_is_given(model, run, narrow):
     """32 * 32 in a UNet, as officially; none in a transformer, all of whose layers have the same number."""
+    assert p2p.edit(narrow, "a cat", "a dog", steps=1).settings["targets"][0]["self_max_tokens"] == 32 * 32
     assert [t["self_max_tokens"] for t in run.settings["targets"]] == [None] * 4 + [10, None]
     assert (run.latents[5] - run.latents[1]).abs().max() > 1e-3
     assert (run.latents[6] - run.latents[1]).abs().max() > 1e-3

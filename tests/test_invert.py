@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import p2p
 from p2p.errors import UsageError
 from p2p.image import fit, from_pil
-from p2p.request.inverting import READ_BY
+from p2p.request.inverting import READ_BY, expected
 from p2p.request.schedules import Level
 from p2p.request.source import METHODS
 from p2p.sampler import belm_step, belm_step_up, guide, proximal_guide
@@ -122,7 +122,7 @@ def test_fixed_point_undoes_a_step_better_than_a_guess(emoji, prompt, small):
         r = p2p.edit(emoji, inv, prompt, guidance_scale=1.0)
         return (r.latents[0] - small[0]).square().mean().item()
 
-    assert error("fixed-point", inner_steps=5) < error("ddim") < error("noise") * 10
+    assert error("fixed-point", inner_steps=5) < error("ddim") < error("noise")
 
 
 @pytest.mark.slow
@@ -303,3 +303,11 @@ def test_proximal_operators():
     assert torch.allclose(soft[large], (delta - delta.sign() * limit)[large], atol=1e-5)
     assert torch.allclose(proximal_guide(u, u - delta, 1.0, "l1", 0.7) - u, -soft, atol=1e-5)
     assert torch.allclose(proximal_guide(u, u + delta, 7.5, "l0", 0.0), guide(u, u + delta, 7.5), atol=1e-4)
+
+
+@pytest.mark.parametrize("method, skip, inner_steps", [
+    ("edit-friendly", 12, None), ("flow-edit", 17, None), ("fixed-point", 0, 5), ("null-text", 0, 10), ("direct", 0, None), ("turbo-edit", 0, None)])
+def test_defaults_are_those_of_the_published_runs(narrow, method, skip, inner_steps):
+    """Of 50 steps: 12 left out in PIE-Bench runs of edit-friendly inversion, 17 in FlowEdit's of Stable Diffusion 3."""
+    planned = expected(narrow, SOURCE, method=method, steps=50)
+    assert (planned.skip, planned.inner_steps) == (skip, inner_steps)

@@ -78,10 +78,13 @@ def test_a_mask_is_padded_as_the_picture_was(narrow):
         inverted = p2p.invert(narrow, wide, SOURCE, method="direct", steps=1, fit=how)
         r = p2p.edit(narrow, inverted, TARGET, local_blend=p2p.LocalBlend(mask=left, start=0.0))
         assert r.masks[0, 0, :, :share].all() and not r.masks[0, 0, :, share:].any()
-    narrow = Image.new("L", (128, 64))
-    narrow.paste(255, (0, 0, 32, 64))   # a quarter at the left: padded it is there, cropped it is gone
+    quarter = Image.new("L", (128, 64))
+    quarter.paste(255, (0, 0, 32, 64))   # a quarter at the left: padded it is there, cropped it is gone
     for how, kept in (("pad", 16), ("crop", 0)):
-        assert fixed(narrow, (64, 64), how)[0].all(0).sum() == kept
+        assert fixed(quarter, (64, 64), how)[0].all(0).sum() == kept
+        inverted = p2p.invert(narrow, wide, SOURCE, method="direct", steps=1, fit=how)
+        r = p2p.edit(narrow, inverted, TARGET, local_blend=p2p.LocalBlend(mask=quarter, start=0.0))
+        assert r.masks[0, 0].all(0).sum() == kept
 
 
 @pytest.mark.slow

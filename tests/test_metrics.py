@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchmetrics.functional.image.lpips import _LPIPS
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.regression import MeanSquaredError
 from torchvision import transforms
@@ -68,6 +69,10 @@ def evaluator(files, judges, a, b, mask, source, target):
         norms = keys.norm(dim=1, keepdim=True)
         return keys @ keys.T / torch.clamp(norms @ norms.T, min=1e-8)
 
+    lpips = _LPIPS(net="squeeze", pnet_rand=True).eval()
+    names = {name: "features." + name.split(".", 2)[2] for name in lpips.net.state_dict()}
+    squeezenet = torch.load(files / "squeezenet.pth", weights_only=True)
+    lpips.net.load_state_dict({name: squeezenet[n] for name, n in names.items()})
     net, tokenizer = open_clip.create_model("ViT-S-32-alt", pretrained=str(files / "clip.pt")).eval(), open_clip.get_tokenizer(
         "ViT-S-32-alt")
     processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
@@ -87,7 +92,7 @@ def evaluator(files, judges, a, b, mask, source, target):
         out["psnr" + suffix] = PeakSignalNoiseRatio(data_range=1.0)(pred, gt).item()
         out["ssim" + suffix] = StructuralSimilarityIndexMeasure(data_range=1.0)(pred, gt).item()
         out["mse" + suffix] = MeanSquaredError()(pred.contiguous(), gt.contiguous()).item()
-        out["lpips" + suffix] = judges.lpips(pred, gt, False).item()
+        out["lpips" + suffix] = lpips(pred, gt, normalize=True).item()
         pred, gt = tensors(1, m)                                                          # 0..255, not 0..1
         out["structure_distance" + suffix] = F.mse_loss(keys_self_similarity(pred), keys_self_similarity(gt)).item()
     return out
@@ -143,3 +148,10 @@ def test_networks_of_another_shape_are_refused(tmp_path, monkeypatch):
     torch.save(apart(VIT, num_classes=0).state_dict(), tmp_path / "apart.pth")
     with pytest.raises(UsageError, match="queries, keys and values of 192"):
         metrics.structure(tmp_path / "apart.pth", VIT)
+
+
+def test_clip_similarity_sees_the_whole_picture():
+    """Both sides squeezed, as in InstructPix2Pix's `ClipSimilarity`: nothing is cropped."""
+    x = torch.rand(1, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(metrics.squeezed(x, 8), F.interpolate(x, (8, 8), mode="bicubic", align_corners=False))
+    assert metrics.shortest(x, 8).shape == (1, 3, 8, 8) and not torch.allclose(metrics.shortest(x, 8), metrics.squeezed(x, 8), atol=0.1)

@@ -176,16 +176,26 @@ def test_sizes_are_read_from_shapes(name):
     assert transformer_config("file", shapes) == (c if c.qk_norm else replace(c, heads=1))
 
 
-@pytest.mark.parametrize("name", ["3.5 medium", "dev"])
+TELL = {   # the tensors whose shapes tell the sizes; of the others the names alone are asked, when they are filled
+    "3.5 medium": {"pos_embed", "x_embedder.proj.weight", "y_embedder.mlp.0.weight", "context_embedder.weight",
+                   "joint_blocks.0.x_block.mlp.fc1.weight", "final_layer.linear.weight"},
+    "dev": {"img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "double_blocks.0.img_attn.norm.query_norm.scale",
+            "double_blocks.0.img_mlp.0.weight", "final_layer.linear.weight"}}
+
+
+@pytest.mark.parametrize("name", TELL)
 def test_damaged_sizes_are_named(name):
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in build(SMALL[name]).state_dict().items()}
+    missed = set()
     for key in list(shapes):
         for damaged in ({k: v for k, v in shapes.items() if k != key}, shapes | {key: ()}, shapes | {key: (0,) * len(shapes[key])}):
             try:
                 transformer_config("the file", damaged)
             except CheckpointError as error:
                 assert str(error).startswith("the file: ")
+                missed |= {key} - damaged.keys()
+    assert missed == TELL[name]
 
 
 # ------------------------------------------------------------------------------------------- what is computed only once

@@ -10,8 +10,9 @@ import p2p
 from p2p.cli.parser import main
 from p2p.edits import choose_mode
 from p2p.errors import UsageError
+from p2p.image import to_pil
 from p2p.scope import scoped, subject
-from p2p.show.leakage import leakage
+from p2p.show.leakage import leakage, region
 from p2p.show.pictures import read_settings
 from p2p.show.sweep import sweep, variant
 
@@ -104,6 +105,13 @@ def test_leakage_counts_what_it_should(pair):
     assert leakage(still).outside == 0 and set(leakage(still).by_word.values()) == {0}
     turned = replace(pair, images=[pair.images[0], *[ImageOps.solarize(pair.images[0], 0)] * 2])
     assert leakage(turned).outside > 0.9
+    before, after = pair.maps.word("cat#2", 0), pair.maps.word("dog", 1)
+    about = region(before, (64, 64), 0.5) | region(after, (64, 64), 0.5)
+    grey = torch.full((3, 64, 64), -1.0)
+    for where, step, least, most in ((about, 255, 0, 0), (~about, 255, 1, 1), (~about, 16, 0, 0), (~about, 17, 1, 1)):   # of 255: noticed above 16
+        changed = torch.where(where, grey + 2 * step / 255, grey)
+        pictures = [to_pil(x[None])[0] for x in (grey, changed)]
+        assert least <= leakage(replace(pair, images=[*pictures, pictures[1]])).outside <= most
     with pytest.raises(UsageError, match="record"):
         leakage(replace(pair, maps=None))
 

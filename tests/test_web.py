@@ -270,7 +270,7 @@ def test_requests_are_bounded_and_no_files_are_taken_or_given(site, calls):
     assert status("GET", "/") == 200
 
 
-def test_no_address_means_this_machine_alone_and_a_taken_port_is_said(site, narrow):
+def test_a_taken_port_is_said(site, narrow):
     from p2p.errors import UsageError
     from p2p.web.serve import served
 

@@ -3,6 +3,7 @@ import json
 import struct
 from copy import deepcopy
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -120,6 +121,10 @@ def test_pictures_are_decoded_in_tiles(sd1_file, sd1):
     assert small.decode(z).shape == sd1.decode(z).shape
     enlarge = partial(torch.nn.functional.interpolate, scale_factor=8.0)
     torch.testing.assert_close(tiled(enlarge, z, tile=8, scale=8), enlarge(z))       # nothing but the autoencoder makes a seam
+    calls = count()
+    numbered = tiled(lambda x: torch.full((1, 1, 8 * x.shape[2], 8 * x.shape[3]), float(next(calls))), torch.zeros(1, 4, 8, 14), tile=8, scale=8)
+    row = numbered[0, 0, 0]   # of two tiles: each alone, and from one to the other without a step where they overlap
+    assert (row[:48] == 0).all() and (row[64:] == 1).all() and 0 < row.diff().max() < 0.1 and (row.diff() >= 0).all()
     with pytest.raises(p2p.UsageError, match="tile"):
         p2p.load(sd1_file, tile=0)
 

@@ -1,7 +1,6 @@
 """Converts a recognised model to a single file under the original names, or to a diffusers folder."""
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from p2p.models.mmdit import build
 from p2p.models.text import END, START, TextConfig, TextEncoder
 from p2p.models.unet import UNet
 from p2p.models.vae import AutoencoderKL
-from p2p.weights import fields, keys, mmdit, scheduler, t5
+from p2p.weights import fields, keys, mmdit, scheduler, sealed, t5
 from p2p.weights.aside import aside, settle, sweep
 from p2p.weights.detect import (
     ENCODED_EMPTY,
@@ -310,11 +307,7 @@ def _write(path: Path, config: dict[str, Any]) -> None:
 
 def _save(state: Iterable[tuple[str, Tensor]], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Raises OSError."""
-    tensors = {k: t.contiguous() for k, t in state}
-    try:
-        save_file(tensors, path, {"format": "pt"} | (metadata or {}))
-    except (SafetensorError, RuntimeError) as error:   # of a full disk
-        raise OSError(errno.EIO, str(error)) from None
+    sealed.write({k: t.contiguous() for k, t in state}, path, {"format": "pt"} | (metadata or {}))
 
 
 def _unet_config(package: Package) -> dict[str, Any]:

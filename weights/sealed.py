@@ -1,5 +1,6 @@
-"""The package's own files of tensors, inversions and encoded prompts: damage is noticed by a digest in the
-header. It is no protection from forgery: whoever changes a file can write its digest."""
+"""Files of tensors as they are written, and the package's own, inversions and encoded prompts, whose damage
+is noticed by a digest in the header. It is no protection from forgery: whoever changes a file can write its
+digest."""
 from __future__ import annotations
 
 import errno
@@ -18,10 +19,19 @@ SEAL = "seal"   # its name among the metadata
 def save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Writes a .safetensors file and, in its header, the digest of all that it holds. Raises OSError."""
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write(tensors, file, {**metadata, SEAL: _digest(tensors, metadata)})
+
+
+def write(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a .safetensors file, which whoever may read other new files may read: `save_file` makes its own
+    the owner's alone. Raises OSError."""
+    file.touch()
+    mode = file.stat().st_mode
     try:
-        save_file(tensors, file, {**metadata, SEAL: _digest(tensors, metadata)})
-    except SafetensorError as error:   # of a full disk, say
+        save_file(dict(tensors), file, metadata and dict(metadata))
+    except (SafetensorError, RuntimeError) as error:   # of a full disk, say
         raise OSError(errno.EIO, str(error)) from None
+    file.chmod(mode)
 
 
 def check(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: Collection[str]) -> None:

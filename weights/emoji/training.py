@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from p2p.models.text import EMOJI as TEXT
 from p2p.models.text import END, START, TextEncoder, tokenizer
+from p2p.weights import sealed
 from p2p.weights.aside import replacing
 from p2p.weights.emoji.world import (
     COLOURS,
@@ -221,7 +222,7 @@ def export(model: nn.Module, file: Path, metadata: dict[str, str], **tables: Ten
     """Writes the weights in half precision, tables of the schedule, and what they are."""
     tensors = {k: (v.half() if v.is_floating_point() else v).cpu() for k, v in model.state_dict().items()}
     with replacing(file) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()} | tables, temporary, metadata)
+        sealed.write({k: v.contiguous() for k, v in tensors.items()} | tables, temporary, metadata)
 
 
 def initialised(model: nn.Module, file: Path | None) -> None:
