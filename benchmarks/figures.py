@@ -54,7 +54,7 @@ class Figures(Bench):
         upscaler = p2p.load("emoji-upscaler")
         return stacked([grid(p2p.upscale(upscaler, r).images, c, 200) for r, c in zip(rows, captions)])
 
-    # The card's samples: held-out captions as they come
+    # Held-out captions as they come
     def draw_samples(self) -> Image.Image:
         texts, rows = caption(sample(40, 5_000_000, "held out")), []
         for k in range(0, 40, 8):
@@ -129,12 +129,16 @@ class Figures(Bench):
         return {f"{name}, {how}": mean_ci(t[:, 2 * k + j]) for k, name in enumerate(names)
                 for j, how in enumerate(("its word injected", "plain"))}
 
-    # Figure 6: more and more steps injected
+    # Figure 6: more and more steps injected, cross- and self-attention
+    @staticmethod
+    def _shares(target: str) -> list[p2p.Edit]:
+        return [p2p.Edit(target, cross_replace_steps=s, self_replace_steps=s) for s in SHARES]
+
     def draw_6(self) -> Image.Image:
         rows, labels = [], []
         for old, new, place, seed in (("cat", "dog", "on grass", 2), ("bicycle", "car", "on the beach", 3),
                                       ("house", "castle", "in the snow", 1)):
-            r = self._row(f"a {old} {place}", [p2p.Edit(f"a {new} {place}", cross_replace_steps=s) for s in SHARES], seed)
+            r = self._row(f"a {old} {place}", self._shares(f"a {new} {place}"), seed)
             rows.append(r.images)
             labels.append(f"{old} to {new}")
         return table(rows, ["source", *(f"{s:.0%} injected" for s in SHARES)], labels)
@@ -146,7 +150,7 @@ class Figures(Bench):
         for i in range(n):
             old, new = int(source.thing[i, 0]), int(target.thing[i, 0])
             b = caption(target[[i]])[0]
-            r = self._row(caption(source[[i]])[0], [p2p.Edit(b, cross_replace_steps=s) for s in SHARES], i)
+            r = self._row(caption(source[[i]])[0], self._shares(b), i)
             pictures = shown(r)
             seen, k = self.eye.read(pictures), len(SHARES)
             cells = (seen.cells[:1] == old).expand(k, -1, -1)

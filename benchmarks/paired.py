@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[Mix, Callable[[Scene, torch.Generator], Scene]]] = {
 
 
 def pairs(kind: str, n: int) -> tuple[Scene, Scene]:
-    """n scenes and their edits; the source's caption was never trained."""
+    """n scenes and their edits; the source's caption was never trained (of added things the target's)."""
     mix, change = KINDS[kind]
     found, g = [], torch.Generator().manual_seed(list(KINDS).index(kind))
     while sum(len(a) for a, _ in found) < n:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.quality [--n 500] [--pairs 200] [--seeds 50] [--only recogniser,captions,...] [--json FILE]
 
-Everything is drawn from fixed seeds and from captions that were kept out of training.
+Everything is drawn from fixed seeds. Kept out of training are the captions of `captions` and `novel`, both of a word swap, and
+of an added word the source's where it names a place; faders, and what is added, take words as they come.
 """
 from __future__ import annotations
 

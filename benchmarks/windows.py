@@ -1,8 +1,8 @@
-"""Which windows each kind of edit wants: held-out edits of the bundled model, read by the recogniser.
+"""Which windows each kind of edit wants: edits of the bundled model, read by the recogniser.
 
     python -m benchmarks.windows [--n 100] [--steps 20] [--kinds swap,added,...] [--windows default,0.8/0.4,0.8/0.4@up] [--first 0]
 
-`p2p.windows` was chosen by its table: the widest windows (what is injected keeps the picture) whose new content is found.
+`p2p.request.windows` was chosen by its table: the widest windows (what is injected keeps the picture) whose new content is found.
 """
 from __future__ import annotations
 

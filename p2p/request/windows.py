@@ -2,8 +2,7 @@
 
 Where a thing is to appear, the source's attention leaves no room for it: the windows are short. Where a place
 is swapped, the attention of its words draws the old one: their windows are short, those of all others keep
-the picture. Chosen by `benchmarks.windows`, on held-out edits of the bundled model. Windows that are given
-win.
+the picture. Chosen by `benchmarks.windows`, on edits of the bundled model. Windows that are given win.
 """
 from __future__ import annotations
 
