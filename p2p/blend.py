@@ -215,7 +215,7 @@ def word_maps(unet: Network, seen: Mapping[str, QK], edit: Edits, rows: Tensor, 
     for site in blend.sites:
         layer: Any = unet.get_submodule(site)
         p = site_maps(layer, seen[site], edit, rows, mean=True)[1]   # (S + N, 1 or h, pixels, L)
-        total, heads = total + layer.heads * p.mean(1), heads + layer.heads
+        total, heads = total + layer.heads * p.mean(1, dtype=torch.float32), heads + layer.heads
     p = total / heads                                                                    # (S + N, pixels, L)
     both = torch.stack([p[blend.source_row], p[-len(blend.source_row):]], dim=1)   # (N, 2, pixels, L)
     return torch.einsum("nspl,nksl->nksp", both, blend.columns)
