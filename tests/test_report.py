@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageChops
 
 import p2p
+from p2p.cli.parser import main
 from p2p.image import from_base64
 from p2p.show.leakage import leakage
 from p2p.show.pictures import ACCENT
@@ -144,3 +145,12 @@ def test_a_map_is_of_the_word_that_it_is_shown_at(narrow):
         names = [name.partition("#")[0] for name, _ in r.maps.each_word(row)]
         assert [word for _, word in found] == names and all(prompt.split()[int(place)] == word for place, word in found)
         assert re.findall(rf'data-map="{row}-(\d+)"', html) == [place for place, _ in found]
+
+
+@pytest.mark.usefixtures("once")
+def test_enlarged_pictures_are_those_of_the_report(tmp_path, capsys):
+    argv = ["edit", "a cat on grass", "a dog on grass", "--steps", "1", "--upscale", "--upscale-steps", "1", "--report", "-o", str(tmp_path)]
+    assert main([*argv, "--device", "cpu"]) == 0
+    page = next(tmp_path.rglob("report.html")).read_text(encoding="utf-8")
+    source, edit = (from_base64(found) for found in re.findall(r'class="(?:under|over)" alt="\w+" src="data:image/png;base64,([^"]+)"', page))
+    assert source.size == edit.size == (256, 256) and "--ratio: 256 / 256" in page and '"upscale": {' in page.replace("&quot;", '"')

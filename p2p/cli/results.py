@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import p2p
@@ -97,7 +98,7 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
                          f"maps of these words are weak, {leak.outside:.1%} of the pixels changed visibly"
                          f"{where}"])
         if args.report:
-            page = report(result, leaks)
+            page = report(replace(result, images=shown.images, settings=shown.settings), leaks)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))
     out.write(args.quiet)
 
