@@ -1,4 +1,6 @@
 """What a checkpoint predicts and over which noise schedule: said by argument, file or folder, or guessed and noted."""
+import json
+
 import families
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_checkpoints import load
 
 from p2p import CheckpointError
 from p2p.weights import keys
-from p2p.weights.convert import single_file
+from p2p.weights.convert import convert, single_file
 from p2p.weights.detect import scaled_linear, zero_terminal_snr
 from p2p.weights.load import find
 
@@ -60,6 +62,25 @@ def test_scheduler_config_says_prediction(made, tmp_path):
     other = families.save(parts, tmp_path / "v", family, prediction="v_prediction")
     assert find(other).prediction == "v" and find(folder).prediction == "eps"
     assert find(other).why == "scheduler_config.json"
+
+
+@pytest.mark.slow
+def test_a_file_of_sdxl_is_marked_for_programs_that_read_no_metadata(made, tmp_path):
+    """As ComfyUI reads it; read again, here too, it is the same model."""
+    family, parts, _ = made
+    folder = families.save(parts, tmp_path / "v", family, prediction="v_prediction")
+    said = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    for zero in (False, True):
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(said | {"rescale_betas_zero_snr": zero}))
+        file = tmp_path / f"{zero}.safetensors"
+        convert(find(folder), file)
+        wanted = {"v_pred"} | ({"ztsnr"} if zero else set()) if family == "sdxl" else set()
+        assert {"v_pred", "ztsnr"} & load_file(file).keys() == wanted
+        again, alone = find(file), tmp_path / f"alone-{zero}.safetensors"
+        assert again.prediction == "v" and torch.equal(again.alphas_cumprod, find(folder).alphas_cumprod)
+        save_file(load_file(file), alone)   # without its metadata
+        if family == "sdxl":
+            assert find(alone).prediction == "v" and (find(alone).alphas_cumprod[-1] == 0) == zero
 
 
 def test_zero_terminal_snr(single, tmp_path):

@@ -176,6 +176,9 @@ def single_file(package: Package, half: bool = False) -> State:
         out |= _rename(iter(text.items()), (keys.hf_sources if first else keys.same_sources)(text), prefix)
     if package.t5 is not None:
         out |= {f"{mmdit.COMFY}t5xxl.transformer.{name}": tensor for name, tensor in _t5(package.t5, half)}
+    if family == "sdxl" and package.prediction == "v":   # markers, for programs that read no metadata
+        zero = not package.alphas_cumprod[-1] > 0
+        out |= {marker: torch.zeros(0) for marker in ("v_pred", *(("ztsnr",) if zero else ()))}
     return out
 
 
