@@ -228,10 +228,11 @@ def stepper(schedule: Schedule, prediction: str, clip: Clip, eta: float = 0.0,
         nonlocal previous
         level, after = schedule.levels[i:i + 2]
         z: Any = noise[i] if noise else None
-        x_0, eps = x0_and_eps(x, out, level, prediction, clip)
-        if before is not None:
+        if before is not None:   # unbounded, as in its authors' code
+            x_0, eps = x0_and_eps(x, out, level, prediction)
             (x_above, above), previous = previous, (x, level)
             return belm_step(x_above[-len(x):], x, eps, above, level, after), x_0
+        x_0, eps = x0_and_eps(x, out, level, prediction, clip)
         if sampler == "dpm++":
             x, previous = dpmpp_step(x, x_0, level, after, previous), (x_0, level)
         elif sampler == "lcm":

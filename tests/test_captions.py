@@ -31,6 +31,8 @@ def test_captions_tell_blends_of_one_prompt_apart():
     hard, soft = (p2p.LocalBlend(words=("cat", "dog"), feather=f) for f in (0.0, 4.0))
     edits = [p2p.Edit("a dog", local_blend=blend) for blend in (None, hard, soft)]
     assert captions(["a cat", *["a dog"] * 3], edits)[2:] == ["a dog (blend words cat:dog, blend feather 0)", "a dog (blend words cat:dog, blend feather 4)"]
+    masked = p2p.Edit("a dog", local_blend=p2p.LocalBlend(mask=Image.new("L", (8, 8))))
+    assert captions(["a cat", "a dog", "a dog"], [edits[0], masked])[1:] == ["a dog", "a dog (blend mask)"]
 
 
 def test_signs_at_a_word_do_not_make_it_new():

@@ -263,12 +263,17 @@ def test_t5_tokens_know_their_words(stages):
     assert t.spans[-1] == (0, 0) and t.ids[-1] == 1
 
 
-def test_prompts_are_read_in_small_letters(stages):
+def test_prompts_are_read_in_small_letters(stages, capsys):
     """As IFPipeline reads them; T5 tells letters apart."""
     tower = p2p.load(stages[0], device="cpu").text_encoders[0]
     theirs = diffusers.IFPipeline._text_preprocessing(None, "A Cat on Grass")
     want = tower.tokenizer(theirs, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(tower.tokenize(["A Cat on Grass"]), want) and tower.tokens("A  Cat on Grass").text == theirs[0]
+    shown = []
+    for prompt in ("A Cat on Grass", "a cat on grass"):
+        assert main(["tokens", prompt, "--model", str(stages[0])]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
     assert not torch.equal(T5Encoder(tower.tower, tower.tokenizer, masked=False).tokenize(["A Cat on Grass"]), want)
 
 

@@ -58,8 +58,8 @@ def test_an_edit_runs_as_many_rows_as_there_are_prompts(lcm):
     assert torch.allclose(r.latents[:1], p2p.generate(model, "a cat", **size).latents, atol=1e-4)
     assert not torch.allclose(r.latents, p2p.edit(model, "a cat", "a dog", guidance_scale=2, **size).latents)
     for call, message in ((lambda: p2p.generate(model, "a", negative_prompt="b", **size), "distilled with its guidance"),
-                          (lambda: p2p.invert(model, torch.zeros(1, 4, 8, 8), "a"), "edit-friendly inverts by DDIM, .* use ddcm, or"),
-                          (lambda: p2p.trace(model, "a"), "a source is traced by DDIM")):
+                          (lambda: p2p.invert(model, torch.zeros(1, 4, 8, 8), "a"), "edit-friendly inverts in small steps, .* use ddcm, or"),
+                          (lambda: p2p.trace(model, "a"), "a source is traced in small steps")):
         with pytest.raises(UsageError, match=message):
             call()
 

@@ -352,7 +352,7 @@ def test_few_step_models_are_inverted_by_ddcm_alone(models, picture, sampler):
     assert r.settings["sampler"] == sampler and torch.equal(p2p.edit(model, inv, TARGET, sampler=sampler).latents, r.latents)
     with pytest.raises(p2p.UsageError, match=f"sampler: an inverted or traced source is sampled by {sampler}"):
         p2p.edit(model, inv, TARGET, sampler="ddim")
-    with pytest.raises(p2p.UsageError, match=f"flow-edit inverts by DDIM, in small steps, and .* {sampler}: use ddcm, or the model"):
+    with pytest.raises(p2p.UsageError, match=f"flow-edit inverts in small steps, and .* {sampler}: use ddcm, or the model"):
         p2p.invert(model, picture, SOURCE, method="flow-edit", steps=4)
 
 

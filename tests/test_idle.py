@@ -181,11 +181,14 @@ def test_a_trace_is_read_at_its_own_guidance_where_the_network_reads_it(distille
 
 
 def test_inversions_where_the_network_reads_guidance(distilled):
-    """A negative prompt is refused when the picture is inverted."""
+    """A negative prompt is refused when the picture is inverted, but for guidance 0, which reads it in place of the prompt."""
     picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     invert = partial(p2p.invert, distilled, picture, method="ddim", steps=2)
-    for scale in (None, 0, 1, 2):
+    for scale in (None, 1, 2):
         with pytest.raises(UsageError, match="negative_prompt: small dev reads guidance as a number, and no empty prompt"):
             invert(SOURCE, negative_prompt="night", inversion_guidance=scale)
+    plain, led = (invert(SOURCE, inversion_guidance=0, **more) for more in ({}, dict(negative_prompt="night")))
+    assert not torch.allclose(plain.latents, led.latents, atol=1e-5) and any("under the negative prompt alone" in note for note in led.notes)
+    assert p2p.edit(distilled, led, TARGET).settings["negative_prompt"] is None
     seven = invert("", inversion_guidance=7)
     assert not torch.allclose(seven.latents, invert("").latents, atol=1e-5) and not [n for n in seven.notes if "inversion_guidance" in n]

@@ -108,9 +108,7 @@ def test_belm_reconstructs_in_float64(request, family, guidance_scale, small):
     inv = p2p.invert(double, x_0, SOURCE, method="belm", steps=6, inversion_guidance=guidance_scale)
     r = p2p.edit(double, inv, SOURCE, guidance_scale=guidance_scale, cross_replace_steps=0.0, self_replace_steps=0.0)
     assert (r.latents - x_0).abs().max() < 1e-6
-    if family == "emoji":   # the bound of a model of pixels is a function of x, as eps is: it is undone too
-        led = p2p.steps(double, inv, "a dog on grass", guidance_scale=8.0)
-        assert max(step.x_0.abs().max().item() for step in led) <= 1
+    assert any("belm leaves out the bound" in note for note in inv.notes) == (family == "emoji")
 
 
 @pytest.mark.slow

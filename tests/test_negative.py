@@ -65,7 +65,6 @@ def test_inversions_with_guidance_and_traces_keep_theirs(narrow, tmp_path):
     (dict(method="null-text", negative_prompt="a"), "has its own in its place"),
     (dict(method="negative-prompt", negative_prompt="a"), "has its own in its place"),
     (dict(method="ddim", negative_prompt="a"), "without guidance"), (dict(method="noise", negative_prompt="a"), "without guidance"),
-    (dict(method="rf-inversion", negative_prompt="a"), "without guidance"),   # 0, its own, is without a prompt: none stands in its place
     (dict(method="direct", inversion_guidance=2, negative_prompt="[a:b:0.4]"), "a schedule")])
 def test_inversions_that_do_not_read_it_refuse_it(narrow, settings, message):
     with pytest.raises(UsageError, match=message):

@@ -44,6 +44,18 @@ def test_weights_are_refused_beside_other_editors(narrow):
         p2p.edit(narrow, "a cat", "a (dog:1.5)", editor=editor, **EASY)
     weighed = p2p.edit(narrow, "a cat", "a (dog:1.5)", emphasis="embedding", editor=editor, **EASY)
     assert not torch.allclose(weighed.latents, p2p.edit(narrow, "a cat", "a dog", editor=editor, **EASY).latents, atol=1e-4)
+    plain = p2p.edit(narrow, "a cat", "a dog", emphasis="embedding", editor=editor, **EASY)
+    assert any("emphasis changes nothing" in note for note in plain.notes) and not any("emphasis" in note for note in weighed.notes)
+
+
+def test_text_is_weighed_beside_another_editor_wherever_it_is_said(tmp_path, capsys):
+    argv = ["edit", "a cat", "a (dog:1.5)", "--editor", "masactrl", "--steps", "1", "--seed", "1", "-o", str(tmp_path / "edit"), "--device", "cpu"]
+    assert main(argv) == 2 and "--emphasis embedding" in capsys.readouterr().err
+    assert main([*argv, "--emphasis", "embedding"]) == 0
+    made = read_settings(next((tmp_path / "edit").rglob("edit.png")))
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"source": "a cat", "targets": ["a (dog:1.5)"], "editor": "masactrl", "steps": 1, "seed": 1}) + "\n")
+    assert main(["batch", str(tmp_path / "jobs.jsonl"), "--emphasis", "embedding", "-q", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert read_settings(next((tmp_path / "out").rglob("edit.png")))["targets"] == made["targets"]
 
 
 @pytest.mark.parametrize("prompt", ["cat 2 and a (cat:3)", "route 2 and (route:1.4) 66", "day 1, (day:1.3) 2"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import p2p
@@ -331,3 +331,14 @@ def test_a_full_disk_is_the_folders_fault(tmp_path, monkeypatch, small_files):
     with small_files, pytest.raises(UsageError, match="cannot be written .*File too large"):
         out.write()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_no_file(narrow, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("p2p.weights.sealed.save_file", full)
+    inverted = p2p.invert(narrow, torch.zeros(1, 3, 64, 64), "a cat", method="noise", steps=1)
+    with pytest.raises(OSError, match="No space left"):
+        inverted.save(tmp_path / "i.safetensors")
+    assert not any(tmp_path.iterdir())

@@ -25,11 +25,14 @@ def save(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str])
 def write(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a .safetensors file, which whoever may read other new files may read: `save_file` makes its own
     the owner's alone. Raises OSError."""
+    new = not file.exists()
     file.touch()
     mode = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata and dict(metadata))
     except (SafetensorError, RuntimeError) as error:   # of a full disk, say
+        if new:
+            file.unlink(missing_ok=True)
         raise OSError(errno.EIO, str(error)) from None
     file.chmod(mode)
 

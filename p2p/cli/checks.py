@@ -71,7 +71,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.editor is not None:
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--editor (these are Prompt-to-Prompt's)",
-                   [name for name in INJECTION if not name.startswith("blend")])
+                   [name for name in INJECTION if not name.startswith("blend") and name != "emphasis"])
     count = len(values.prompts(args)) - (args.inversion is None)
     values.check_blends(values.changed_by_target(args, count))
     values.proximal(args)

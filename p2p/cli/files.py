@@ -40,8 +40,10 @@ def show_tokens(args: argparse.Namespace) -> None:
         named = tokenizer()
         split = [tokens(read(p).text) for p in args.prompts]
     else:
-        named, weighs = t5.tokenizer_in(folder), flow_family(folder) == "sd3"
-        split = [t5_tokens(named, read(p).text if weighs else p) for p in args.prompts]
+        named, family = t5.tokenizer_in(folder), flow_family(folder)
+        texts = [read(p).text if family == "sd3" else p for p in args.prompts]
+        # DeepFloyd IF reads small letters
+        split = [t5_tokens(named, text.lower() if family is None else text) for text in texts]
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):

@@ -36,7 +36,7 @@ from p2p.weights.aside import appearing, finished, sweep
 from p2p.weights.untrusted import brief, parse_object, read_text
 
 # of Prompt-to-Prompt alone
-WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope"))
+WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope", "emphasis"))
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
                      "path": ("ddim",)}
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings

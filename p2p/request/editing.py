@@ -250,7 +250,7 @@ def refuse_p2p_settings(edits: Sequence[Edit], read: Sequence[Edit] | None = Non
                              "editor replaces; leave it out")
         if without.equalizer != e.equalizer:
             raise UsageError(f"{e.prompt:.60}: brackets weigh attention, which is Prompt-to-Prompt's; take "
-                             'them out, or weigh the text by emphasis="embedding"')
+                             'them out, or weigh the text: emphasis="embedding" (--emphasis embedding)')
 
 
 def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, windows: bool) -> None:

@@ -96,7 +96,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
                         negative_prompt=negative_prompt, **_own(method, steps - skip, own))
     check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += [*late_start(model, schedule), *_uncontrolled(planned)]
+    notes += [*late_start(model, schedule), *_remarks(model, planned)]
     if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
@@ -142,12 +142,18 @@ def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any
     return own
 
 
-def _uncontrolled(planned: Inversion) -> list[str]:
-    """A note on a control of edits that covers none of their steps."""
+def _remarks(model: Model, planned: Inversion) -> list[str]:
+    """Notes on a control of edits that covers none of their steps, a bound that is not kept, and a negative
+    prompt that stands alone."""
+    notes = []
     if planned.control and int((planned.control_steps or 0) * planned.calls) == 0:
-        return [f"control changes nothing: control_steps {planned.control_steps:g} covers none of the "
-                f"{planned.calls} steps"]
-    return []
+        notes.append(f"control changes nothing: control_steps {planned.control_steps:g} covers none of the "
+                     f"{planned.calls} steps")
+    if planned.method == "belm" and model.clip:
+        notes.append("belm leaves out the bound that this model sets to its pictures (clip)")
+    if planned.negative_prompt and planned.inversion_guidance == 0:
+        notes.append("inversion_guidance 0: the picture is inverted under the negative prompt alone")
+    return notes
 
 
 def _check_prompts(model: Model, prompt: str, negative_prompt: str | None) -> list[str]:
@@ -165,9 +171,9 @@ def _check_negative(model: Model, method: str, negative_prompt: str | None,
         return
     check_prompt(negative_prompt)
     refuse_replaced(method)
-    if model.unet.reads_guidance:
+    if model.unet.reads_guidance and inversion_guidance != 0:
         raise UsageError(f"negative_prompt: {why_unguided(model)}; leave it out")
-    if inversion_guidance in (0, 1) or method == "noise":
+    if inversion_guidance == 1 or method == "noise":
         raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
                          "guidance; give inversion_guidance too, or give it to the edits")
 

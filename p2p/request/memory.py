@@ -78,7 +78,7 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     if record.anything:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
         host["maps"] = 4 * numbers if record.mean else 2 * steps * numbers
-        on_device["maps of a step"] = 4 * numbers
+        on_device["maps of a step"] = max(4, model.dtype.itemsize) * numbers
     if model.device.type == "cuda":
         afford(host)
         return afford(on_device, model.device)

@@ -90,6 +90,8 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
         if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
                          "editor replaces")
+        if e.emphasis != "attention" and read(e.prompt).plain:
+            notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
         same_prompt = request.editor.source_prompt in (None, request.source)
         if request.inversion is None and request.tokens[0].ids == t.ids and same_prompt:
             notes.append(f'"{e.prompt}": the same prompt: this edit changes nothing')

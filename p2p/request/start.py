@@ -175,7 +175,7 @@ def by_ddim(model: Model, what: str, instead: str = "") -> None:
     """Raises UsageError for a model that other steps than DDIM's were distilled into. instead: what else
     takes them."""
     if model.sampler in DISTILLED:
-        raise UsageError(f"{what} by DDIM, in small steps, and {model.name} was distilled for those of "
+        raise UsageError(f"{what} in small steps, and {model.name} was distilled for those of "
                          f"{model.sampler}: use {instead}the model that it was made from")
 
 

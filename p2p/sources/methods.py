@@ -7,7 +7,8 @@ near them.
                      figure 12)
     ddim             DDIM run backwards without guidance (paper, figures 10 and 11)
     fixed-point      ddim, with each step solved for instead of guessed (as in ReNoise and AIDI)
-    belm             a two-step sampler that runs backwards exactly (Wang et al. 2024, O-BELM)
+    belm             a two-step sampler that runs backwards exactly (Wang et al. 2024, O-BELM), without the
+                     bound that a model of pixels sets to the picture, as in its authors' code
     negative-prompt  ddim; the source prompt in place of the empty one (Miyake et al. 2023)
     null-text        ddim; the empty prompt's embedding optimised step by step (Mokady et al. 2022)
     direct           ddim; the source is reset to its latents after every step (Ju et al. 2023)
@@ -78,8 +79,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     above. steps: None for the model's. skip: those left out at the noisy end (0; of edit-friendly 0.24 of
     them, of flow-edit 0.34). guidance_scale: of the edits to come (null-text is optimised for it); None for
     the model's own; 0 is taken as 1. inversion_guidance: while inverting, 1 where None (not noise, which
-    predicts nothing); 0 (rf-inversion's default) is without the prompt, as in PnPInversion's ablation.
-    inner_steps: of null-text's optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and
+    predicts nothing); 0 (rf-inversion's default): under negative_prompt, or the empty one, instead of the
+    prompt. inner_steps: of null-text's optimiser (10) or fixed-point's solver (5). eta: of edit-friendly and
     turbo-edit, 1 for DDPM. seed: of the noise that is drawn, 0 where None. final_alpha: alphas_cumprod at
     which the picture is taken to be; None for the model's (Stable Diffusion: that of its first timestep,
     where it was trained to end), 1 for a picture without noise, as in O-BELM's code. negative_prompt: what
@@ -190,7 +191,7 @@ def _belm(run: Run, guidance_scale: float) -> Tensor:
             latents.append(run.lifted(x, run.predict(x, t, guidance_scale), after, before, x))
         else:
             out = run.predict(x, run.schedule.timesteps[::-1][i - 1], guidance_scale)   # of x's own level
-            _, eps = x0_and_eps(x, out, before, run.model.prediction, run.model.clip)
+            _, eps = x0_and_eps(x, out, before, run.model.prediction)
             latents.append(belm_step_up(latents[-2], x, eps, levels[i - 1], before, after))
     return torch.cat(latents)
 

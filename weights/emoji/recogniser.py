@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from p2p.weights import sealed
 from p2p.weights.aside import replacing
 from p2p.weights.emoji.world import COLOURS, OBJECTS, PLACES, STYLES, Mix, Scene, render, sample
 
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             rate = (step + 1) * a.batch / (time.time() - started)
             print(f"{(step + 1) * a.batch} pictures, loss {loss.item():.4f}, {rate:.0f} a second", flush=True)
             with replacing(a.output) as temporary:
-                save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, temporary)
+                sealed.write({k: v.half().contiguous() for k, v in model.state_dict().items()}, temporary)
     print({k: round(v, 4) for k, v in judge(load(a.output)).items()})
 
 
