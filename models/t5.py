@@ -23,9 +23,15 @@ class T5Config:
     masked: bool = True
 
 
-def tokens(tokenizer: Any, prompt: str) -> Tokens:
+def as_read(prompt: str, masked: bool) -> str:
+    """A prompt as T5 is given it; masked: as DeepFloyd IF has it, see `T5Config`."""
+    text = " ".join(prompt.split())
+    return text.lower() if masked else text
+
+
+def tokens(tokenizer: Any, prompt: str, masked: bool) -> Tokens:
     """Tokens and their positions in the prompt; a token that is only a space belongs to the next word."""
-    prompt = " ".join(prompt.split())
+    prompt = as_read(prompt, masked)
     encoded = tokenizer(prompt, return_offsets_mapping=True)
     ids, spans = list(encoded["input_ids"]), [tuple(s) for s in encoded["offset_mapping"]]
     after = (0, 0)
@@ -53,17 +59,14 @@ class T5Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.config = T5Config(tower.config.d_model, context_length, masked=masked)
 
-    def _read(self, prompt: str) -> str:
-        text = " ".join(prompt.split())
-        return text.lower() if self.config.masked else text
-
     def tokens(self, prompt: str) -> Tokens:
-        return tokens(self.tokenizer, self._read(prompt))
+        return tokens(self.tokenizer, prompt, self.config.masked)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """-> ids (B, L), cut after L tokens (the last one the end token) and padded."""
-        encoded = self.tokenizer([self._read(p) for p in prompts], truncation=True, padding="max_length",
-                                 max_length=self.config.context_length, return_tensors="pt")
+        encoded = self.tokenizer([as_read(p, self.config.masked) for p in prompts], truncation=True,
+                                 padding="max_length", max_length=self.config.context_length,
+                                 return_tensors="pt")
         return encoded["input_ids"]
 
     def unknown(self, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from p2p.weights import scheduler
 from p2p.weights.detect import FAMILY_RULE, Package
 from p2p.weights.files import TensorFile
+from p2p.weights.hub import cached_name
 from p2p.weights.scheduler import Sampling
 
 NAMES = ("ss_output_name", "modelspec.title", "modelspec.tags")   # in kohya's and modelspec's metadata
@@ -46,8 +47,8 @@ def apply(package: Package, file: TensorFile) -> None:
 def _name(path: Path) -> str:
     """What a model or an add-on is called. In the Hub's cache its folder says it; names of other folders of
     models tell nothing, since their scheduler configs do."""
-    cached = next((p.name for p in (path, *path.parents) if p.name.startswith("models--")), None)
-    return cached or ("" if path.is_dir() else path.parent.name if path.stem in FIXED else path.stem)
+    return cached_name(path) or (
+        "" if path.is_dir() else path.parent.name if path.stem in FIXED else path.stem)
 
 
 def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:

@@ -20,6 +20,11 @@ BESIDE = ("scheduler/scheduler_config.json", "image_noising_scheduler/scheduler_
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def cached_name(path: Path) -> str | None:
+    """The folder of the repository, in the Hub's cache, that a path lies in, which says its name."""
+    return next((p.name for p in (path, *path.parents) if p.name.startswith("models--")), None)
+
+
 def is_id(source: str) -> bool:
     """"org/name", and not what looks like the path of a file that is not there."""
     return bool(_ID.fullmatch(source)) and not source.lower().endswith((".safetensors", *PICKLES))

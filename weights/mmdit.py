@@ -17,6 +17,7 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import Renamed, TensorFile
 from p2p.weights.folder import find_folder_vae, folder_text, read_index, scheduler_class, weights_file
+from p2p.weights.hub import cached_name
 from p2p.weights.keys_mmdit import transformer_config
 from p2p.weights.scheduler import Flow, Sampling
 from p2p.weights.sizes import check_given, read_json
@@ -61,8 +62,8 @@ def kind_of(family: str, config: MMDiTConfig, name: str, said: Mapping[str, Any]
 
 def named(path: Path) -> str:
     """The name of a file or folder; of one in the cache of the Hub, that of its repository."""
-    hub = [part for part in path.parts if part.startswith("models--")]
-    return f"{hub[-1]} {path.name}" if hub else path.name
+    cached = cached_name(path)
+    return f"{cached} {path.name}" if cached else path.name
 
 
 def usual_flow(family: str, kind: str) -> Flow:

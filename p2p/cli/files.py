@@ -42,8 +42,7 @@ def show_tokens(args: argparse.Namespace) -> None:
     else:
         named, family = t5.tokenizer_in(folder), flow_family(folder)
         texts = [read(p).text if family == "sd3" else p for p in args.prompts]
-        # DeepFloyd IF reads small letters
-        split = [t5_tokens(named, text.lower() if family is None else text) for text in texts]
+        split = [t5_tokens(named, text, masked=family is None) for text in texts]
     for t in split:
         print(t.text)
         for i, (token, (start, end)) in enumerate(zip(t.ids, t.spans)):

@@ -30,10 +30,9 @@ from p2p.request.names import EDITING, SAMPLING, understood
 from p2p.request.negative import check_negative, check_sources, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
-from p2p.request.schedules import DISTILLED
 from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import LONE, Inversion
-from p2p.request.start import Sampling, Settled, guidance, settle
+from p2p.request.start import Sampling, Settled, guidance, own_sampler, settle
 from p2p.sampler import PROXIMAL, guide, proximal_guide
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
@@ -192,8 +191,7 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
-    # ddcm: the steps are the model's own, at its sampler's timesteps
-    own = model.sampler if model.sampler in DISTILLED else "ddim"
+    own = own_sampler(model)
     for name in ("sampler", "timestep_spacing", "timesteps"):
         value = getattr(sampling, name)
         if value is not None and not (name == "sampler" and value == own):

@@ -200,7 +200,7 @@ def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape:
 
 def layers_idle(given: Sequence[Edit], edits: Sequence[Edit], edit_tables: Sequence[Tables],
                 unet: Network) -> list[str]:
-    """Notes on layers and emphasis that change nothing, and on what is said of words where no layer is left
+    """Notes on layers that change nothing, and on what is said of words where no layer is left
     that reads them. edits: `given` with what was chosen; edit_tables: theirs."""
     notes = []
     for g, e, t in zip(given, edits, edit_tables):
@@ -218,9 +218,13 @@ def layers_idle(given: Sequence[Edit], edits: Sequence[Edit], edit_tables: Seque
                     if getattr(e if name == "equalizer" else g, name) != DEFAULT[name]]
             notes += [f'"{e.prompt}": {name} changes nothing: no layer that is chosen reads text'
                       for name in said]
-        if e.emphasis != DEFAULT["emphasis"] and read(e.prompt).plain:
-            notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
     return notes
+
+
+def emphasis_idle(edits: Sequence[Edit]) -> list[str]:
+    """Notes on emphasis that changes nothing."""
+    return [f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted' for e in edits
+            if e.emphasis != DEFAULT["emphasis"] and read(e.prompt).plain]
 
 
 def editor_idle(editor: Any, planned: Sequence[Any], steps: int) -> list[str]:

@@ -15,9 +15,9 @@ from p2p.request.emphasis import prompt_tokens
 from p2p.request.memory import check_run
 from p2p.request.negative import refuse_replaced
 from p2p.request.prompts import check as check_prompt
-from p2p.request.schedules import DISTILLED, Schedule
+from p2p.request.schedules import Schedule
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
-from p2p.request.start import by_ddim, check_seed, guidance, late_start
+from p2p.request.start import by_ddim, check_seed, guidance, late_start, own_sampler
 from p2p.sampler import BELM_FROM_NOISE
 
 READ_BY = {   # settings that only some methods read; the others refuse them
@@ -126,8 +126,7 @@ def _final(model: Model, final_alpha: float | None) -> float | None:
 def schedule_of(model: Model, steps: int, size: Sequence[int]) -> Schedule:
     """Of an inversion and its edits: the model's, but for what it says of the sampler of few steps, whose
     timesteps alone count here."""
-    sampler = model.sampler if model.sampler in DISTILLED else "ddim"
-    return replace(model.schedule(steps, sampler, size=size), lower=())
+    return replace(model.schedule(steps, own_sampler(model), size=size), lower=())
 
 
 def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,8 +189,10 @@ def _check_read(method: str, **settings: object) -> None:
 
 def _leads_nowhere(model: Model, guidance_scale: float, prompt: str, negative_prompt: str | None) -> bool:
     """Whether the network reads this prompt as it reads the one that guidance leads away from."""
-    if not model.guided(guidance_scale) or not model.text_encoders:
-        return model.guided(guidance_scale)
+    if not model.guided(guidance_scale):
+        return False
+    if not model.text_encoders:
+        return True
     zeros = model.zero_negative and not negative_prompt   # in place of the empty prompt
     return not zeros and prompt_tokens(model, prompt).ids == prompt_tokens(model, negative_prompt or "").ids
 

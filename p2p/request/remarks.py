@@ -15,6 +15,7 @@ from p2p.request.effect import (
     blend_idle,
     blends_without,
     editor_idle,
+    emphasis_idle,
     hybrid_edited,
     idle,
     idle_options,
@@ -40,7 +41,7 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
     notes += sampling_idle(request.model, request.sampling, request.settled, inversion)
     if inversion is not None:
         notes += unguided(request.model, inversion.method, request.settled.guidance_scale)
-    notes += request.notes
+    notes += [*request.notes, *emphasis_idle(request.edits)]
     if request.editor is None:
         notes += self_idle(request.given, request.edits, request.model, shape)
         notes += layers_idle(request.given, request.edits, edit_tables, request.model.unet)
@@ -90,8 +91,6 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
         if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
                          "editor replaces")
-        if e.emphasis != "attention" and read(e.prompt).plain:
-            notes.append(f'"{e.prompt}": emphasis changes nothing: no word of the prompt is weighted')
         same_prompt = request.editor.source_prompt in (None, request.source)
         if request.inversion is None and request.tokens[0].ids == t.ids and same_prompt:
             notes.append(f'"{e.prompt}": the same prompt: this edit changes nothing')

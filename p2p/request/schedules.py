@@ -193,7 +193,7 @@ def flow_schedule(flow: Flow, steps: int, tokens: int = 0) -> Schedule:
     """
     if not 1 <= steps <= 1000:
         raise UsageError(f"steps must be from 1 to 1000, not {steps}")
-    shift, end = flow.shift, 1 / 1000 if flow.twice else 1 / steps
+    shift = flow.shift
     if flow.dynamic is not None:
         (low, from_), (high, to) = flow.dynamic
         shift = math.exp(from_ + (tokens - low) / (high - low) * (to - from_))
@@ -201,7 +201,9 @@ def flow_schedule(flow: Flow, steps: int, tokens: int = 0) -> Schedule:
     def shifted(sigma: float) -> float:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    end = shifted(end) if flow.twice and flow.dynamic is None else end
+    end = 1 / 1000 if flow.twice else 1 / steps
+    if flow.twice and flow.dynamic is None:
+        end = shifted(end)
     sigmas = np.linspace(1, end, steps).tolist()
     return sigma_levels(map(shifted, sigmas))
 

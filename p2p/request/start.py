@@ -171,6 +171,12 @@ def guidance(model: Model, scale: float | None) -> float:
     return model.guidance_scale if scale is None else finite("guidance_scale", scale) or 1.0
 
 
+def own_sampler(model: Model) -> str:
+    """The sampler of an inversion and of its edits: DDIM, but of a model that other steps were distilled into
+    (by ddcm) theirs."""
+    return model.sampler if model.sampler in DISTILLED else "ddim"
+
+
 def by_ddim(model: Model, what: str, instead: str = "") -> None:
     """Raises UsageError for a model that other steps than DDIM's were distilled into. instead: what else
     takes them."""

@@ -31,10 +31,15 @@ def region(values: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     return F.interpolate(grown, size=size, mode="bilinear")[0, 0] > threshold * values.max()
 
 
+def mapped(result: Result) -> bool:
+    """Whether maps of text were recorded, and not of pixels alone."""
+    return result.maps is not None and bool(result.maps.sides())
+
+
 def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`).
     Raises UsageError."""
-    if result.maps is None or not result.maps.sides():
+    if not mapped(result):
         raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
     edit = result.edits[whole("target", target, most=len(result.images) - 1) - 1]
     prompts = result.maps.prompts[0], result.maps.prompts[target]

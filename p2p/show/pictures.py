@@ -59,8 +59,8 @@ def captions(prompts: Sequence[str], edits: Sequence[Any]) -> list[str]:
         twins = [e for e in edits if e.prompt == edit.prompt]
         apart = _apart(edit, twins, ("prompt", "equalizer", "local_blend"))
         blend = _apart(edit.local_blend, [e.local_blend for e in twins], ("mask",))
-        masks = {id(e.local_blend.mask) if e.local_blend else id(None) for e in twins}
-        if len(masks) > 1 and edit.local_blend is not None and edit.local_blend.mask is not None:
+        mask, *others = (e.local_blend and e.local_blend.mask for e in (edit, *twins))
+        if mask is not None and any(other is not mask for other in others):
             blend.append("mask")
         said = [*_weights(edit.equalizer), *apart, *(f"blend {setting}" for setting in blend)]
         out[k] += f" ({', '.join(said)})" if said else ""

@@ -13,7 +13,7 @@ from torch import Tensor
 from p2p.align import words
 from p2p.image import to_base64
 from p2p.run import Result
-from p2p.show.leakage import Leakage
+from p2p.show.leakage import Leakage, mapped
 from p2p.show.pictures import ACCENT, heat, marked
 from p2p.show.preview import local_mask
 
@@ -61,7 +61,7 @@ def report(result: Result, leaks: Sequence[Leakage] = ()) -> str:
                       for name, seconds in result.timings.items())
     settings = escape(json.dumps(short(result.settings), indent=2))
     notes = "".join(f"<li>{escape(note)}" for note in result.notes)
-    hint = "" if not _mapped(result) else (
+    hint = "" if not mapped(result) else (
         '<p class="label">Dotted words show where pixels attend to them: point at one, or tap it.</p>')
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -77,17 +77,13 @@ def report(result: Result, leaks: Sequence[Leakage] = ()) -> str:
 """
 
 
-def _mapped(result: Result) -> bool:
-    return result.maps is not None and bool(result.maps.sides())   # of text, and not of pixels alone
-
-
 def _figure(result: Result, target: int, leak: Leakage | None) -> str:
     source, edited = result.images[0], result.images[target]
     texts = {row: _words(result, row) for row in (0, target)}
     lines, overlays = [], []
     for row, label, other, tag in ((0, "source", target, "del"), (target, "edit", 0, "ins")):
         line = [escape(word) for word in texts[row]]
-        if _mapped(result):
+        if mapped(result):
             have = [place for place, _, _ in result.maps.read_words(row)]
             maps = zip(have, result.maps.each_word(row))
             overlays += [_overlay(f"{row}-{i}", _map(values)) for i, (_, values) in maps]
