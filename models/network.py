@@ -30,7 +30,8 @@ class Network(nn.Module, ABC):
 
     def pixel_sites(self) -> list[str]:
         """The layers in which pixels attend to pixels."""
-        return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, HybridAttention))]
+        return [m.site for m in self.layers(Attention)
+                if isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)]
 
     def self_sites(self) -> list[str]:
         """The layers whose pixels take the source's queries and keys in Prompt-to-Prompt: hybrid layers' are

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p2p.models.text import Tokens
+from p2p.models.text import Tokens, lowered
 
 END = 1   # T5's </s>
 
@@ -42,8 +42,7 @@ def tokens(tokenizer: Any, prompt: str, masked: bool) -> Tokens:
         if start < stop:
             after = (start, stop)
         spans[i] = after
-    lower = prompt.lower()
-    return Tokens(lower if len(lower) == len(prompt) else prompt, ids, spans)
+    return Tokens(lowered(prompt), ids, spans)
 
 
 class T5Encoder(nn.Module):

@@ -60,6 +60,11 @@ def tokenizer() -> Any:
     return SimpleTokenizer()
 
 
+def lowered(text: str) -> str:
+    """In small letters, but for those whose small form is of another length: positions stay."""
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
 class Tokens(NamedTuple):
     """A prompt as the tower reads it. `text` is cleaned (lower case, single spaces); the
     ends count as tokens."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from p2p.errors import UsageError
-from p2p.models.text import Part, Tokens, tokenizer
+from p2p.models.text import Part, Tokens, lowered, tokenizer
 from p2p.weights.untrusted import brief
 
 READ = 512     # words of a prompt that are compared; no text tower reads more tokens
@@ -69,7 +69,7 @@ def _word_tokens(prompt: Tokens, phrase: str, length: int) -> list[int]:
 
 def _occurrences(prompt: Tokens, phrase: str) -> list[list[int]]:
     """Token positions of each occurrence, left to right, that starts and ends at a token's boundary."""
-    wanted = " ".join(phrase.lower().split())
+    wanted = " ".join(lowered(phrase).split())
     if wanted not in prompt.text:   # CLIP's tokenizer rewrites typography and entities in the prompt
         wanted = tokenizer().clean_fn(phrase)
     if found := _find(prompt, prompt.text, range(len(prompt.text)), wanted):
@@ -99,8 +99,9 @@ def _bounds(text: str, spans: tuple[tuple[int, int], ...]) -> tuple[dict[int, in
 
 
 def _within_word(text: str, i: int) -> bool:
-    """Whether letters stand on both sides of character i's beginning: T5's pieces end there too."""
-    return 0 < i < len(text) and text[i - 1].isalpha() and text[i].isalpha()
+    """Whether letters, or digits, stand on both sides of character i's beginning: tokens end there too."""
+    sides = text[i - 1:i + 1] if i else ""
+    return len(sides) == 2 and (sides.isalpha() or sides.isdigit())
 
 
 def _without_punctuation(text: str) -> tuple[str, list[int]]:

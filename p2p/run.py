@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from p2p.request.checks import flag, place, whole
 from p2p.request.editor import Editor
 from p2p.request.emphasis import condition, prompt_tokens
 from p2p.request.loading import find_model
+from p2p.request.masks import fixed
 from p2p.request.ready import Ready, generation, prepared
 from p2p.request.record import Record
 from p2p.request.source import Inversion
@@ -236,7 +237,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
         raise UsageError("edited: the run was injected by another editor, which is made for its own model; "
                          "leave it out")
     else:
-        large = edit(model, small.prompts[0], small.edits,
+        large = edit(model, small.prompts[0], _with_masks_as_fitted(small),
                      seed=0 if seed is None else seed, **common)
     names = ("model", "places", *model.identity(), "steps", "guidance_scale", "eta")
     stage = {name: large.settings[name] for name in names}
@@ -248,3 +249,12 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     large.notes, large.rows = [*small.notes, *large.notes], small.rows + large.rows
     large.timings = {k: small.timings[k] + v for k, v in large.timings.items()}
     return large
+
+
+def _with_masks_as_fitted(small: Result) -> list[Edit]:
+    """A run's edits, whose masks are fitted as its picture was: a stage would crop them."""
+    fit = (small.settings["inversion"] or {}).get("fit", "crop")
+    size = (small.latents.shape[2], small.latents.shape[3])
+    return [e if e.local_blend is None or e.local_blend.mask is None else
+            replace(e, local_blend=replace(e.local_blend, mask=fixed(e.local_blend.mask, size, fit)[0]))
+            for e in small.edits]

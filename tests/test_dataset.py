@@ -1,6 +1,7 @@
 """InstructPix2Pix's recipe: samples drawn by the prompt alone, the paper's filters, its folder, and nothing lost on the way."""
 import io
 import json
+import re
 import shutil
 import tarfile
 from contextlib import redirect_stderr
@@ -173,6 +174,46 @@ def test_a_prompt_of_which_nothing_can_be_drawn_is_said_and_tried_again(prompts,
     assert main(command(prompts, out, "-q", *few)) == 0 and len(list(out.glob("0*"))) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [NumericsError("values that are not finite"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_sample_fails_alone_whatever_it_was_batched_with(emoji, prompts, tmp_path, monkeypatch, capsys, error, once):
+    real, recipe = ip2p.SAMPLERS["ip2p"], ip2p.Recipe()
+    bad = ip2p.drawn(ip2p.Prompts(*PROMPTS[0][::2]), 1, recipe, emoji)["seed"]
+
+    def broken(model, prompts, given, steps):
+        if any(d["seed"] == bad for d in given):
+            raise error
+        return real(model, prompts, given, steps)
+    monkeypatch.setitem(ip2p.SAMPLERS, "ip2p", broken)
+    for together in "1", "4":
+        assert main(command(prompts, tmp_path / together, "--together", together, "--keep", "5")) == 1
+        counts = json.loads((tmp_path / together / "0000000" / "counts.json").read_text())
+        assert counts["samples"] == 4 and counts[f"failed: {error}"] == 1
+    names = [{p.name for p in (tmp_path / together).rglob("*.jpg")} for together in "14"]
+    assert names[0] == names[1]
+
+
+def test_a_run_goes_on_with_a_smaller_batch(prompts, finished, tmp_path, capsys):
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    assert main(command(prompts, out, "--together", "2", "-q")) == 0
+    assert main(command(prompts, out, "--keep", "1", "-q")) == 2 and "keep" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_list_share_it(prompts, finished, tmp_path, monkeypatch, capsys):
+    """The other one finishes a folder while this one samples for it, and the next one before its turn."""
+    out, real = tmp_path / "out", dataset.samples_of
+
+    def slow(model, asked, *given):
+        found = real(model, asked, *given)
+        for folder in ("0000000", "0000001"):
+            if not (out / folder).exists():
+                shutil.copytree(finished[0] / folder, out / folder)
+        return found
+    monkeypatch.setattr(dataset, "samples_of", slow)
+    assert main(command(prompts, out, "-q")) == 0
+    assert {k: v for k, v in tree(out).items() if "shard" not in k} == {k: v for k, v in tree(finished[0]).items() if "shard" not in k}
+
+
 def test_pure_noise_has_no_sigma(prompts, tmp_path, capsys):
     assert main(command(prompts, tmp_path / "out", "--zero-snr")) == 2 and "zero terminal SNR" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -191,15 +232,20 @@ def test_parquet_holds_the_same_pairs(prompts, finished, tmp_path):
 def test_a_field_of_several_types_is_text_and_columns_are_no_fields(finished, prompts, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     monkeypatch.setattr(dataset, "ROWS", 3)   # more than one group of rows
-    for folder, fields in (("0000000", {"n": 1, "id": 1, "big": 2**64}), ("0000001", {"n": 2.5, "id": "b", "big": 2})):
+    for folder, fields in (("0000000", {"n": 1, "id": 1, "big": 2**64, "odd": 2**60 + 1, "long": 2**60 + 1}),
+                           ("0000001", {"n": 2.5, "id": "b", "big": 2, "odd": 0.5, "long": 1})):
         file = out / folder / "prompt.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     rows = pq.read_table(*dataset.parquet(out)).to_pylist()
     assert [(rows[i]["n"], rows[i]["id"], rows[i]["big"]) for i in (0, 3)] == [(1.0, "1", str(2**64)), (2.5, "b", "2")]
+    assert [(rows[i]["odd"], rows[i]["long"]) for i in (0, 3)] == [(str(2**60 + 1), 2**60 + 1), ("0.5", 1)]
     entry = {"caption": "a cat on grass", "edit": "a dog", "output": "a dog on grass", "input_image": "cats/1.png"}
     prompts = tmp_path / "list.jsonl"
     prompts.write_text(json.dumps(entry))
-    assert main(command(prompts, tmp_path / "new", "--format", "parquet")) == 2 and "input_image: a field" in capsys.readouterr().err
+    assert main(command(prompts, tmp_path / "new", "--format", "parquet")) == 2 and "input_image: the export has" in capsys.readouterr().err
+    prompts.write_text(json.dumps(entry | {"seed": 3}))
+    for form in "webdataset", "parquet":
+        assert main(command(prompts, tmp_path / "new", "--format", form)) == 2 and "seed" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -214,10 +260,10 @@ def test_a_model_with_something_less_does_not_go_on(prompts, tmp_path, capsys):
     assert "identity.lora" in capsys.readouterr().err and json.loads((out / "recipe.json").read_text()) == recipe
 
 
-@pytest.mark.parametrize("line, said", [("{}", "'edit'"), ('{"caption": 1, "edit": "b", "output": "c"}', "texts"), ("no", "line 1")])
+@pytest.mark.parametrize("line, said", [('{"caption": "a", "edit": "\\ud83d", "output": "c"}', "line 1: .*half of a character"), ("{}", "'edit'"), ('{"caption": 1, "edit": "b", "output": "c"}', "texts"), ("no", "line 1")])
 def test_other_lists_are_refused(tmp_path, capsys, line, said):
     (tmp_path / "p.jsonl").write_text(line + "\n")
-    assert main(command(tmp_path / "p.jsonl", tmp_path / "out")) == 2 and said in capsys.readouterr().err
+    assert main(command(tmp_path / "p.jsonl", tmp_path / "out")) == 2 and re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

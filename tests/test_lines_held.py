@@ -31,7 +31,7 @@ def test_renormalising_hybrid_attention_acts_where_the_source_is_injected(narrow
 ENTRY = {"image_path": "a.png", "original_prompt": "a cat", "editing_prompt": "a dog", "blended_word": "cat dog", "mask": [10, 100]}
 
 
-@pytest.mark.parametrize("field, values", [("blended_word", (5, ["cat", "dog"], {"a": 1}, True)),
+@pytest.mark.parametrize("field, values", [("blended_word", (5, ["cat", "dog"], {"a": 1}, True)), ("editing_prompt", (None, 5)),
                                            ("mask", ([1, 2, 3], [-5, 10], [1.5, 2], [True, 2], "12", {"1": 2}, None))])
 def test_fields_of_the_benchmarks_mapping_have_their_types(tmp_path, field, values):
     file = tmp_path / "mapping_file.json"
@@ -39,6 +39,9 @@ def test_fields_of_the_benchmarks_mapping_have_their_types(tmp_path, field, valu
         file.write_text(json.dumps({"0001": ENTRY | {field: value}}))
         with pytest.raises(UsageError, match=f"not PIE-Bench's mapping .*0001: {field}"):
             pie_data.read(tmp_path)
+    file.write_text(json.dumps({"0001": {k: v for k, v in ENTRY.items() if k != "editing_prompt"}}))
+    with pytest.raises(UsageError, match="0001: no editing_prompt"):
+        pie_data.read(tmp_path)
     file.write_text(json.dumps({"0001": ENTRY | {"blended_word": None, "mask": []}}))
     assert pie_data.read(tmp_path)[0][4:6] == ("", [])
 

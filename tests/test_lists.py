@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -366,3 +367,47 @@ def test_jobs_of_any_origin_are_run(emoji, tmp_path):
     made = [jobs.parse(JOB | {"seed": i}, i + 1, tmp_path, emoji) for i in range(2)]
     what = work.Batch(None, tmp_path / "out", {"source": "emoji"}, "cpu", quiet=True)
     assert batch.run_jobs(emoji, made, what) == {"done": 2, "failed": 0, "open": 0} and len(rows(tmp_path)) == 2
+
+
+def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    pictured = JOB | {"image": "a.png"}
+    first, second = jobs.read(listed(tmp_path, JOB, pictured), emoji, {"sampler": "dpm++"})
+    assert first.others["sampler"] == "dpm++" and "sampler" not in second.others   # inverted by DDIM, and so sampled
+    with pytest.raises(UsageError, match="sampler: no job of this list reads it"):
+        jobs.read(listed(tmp_path, pictured), emoji, {"sampler": "dpm++"})
+    own_times = {k: v for k, v in JOB.items() if k != "steps"} | {"timesteps": [900, 500, 100]}
+    timed, = jobs.read(listed(tmp_path, own_times), emoji, {"steps": 20})
+    assert timed.others["timesteps"] == [900, 500, 100] and timed.sampling["steps"] == 3
+    counted, = jobs.read(listed(tmp_path, JOB), emoji, {"timesteps": [900, 500]})
+    assert counted.sampling["steps"] == 1 and "timesteps" not in counted.others
+    own, = jobs.read(listed(tmp_path, pictured | {"fit": "own"}), emoji, {"height": 32, "width": 32})
+    assert own.inversion()["height"] is None
+
+
+def test_a_picture_that_is_exchanged_while_the_list_runs_is_no_result_of_the_first(emoji, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    job, = jobs.read(listed(tmp_path, JOB | {"image": "a.png", "method": "noise"}), emoji)
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "a.png")
+    (_, failure, _), = work.compute(emoji, [job])
+    assert "not the picture that it was when the list was read" in failure.error
+
+
+def test_workers_run_the_model_that_the_list_was_read_with(emoji, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(batch, "in_processes", lambda what, todo, workers, gpus: (each for each in seen.append((what, workers)) or ()))
+    made = [jobs.parse(JOB | {"seed": i}, i + 1, tmp_path, emoji) for i in range(2)]
+    asked = work.Batch(None, tmp_path / "out", {"source": "emoji"}, "cpu", together=1, quiet=True)
+    batch.run_jobs(emoji, made, asked, workers=8)
+    (what, workers), = seen
+    assert workers == 2 and what.loading["dtype"] == emoji.dtype   # on their devices it might be another
+    assert work.loaded(what, "cpu").identity() == emoji.identity()
+    with pytest.raises(RuntimeError, match="another there"):
+        work.loaded(replace(what, identity=emoji.identity() | {"dtype": "float16"}), "cpu")
+
+
+@pytest.mark.parametrize("swap", [{"red cat": "blue dog", "grass": "dog"}, {"grass": "dog", "red cat": "blue dog"}])
+def test_two_swaps_into_one_word_are_refused_in_any_order(emoji, tmp_path, swap):
+    job = {"source": "a red cat on grass", "targets": {"prompt": "a blue dog on big grass", "swap": swap}}
+    with pytest.raises(UsageError, match="name one"):
+        jobs.read(listed(tmp_path, job), emoji)

@@ -88,6 +88,18 @@ def test_words_of_neither_prompt_make_the_target_the_source_and_the_item_stays(e
     assert "local_blend" not in told("ddim+p2p", emoji, "a red cat on grass", "a red dog on grass", "")
 
 
+def test_a_row_of_ones_own_skips_the_share_that_the_row_it_is_like_does(emoji):
+    for steps, skip in ((50, 12), (100, 24), (10, 2)):
+        job = pie.custom({"like": "edit-friendly-inversion+p2p", "steps": steps}).job(item(), emoji)
+        assert (job["steps"], job["skip"]) == (steps, skip)
+
+
+@pytest.mark.parametrize("settings", [{"method": "noise"}, {"like": "noise"}])
+def test_brackets_of_the_benchmarks_prompts_weigh_nothing(emoji, settings):
+    job = pie.custom(settings).job(item("a cat (black) on grass", "a dog (black) on grass", ""), emoji)
+    assert job["source"] == r"a cat \(black\) on grass" and job["targets"] == [r"a dog \(black\) on grass"]
+
+
 def test_edit_friendly_replaces_where_the_prompts_have_as_many_words(emoji):
     row = "edit-friendly-inversion+p2p"
     assert told(row, emoji, "a cat on grass", "a dog on ice", "cat dog")["mode"] == "replace"

@@ -15,7 +15,8 @@ from test_pie_protocol import item
 import p2p
 from benchmarks.pie_shaped import make
 from p2p import UsageError
-from p2p.cli.parser import main
+from p2p.cli import bulk
+from p2p.cli.parser import _parsed, main, parsers
 from p2p.image import fit
 from p2p.lists import metrics, pie, pie_data, pie_report
 
@@ -151,6 +152,28 @@ def test_pictures_of_another_program_and_strips(data, tmp_path, capsys):
     report = json.loads((out / "pie.json").read_text())
     assert report["copies"]["official"]["MSE"] == [0, 0, 0] and report["panels"]["official"]["MSE"] == [0, 0]
     assert report["copies"]["official"]["PSNR"] == [None] * 3 and len(report["panels"]["failed"]) == 1
+
+
+@pytest.mark.slow
+def test_one_picture_that_cannot_be_judged_is_a_row(data, tmp_path, capsys):
+    """A strip that is not said to be one would be compared in the middle; and one too small for a figure ends no evaluation."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for key, size in zip(json.loads((data / "mapping_file.json").read_text()), ((256, 64), (4, 4), (64, 64))):
+        Image.new("RGB", size).save(folder / f"{key}.png")
+    assert main(command(data, tmp_path / "out", "--pictures", f"a={folder}")) == 1
+    first, second, third = rows_of(tmp_path / "out")[::2]
+    assert "of another shape" in first["error"] and "--strips" in first["error"] and second["error"] and not third["error"]
+    assert main(command(data, tmp_path / "out", "--pictures", f"a={folder}", "--workers", "2")) == 2
+    assert "--workers: not with --pictures alone" in capsys.readouterr().err
+
+
+def test_a_published_row_at_its_own_settings_keeps_its_name():
+    def names(*more):
+        return list(bulk._ways(_parsed("eval", parsers()[1]["eval"], ["pie", "--data", "x", "--out", "y", "--methods", *more])))
+    assert names("directinversion+p2p", "--steps", "50", "--cfg", "7.5") == ["directinversion+p2p"]
+    assert names("edit-friendly-inversion+p2p", "--no-blend") == ["edit-friendly-inversion+p2p"]
+    assert names("directinversion+p2p", "--steps", "20") == ["directinversion+p2p, steps 20"]
 
 
 @pytest.mark.slow

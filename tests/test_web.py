@@ -4,6 +4,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from test_web_session import CAT, DOG, PAGE, png, url
 
+import p2p
 from p2p.show.pictures import read_settings
 
 pytestmark = pytest.mark.slow
@@ -46,7 +48,7 @@ def chromium():
 
 def opened(chromium, site, width=1280, height=900):
     tab = chromium.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
-    tab.set_default_timeout(60_000)
+    tab.set_default_timeout(30_000)
     tab.faults, tab.asked = [], []
     tab.on("request", lambda request: tab.asked.append(request.url))
     tab.on("pageerror", lambda error: tab.faults.append(str(error)))
@@ -67,6 +69,8 @@ def done(tab, act):
 def first_edit(tab, steps="4"):
     tab.get_by_role("button", name="windows and sampling").click()
     tab.fill("#steps input[type=number]", steps)
+    with tab.expect_response(lambda answer: "queue/join" in answer.url):   # a move before there is a prompt: nothing
+        tab.locator("#steps input[type=number]").blur()
     tab.fill("#source textarea", CAT)
     tab.fill("#target textarea", DOG)
     return done(tab, lambda: tab.click("#run"))
@@ -164,6 +168,68 @@ def test_moves_replace_each_other(chromium, site, calls):
     tab.close()
 
 
+def until(tab, true):
+    for _ in range(300):
+        if true():
+            return True
+        tab.wait_for_timeout(200)
+    return False
+
+
+@needs_browser
+def test_a_run_gives_way_to_a_move_and_half_typed_words_stop_nothing(chromium, site, calls):
+    tab = opened(chromium, site)
+    first_edit(tab, "30")
+    session = list(calls.visits.sessions.values())[-1]
+    tab.fill("#seed input, #seed textarea", "7")
+    tab.click("#run")
+    tab.wait_for_function("document.querySelector('#stage .said').textContent === 'a preview'")
+    tab.locator(".fader input").nth(1).fill("3")
+    tab.wait_for_timeout(400)
+    tab.fill("#target textarea", DOG + "x")   # without Enter
+    assert until(tab, lambda: session.gallery[-1].asked.weights == (("red", 3.0),))
+    assert len(session.gallery) == 2   # what was begun by the button was not finished
+    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    assert tab.faults == []
+    tab.close()
+
+
+@needs_browser
+def test_a_move_that_waits_for_one_that_is_refused_is_made(chromium, site, calls):
+    tab = opened(chromium, site)
+    first_edit(tab)
+    session = list(calls.visits.sessions.values())[-1]
+    tab.get_by_role("button", name="where the picture").click()
+    with ThreadPoolExecutor(1) as pool:   # another visit has the model meanwhile
+        other = pool.submit(answer, site, dict(target=DOG, steps=40), name="longer")
+        assert until(tab, lambda: "longer" in calls.visits.sessions)
+        for word in ("unicorn", "dog"):
+            tab.fill("#blend textarea, #blend input", word)
+            tab.press("#blend textarea, #blend input", "Enter")
+            tab.wait_for_timeout(300)
+        tab.get_by_text("unicorn").first.wait_for()
+        assert other.result()["success"]
+    assert until(tab, lambda: session.gallery[-1].asked.blend == "dog")
+    tab.close()
+
+
+@needs_browser
+def test_what_is_typed_while_a_picture_is_replayed_stays(chromium, site):
+    tab = opened(chromium, site)
+    first_edit(tab, "20")
+    tab.locator("#gallery .thumbnail-item, #gallery .thumbnail-lg").first.click()
+    tab.wait_for_timeout(500)
+
+    def act():
+        tab.click("#replay")
+        tab.wait_for_function("document.querySelector('#stage .said').textContent === 'a preview'")
+        tab.fill("#target textarea", "a bird")
+    done(tab, act)
+    tab.wait_for_timeout(500)
+    assert tab.input_value("#target textarea") == "a bird"
+    tab.close()
+
+
 @needs_browser
 def test_refusals_are_messages_on_the_page(chromium, site, tmp_path):
     tab = opened(chromium, site)
@@ -205,9 +271,10 @@ def values(moved):
                                      "layers", "blend", "method")]
 
 
-def answer(site, moved, fn=0, data=None, name="test"):
-    """What the server says to a request of anybody's making."""
-    body = json.dumps({"data": values(moved) if data is None else data, "fn_index": fn, "session_hash": name}).encode()
+def answer(site, moved, call="run", data=None, name="test"):
+    """What the server says to a request of anybody's making; a message on the page is an error too."""
+    number = next(i for i, fn in site.fns.items() if fn.name == call)
+    body = json.dumps({"data": values(moved) if data is None else data, "fn_index": number, "session_hash": name}).encode()
     base = site.local_url + "gradio_api/queue/"
     request = urllib.request.Request(base + "join", body, {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -215,10 +282,13 @@ def answer(site, moved, fn=0, data=None, name="test"):
         opener.open(request, timeout=120).read()
     except urllib.error.HTTPError as refusal:
         return {"success": False, "error": str(refusal)}
+    said = None
     with opener.open(f"{base}data?session_hash={name}", timeout=300) as events:
-        for line in events:
-            if line.startswith(b"data:") and (event := json.loads(line[5:]))["msg"] == "process_completed":
-                return event | {"error": str((event.get("output") or {}).get("error"))}
+        for event in (json.loads(line[5:]) for line in events if line.startswith(b"data:")):
+            said = event["log"] if event["msg"] == "log" else said
+            if event["msg"] == "process_completed":
+                error = said or (event.get("output") or {}).get("error")
+                return event | {"success": event["success"] and said is None, "error": str(error)}
 
 
 NAN = float("nan")
@@ -238,12 +308,11 @@ def test_hostile_values_are_refused_and_the_server_lives(site):
 
 
 def test_hostile_uploads_are_refused_and_the_server_lives(site):
-    upload = next(i for i, fn in site.fns.items() if fn.name == "upload")
     for value in (url(b"text"), url(b"<svg/>", "svg+xml"), "/etc/passwd", "http://127.0.0.1:1/x.png", {"path": "/etc/passwd"},
                   {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, None, 7):
-        said = answer(site, {}, upload, [value])
+        said = answer(site, {}, "upload", [value])
         assert not said["success"] and "root:" not in str(said), value
-    assert answer(site, {}, upload, [url(png(Image.new("L", (5000, 4000))))])["success"]   # 20 megapixels
+    assert answer(site, {}, "upload", [url(png(Image.new("L", (5000, 4000))))])["success"]   # 20 megapixels
     assert answer(site, {}, data=[])["success"] is False and answer(site, {}, data=[1] * 99)["success"] is False
     assert answer(site, dict(steps=1), name="other")["success"]
 
@@ -265,9 +334,19 @@ def test_requests_are_bounded_and_no_files_are_taken_or_given(site, calls):
     session = calls.visits.sessions["visit"]
     own = session.download(session.choose(0))   # of one visit, as long as it lasts
     for path in ("/etc/passwd", os.path.abspath("setup.cfg"), "../../setup.cfg", own, "http://127.0.0.1:1/x.png"):
-        assert status("GET", f"/gradio_api/file={path}") in (403, 404)
+        for route in ("file=", "file/", "file%2F"):
+            assert status("GET", f"/gradio_api/{route}{path}") in (403, 404)
     assert status("POST", "/gradio_api/queue/join", iter([b"x" * 2**20] * 48), {"Content-Type": "application/json"}) >= 400
     assert status("GET", "/") == 200
+
+
+def test_a_model_without_text_is_refused():
+    from p2p.errors import UsageError
+    from p2p.web.serve import served
+
+    with pytest.raises(UsageError, match="reads no text"):
+        with served(p2p.load("emoji-upscaler")):
+            pass
 
 
 def test_a_taken_port_is_said(site, narrow):

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from p2p.web.asked import read
 from p2p.web.session import Session
 from p2p.web.sources import Sources
 from p2p.web.visits import Visits
+from p2p.weights.load import find
 
 CAT, DOG = "a red cat on grass", "a red dog on grass"
 PAGE = dict(source=CAT, target="", hand={}, usual=True, cross=0.8, self_=0.4, guidance=3.0, steps=4, seed="1", negative="",
@@ -141,6 +143,19 @@ def test_a_model_of_noisy_steps_is_not_traced(narrow):
     assert wanted.settings["eta"] == 1.0 == noisy.gallery[0].settings["eta"] == noisy.gallery[1].settings["eta"]
     for image, k in ((views[0].source, 0), (views[0].edit, 1), (views[1].source, 0)):
         assert apart(image, wanted.images[k]) <= 1
+    assert all(word.map for word in views[1].words)
+
+
+def test_a_source_alone_stops_as_soon_as_another_is_asked_for(narrow, monkeypatch):
+    noisy, calls, predict = Session(replace(narrow, eta=1.0), Sources(replace(narrow, eta=1.0))), [], p2p.Model.predict
+
+    def counted(model, *given, **named):
+        calls.append(0)
+        if len(calls) == 2:
+            noisy.want(asked(noisy, source=DOG, steps=30))
+        return predict(model, *given, **named)
+    monkeypatch.setattr(p2p.Model, "predict", counted)
+    assert list(noisy.run(asked(noisy, steps=30))) == [] and len(calls) == 2 and not noisy.gallery
 
 
 @pytest.mark.slow
@@ -176,6 +191,34 @@ def test_faders_of_words_that_are_gone_are_said(session):
 
 def test_what_waits_for_an_edit_is_said(session):
     assert any("blend, layers: of an edit" in note for note in last(session, blend="cat", layers=["up"]).notes)
+    assert any("windows: of an edit" in note for note in last(session, usual=False, cross=0.1).notes)
+
+
+def test_an_inversion_without_a_picture_is_said_and_makes_no_second_edit(session):
+    plain = last(session, target=DOG)
+    view = last(session, target=DOG, method="ddim")
+    assert "ddim changes nothing: it inverts a picture of your own" in view.notes and not any("inverts" in note for note in plain.notes)
+    assert len(session.gallery) == 1
+
+
+def test_brackets_weigh_the_same_in_both_prompts_and_faders_weigh_beside_them(session):
+    weighed = "a (red:1.5) cat on grass"
+    view = last(session, source=weighed, hand={"weights": {"grass": 1.000001}})
+    assert apart(view.source, view.edit) <= 1
+    assert apart(view.source, last(session, source=CAT).source) > 1
+    view = last(session, target="a (red:1.5) dog on grass", hand={"weights": {"red": 2.0}})
+    assert view.done and [(word.name, word.weight) for word in view.words][1] == ("red", 2.0)
+    assert session.gallery[-1].settings["targets"][0]["emphasis"] == "embedding"
+
+
+def test_the_same_prompt_twice_has_the_maps_of_the_source(session):
+    assert all(word.map for word in last(session, target=CAT).words)
+
+
+def test_a_picture_without_maps_says_when_they_come(session):
+    session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    assert "the words' maps come with an edit" in last(session, method="ddim").notes
+    assert not any("maps" in note for note in last(session, method="direct").notes)
 
 
 @pytest.mark.slow
@@ -200,7 +243,7 @@ def test_outside_of_a_painted_mask_nothing_changes(session):
 def test_a_picture_of_ones_own_is_edited(session, method, emoji):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
     view = session.upload(url(png(photo)))
-    assert view.source.size == (64, 64) and any("cropped" in note for note in view.notes)
+    assert view.source.size == (64, 64) and any("cropped" in note and "--" not in note for note in view.notes)
     assert apart(last(session, method=method).source, view.source) == 0
     view = last(session, target=DOG, method=method)
     inversion = p2p.invert(session.model, session.picture, CAT, method=method, steps=4, guidance_scale=3.0,
@@ -253,6 +296,41 @@ def test_a_picture_of_the_visit_is_replayed(session):
     for wrong in (2, -1, True, "0", None, 10**9):
         with pytest.raises(p2p.UsageError):
             session.choose(wrong)
+
+
+def test_pictures_of_a_visit_that_made_room_are_missed(session):
+    last(session)
+    session.close()
+    with pytest.raises(p2p.UsageError, match="are here no more"):
+        session.choose(0)
+
+
+def test_all_that_a_source_holds_is_counted(session):
+    session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    for method in ("edit-friendly", "null-text"):
+        last(session, method=method, steps=2)
+        held = session.sources.kept.popitem()[1]
+        given = held.given
+        assert held.bytes == sum(v.nbytes for v in vars(given).values() if isinstance(v, torch.Tensor)) + sum(
+            v.nbytes for v in (given.queries or {}).values()) > given.latents.nbytes
+
+
+def test_sources_that_hold_nothing_are_bounded_too(narrow, monkeypatch):
+    monkeypatch.setattr(sources, "MOST", 2)
+    noisy = Session(replace(narrow, eta=1.0), Sources(replace(narrow, eta=1.0)))
+    for seed in range(4):
+        last(noisy, seed=str(seed), steps=1)
+    assert len(noisy.sources.kept) == 2
+
+
+def test_a_model_whose_file_is_gone_goes_on(tmp_path):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(find("emoji").where, file)
+    model = p2p.load(file)
+    session = Session(model, Sources(model))
+    assert last(session, target=DOG, steps=1).done
+    file.unlink()
+    assert last(session, target=DOG, steps=1, seed="2").done
 
 
 def test_a_gallery_and_its_sources_are_bounded(session, monkeypatch):

@@ -96,6 +96,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> int:
     ways = _ways(args)
+    if all(way.job is None for way in ways.values()):
+        values.refuse(args, "--pictures alone, which edits nothing", ("workers", "retry_failed"))
     items = pie_data.read(args.data, args.limit, None if args.types is None else args.types.split(","))
     metrics.torchmetrics()
     judges = metrics.Judges(args.lpips and metrics.lpips(args.lpips), args.clip and metrics.clip(args.clip),
@@ -173,8 +175,9 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
         row = find_method(name)
         idle = {"cross", "self_", "blend"} if row.editor else set()
         idle |= set() if row.inversion in READ_BY["seed"] else {"seed"}
-        changed = {field: value for field, value in changes.items() if field not in idle}
-        read |= set(changed)
+        read |= set(changes) - idle
+        changed = {field: value for field, value in changes.items()
+                   if field not in idle and value != getattr(row, field)}
         label = "".join(f", no {k}" if v is None else f", {k.strip('_')} {shown(v).replace(':', '-')}"
                         for k, v in changed.items())
         out.append((name + label if name in PUBLISHED else name, pie.method(name, **changed)))
@@ -189,7 +192,7 @@ def _option(field: str) -> str:
 
 
 def make_dataset(args: argparse.Namespace) -> int:
-    pairs, model = dataset.read(args.prompts, table=args.format == "parquet"), options.load(args)
+    pairs, model = dataset.read(args.prompts, args.format), options.load(args)
     options.say(model.notes)
     if args.clip is not None:
         embedder = metrics.clip(args.clip, prepare=metrics.squeezed)

@@ -132,7 +132,7 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     if args.steps is not None:   # what counts steps stays as large a share of them
         arguments |= shortened(arguments, whole("steps", arguments["steps"]), args.steps)
     arguments |= {k: v for k, v in given.items() if v is not None}
-    if args.method in REPLACE_EMPTY or args.inversion_cfg == 1:   # nothing reads it while inverting
+    if method in (*REPLACE_EMPTY, "noise") or args.inversion_cfg == 1:   # nothing reads it while inverting
         arguments.pop("negative_prompt", None)
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")

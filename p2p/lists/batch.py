@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -74,7 +75,9 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     once = list({job.id: job for job in reversed(jobs)}.values())[::-1]
     share = groups(once, batch.together)[rank::world]
     todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]
-    many = workers or (max(1, _gpus(batch)) if engine == "local" else 1)
+    many = min(workers or (max(1, _gpus(batch)) if engine == "local" else 1), len(todo))
+    # the workers' model is this one, whatever their device would have
+    batch = replace(batch, loading={**batch.loading, "dtype": model.dtype}, identity=model.identity())
     if engine == "ray":
         finished = on_ray(batch, todo, workers)
     elif many > 1 and engine == "local":

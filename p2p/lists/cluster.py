@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -115,8 +116,12 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int | None) -> Iterator
     except ImportError:
         raise UsageError('--engine ray needs Ray: pip install "prompt-to-prompt[ray]"') from None
 
+    here = os.getcwd()
+
     class Actor:
         def __init__(self):
+            with suppress(OSError):   # paths may be relative, and a cluster's processes run elsewhere
+                os.chdir(here)
             self.model, self.store = loaded(batch, None if gpus else batch.device), Store(batch.out)
 
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ from p2p.weights.untrusted import brief
 
 WHOLE = "counts.json"   # the file that marks a finished folder
 IMAGES = ("input_image", "edited_image", "edit_prompt")   # columns of the table
+METADATA = ("seed", "p2p_threshold", "cfg_scale",                # of a sample
+            *(f"clip_sim_{of}" for of in ("0", "1", "dir", "image")))
+OWN_FIELDS = {"webdataset": METADATA, "parquet": (*IMAGES, *METADATA)}   # of an export
+EXACT = 2**53           # whole numbers beyond are not what they were as a float
 ROWS = 256              # of it that are held at once
 
 
@@ -46,9 +50,10 @@ class Pair(NamedTuple):
     entry: dict[str, Any]    # of the list, with all its fields
 
 
-def read(file: Path, table: bool = False) -> list[Pair]:
+def read(file: Path, export: str | None = None) -> list[Pair]:
     """Reads a list in InstructPix2Pix's format: entries {"caption" (or "input"), "edit", "output"} with any
-    other fields ("url"). table: they become columns of one. Raises UsageError naming all invalid entries."""
+    other fields ("url"). export: "webdataset" or "parquet", which have fields of their own. Raises UsageError
+    naming all invalid entries."""
     def parts(entry: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         entry = lines.present(entry)
@@ -60,8 +65,12 @@ def read(file: Path, table: bool = False) -> list[Pair]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
         if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
-        if table:
-            check_columns(entry)
+        check_fields(entry, OWN_FIELDS.get(export, ()))
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UsageError("a text holds half of a character (a lone surrogate), which no file "
+                             "can") from None
         check_prompt(texts["caption"])
         check_prompt(texts["output"])
         return Prompts(texts["caption"], texts["output"]), entry
@@ -85,8 +94,9 @@ def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     if not done:
         return
     before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
+    free = {"model", *(() if recipe["sampler"] == "p2p" else ("together",))}   # p2p stops after a batch
     other = [f"{k} {before.get(k)!r}, not {now.get(k)!r}" for k in {**before, **now}   # some may be absent
-             if k != "model" and before.get(k) != now.get(k)]
+             if k not in free and before.get(k) != now.get(k)]
     for pair in done:
         folder = _folder(pair, out)
         entry = _json(folder / "prompt.json")
@@ -120,7 +130,9 @@ def _made(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, re
         out.mkdir(parents=True, exist_ok=True)
         sweep(out)
         write(out / "recipe.json", json.dumps(settings))
-        for pair in remaining(pairs, out):
+        for pair in pairs:
+            if finished(_folder(pair, out) / WHOLE):   # by now: another run may work on the same list
+                continue
             best, counts = samples_of(model, pair.prompts, embedder, recipe)
             if counts["samples"]:   # else the next run tries again
                 _put(_folder(pair, out), pair, best, counts)
@@ -131,15 +143,19 @@ def _made(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, re
 
 
 def _put(folder: Path, pair: Pair, best: Sequence[Kept], counts: Counter[str]) -> None:
-    with appearing(folder, WHOLE) as temporary:
-        (temporary / "prompt.json").write_text(json.dumps(pair.entry), encoding="utf-8")
-        (temporary / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
-        for info, images in best:
-            for k, image in enumerate(images):
-                image.save(temporary / f"{info['seed']}_{k}.jpg", quality=100)
-        if best:
-            rows = "".join(json.dumps(info) + "\n" for info, _ in best)
-            (temporary / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    try:
+        with appearing(folder, WHOLE) as temporary:
+            (temporary / "prompt.json").write_text(json.dumps(pair.entry), encoding="utf-8")
+            (temporary / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
+            for info, images in best:
+                for k, image in enumerate(images):
+                    image.save(temporary / f"{info['seed']}_{k}.jpg", quality=100)
+            if best:
+                rows = "".join(json.dumps(info) + "\n" for info, _ in best)
+                (temporary / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    except OSError:
+        if not finished(folder / WHOLE):   # another run was first
+            raise
 
 
 def _json(file: Path) -> Any:
@@ -176,6 +192,7 @@ def samples(out: Path) -> Iterator[tuple[str, dict[str, Any], list[Path]]]:
         prompt = _json(folder / "prompt.json")
         known = {str(d["seed"]): d for d in lines.read(folder / "metadata.jsonl", lambda d, _: d,
                                                        "no pair in it")}
+        check_fields(prompt, METADATA)
         for seed in seeds:
             yield f"{folder.name}_{seed}", prompt | known[seed], [folder / f"{seed}_{k}.jpg" for k in (0, 1)]
 
@@ -203,20 +220,19 @@ def webdataset(out: Path, size: int = 1000) -> list[Path]:
 def parquet(out: Path) -> list[Path]:
     """Writes one table beside the folders: input_image and edited_image (bytes of JPEG), edit_prompt and all
     metadata, a column that is not of one type as text. It replaces an earlier one when it is written. Raises
-    UsageError where the disk is full, and as `check_columns` does."""
+    UsageError where the disk is full, and as `check_fields` does."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
-    types: dict[str, set[type]] = {}   # entries may differ in their fields, and a field in its type
+    types: dict[str, set[str]] = {}   # entries may differ in their fields, and a field in its type
     for _, known, _ in samples(out):
         for name, value in known.items():
             types.setdefault(name, set()).add(_column(value))
-    check_columns(types)
-    arrow = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-    columns = {name: arrow[next(iter(kinds)) if len(kinds) == 1 else float if kinds == {int, float} else str]
-               for name, kinds in types.items()}
+    check_fields(types, IMAGES)
+    columns = {name: pa.int64() if kinds <= {"int", "long"} else pa.float64() if kinds <= {"int", "float"}
+               else pa.string() for name, kinds in types.items()}
     schema = pa.schema([(IMAGES[0], pa.binary()), (IMAGES[1], pa.binary()), (IMAGES[2], pa.string()),
                         *columns.items()])
     rows = ({IMAGES[0]: files[0].read_bytes(), IMAGES[1]: files[1].read_bytes(), IMAGES[2]: known["edit"],
@@ -228,17 +244,18 @@ def parquet(out: Path) -> list[Path]:
     return [out / "pairs.parquet"]
 
 
-def check_columns(names: Iterable[str]) -> None:
-    """Raises UsageError where fields of a list have the name of a column of the table."""
-    if taken := sorted(set(IMAGES) & set(names)):
-        raise UsageError(f"{', '.join(taken)}: a field of the list has the name of a column of pictures or "
-                         "prompts, and parquet has one place for both; rename it, or give another --format")
+def check_fields(names: Iterable[str], own: Sequence[str]) -> None:
+    """Raises UsageError where fields of a list have the name of one of the export's `own`."""
+    if taken := sorted(set(own) & set(names)):
+        raise UsageError(f"{', '.join(taken)}: the export has a field of its own by this name, and one place "
+                         "for both; rename the list's, or give another --format")
 
 
-def _column(value: Any) -> type:
+def _column(value: Any) -> str:
     """The type of a column that holds it: numbers as they are, all else as text."""
-    small = type(value) is int and -2**63 <= value < 2**63
-    return int if small else float if type(value) is float else str
+    if type(value) is int and -2**63 <= value < 2**63:
+        return "int" if abs(value) <= EXACT else "long"
+    return "float" if type(value) is float else "text"
 
 
 def _cell(value: Any, text: bool) -> Any:

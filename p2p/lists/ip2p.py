@@ -42,6 +42,7 @@ from p2p.request.start import draw
 from p2p.sampler import stepper
 
 Kept = tuple[dict[str, Any], Sequence[Image.Image]]   # metadata of a sample, and its two pictures
+Judged = tuple[dict[str, Any], Sequence[Image.Image], str | None]   # and the filter that it does not pass
 # both (B, 3, H, W) in 0..1, and with 8 bits
 Sampled = tuple[Tensor, Tensor, list[tuple[Image.Image, Image.Image]]]
 
@@ -119,7 +120,7 @@ def dropped(cosines: dict[str, float], recipe: Recipe) -> str | None:
 
 
 def judged(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], texts: Tensor, embedder: Embedder,
-           recipe: Recipe) -> list[tuple[dict[str, Any], Sequence[Image.Image], str | None]]:
+           recipe: Recipe) -> list[Judged]:
     """Samples in one batch: metadata, pictures, and the filter that each does not pass. texts: the embedded
     prompts. Raises NumericsError, UsageError."""
     before, after, images = SAMPLERS[recipe.sampler](model, prompts, draws, recipe.steps)
@@ -128,6 +129,20 @@ def judged(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], text
         raise NumericsError("the judge finds similarities that are not finite")
     each = [{name: values[i].item() for name, values in cosines.items()} for i in range(len(draws))]
     return [(d | found, pair, dropped(found, recipe)) for d, found, pair in zip(draws, each, images)]
+
+
+def _judged_alone(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], texts: Tensor,
+                  embedder: Embedder, recipe: Recipe, counts: Counter[str]) -> list[Judged]:
+    """As `judged`, but of a batch that fails each sample by itself, without those that fail alone, which are
+    counted. Raises UsageError."""
+    try:
+        return judged(model, prompts, draws, texts, embedder, recipe)
+    except (NumericsError, torch.OutOfMemoryError) as error:
+        if len(draws) == 1:
+            counts[f"failed: {str(error).splitlines()[0]}"] += 1
+            return []
+    return [one for draw in draws
+            for one in _judged_alone(model, prompts, [draw], texts, embedder, recipe, counts)]
 
 
 def samples(model: Model, prompts: Prompts, embedder: Embedder,
@@ -139,8 +154,8 @@ def samples(model: Model, prompts: Prompts, embedder: Embedder,
         last = min(first + recipe.together, recipe.samples)
         draws = [drawn(prompts, j, recipe, model) for j in range(first, last)]
         try:
-            batch = judged(model, prompts, draws, texts, embedder, recipe)
-        except (NumericsError, UsageError) as error:
+            batch = _judged_alone(model, prompts, draws, texts, embedder, recipe, counts)
+        except UsageError as error:   # so would be all others
             counts[f"failed: {error}"] += len(draws)
             break
         counts.update(name for *_, why in batch for name in ("samples", why or "passed"))

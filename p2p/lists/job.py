@@ -35,6 +35,7 @@ class Job(NamedTuple):
     others: dict[str, Any]        # OTHERS
     user_id: str | int | None = None   # for the rows of results.jsonl; it changes nothing
     tags: Any = None                   # ... the user's, too
+    content: str | None = None         # of the picture when the list was read, see `jobs.content_of`
 
     def settings(self) -> dict[str, Any]:
         """All settings, as JSON."""

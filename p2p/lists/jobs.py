@@ -39,6 +39,9 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope", "emphasis"))
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
                      "path": ("ddim",)}
+SCHEDULED = ("sampler", "timestep_spacing", "timesteps")
+# settings that stand for others: a line that says one is not given the defaults of these
+INSTEAD = {"timesteps": ("steps",), "steps": ("timesteps",)}
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
@@ -115,8 +118,9 @@ def unread(method: str | None, editor: Any) -> dict[str, str]:
     if method is None:
         idle = dict.fromkeys(INVERTING, "of a picture; give image")
     else:
-        idle = dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
-                             f"{method} inversion does not read it; leave it out")
+        idle = dict.fromkeys(SCHEDULED, "of generated sources; a picture is sampled as it was inverted")
+        idle |= dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
+                              f"{method} inversion does not read it; leave it out")
     windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces; leave it out")
     return idle if editor is None else idle | windows
 
@@ -138,7 +142,7 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     user_id = checked("id", entry.pop("id")) if "id" in entry else None
     known = {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}
     entry = _full_names(entry, known, "an edit")
-    pictured, merged = "image" in entry, {**(defaults or {}), **entry}
+    pictured, merged = "image" in entry, {**_left(defaults or {}, entry), **entry}
     method = checked("method", merged.get("method", DEFAULT)) if pictured else None
     idle = unread(method, merged.get("editor"))
     for why in dict.fromkeys(idle.values()):
@@ -168,8 +172,16 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
                  if k not in idle or (pictured and k == "path")}   # which is part of every job's identity
     others = {k: entry[k] for k in OTHERS if k in entry}
     image = folder / entry["image"] if pictured else None
-    job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags)
+    content = None if image is None else content_of(image)
+    job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags, content)
     return job._replace(id=_identity(job, model))
+
+
+def _left(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults in whose place a line says nothing else."""
+    replaced = {other for name in entry for other in INSTEAD.get(name, ())}
+    replaced |= {"height", "width"} if entry.get("fit") == "own" else set()
+    return {k: v for k, v in defaults.items() if k not in replaced}
 
 
 def _target(entry: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
@@ -199,12 +211,11 @@ def _full_names(entry: Mapping[str, Any], known: Collection[str], owner: str) ->
 
 
 def _identity(job: Job, model: Model) -> str:
-    content = None if job.image is None else _content(job.image)
-    request = job.settings() | {"image": content, "model": model.identity()}
+    request = job.settings() | {"image": job.content, "model": model.identity()}
     return hashlib.sha256(_plain(request).encode()).hexdigest()[:16]
 
 
-def _content(picture: Path) -> str:
+def content_of(picture: Path) -> str:
     """A hash of the file, or its name if it cannot be read: the job then fails when it runs."""
     with suppress(OSError, ValueError):
         if picture.is_file():

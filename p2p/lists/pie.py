@@ -27,6 +27,7 @@ from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import fit, open_picture
 from p2p.lists import pie_report, protocol
+from p2p.lists.fields import checked
 from p2p.lists.job import check, groups
 from p2p.lists.jobs import SHORT, Job, Store, check_targets, parse, unread
 from p2p.lists.lines import write
@@ -35,6 +36,7 @@ from p2p.lists.pie_data import mask
 from p2p.lists.protocol import Item
 from p2p.lists.work import work
 from p2p.model import Model
+from p2p.request.emphasis import escaped
 from p2p.request.inverting import DEFAULT
 from p2p.weights import digest
 from p2p.weights.untrusted import LONGEST, brief
@@ -69,9 +71,12 @@ def custom(settings: Mapping[str, Any]) -> Way:
     if len(settings_) < len(settings) - ("like" in settings):
         raise UsageError(f"{', '.join(settings)}: two names of one setting; give one")
 
+    if base is not None and settings_.get("steps") is not None:   # the row's skip is a share of them
+        base = replace(base, steps=checked("steps", settings_["steps"]))
+
     def job(item: Item, model: Model) -> dict[str, Any]:
         if base is None:
-            return {"source": item.source, "targets": [item.target],
+            return {"source": escaped(item.source), "targets": [escaped(item.target)],
                     "image": str(item.picture.absolute())} | settings_
         inherited = protocol.job(base, item, model)
         method, editor = (settings_.get(name, inherited.get(name)) for name in ("method", "editor"))
@@ -250,7 +255,7 @@ def _judge(folder: Path, name: str, way: Way, jobs: Sequence[tuple[Item, Job | P
             try:
                 how = job.inverting["fit"] if isinstance(job, Job) else "crop"
                 figures = {} if error else _measured(item, picture, how, way, judges)
-            except UsageError as why:      # a picture that cannot be read
+            except (UsageError, RuntimeError, ValueError) as why:   # cannot be read, or measured
                 figures, labels = {}, labels | {"error": str(why)[:LONGEST]}
             for c, row in zip(CONVENTIONS, known):
                 measured = figures.get(c, dict.fromkeys(NAMES))
@@ -267,6 +272,10 @@ def _measured(item: Item, file: Path, how: str, way: Way, judges: Judges
     picture, result = open_picture(item.picture), open_picture(file)
     if way.strips and result.width != result.height:
         result = result.crop((result.width - result.height, 0, result.width, result.height))
+    shapes = picture.width / picture.height, result.width / result.height
+    if way.pictures is not None and max(shapes) > 1.01 * min(shapes):
+        raise UsageError(f"{file}: {result.width} x {result.height} pixels, of another shape than the "
+                         f"benchmark's {picture.width} x {picture.height} (--strips judges a last panel)")
     out = {}
     for convention in CONVENTIONS:
         seen = result

@@ -20,10 +20,11 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     try:
         mapping = parse_object(read_text(file))
         items = [Item(_key(key), data / "annotation_images" / _file(key, entry["image_path"]),
-                      _plain(entry["original_prompt"]), _plain(entry["editing_prompt"]),
-                      _text(key, entry.get("blended_word") or ""), _runs(key, entry["mask"]),
+                      _plain(_text(key, "original_prompt", entry["original_prompt"])),
+                      _plain(_text(key, "editing_prompt", entry["editing_prompt"])),
+                      _text(key, "blended_word", entry.get("blended_word") or ""), _runs(key, entry["mask"]),
                       str(entry.get("editing_type_id", "")), entry["image_path"])
-                 for key, entry in mapping.items()]
+                 for key, entry in ((key, _whole(key, entry)) for key, entry in mapping.items())]
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; in PIE-Bench's folder it lies beside "
                          "annotation_images/") from None
@@ -38,6 +39,13 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     if not items:
         raise UsageError(f"{file}: it names no picture")
     return items
+
+
+def _whole(key: str, entry: Any) -> Any:
+    if lost := [name for name in ("image_path", "original_prompt", "editing_prompt", "mask")
+                if not isinstance(entry, dict) or name not in entry]:
+        raise ValueError(f"{key}: no {', '.join(lost)}")
+    return entry
 
 
 def _key(key: str) -> str:
@@ -56,9 +64,9 @@ def _plain(prompt: str) -> str:
     return prompt.replace("[", "").replace("]", "")
 
 
-def _text(key: str, value: Any) -> str:
+def _text(key: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key}: blended_word {brief(value)} is no text")
+        raise ValueError(f"{key}: {name} {brief(value)} is no text")
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 
 from p2p.errors import NumericsError, UsageError
 from p2p.image import open_picture
-from p2p.lists.jobs import Job, Store
+from p2p.lists.jobs import Job, Store, content_of
 from p2p.lists.protocol import resampled, square
 from p2p.lists.stop import unmasked
 from p2p.lists.together import run_together
@@ -39,6 +39,7 @@ class Batch:
     retry_failed: bool = False   # run failed jobs only
     quiet: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)   # see `jobs.read`
+    identity: Mapping[str, Any] | None = None   # of the model that the jobs' identities are of
 
 
 class Failure(NamedTuple):
@@ -99,6 +100,9 @@ def _ready(model: Model, job: Job) -> Ready:
     """Prepares one job for sampling: inverts its picture, if it has one."""
     source: Any = job.source
     if job.image is not None:
+        if content_of(job.image) != job.content:
+            raise UsageError(f"{job.image}: not the picture that it was when the list was read; start again "
+                             "for this one")
         settings, picture = job.inversion(), open_picture(job.image)
         if settings["fit"] == "square":
             picture, settings["fit"] = square(picture, (settings["height"], settings["width"])), None
@@ -132,6 +136,9 @@ def loaded(batch: Batch, device: str | None) -> Model:
     """Loads the model in a worker. Raises RuntimeError, which the parent process reports."""
     try:
         with unmasked():
-            return load(**batch.loading, device=device)
+            model = load(**batch.loading, device=device)
+            if batch.identity is not None and model.identity() != batch.identity:
+                raise UsageError("it is another there than here, where the list was read")
+            return model
     except Exception as error:
         raise RuntimeError(f"no model on {device or 'this worker'}: {error}") from None

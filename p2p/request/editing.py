@@ -33,6 +33,7 @@ from p2p.request.record import Record
 from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import LONE, Inversion
 from p2p.request.start import Sampling, Settled, guidance, own_sampler, settle
+from p2p.request.words import by_breadth, check_blend, check_swaps
 from p2p.sampler import PROXIMAL, guide, proximal_guide
 from p2p.scope import scoped
 from p2p.weights.untrusted import brief
@@ -59,6 +60,12 @@ class EditRequest:
     def prompts(self) -> list[str]:
         """Of the source, then of each target."""
         return [self.source, *(edit.prompt for edit in self.edits)]
+
+    @property
+    def told(self) -> list[str]:
+        """The rows' prompts: an editor may tell the source another one than its own."""
+        other = None if self.editor is None else self.editor.source_prompt
+        return [self.source if other is None else other, *self.prompts[1:]]
 
     @property
     def batch(self) -> Batch:
@@ -122,7 +129,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     given = [weights_as_equalizer(model, e) for e in written]   # brackets leave their prompts
     if editor is not None:
         refuse_p2p_settings(written, given)
-    tokens = _tokens(model, [source, *(e.prompt for e in given)], editor, sampling)
+    tokens, told = _tokens(model, [source, *(e.prompt for e in given)], editor, sampling)
     edits = [decided(tokens[0], t, e, choose_mode(tokens[0], e, t), model.length)
              for e, t in zip(given, tokens[1:])]
     # notes on the prompts as they are now are made with all others
@@ -131,7 +138,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     blends = []
     for e, t in zip(edits, tokens[1:]):
         _check_words(e, tokens[0], t, model.length, windows=editor is None)
-        blend, ignored = _local_blend(e, tokens[0], t, model.length)
+        blend, ignored = _local_blend(e, tokens[0], told, t, model.length)
         blends.append(blend)
         notes += ignored
         layers.chosen(e.layers, model.unet)   # raises
@@ -142,26 +149,29 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     return request
 
 
-def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None, sampling: Sampling) -> list[Tokens]:
-    """The tokens of source and targets. Raises UsageError, also for a prompt that is read beside them: where
-    only other prompts were encoded beforehand, or a part of a word is weighed."""
+def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None,
+            sampling: Sampling) -> tuple[list[Tokens], Tokens]:
+    """The tokens of source and targets, and of what the source's row is told. Raises UsageError, also for a
+    prompt that is read beside them: where only other prompts were encoded beforehand, or a part of a word is
+    weighed."""
     against = negatives(sampling.negative_prompt, 1)
     for other in filter(None, (*against, editor and editor.source_prompt)):
         prompt_tokens(model, other)   # raises
     for prompt in (*prompts, *against):
         weight_notes(model, prompt)   # raises
-    return [prompt_tokens(model, prompt) for prompt in prompts]
+    told = prompts[0] if editor is None or editor.source_prompt is None else editor.source_prompt
+    return [prompt_tokens(model, prompt) for prompt in prompts], prompt_tokens(model, told)
 
 
-def _local_blend(edit: Edit, source: Tokens, target: Tokens,
+def _local_blend(edit: Edit, source: Tokens, told: Tokens, target: Tokens,
                  length: int) -> tuple[LocalBlend | None, list[str]]:
-    """The local blend of an edit, of its scope too, and notes on words that the scope leaves out. Raises
-    UsageError."""
+    """The local blend of an edit, of its scope too, and notes on words that the scope leaves out. told: what
+    the source's row is. Raises UsageError."""
     notes, mode = [], str(edit.mode)
     if edit.scope is not None and (edit.local_blend is None or edit.local_blend.words is None):
         notes = [f'"{edit.prompt}": {why}' for why in left_out(source, target, edit, mode, length)]
     blend = scoped(source, target, edit, mode, length).local_blend
-    _check_blend(blend, source, target, length)
+    check_blend(blend, told, target, length)
     return blend, notes
 
 
@@ -263,22 +273,11 @@ def _check_words(edit: Edit, source: Tokens, target: Tokens, length: int, window
     for word, c in (edit.equalizer or {}).items():
         finite(f'equalizer: the weight of "{word}"', c)
     cross = edit.cross_replace_steps if isinstance(edit.cross_replace_steps, Mapping) else {}
-    swap = edit.swap or {}
-    ours = [*listed(edit.scope or ()), *swap]
-    theirs = [*(edit.equalizer or {}), *(word for word in cross if word != "default_"), *swap.values()]
-    for prompt, words in ((source, ours), (target, theirs)):
-        for word in words:
-            align.word_tokens(prompt, word, length)
-
-
-def _check_blend(blend: LocalBlend | None, source: Tokens, target: Tokens, length: int) -> None:
-    """Raises UsageError for words of a local blend that the prompts lack."""
-    if blend is None:
-        return
-    for pair in filter(None, (blend.words, blend.substruct, blend.rivals)):
-        for prompt, words in zip((source, target), pair):
-            for word in listed(words):
-                align.word_tokens(prompt, word, length)
+    for said in (edit.equalizer or {}, {word: at for word, at in cross.items() if word != "default_"}):
+        by_breadth(said, target, length)   # raises
+    for word in (*listed(edit.scope or ()), *(edit.swap or {})):
+        align.word_tokens(source, word, length)
+    check_swaps(edit.swap or {}, target, length)
 
 
 def proximal_by(proximal: tuple[str, float] | None) -> Callable[[Tensor, Tensor, float], Tensor]:

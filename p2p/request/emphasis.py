@@ -113,7 +113,8 @@ def weigh(context: Tensor, weights: Sequence[float], widths: Sequence[int]) -> T
     times the mean before over the mean after, for each text tower's `widths` alone. Padding weighs 1, and
     so does what fills a context that is wider than its towers."""
     row = torch.ones(len(context), 1, dtype=context.dtype, device=context.device)
-    row[:len(weights), 0] = torch.tensor(weights[:len(row)], dtype=context.dtype)
+    read = [*weights[:len(row) - 1], 1.0] if len(weights) > len(row) else weights   # the end's weighs 1
+    row[:len(read), 0] = torch.tensor(read, dtype=context.dtype)
     *towers, filling = context.split([*widths, context.shape[-1] - sum(widths)], dim=-1)
     weighed = [part * row * (part.mean() / (part * row).mean()) for part in towers]
     return torch.cat([*weighed, filling], dim=-1)

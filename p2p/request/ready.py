@@ -21,7 +21,7 @@ from p2p.models.text import TextEncoder
 from p2p.request import layers
 from p2p.request.editing import EditRequest, edit_request, proximal_by
 from p2p.request.editor import Editor, Guiding
-from p2p.request.emphasis import condition, parsed
+from p2p.request.emphasis import condition, parsed, prompt_tokens
 from p2p.request.emphasis import notes as weights_notes
 from p2p.request.names import SAMPLING, understood
 from p2p.request.negative import check_negative, negatives
@@ -73,7 +73,7 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     if known is not None:
         known, planned = _run_where_read(request, batch, blend, edit_tables, known, planned)
     by, empty = _guidance(request, batch, start)
-    return Ready(_told(request), start, batch, _stepper(request, start, before), empty,
+    return Ready(request.told, start, batch, _stepper(request, start, before), empty,
                  _recorded(request, start), notes, plan=planned, tables=edit_tables, blend=blend, known=known,
                  guide=by, guidance_scale=start.guidance_scale, edits=request.edits)
 
@@ -107,7 +107,7 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
 
 
 def _blend(request: EditRequest, start: Start) -> Blend | None:
-    source, *targets = request.tokens
+    source, *targets = [prompt_tokens(request.model, prompt) for prompt in request.told]
     return prepare(request.blends, source, targets, unet=request.model.unet, steps=start.schedule.steps,
                    size=start.x.shape[2:], fit=_fit(request), length=request.model.length,
                    device=request.model.device)
@@ -132,16 +132,9 @@ def _tables_and_plan(request: EditRequest, batch: Batch, steps: int) -> tuple[li
 def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], blend: Blend | None,
            planned: Plan) -> list[str]:
     model, inversion = request.model, request.inversion
-    prompts = [*request.prompts, *negatives(request.sampling.negative_prompt, 1)]
+    prompts = [*request.told, *negatives(request.sampling.negative_prompt, 1)]
     return [*model.notes, *(() if inversion is None else inversion.notes), *prompt_notes(model, prompts),
             *remarks(request, start, edit_tables, blend, planned)]
-
-
-def _told(request: EditRequest) -> list[str]:
-    """The rows' prompts: an editor may tell the source another one than its own."""
-    source, *targets = request.prompts
-    other = None if request.editor is None else request.editor.source_prompt
-    return [source if other is None else other, *targets]
 
 
 def _run_where_read(request: EditRequest, batch: Batch, blend: Blend | None, edit_tables: Sequence[Tables],

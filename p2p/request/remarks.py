@@ -58,14 +58,25 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
     source, notes = request.tokens[0], []
     for current, (e, t), given in zip(edit_tables, request.pairs(), request.given):
         notes += _chosen(source, t, e, given, request.model.length) + below_zero(e.prompt, e.equalizer or {})
-        plain = read(request.source).plain and read(e.prompt).plain
-        if source.ids == t.ids and plain and idle(current):
+        if _same_rows(request, e, t) and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
         found = idle_options(current, source, t, given, e.mode, steps, request.model.length,
                              request.schedule_steps, hybrid_edited(current, request.model.unet))
         notes += [f'"{e.prompt}": {why}' for why in found]
     return notes
+
+
+def _same_rows(request: EditRequest, edit: Edit, target: Tokens) -> bool:
+    """Whether a target's row is its source's, but for what is injected."""
+    sampling, inversion, editor = request.sampling, request.inversion, request.editor
+    same_text = request.tokens[0].ids == target.ids and read(request.source).plain and read(edit.prompt).plain
+    by_editor = editor is not None and (editor.source_prompt not in (None, request.source)
+                                        or (request.batch.guided and not editor.guided_source))
+    one_noise = sampling.x_T is None or len(sampling.x_T) == 1
+    one_negative = len(set(negatives(sampling.negative_prompt, len(request.prompts)))) == 1
+    kept = inversion is not None and (inversion.method in FOLLOW or edit.local_blend is not None)
+    return same_text and not by_editor and one_noise and one_negative and not kept
 
 
 def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int) -> list[str]:
@@ -91,8 +102,7 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
         if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
                          "editor replaces")
-        same_prompt = request.editor.source_prompt in (None, request.source)
-        if request.inversion is None and request.tokens[0].ids == t.ids and same_prompt:
+        if _same_rows(request, e, t):
             notes.append(f'"{e.prompt}": the same prompt: this edit changes nothing')
     return notes
 

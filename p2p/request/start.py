@@ -95,9 +95,9 @@ class Start(NamedTuple):
 
 
 def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: int | None = None,
-            width: int | None = None) -> tuple[Image.Image, tuple[int, int], list[str]]:
+            width: int | None = None, instead: str = "") -> tuple[Image.Image, tuple[int, int], list[str]]:
     """A picture upright, the size (height, width) to which `image.fit` brings it, and a note
-    on what that crops.
+    on what that crops, and what to do `instead`.
 
     fit: "crop" or "pad" to height x width (None: the model's), see `image.fit`; "own": to about as many
     pixels as the model's own size has, in the picture's own shape. Raises UsageError.
@@ -115,9 +115,9 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
     notes = []
     if fit != "pad" and min(shares) < 0.99 * max(shares):   # a pixel or two is nobody's loss
         seen = [round(side * min(shares)) for side in (width, height)]
-        instead = '--pad (fit="pad") keeps all of it' + ("" if fit == "own" else ", --fit own its shape")
+        keeps = '--pad (fit="pad") keeps all of it' + ("" if fit == "own" else ", --fit own its shape")
         notes.append(f"the picture's {picture.width} x {picture.height} is cropped to the {seen[0]} x "
-                     f"{seen[1]} around its centre, for the model's {width} x {height}: {instead}")
+                     f"{seen[1]} around its centre, for the model's {width} x {height}: {instead or keeps}")
     return picture, (height, width), notes
 
 

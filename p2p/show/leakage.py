@@ -41,6 +41,9 @@ def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     Raises UsageError."""
     if not mapped(result):
         raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
+    if (result.settings["editor"] or {}).get("source_prompt") is not None:
+        raise UsageError("leakage compares the words of both prompts, and the editor gave the source's row "
+                         "another one than its own; leave source_prompt out")
     edit = result.edits[whole("target", target, most=len(result.images) - 1) - 1]
     prompts = result.maps.prompts[0], result.maps.prompts[target]
     old, new = subject(*prompts, edit, edit.mode, result.maps.length)

@@ -10,6 +10,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.models.text import Tokens
 from p2p.request.emphasis import prompt_tokens
+from p2p.request.emphasis import read as weighed
 from p2p.request.prompts import check as check_prompt
 from p2p.request.words import read_words
 from p2p.web.asked import Asked, layer_choices, mask_picture
@@ -32,13 +33,15 @@ def dropped_words(model: Model, asked: Asked) -> list[str]:
 
 def edit_of(model: Model, asked: Asked) -> Edit:
     """Raises UsageError."""
-    windows: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if not asked.usual:
-        windows = dict(cross_replace_steps=asked.cross, self_replace_steps=asked.self_)
-    choices = layer_choices(model.unet)
-    return Edit(asked.target or asked.source, equalizer=dict(asked.weights) or None,
+        settings |= dict(cross_replace_steps=asked.cross, self_replace_steps=asked.self_)
+    choices, prompt = layer_choices(model.unet), asked.target or asked.source
+    if not weighed(prompt).plain:   # as the source's: on attention there are the faders
+        settings["emphasis"] = "embedding"
+    return Edit(prompt, equalizer=dict(asked.weights) or None,
                 local_blend=_blend(model, asked), layers=[choices[name] for name in asked.layers] or None,
-                **windows)
+                **settings)
 
 
 def _blend(model: Model, asked: Asked) -> LocalBlend | None:

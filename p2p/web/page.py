@@ -20,6 +20,7 @@ from p2p.web.session import Item, Session, View
 from p2p.web.visits import Visits
 
 USUAL_STEPS = 20
+REFUSED = "not done"   # the title of a message
 
 
 # The controls whose values `asked.read` takes, in its order; "hand" is what stage.js says.
@@ -89,11 +90,14 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
              *(c[name].release for name in ("cross", "self_", "guidance", "steps"))]
     quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
     work: dict[str, Any] = dict(quiet, concurrency_limit=1, concurrency_id="model")
-    # Moves that come while one is computed: the page sends the last of them when it is done, and `newer`
-    # stops what is computed until then.
+    # Moves that come while one is computed: the page sends the last of them when it is done, and what stands
+    # first stops what is computed until then (the page sends the calls of one event in this order, each when
+    # the one before has ended).
+    at_once: dict[str, Any] = dict(quiet, trigger_mode="multiple", queue=False)
+    gr.on([*told, *moved], calls.newer, values, None, **at_once)
+    gr.on([c["upload"].upload, c["upload"].clear, c["replay"].click], calls.stop, None, None, **at_once)
     gr.on(told, calls.run, values, shown, trigger_mode="always_last", **work)
     gr.on(moved, calls.moved, values, shown, trigger_mode="always_last", **work)
-    gr.on([*told, *moved], calls.newer, values, None, trigger_mode="multiple", queue=False, **quiet)
     for name in ("cross", "self_"):
         c[name].input(None, None, c["usual"], js="() => false")
     c["upload"].upload(calls.upload, c["upload"], [c["stage"], c["upload"]], **work)
@@ -126,7 +130,8 @@ class Calls:
                 yield _value(view, session.photo, hand), pictures if view.done else gr.skip()
                 hand = None
         except (UsageError, NumericsError, CheckpointError) as error:
-            raise _refused(error) from None
+            # no exception: after one the page would forget a move that waits for this run's end
+            gr.Warning(escape(str(error)), title=REFUSED)
 
     def newer(self, request: gr.Request, *values: Any) -> None:
         session = self.visits.known(request)
@@ -135,6 +140,12 @@ class Calls:
                 session.want(read(self.model.unet, *values))
         except UsageError:
             pass   # `run` says so
+
+    def stop(self, request: gr.Request) -> None:
+        """What is computed for the visit ends at its next step: something else is asked for."""
+        session = self.visits.known(request)
+        if session is not None:
+            session.wanted = None
 
     def upload(self, request: gr.Request, file: Any) -> tuple[Any, str]:
         """file: {"name": text, "url": data URL}, or the URL alone."""
@@ -166,6 +177,7 @@ class Calls:
         controls = _controls_of(item)
         for stage, gallery in self._shown(session, lambda: session.replay(item), hand):
             yield stage, gallery, *controls
+            controls = (gr.skip(),) * len(controls)   # what is typed from now on stays
 
     def leave(self, request: gr.Request) -> None:
         self.visits.end(request)
@@ -178,7 +190,7 @@ def _controls_of(item: Item) -> tuple[Any, ...]:
 
 
 def _refused(error: object) -> gr.Error:
-    return gr.Error(escape(str(error)), title="not done", print_exception=False)
+    return gr.Error(escape(str(error)), title=REFUSED, print_exception=False)
 
 
 def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[str, Any]:

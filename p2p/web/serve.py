@@ -42,7 +42,9 @@ class Bounded:
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         _, given, file = scope["path"].partition("/file=")
-        if scope["path"].rstrip("/").endswith("/upload") or (given and not file.startswith(self.folder)):
+        path = scope["path"]
+        foreign = "/file/" in path or (given and not file.startswith(self.folder))
+        if foreign or path.rstrip("/").endswith("/upload"):
             return await _refuse(send, 403)
         if not length.isdigit() or int(length) > BODY:
             return await _refuse(send, 413)
@@ -82,6 +84,8 @@ def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share
            ) -> Iterator[gr.Blocks]:
     """The page, served while the context lasts; its `local_url` says where. port: None: the first free one
     from 7860. Raises UsageError."""
+    if not model.text_encoders:
+        raise UsageError(f"{model.name} reads no text, and the page edits prompts: name a model that does")
     with TemporaryDirectory(prefix="p2p-web-") as temporary:
         folder = os.path.realpath(temporary)
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from p2p.denoise import Step
 from p2p.edits import Edit
 from p2p.errors import UsageError
 from p2p.image import fit, to_pil
@@ -20,11 +21,11 @@ from p2p.model import Model
 from p2p.request.checks import whole
 from p2p.request.editing import edit_request
 from p2p.request.inverting import expected, settings_read
-from p2p.request.ready import generation, prepared
+from p2p.request.ready import Ready, generation, prepared
 from p2p.request.source import Inversion
 from p2p.request.start import fitting
 from p2p.request.words import read_words
-from p2p.run import run, stepped
+from p2p.run import stepped
 from p2p.show.pictures import difference, heat, save_png, slug
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
@@ -33,6 +34,8 @@ from p2p.web.sources import MAPS, Source, Sources, Stopped
 
 LOOK = 0.4      # share of the steps after which a preview is shown
 KEPT = 24       # pictures of a visit
+Sums = dict[str, Tensor]   # maps of words, over steps
+MADE_ROOM = "visits that do nothing for long make room for others"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Session:
 
     def upload(self, url: Any, name: str = "picture") -> View:
         """Takes a picture, to be edited in the place of a generated one. Raises UsageError."""
-        picture, size, notes = fitting(self.model, uploaded(url), "crop")
+        picture, size, notes = fitting(self.model, uploaded(url), "crop", instead="crop it as you want it")
         self.picture, self.photo = fit(picture, size), name
         return View(self.picture, notes=(*notes, "say in the prompt what it shows, then edit that"))
 
@@ -106,10 +109,15 @@ class Session:
             self.files.cleanup()
 
     def want(self, asked: Asked) -> tuple[Asked, list[str]]:
-        """Makes this the latest request, but for faders of words that are gone.  -> it, those words"""
+        """Makes this the latest request, but for faders of words that are gone, and for the inversion where
+        there is no picture.  -> it, notes on those"""
         dropped = dropped_words(self.model, asked)
+        notes = [f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped]
+        if self.picture is None and asked.method != Asked.method:
+            notes.append(f"{asked.method} changes nothing: it inverts a picture of your own")
+            asked = replace(asked, method=Asked.method)
         self.wanted = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
-        return self.wanted, dropped
+        return self.wanted, notes
 
     def run(self, asked: Asked) -> Iterator[View]:
         """The source, a preview of its edit, and the edit; ends early where another request replaces this
@@ -123,20 +131,20 @@ class Session:
     def _run(self, asked: Asked) -> Iterator[View]:
         began, picture = time.perf_counter(), self.picture
         if asked.photo and picture is None:
-            raise UsageError(f"{asked.photo} is here no more: visits that do nothing for long make room for "
-                             "others; choose it again")
-        asked, dropped = self.want(asked)
+            raise UsageError(f"{asked.photo} is here no more: {MADE_ROOM}; choose it again")
+        asked, said = self.want(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
         plain = None if edit is None else self._checked(asked, edit, picture)
         try:
             source = self.sources.of(asked, picture, lambda: self._awaited(asked, picture))
         except Stopped:
             return
-        notes = tuple(f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped)
+        notes = tuple(said)
         if picture is not None and asked.seed and not settings_read(asked.method, {"seed": asked.seed}):
             notes += (f"the seed changes nothing: {asked.method} draws no noise",)
         if edit is None:
-            yield self._source_alone(asked, source, picture, notes, began)
+            for view in self._source_alone(asked, source, picture):
+                yield replace(view, notes=(*notes, *view.notes), seconds=time.perf_counter() - began)
             return
         if source.picture is not None:
             yield View(source.picture, words=self._words(asked, source), notes=notes, done=False)
@@ -152,6 +160,8 @@ class Session:
 
     def choose(self, place: Any) -> Item:
         """A picture of the gallery, by its place there. Raises UsageError."""
+        if not self.gallery:
+            raise UsageError(f"these pictures are here no more: {MADE_ROOM}")
         self.chosen = list(self.gallery)[whole("a picture of this visit", place, 0, len(self.gallery) - 1)]
         return self.chosen
 
@@ -165,39 +175,54 @@ class Session:
         self.picture, self.photo = item.picture, item.asked.photo
         return self.run(item.asked)
 
-    def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None, notes: tuple[str, ...],
-                      began: float) -> View:
+    def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None) -> Iterator[View]:
         idle = [name for name in ("mask", "blend", "layers") if getattr(asked, name)]
-        more = [f"{', '.join(idle)}: of an edit; change a word or a fader"] if idle else []
-        image = picture
+        idle += [] if asked.usual else ["windows"]
+        notes = [f"{', '.join(idle)}: of an edit; change a word or a fader"] if idle else []
+        sums: Sums | None = None
         if picture is None:
             ready = generation(self.model, [asked.source], **self._sampling(asked))
-            more += ready.notes
-            image = source.picture if source.picture is not None else run(self.model, ready).images[0]
+            notes += ready.notes
+            image = source.picture
+            if image is None:   # of models that are not traced
+                sums = {}
+                for step in self._steps(asked, ready, sums, 0):
+                    x = step.x
+                if self.wanted != asked:
+                    return
+                image = self._decoded(x)
             self._keep(image, asked.source, ready.settings, asked, None)
-        words = self._words(asked, source)
-        return View(image, None, words, (*notes, *dict.fromkeys(more)),
-                    seconds=time.perf_counter() - began)
+        else:
+            image = picture
+            notes += [] if source.maps else ["the words' maps come with an edit"]
+        yield View(image, None, self._words(asked, source, sums), tuple(dict.fromkeys(notes)))
 
     def _edited(self, asked: Asked, source: Source, edit: Edit, picture: Image.Image | None,
                 plain: dict[str, Any] | None) -> Iterator[View]:
         sampling = self._guidance(asked) if isinstance(source.given, Inversion) else self._sampling(asked)
         ready = prepared(self.model, source.given, [edit], record=MAPS, **sampling)
-        total, sums, step = ready.start.schedule.steps, {}, None
-        for step in stepped(self.model, ready, MAPS):
-            for word, values in step.maps.each_word(1):
-                sums[word] = sums[word] + values if word in sums else values
-            if self.wanted != asked:
-                return
+        total, sums, step = ready.start.schedule.steps, Sums(), None
+        for step in self._steps(asked, ready, sums, 1):
             if step.index == int(LOOK * total):
                 before = source.picture or picture or self._decoded(step.x_0[:1])
                 yield View(before, self._decoded(step.x_0[-1:]), self._words(asked, source), done=False)
-        assert step is not None
+        if step is None or self.wanted != asked:
+            return
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
         caption = difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt
         self._keep(image, caption, ready.settings if plain is None else plain, asked, picture)
         yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(ready.notes)))
+
+    def _steps(self, asked: Asked, ready: Ready, sums: Sums, row: int) -> Iterator[Step]:
+        """The steps of a run, whose maps of a row's words are added to `sums`, until there is another
+        request."""
+        for step in stepped(self.model, ready, MAPS):
+            for word, values in step.maps.each_word(row):
+                sums[word] = sums[word] + values if word in sums else values
+            if self.wanted != asked:
+                return
+            yield step
 
     def _decoded(self, x: Tensor) -> Image.Image:
         return to_pil(self.model.decode(x))[0]
@@ -226,7 +251,7 @@ class Session:
                sums: Mapping[str, Tensor] | None = None) -> tuple[Word, ...]:
         """The faders: every word of the edited prompt, its map from the edit, or before that the source's."""
         own, prompt = tokens_of(self.model, asked)
-        if sums is None and source.maps is not None and prompt is own:
+        if sums is None and source.maps is not None and prompt.ids == own.ids:
             sums = dict(source.maps.each_word())
         weights, maps = dict(asked.weights), sums or {}
         return tuple(Word(name, weights.get(name, 1.0), _map(maps[name]) if name in maps else None)

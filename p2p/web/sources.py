@@ -27,6 +27,7 @@ from p2p.web.asked import Asked
 
 MAPS = Record(text=None, mean=True)
 BUDGET = 0.25   # of the machine's memory, for sources
+MOST = 64       # sources
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Source:
     def bytes(self) -> int:
         if isinstance(self.given, str):
             return 0
-        return sum(x.nbytes for x in (self.given.latents, *(self.given.queries or {}).values()))
+        given = self.given
+        tensors = (given.latents, given.null_context, given.offsets, *(given.queries or {}).values())
+        return sum(x.nbytes for x in tensors if x is not None)
 
 
 class Stopped(Exception):
@@ -76,13 +79,21 @@ class Sources:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return self.kept[key]
+            need = size(self.model, asked.steps)
+            self._make_room(need if need <= self.budget else 0)   # see `_held`
         model = _Awaited(**{f.name: getattr(self.model, f.name) for f in fields(Model)}, awaited=awaited)
+        vars(model)["digests"] = self.model.digests   # of the files as they were loaded
         found = self._generated(model, asked) if picture is None else self._inverted(model, asked, picture)
         with self.lock:
+            self._make_room(found.bytes)
             self.kept[key] = found
-            while len(self.kept) > 1 and sum(s.bytes for s in self.kept.values()) > self.budget:
-                self.kept.popitem(last=False)
         return found
+
+    def _make_room(self, more: int) -> None:
+        """Forgets the oldest until so many bytes have room, and one more source."""
+        kept = self.kept
+        while kept and (len(kept) >= MOST or more + sum(s.bytes for s in kept.values()) > self.budget):
+            kept.popitem(last=False)
 
     def key(self, asked: Asked, picture: Image.Image | None) -> tuple[Any, ...]:
         """What decides a source's pixels."""

@@ -19,7 +19,11 @@ function fader(word) {
   range.setAttribute("aria-label", "weight of " + word.name);
   text.textContent = word.name; shown.value = (+range.value).toFixed(1);
   label.append(text, shown); box.append(label, range);
-  box.show = fresh => { word = fresh; label.classList.toggle("mapped", !!word.map); };
+  box.show = (fresh, done) => {
+    word = fresh.map || done ? fresh : {...fresh, map: word.map};   // until there is another
+    label.classList.toggle("mapped", !!word.map);
+    if (label.matches(":hover, :focus")) light(word.map);
+  };
   for (const [event, on] of [["mouseenter", true], ["mouseleave", false], ["focus", true], ["blur", false]])
     label.addEventListener(event, () => light(on && word.map));
   range.addEventListener("input", () => {
@@ -31,14 +35,15 @@ function fader(word) {
   return box;
 }
 
-function showWords(words, reset) {
+function showWords(words, reset, done) {
   const now = JSON.stringify(words.map(word => word.name));
   if (reset || now !== names) {
     names = now;
     weights = Object.fromEntries(words.filter(word => word.weight !== 1).map(word => [word.name, word.weight]));
+    light("");   // a label that is removed is not left
     faders.replaceChildren(...words.map(fader));
   }
-  words.forEach((word, i) => faders.children[i].show(word));
+  words.forEach((word, i) => faders.children[i].show(word, done));
 }
 
 function wipe() {
@@ -86,7 +91,7 @@ function show() {
     wipe();
   }
   if (view.hand) drawMask(view.hand.mask);
-  if (view.words.length || view.hand) showWords(view.words, !!view.hand);
+  if (view.words.length || view.hand) showWords(view.words, !!view.hand, view.done);
   photo = view.photo;
   window.p2pPhoto?.(photo);
   window.p2pHand(hand(), false);
