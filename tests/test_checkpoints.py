@@ -253,7 +253,11 @@ def test_separate_autoencoder(made, single, plain, tmp_path):
         assert torch.equal(load(single, vae=tmp_path / path).vae.quant_conv.weight, plain.vae.quant_conv.weight + 1)
     equal(load(single, vae=made[2] / "vae"), plain)
     (file,) = (made[2] / "vae").glob("*.safetensors")
-    equal(load(single, vae=shutil.copy(file, tmp_path / "alone.safetensors")), plain)   # without its config
+    alone = load(single, vae=shutil.copy(file, tmp_path / "alone.safetensors"))   # without its config
+    equal(alone, plain)
+    assert alone.identity()["vae"] and alone.overrides["vae"] == alone.identity()["vae"]
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "scaling_factor": 0.5}))   # another's
+    assert load(single, vae=tmp_path / "alone.safetensors").latent_scale == plain.latent_scale
     with pytest.raises(CheckpointError, match="autoencoder alone.*--vae"):
         load(tmp_path / "vae.safetensors")
 

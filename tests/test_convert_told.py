@@ -12,6 +12,7 @@ from p2p import CheckpointError
 from p2p.cli.parser import main
 from p2p.weights.convert import convert
 from p2p.weights.load import find
+from p2p.weights.scheduler import scaled_linear
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,44 @@ def test_activations_and_heads(copy, tmp_path):
         convert(find(other_model), tmp_path / f"{where} again")
         assert find(tmp_path / f"{where} again").unet.config == find(other_model).unet.config
     convert(find(folder), tmp_path / "one.safetensors")   # as it was, it is told
+
+
+@pytest.mark.parametrize("change", [lambda abar: abar.float(), lambda abar: (abar * 0.999).float(), lambda abar: abar * (1 + 1e-7)],
+                         ids=["as the original files have it", "another one", "one that is nearly the usual"])
+def test_files_with_a_schedule_of_their_own(sd1_file, tmp_path, change):
+    table = change(scaled_linear())
+    save_file(load_file(sd1_file) | {"alphas_cumprod": table}, tmp_path / "m.safetensors")
+    found = find(tmp_path / "m.safetensors", family="sd1", prediction="eps")
+    for name in ("folder", "one.safetensors"):
+        convert(found, tmp_path / name)
+        assert torch.allclose(find(tmp_path / name).alphas_cumprod, table.double(), rtol=0, atol=1e-7)
+
+
+def test_an_sd3_file_as_released_becomes_a_folder(tmp_path):
+    """Its first tower has no projection; a folder's has one, which changes nothing."""
+    flow_models.pipeline("3 medium", tmp_path).save_pretrained(tmp_path / "m")
+    convert(find(tmp_path / "m"), tmp_path / "one.safetensors")
+    state = {k: v for k, v in load_file(tmp_path / "one.safetensors").items() if "clip_l.transformer.text_projection" not in k}
+    save_file(state, tmp_path / "released.safetensors")   # without the metadata of `convert`
+    package = find(tmp_path / "released.safetensors")
+    assert not package.text[0].config.projected
+    convert(package, tmp_path / "again", text=tmp_path / "m")
+    assert torch.equal(find(tmp_path / "again").alphas_cumprod, package.alphas_cumprod)
+
+
+def test_of_a_tokenizer_its_own_files_are_copied(flux, tmp_path):
+    folder = shutil.copytree(flux, tmp_path / "m")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "tokenizer_2" / "notes").symlink_to(tmp_path / "secret")
+    convert(find(folder), tmp_path / "out")
+    copied = {p.name for p in (tmp_path / "out" / "tokenizer_2").iterdir()}
+    assert "notes" not in copied and "tokenizer.json" in copied
+
+
+def test_models_of_other_families_are_refused(tmp_path):
+    for name in ("emoji", "emoji-flow", "emoji-upscaler"):
+        with pytest.raises(CheckpointError, match="conversion is for Stable Diffusion and FLUX"):
+            convert(find(name), tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

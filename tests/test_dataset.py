@@ -242,10 +242,10 @@ def test_a_field_of_several_types_is_text_and_columns_are_no_fields(finished, pr
     entry = {"caption": "a cat on grass", "edit": "a dog", "output": "a dog on grass", "input_image": "cats/1.png"}
     prompts = tmp_path / "list.jsonl"
     prompts.write_text(json.dumps(entry))
-    assert main(command(prompts, tmp_path / "new", "--format", "parquet")) == 2 and "input_image: the export has" in capsys.readouterr().err
+    assert main(command(prompts, tmp_path / "new", "--format", "parquet")) == 2 and "input_image: samples have" in capsys.readouterr().err
     prompts.write_text(json.dumps(entry | {"seed": 3}))
-    for form in "webdataset", "parquet":
-        assert main(command(prompts, tmp_path / "new", "--format", form)) == 2 and "seed" in capsys.readouterr().err
+    for form in (), ("--format", "webdataset"), ("--format", "parquet"):
+        assert main(command(prompts, tmp_path / "new", *form)) == 2 and "seed: samples" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -263,7 +263,7 @@ def test_a_model_with_something_less_does_not_go_on(prompts, tmp_path, capsys):
 @pytest.mark.parametrize("line, said", [('{"caption": "a", "edit": "\\ud83d", "output": "c"}', "line 1: .*half of a character"), ("{}", "'edit'"), ('{"caption": 1, "edit": "b", "output": "c"}', "texts"), ("no", "line 1")])
 def test_other_lists_are_refused(tmp_path, capsys, line, said):
     (tmp_path / "p.jsonl").write_text(line + "\n")
-    assert main(command(tmp_path / "p.jsonl", tmp_path / "out")) == 2 and re.search(said, capsys.readouterr().err)
+    assert main(command(tmp_path / "p.jsonl", tmp_path / "out", "--format", "parquet")) == 2 and re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

@@ -49,6 +49,8 @@ LORAS = {   # names of files (or of folders) -> sampler, steps, guidance scale, 
     "sd_turbo_lora": ("ddim", 4, 1.0, [999, 749]), "sdxlTurboLora": ("ddim", 4, 1.0, [999, 749]),
     "dmd2_sdxl_4step_lora_fp16": ("lcm", 4, 1.0, [999, 759]),
     "models--latent-consistency--lcm-lora-sdv1-5/snapshots/0/pytorch_lora_weights": ("lcm", 4, 1.0, [999, 759]),
+    "models--ByteDance--SDXL-Lightning/snapshots/0/sdxl_lightning_4step_lora": ("ddim", 4, 1.0, [999, 749]),
+    "lightning_style_v2-step00001000": ("ddim", 50, 7.5, [981, 961]),   # kohya's name of a checkpoint on the way
     "porsche_911_turbo": ("ddim", 50, 7.5, [981, 961]),
     "hyperrealistic_4step": ("ddim", 50, 7.5, [981, 961]), "lightning_bolts": ("ddim", 50, 7.5, [981, 961]),
     "turbocharger": ("ddim", 50, 7.5, [981, 961]), "my_0steps_hyper": ("ddim", 50, 7.5, [981, 961]),

@@ -7,11 +7,13 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
 
 import families
 import pytest
+from huggingface_hub.errors import IncompleteSnapshotError, RepositoryNotFoundError
 
-from p2p.weights.hub import is_id
+from p2p.weights.hub import download, is_id
 
 COMMIT = "0" * 39 + "1"
 UNREACHABLE = "http://127.0.0.1:9"
@@ -175,6 +177,16 @@ def test_of_an_autoencoder_no_more_is_fetched(hub, inspect, sd1_file):
     assert sorted(hub.asked) == [f"{part}{name}" for part in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.safetensors")]
 
 
+@pytest.mark.parametrize("error", [ConnectionError("offline"), RepositoryNotFoundError("gone", response=Mock())])
+def test_what_another_program_cached_is_used(tmp_path, monkeypatch, error):
+    """A part of a repository, offline or after it has gone: its listing names files that nobody fetched."""
+    def incomplete(repo, **asked):
+        raise IncompleteSnapshotError("README.md is missing", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", Mock(side_effect=error))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", incomplete)
+    assert download("org/name") == tmp_path
+
+
 def refused(answer, *messages):
     code, _, wrong = answer
     assert code == 3 and all(m in wrong for m in messages) and "Traceback" not in wrong, wrong
@@ -193,6 +205,7 @@ def test_every_failure_has_its_message(hub, inspect):
 @pytest.mark.parametrize("text, want", [
     ("org/name", True), ("stable-diffusion-v1-5/stable-diffusion-v1-5", True), ("./org/name", False), ("/org/name", False),
     ("../org/name", False), ("name", False), ("org/name/more", False), ("org/model.safetensors", False), ("org/model.CKPT", False),
-    ("~/name", False)])
+    ("~/name", False), ("models/sd15--pruned", False), ("out/v1..2", False), ("modèles/sd15", False), ("models/v1.5-", False),
+    ("models/.hidden", False), ("org/name.git", False)])
 def test_what_counts_as_a_name(text, want):
     assert is_id(text) == want

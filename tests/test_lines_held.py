@@ -65,6 +65,28 @@ def test_a_window_of_no_word_is_refused_before_anything_is_loaded(tmp_path, caps
     assert "--cross =0.4: expected END" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("block", ["model.diffusion_model.input_blocks.{}.0.out_layers.3.weight",
+                                   "cond_stage_model.transformer.text_model.encoder.layers.{}.layer_norm1.bias"])
+def test_no_network_has_thousands_of_blocks(tmp_path, sd1_tensors, block):
+    """To look through them, or to build them before their tensors are missed, would take minutes."""
+    some = {block.format(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
+    all_ = some | {name: {"dtype": "F32", "shape": [0, *tensor.shape[1:]], "data_offsets": [0, 0]} for name, tensor in sd1_tensors.items()}
+    head = json.dumps(all_).encode()
+    (tmp_path / "many.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="20,000 blocks .* no network has more than a few dozen"):
+        find(tmp_path / "many.safetensors")
+    assert time.process_time() - began < 5
+
+
+def test_a_folder_of_pictures_hides_no_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("emoji").mkdir()
+    assert find("emoji").family == "emoji"
+    with pytest.raises(CheckpointError, match="model_index.json"):
+        find("./emoji")
+
+
 @pytest.mark.slow
 def test_a_header_of_very_many_tensors_takes_no_time(tmp_path):
     head = json.dumps({f"k{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(250_000)}).encode()

@@ -376,6 +376,10 @@ def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path)
     assert first.others["sampler"] == "dpm++" and "sampler" not in second.others   # inverted by DDIM, and so sampled
     with pytest.raises(UsageError, match="sampler: no job of this list reads it"):
         jobs.read(listed(tmp_path, pictured), emoji, {"sampler": "dpm++"})
+    kept, = jobs.read(listed(tmp_path, pictured), emoji, {"sampler": "ddim"})   # as it is sampled anyway
+    assert kept.others["sampler"] == "ddim"
+    drawn, = jobs.read(listed(tmp_path, JOB | {"sampler": "dpm++"}), emoji, {"eta": 0.5, "timestep_spacing": "trailing"})
+    assert "timestep_spacing" not in drawn.others and drawn.sampling["eta"] == 0
     own_times = {k: v for k, v in JOB.items() if k != "steps"} | {"timesteps": [900, 500, 100]}
     timed, = jobs.read(listed(tmp_path, own_times), emoji, {"steps": 20})
     assert timed.others["timesteps"] == [900, 500, 100] and timed.sampling["steps"] == 3
@@ -383,6 +387,8 @@ def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path)
     assert counted.sampling["steps"] == 1 and "timesteps" not in counted.others
     own, = jobs.read(listed(tmp_path, pictured | {"fit": "own"}), emoji, {"height": 32, "width": 32})
     assert own.inversion()["height"] is None
+    sized, = jobs.read(listed(tmp_path, pictured | {"height": 32}), emoji, {"fit": "own"})
+    assert sized.inversion()["height"] == 32 and sized.inverting["fit"] == "crop"
 
 
 def test_a_picture_that_is_exchanged_while_the_list_runs_is_no_result_of_the_first(emoji, tmp_path):
@@ -402,7 +408,7 @@ def test_workers_run_the_model_that_the_list_was_read_with(emoji, tmp_path, monk
     (what, workers), = seen
     assert workers == 2 and what.loading["dtype"] == emoji.dtype   # on their devices it might be another
     assert work.loaded(what, "cpu").identity() == emoji.identity()
-    with pytest.raises(RuntimeError, match="another there"):
+    with pytest.raises(RuntimeError, match="another dtype"):
         work.loaded(replace(what, identity=emoji.identity() | {"dtype": "float16"}), "cpu")
 
 

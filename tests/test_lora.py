@@ -112,6 +112,26 @@ def test_alpha_is_read_where_peft_keeps_it(made, tmp_path, where, rslora):
     same(load(made[2], lora=tmp_path), load(merged))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [peft.LoHaConfig(r=RANK, alpha=2 * RANK, target_modules=["to_q"]),
+                                    peft.LoKrConfig(r=64, alpha=16, target_modules=["to_q"]),   # both factors whole
+                                    peft.LoKrConfig(r=RANK, alpha=1, decompose_both=True, target_modules=["to_q"])], ids=["LoHa", "LoKr, whole", "LoKr"])
+def test_alpha_of_lycoris_in_peft_is_its_setting(made, tmp_path, config):
+    family, parts, _ = made
+    unet = copy.deepcopy(parts["unet"])
+    peft.inject_adapter_in_model(config, unet)
+    g = generator()
+    for name, p in unet.named_parameters():
+        if "hada_" in name or "lokr_" in name:
+            p.data = draw(g, *p.shape)
+    state = {f"base_model.model.{k}": v.clone() for k, v in peft.get_peft_model_state_dict(unet).items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    said = {k: v for k, v in config.to_dict().items() if k in ("r", "alpha", "alpha_pattern")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    merge(unet, 1.0)
+    same(load(made[2], lora=tmp_path), load(save(parts | {"unet": unet}, tmp_path / "merged", family)))
+
+
 OLD = {"lora.down": lambda k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
        "lora_linear_layer": lambda k: k.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up"),
        "default": lambda k: k.replace(".weight", ".default.weight"),

@@ -100,6 +100,12 @@ def test_brackets_of_the_benchmarks_prompts_weigh_nothing(emoji, settings):
     assert job["source"] == r"a cat \(black\) on grass" and job["targets"] == [r"a dog \(black\) on grass"]
 
 
+def test_models_to_which_brackets_are_text_are_given_them_as_they_are(emoji, monkeypatch):
+    monkeypatch.setattr("p2p.request.emphasis.TextEncoder", int)   # as of one that reads its text by T5
+    for job in (pie.custom({"method": "noise"}).job(item("a (cat)", "a (dog)", ""), emoji), told("ddim", emoji, "a (cat)", "a (dog)", "")):
+        assert job["source"] == "a (cat)" and job["targets"] == ["a (dog)"]
+
+
 def test_edit_friendly_replaces_where_the_prompts_have_as_many_words(emoji):
     row = "edit-friendly-inversion+p2p"
     assert told(row, emoji, "a cat on grass", "a dog on ice", "cat dog")["mode"] == "replace"

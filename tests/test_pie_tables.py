@@ -163,7 +163,7 @@ def test_one_picture_that_cannot_be_judged_is_a_row(data, tmp_path, capsys):
         Image.new("RGB", size).save(folder / f"{key}.png")
     assert main(command(data, tmp_path / "out", "--pictures", f"a={folder}")) == 1
     first, second, third = rows_of(tmp_path / "out")[::2]
-    assert "of another shape" in first["error"] and "--strips" in first["error"] and second["error"] and not third["error"]
+    assert "look like 4 panels" in first["error"] and "--strips" in first["error"] and second["error"] and not third["error"]
     assert main(command(data, tmp_path / "out", "--pictures", f"a={folder}", "--workers", "2")) == 2
     assert "--workers: not with --pictures alone" in capsys.readouterr().err
 

@@ -200,10 +200,10 @@ def test_zero_terminal_snr_can_be_asked_for(single):
     assert all(torch.equal(a, b) for a, b in zip(model.unet.state_dict().values(), plain.unet.state_dict().values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("change", [lambda abar: abar, zero_terminal_snr], ids=["usual", "zero SNR"])
-def test_a_usual_schedule_in_half_precision_is_the_usual_one(sd1_file, tmp_path, dtype, change):
-    """As files have it whose every tensor was cast."""
+def test_a_usual_schedule_in_less_precision_is_the_usual_one(sd1_file, tmp_path, dtype, change):
+    """In single as the original files have it, in half as files whose every tensor was cast."""
     tensors, usual = load_file(sd1_file), change(scaled_linear())
     save_file(tensors | {"alphas_cumprod": usual.to(dtype)}, tmp_path / "half.safetensors")
     found = find(tmp_path / "half.safetensors", family="sd1", prediction="eps")

@@ -54,12 +54,22 @@ def test_rows_that_are_the_same_are_said_to_be(narrow, undecoded, settings):
     assert (result.latents[0] - result.latents[1]).abs().max() < 1e-4 and any(NOTHING in note for note in result.notes)
 
 
-@pytest.mark.parametrize("method, same", [("ddim", True), ("direct", False), ("edit-friendly", False)])
-def test_a_source_that_follows_its_latents_is_another_row(narrow, undecoded, method, same):
+@pytest.mark.parametrize("method, blend, same", [("ddim", False, True), ("ddim", True, False), ("direct", False, False),
+                                                 ("edit-friendly", False, False)])
+def test_a_source_that_follows_its_latents_or_keeps_them_is_another_row(narrow, undecoded, method, blend, same):
     inversion = p2p.invert(narrow, Image.effect_noise((64, 64), 90).convert("RGB"), CAT, method=method, steps=3)
-    result = p2p.edit(narrow, inversion, Edit(CAT))
+    half = LocalBlend(mask=Image.fromarray(np.repeat([[0, 255]], 2, axis=0).astype(np.uint8))) if blend else None
+    result = p2p.edit(narrow, inversion, Edit(CAT, local_blend=half))
     assert ((result.latents[0] - result.latents[1]).abs().max().item() < 1e-4) is same
     assert any(NOTHING in note for note in result.notes) is same
+
+
+def test_a_traced_prompt_is_the_same_row_at_its_own_guidance(narrow, undecoded):
+    traced = p2p.trace(narrow, CAT, steps=2)
+    for settings, same in (({}, True), (dict(guidance_scale=1.5), False)):
+        result = p2p.edit(narrow, traced, Edit(CAT), **settings)
+        assert ((result.latents[0] - result.latents[1]).abs().max().item() < 1e-4) is same
+        assert any(NOTHING in note for note in result.notes) is same
 
 
 @pytest.mark.parametrize("target, said", [("a dog and a big dog", {"dog": 0.5, "big dog": 2.0}), ("a big red dog", {"big red": 0.5, "red dog": 2.0})])
@@ -117,4 +127,4 @@ def test_a_stage_reads_masks_as_the_run_did():
 
 def test_a_weight_that_others_cover_is_said_to_be_covered(narrow):
     notes = p2p.edit(narrow, CAT, Edit("a red cat on grass", equalizer={"red cat": 0.5, "red": 2.0, "cat": 3.0}), steps=2).notes
-    assert any("red cat" in note and "names of single words cover its own" in note for note in notes)
+    assert any("red cat" in note and "other names say as much of its words" in note for note in notes)

@@ -179,7 +179,7 @@ def until(tab, true):
 @needs_browser
 def test_a_run_gives_way_to_a_move_and_half_typed_words_stop_nothing(chromium, site, calls):
     tab = opened(chromium, site)
-    first_edit(tab, "30")
+    first_edit(tab, "60")
     session = list(calls.visits.sessions.values())[-1]
     tab.fill("#seed input, #seed textarea", "7")
     tab.click("#run")
@@ -216,7 +216,7 @@ def test_a_move_that_waits_for_one_that_is_refused_is_made(chromium, site, calls
 @needs_browser
 def test_what_is_typed_while_a_picture_is_replayed_stays(chromium, site):
     tab = opened(chromium, site)
-    first_edit(tab, "20")
+    first_edit(tab, "60")
     tab.locator("#gallery .thumbnail-item, #gallery .thumbnail-lg").first.click()
     tab.wait_for_timeout(500)
 

@@ -36,7 +36,7 @@ from p2p.weights.keys import Source
 from p2p.weights.keys_mmdit import diffusers_sources
 from p2p.weights.load import find
 from p2p.weights.texts import tokenizer_suffix
-from p2p.weights.tokenizer import merges, vocabulary
+from p2p.weights.tokenizer import CONFIGS, VOCABULARIES, merges, vocabulary
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 FORMATS = (".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".sft")   # of files that are not written
@@ -48,7 +48,7 @@ def convert(package: Package, out: Path, half: bool = False, text: Path | None =
     the folder of a model whose tokenizer a single file's T5 has. Raises CheckpointError."""
     if text is not None:
         package = replace(package, tokenizer=_with_tokenizer(package, out, text))
-    if package.family in ("emoji", "if"):
+    if package.family not in LATENTS:
         raise CheckpointError(f"{package.where}: a model of the family {package.family}; conversion is for "
                               "Stable Diffusion and FLUX.")
     if out.suffix.lower() in FORMATS:
@@ -77,9 +77,13 @@ def convert(package: Package, out: Path, half: bool = False, text: Path | None =
 def _check_told(package: Package, written: Path, out: Path) -> None:
     """Raises CheckpointError where what was written is read as another model: a single file has no place for
     some settings of a folder's configs."""
-    before, after = _decisive(package), _decisive(find(written))
+    back = find(written)
+    before, after = _decisive(package), _decisive(back)
     lost = [f"{name} {short(before.get(name))} (read back: {short(after.get(name))})"
             for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    ours, theirs = package.alphas_cumprod, back.alphas_cumprod
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0, atol=1e-8):
+        lost.append("alphas_cumprod")
     if lost:
         more = f", and {len(lost) - 4} more" if len(lost) > 4 else ""
         raise CheckpointError(f"{out}: it would not tell {', '.join(lost[:4])}{more}: other pictures. "
@@ -91,12 +95,13 @@ def _decisive(package: Package) -> dict[str, Any]:
     s, parts = package.sampling, {"unet": package.unet, "vae": package.vae}
     parts |= {f"text {i}": part for i, part in enumerate(package.text, 1)}
     out = {"family": package.family, "kind": package.kind, "scale": package.latent_scale,
-           "zero_negative": package.zero_negative,
-           "alphas_cumprod": [round(a, 8) for a in s.alphas_cumprod.tolist()]}
+           "zero_negative": package.zero_negative}
     out |= {f.name: getattr(s, f.name) for f in dataclass_fields(s) if f.name not in
             ("alphas_cumprod", "why", "notes", "learned_variance")}   # the last is of DeepFloyd alone
     for name, part in parts.items():
         out |= {f"{name}: {field}": value for field, value in asdict(part.config).items()} if part else {}
+    if package.family == "sd3":   # a tower without a projection is written with that which changes nothing
+        out.pop("text 1: projected", None)
     if package.t5 is not None:
         config = t5.empty_network(package.t5).config
         out |= {f"T5: {name}": getattr(config, name) for name in t5.DECISIVE}
@@ -151,7 +156,8 @@ def _rename(state: Iterator[tuple[str, Tensor]], sources: dict[str, Source], pre
         tensor = torch.cat(tensor.chunk(2)[::-1]) if source.swapped else tensor
         pieces = tensor.split(source.rows) if source.rows else tensor.chunk(len(source.keys))
         for key, piece in zip(source.keys, pieces):
-            out[prefix + key] = piece.contiguous().clone()
+            whole = piece.untyped_storage().nbytes() == piece.nbytes and piece.is_contiguous()
+            out[prefix + key] = piece if whole else piece.contiguous().clone()   # no two names share memory
     return out
 
 
@@ -272,8 +278,9 @@ def _t5_folder(package: Package, out: Path, half: bool) -> None:
     words = package.tokenizer / f"tokenizer{tokenizer_suffix(package.tokenizer, package.family)}"
     copy = out / f"tokenizer{suffix}"
     copy.mkdir()
-    for file in (p for p in words.iterdir() if p.is_file()):
-        shutil.copyfile(file, copy / file.name)
+    for name in (*CONFIGS, *VOCABULARIES, "spiece.model"):   # and nothing else that a stranger linked to
+        if (words / name).is_file():
+            shutil.copyfile(words / name, copy / name)
 
 
 def _with_tokenizer(package: Package, out: Path, text: Path) -> Path:

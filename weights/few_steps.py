@@ -14,7 +14,7 @@ from p2p.weights.scheduler import Sampling
 NAMES = ("ss_output_name", "modelspec.title", "modelspec.tags")   # in kohya's and modelspec's metadata
 FIXED = ("pytorch_lora_weights", "adapter_model")   # files whose folders have the name
 FEW = 4   # steps, where no number is said
-_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+_COUNT = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z\d])")
 _KINDS = re.compile(rf"(?<![a-z])({'|'.join(scheduler.KINDS)})(?![a-z])")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])")   # dreamshaperXL_v21TurboDPMSDE
 _BASE = re.compile("sd|xl")   # what a LoRA of Turbo names beside it, and none of a car does
@@ -45,10 +45,11 @@ def apply(package: Package, file: TensorFile) -> None:
 
 
 def _name(path: Path) -> str:
-    """What a model or an add-on is called. In the Hub's cache its folder says it; names of other folders of
-    models tell nothing, since their scheduler configs do."""
-    return cached_name(path) or (
-        "" if path.is_dir() else path.parent.name if path.stem in FIXED else path.stem)
+    """What a model or an add-on is called: by its file, and by its repository in the Hub's cache. Names of
+    other folders of models tell nothing, since their scheduler configs do."""
+    cached, fixed = cached_name(path), path.stem in FIXED
+    own = "" if path.is_dir() or (fixed and cached) else path.parent.name if fixed else path.stem
+    return f"{cached or ''} {own}".strip()
 
 
 def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:

@@ -53,6 +53,11 @@ def candidates() -> list[str]:
     return out
 
 
+def has_config(file: Path) -> bool:
+    """Whether a file has the name of a component's weights and lies beside its config."""
+    return file.name in candidates() and (file.parent / "config.json").exists()
+
+
 def weights_file(folder: Path, notes: list[str]) -> TensorFile:
     """Opens a component's weights; shards by their index. Raises CheckpointError."""
     for name in candidates():

@@ -17,7 +17,8 @@ BESIDE = ("scheduler/scheduler_config.json", "image_noising_scheduler/scheduler_
           f"{AVERAGED}/config.json",
           *(f"{folder}/{name}" for folder in ("tokenizer", "tokenizer_2", "tokenizer_3")
             for name in (*CONFIGS, *VOCABULARIES, "spiece.model")))   # the last one is T5's
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ID = re.compile(r"[a-z0-9][\w.-]*/[\w.-]+", re.ASCII | re.I)
+_NO_ID = re.compile(r"--|\.\.|/[-.]|[-.](/|$)|\.git$")   # nor do the Hub's names hold these
 
 
 def cached_name(path: Path) -> str | None:
@@ -27,7 +28,8 @@ def cached_name(path: Path) -> str | None:
 
 def is_id(source: str) -> bool:
     """"org/name", and not what looks like the path of a file that is not there."""
-    return bool(_ID.fullmatch(source)) and not source.lower().endswith((".safetensors", *PICKLES))
+    a_file = source.lower().endswith((".safetensors", *PICKLES))
+    return bool(_ID.fullmatch(source)) and not _NO_ID.search(source) and not a_file
 
 
 def download(repo: str, ema: bool = False) -> Path:
@@ -47,8 +49,8 @@ def download_vae(repo: str) -> Path:
 
 
 def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         # list_repo_files retries for 20 s
@@ -56,15 +58,16 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     except GatedRepoError:
         raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
                               "auth login`, or HF_TOKEN).") from None
-    except RepositoryNotFoundError:
+    except RepositoryNotFoundError:   # removed, renamed or private, it may be here from before
+        if (cached := _cached(repo)) is not None:
+            return cached
         raise CheckpointError(f"{repo}: no such model on the Hub, or a private one (then log in); and no "
                               "such folder here.") from None
     except Exception as error:   # offline; the exceptions vary from release to release
-        try:
-            return _one_file(Path(snapshot_download(repo, local_files_only=True)))
-        except LocalEntryNotFoundError:
-            raise CheckpointError(f"{repo}: the Hub cannot be reached ({_reason(error)}) and the model is "
-                                  "not in the local cache.") from None
+        if (cached := _cached(repo)) is not None:
+            return cached
+        raise CheckpointError(f"{repo}: the Hub cannot be reached ({_reason(error)}) and the model is "
+                              "not in the local cache.") from None
     try:
         return fetch(repo, names)
     except GatedRepoError:
@@ -75,6 +78,19 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     except Exception as error:
         raise CheckpointError(f"{repo}: the download failed ({_reason(error)}). Try again; "
                               "what was complete is kept.") from None
+
+
+def _cached(repo: str) -> Path | None:
+    """What the local cache has of a model: parts that are not needed may be absent, as of one that another
+    program fetched; what is needed and is not there is named when it is read."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _one_file(Path(snapshot_download(repo, local_files_only=True)))
+    except LocalEntryNotFoundError as error:
+        incomplete = getattr(error, "snapshot_path", None)
+        return None if incomplete is None else _one_file(Path(incomplete))
 
 
 def _reason(error: Exception) -> str:

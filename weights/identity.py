@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from p2p.weights.detect import Package, Part
-from p2p.weights.folder import weights_file
+from p2p.weights.folder import has_config, weights_file
 from p2p.weights.mmdit import T5
 
 Files = dict[str, Path]
@@ -39,7 +39,7 @@ def _named(root: Path, paths: Iterable[Path]) -> Files:
 def _autoencoder(part: Part) -> Files:
     """The autoencoder's files, in a diffusers folder with its config."""
     folder = part.file.path.parent
-    config = [folder / "config.json"] if part.naming.startswith("own") else []
+    config = [folder / "config.json"] if part.naming.startswith("own") and has_config(part.file.path) else []
     return _named(folder, [*config, *part.file.files])
 
 

@@ -46,7 +46,7 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import short
 from p2p.weights.files import open_file
 from p2p.weights.fill import copied, fill, stored
-from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, own_vae_names, pipeline
+from p2p.weights.folder import PIPELINES, find_folder, find_folder_vae, has_config, own_vae_names, pipeline
 from p2p.weights.lora import attach_loras
 from p2p.weights.scheduler import zero_terminal_snr
 from p2p.weights.untrusted import brief
@@ -216,8 +216,8 @@ def _find(path: Path, replacement: tuple[Part, float | None] | None, ema: bool) 
 def _place(source: str | Path, ema: bool) -> Path:
     """Where a model lies, downloaded if need be. Raises CheckpointError."""
     path = _path(source)
-    if not path.exists() and str(source) in BUNDLED:
-        return BUNDLED[str(source)]
+    if str(source) in BUNDLED and not path.is_file() and not (path / "model_index.json").exists():
+        return BUNDLED[str(source)]   # a folder of pictures may have such a name
     if not path.exists() and hub.is_id(str(source)):
         return hub.download(str(source), **({"ema": ema} if ema else {}))
     return path
@@ -263,7 +263,7 @@ def _find_vae(path: Path) -> tuple[Part, float | None]:
             return Part(file, prefix, "ldm", vae_config(file.shapes, prefix),
                         ("loss.",) if prefix else beside), None
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in file.shapes:
-        if (path.parent / "config.json").exists():      # one of a folder's
+        if has_config(path):
             return find_folder_vae(path.parent, [], file)
         config = vae_config(file.shapes, "", "down_blocks.", "resnets.")
         return Part(file, "", own_vae_names(file.shapes), config), None

@@ -154,21 +154,26 @@ def _settings(file: TensorFile) -> tuple[dict[str, dict[str, Any]], Path | None]
 
 def _scale(add_on: AddOn, kind: str, keys: Mapping[str, str], place: Place) -> float:
     """alpha / rank; alpha defaults to the rank. Raises ValueError."""
+    settings = add_on.settings.get(COMPONENTS[place.part], add_on.settings[""])
     rank = deltas.rank(kind, add_on.shapes(keys))
-    if rank is None:
-        return 1.0
+    if rank is None:   # of a LoKr with whole factors: PEFT has one in its settings, others scale it by 1
+        rank = settings.get("r")
+        if rank is None:
+            return 1.0
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"its r is {str(rank)[:40]}")
     if "alpha" in keys:
         return add_on.alphas[keys["alpha"]] / rank
-    settings = add_on.settings.get(COMPONENTS[place.part], add_on.settings[""])
-    alpha = settings.get("lora_alpha", rank)
+    alpha = settings.get("lora_alpha", settings.get("alpha", rank))   # the latter of LoHa and LoKr
     if len(patterns := settings.get("alpha_pattern") or {}) > PATTERNS:
         raise ValueError(f"its alpha_pattern holds {len(patterns):,} paths; no network has as many layers")
     for pattern, value in patterns.items():
         path = pattern.removeprefix("^")
         if not re.fullmatch(r"[\w.]+", path):   # PEFT takes any regular expression; a stranger's is not run
             raise ValueError(f"its alpha_pattern {pattern[:60]!r} is no path")
-        if place.path == path or place.path.endswith(f".{path}"):
+        if place.path == path or (path == pattern and place.path.endswith(f".{path}")):
             alpha = value
+            break
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"its lora_alpha is {str(alpha)[:40]}")
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)

@@ -85,8 +85,8 @@ def find_in_file(file: TensorFile) -> Package:
     if not prefix:
         own = {k: shape for k, shape in own.items() if not k.startswith((keys.VAE, "vae.", COMFY))}
     family, notes = "flux" if any(k.startswith("double_blocks.") for k in own) else "sd3", []
-    known = (prefix, vae or keys.VAE, COMFY) if prefix else (*own, vae or keys.VAE, COMFY)
-    if stray := sorted(k for k in s if not k.startswith(known)):
+    known = (*([prefix] if prefix else []), vae or keys.VAE, COMFY)
+    if stray := sorted(k for k in s if not k.startswith(known) and (prefix or k not in own)):
         raise CheckpointError(f"{file.path}: {listed('unexpected', stray)}. Is it a model with additions? "
                               "Use the plain one.")
     config = _config(file, own)

@@ -185,11 +185,11 @@ def flow(levels: Flow, why: str) -> Sampling:
 
 
 def stored(file: TensorFile) -> Tensor:
-    """A single file's own noise schedule, or the usual one that it has in half precision.
+    """A single file's own noise schedule, or the usual one that it has in less than double precision.
     -> (1000,) float64. Raises CheckpointError."""
     table = file["alphas_cumprod"]
     abar = table.double()
-    if table.dtype in (torch.float16, torch.bfloat16) and abar.shape == (1000,):
+    if table.dtype in (torch.float32, torch.float16, torch.bfloat16) and abar.shape == (1000,):
         eps = torch.finfo(table.dtype).eps
         for known in (scaled_linear(), zero_terminal_snr(scaled_linear())):
             if torch.allclose(abar, known, rtol=eps, atol=eps / 64):
@@ -286,9 +286,9 @@ def config(s: Sampling) -> dict[str, Any]:
     if s.timestep_spacing != "leading":
         out["timestep_spacing"] = s.timestep_spacing
     abar, usual = s.alphas_cumprod, scaled_linear()
-    if torch.allclose(abar, zero_terminal_snr(usual), atol=1e-9):
+    if torch.allclose(abar, zero_terminal_snr(usual), rtol=0, atol=1e-9):
         out["rescale_betas_zero_snr"] = True
-    elif not torch.allclose(abar, usual, atol=1e-9):
+    elif not torch.allclose(abar, usual, rtol=0, atol=1e-9):
         out["trained_betas"] = (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
     return out
 

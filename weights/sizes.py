@@ -15,6 +15,7 @@ from p2p.weights import fields
 from p2p.weights.errors import CheckpointError
 from p2p.weights.untrusted import kind_of, parse_json, parse_settings, read_text
 
+BLOCKS = 256  # that are numbered, at most: many thousands take minutes to look through
 LEVELS = 16   # most numbers of a list, one a level of the network
 SCALINGS = {"VScaling": "v", "EpsScaling": "eps"}   # of sgm, whose other ones are other parameterizations
 _SCALING = re.compile(r"denoiser_scaling\.(\w+)")
@@ -27,7 +28,7 @@ _WIDTHS = ("addition_embed_type_num_heads addition_time_embed_dim attention_head
            "caption_projection_dim pooled_projection_dim pos_embed_max_size axes_dims_rope "
            "base_image_seq_len max_image_seq_len")
 _DEPTHS = "ff_mult layers_per_block num_hidden_layers num_layers num_single_layers patch patch_size"
-_MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), 256),
+_MOST = {**dict.fromkeys(_WIDTHS.split(), 2**17), **dict.fromkeys(_DEPTHS.split(), BLOCKS),
          "num_train_timesteps": 2**16, "relative_attention_max_distance": 2**20,
          "relative_attention_num_buckets": 2**10, "vocab_size": 2**20}
 _MOST_FROM_0 = {"depth": 256, "low_channels": 2**10, "steps_offset": 2**10,

@@ -20,6 +20,7 @@ from p2p.request import add_ons
 from p2p.request.checks import choice, whole
 from p2p.request.editing import edit_request
 from p2p.request.inverting import GUIDANCE, expected, settings_read, settings_recorded
+from p2p.request.names import INSTEAD
 from p2p.request.settings import from_settings
 from p2p.request.source import FOLLOW, REPLACE_EMPTY
 from p2p.request.start import guidance
@@ -107,8 +108,7 @@ def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
     recorded |= {k: settings[k] for k in later if k in settings}
     given = {k: v for k, v in dict(options.solver(args), seed=args.seed, height=args.height,
                                    width=args.width).items() if v is not None}
-    for name, others in {"sampler": ("eta", "timestep_spacing"), "timesteps": ("steps", "timestep_spacing"),
-                         "steps": ("timesteps",), "timestep_spacing": ("timesteps",)}.items():
+    for name, others in INSTEAD.items():
         if name in given:
             recorded |= dict.fromkeys(others)
     return recorded | given

@@ -11,7 +11,7 @@ from p2p.cli.output import Output
 from p2p.request.checks import finite, whole
 from p2p.request.ready import generation, prepared
 from p2p.run import Result, run
-from p2p.show.leakage import leakage
+from p2p.show.leakage import leakage, own_words
 from p2p.show.preview import preview
 from p2p.show.report import report
 
@@ -87,8 +87,9 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
         out.picture("small", result.grid(), result.settings)
     out.json("settings.json", shown.settings)
     if result.maps is not None:
-        leaks = [leakage(result, k) for k in range(1, len(result.images))]
-        out.json("leakage.json", [leak._asdict() for leak in leaks])
+        leaks = [leakage(result, k) for k in range(1, len(result.images))] if own_words(result) else []
+        if leaks:
+            out.json("leakage.json", [leak._asdict() for leak in leaks])
         for k, leak in enumerate(leaks, 1):
             local, where = result.edits[k - 1], ""
             if result.masks is not None and (local.scope or local.local_blend) is not None:

@@ -39,7 +39,6 @@ WHOLE = "counts.json"   # the file that marks a finished folder
 IMAGES = ("input_image", "edited_image", "edit_prompt")   # columns of the table
 METADATA = ("seed", "p2p_threshold", "cfg_scale",                # of a sample
             *(f"clip_sim_{of}" for of in ("0", "1", "dir", "image")))
-OWN_FIELDS = {"webdataset": METADATA, "parquet": (*IMAGES, *METADATA)}   # of an export
 EXACT = 2**53           # whole numbers beyond are not what they were as a float
 ROWS = 256              # of it that are held at once
 
@@ -52,8 +51,8 @@ class Pair(NamedTuple):
 
 def read(file: Path, export: str | None = None) -> list[Pair]:
     """Reads a list in InstructPix2Pix's format: entries {"caption" (or "input"), "edit", "output"} with any
-    other fields ("url"). export: "webdataset" or "parquet", which have fields of their own. Raises UsageError
-    naming all invalid entries."""
+    other fields ("url"). export: "webdataset" or "parquet", which is a table. Raises UsageError naming all
+    invalid entries."""
     def parts(entry: Any, _: int) -> tuple[Prompts, dict[str, Any]]:
         form = '{"caption": ..., "edit": ..., "output": ...}'
         entry = lines.present(entry)
@@ -65,12 +64,12 @@ def read(file: Path, export: str | None = None) -> list[Pair]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
         if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
-        check_fields(entry, OWN_FIELDS.get(export, ()))
+        check_fields(entry, METADATA if export != "parquet" else (*IMAGES, *METADATA))
         try:
-            json.dumps(entry, ensure_ascii=False).encode()
+            json.dumps(entry, ensure_ascii=export != "parquet").encode()
         except UnicodeEncodeError:
-            raise UsageError("a text holds half of a character (a lone surrogate), which no file "
-                             "can") from None
+            raise UsageError("a text holds half of a character (a lone surrogate), which a table cannot "
+                             "hold") from None
         check_prompt(texts["caption"])
         check_prompt(texts["output"])
         return Prompts(texts["caption"], texts["output"]), entry
@@ -245,10 +244,10 @@ def parquet(out: Path) -> list[Path]:
 
 
 def check_fields(names: Iterable[str], own: Sequence[str]) -> None:
-    """Raises UsageError where fields of a list have the name of one of the export's `own`."""
+    """Raises UsageError where fields of a list have the name of one that samples have of their `own`."""
     if taken := sorted(set(own) & set(names)):
-        raise UsageError(f"{', '.join(taken)}: the export has a field of its own by this name, and one place "
-                         "for both; rename the list's, or give another --format")
+        raise UsageError(f"{', '.join(taken)}: samples have a field of their own by this name; rename the "
+                         "list's")
 
 
 def _column(value: Any) -> str:

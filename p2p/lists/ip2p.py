@@ -35,7 +35,7 @@ from p2p.lists.together import edit_together
 from p2p.model import Model
 from p2p.models.attention import AttentionEdit
 from p2p.request.checks import finite
-from p2p.request.emphasis import escaped
+from p2p.request.emphasis import as_text
 from p2p.request.memory import check_run
 from p2p.request.schedules import sigma_schedule
 from p2p.request.start import draw
@@ -215,7 +215,7 @@ def first_pictures_attention(thresholds: Sequence[float], steps: int,
 def prompt_to_prompt(model: Model, prompts: Prompts, draws: Sequence[dict[str, Any]], steps: int) -> Sampled:
     """Pairs by Prompt-to-Prompt: cross- and self-attention are injected for a sample's share of the steps."""
     results = edit_together(model, [dict(
-        source=escaped(prompts.caption), targets=escaped(prompts.output), seed=d["seed"],
+        source=as_text(model, prompts.caption), targets=as_text(model, prompts.output), seed=d["seed"],
         guidance_scale=d["cfg_scale"], steps=steps, cross_replace_steps=d["p2p_threshold"],
         self_replace_steps=d["p2p_threshold"])
                                     for d in draws])

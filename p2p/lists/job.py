@@ -1,7 +1,7 @@
 """A job: one line of a list with all its settings, and the check of it before it runs."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from p2p.image import check_file
 from p2p.model import Model
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected, settings_read
+from p2p.request.names import INSTEAD
 from p2p.request.settings import to_settings
 from p2p.request.source import OWN
 
@@ -20,6 +21,14 @@ INVERTING = {   # see `invert`; "square" and path: `protocol.square`, `protocol.
     "method": DEFAULT, "skip": None, "inversion_guidance": None, "inner_steps": None, "final_alpha": None,
     "fit": "crop", "path": "inverted", **dict.fromkeys(OWN)}
 OTHERS = ("proximal", "editor", "negative_prompt", "sampler", "timestep_spacing", "timesteps")
+
+
+def left(defaults: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a list that count for a line: not those in whose place it says something else."""
+    replaced = {other for name in line for other in INSTEAD.get(name, ())}
+    replaced |= {"height", "width"} if line.get("fit") == "own" else set()
+    replaced |= {"fit"} if {"height", "width"} & line.keys() and defaults.get("fit") == "own" else set()
+    return {k: v for k, v in defaults.items() if k not in replaced}
 
 
 class Job(NamedTuple):

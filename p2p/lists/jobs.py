@@ -22,14 +22,14 @@ from p2p.edits import check as check_edit
 from p2p.errors import UsageError
 from p2p.lists import lines
 from p2p.lists.fields import checked
-from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check
+from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check, left
 from p2p.lists.lines import present, write
 from p2p.model import Model
 from p2p.request.editing import refuse_p2p_settings
 from p2p.request.inverting import DEFAULT, READ_BY
 from p2p.request.names import EDITING
 from p2p.request.source import METHODS, REPLACE_EMPTY
-from p2p.request.start import Sampling, solver
+from p2p.request.start import Sampling, own_sampler, solver
 from p2p.run import Result
 from p2p.show.pictures import names, save_png
 from p2p.weights.aside import appearing, finished, sweep
@@ -40,8 +40,6 @@ WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", 
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
                      "path": ("ddim",)}
 SCHEDULED = ("sampler", "timestep_spacing", "timesteps")
-# settings that stand for others: a line that says one is not given the defaults of these
-INSTEAD = {"timesteps": ("steps",), "steps": ("timesteps",)}
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
@@ -75,7 +73,8 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
     jobs = lines.read(file, job, f"no job in it; a job is a line such as {example}")
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
-    unread_by_job = [unread(job.inverting.get("method"), job.others.get("editor")) for job in jobs]
+    unread_by_job = [unread(job.inverting.get("method"), job.others.get("editor"), "sampler" in job.others)
+                     for job in jobs]
     if idle := [k for k in defaults if all(k in each for each in unread_by_job)]:
         raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: "
                          f"{unread_by_job[0][idle[0]]})")
@@ -112,13 +111,14 @@ def _plain(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def unread(method: str | None, editor: Any) -> dict[str, str]:
+def unread(method: str | None, editor: Any, sampled: bool = False) -> dict[str, str]:
     """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor:
-    None for Prompt-to-Prompt."""
+    None for Prompt-to-Prompt; sampled: its sampler is the one that pictures have anyway."""
     if method is None:
         idle = dict.fromkeys(INVERTING, "of a picture; give image")
     else:
-        idle = dict.fromkeys(SCHEDULED, "of generated sources; a picture is sampled as it was inverted")
+        idle = dict.fromkeys(SCHEDULED[sampled:], "of generated sources: a picture is sampled as it was "
+                                                  "inverted")
         idle |= dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
                               f"{method} inversion does not read it; leave it out")
     windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces; leave it out")
@@ -142,9 +142,9 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     user_id = checked("id", entry.pop("id")) if "id" in entry else None
     known = {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}
     entry = _full_names(entry, known, "an edit")
-    pictured, merged = "image" in entry, {**_left(defaults or {}, entry), **entry}
+    pictured, merged = "image" in entry, {**left(defaults or {}, entry), **entry}
     method = checked("method", merged.get("method", DEFAULT)) if pictured else None
-    idle = unread(method, merged.get("editor"))
+    idle = unread(method, merged.get("editor"), sampled=merged.get("sampler") == own_sampler(model))
     for why in dict.fromkeys(idle.values()):
         names = [name for name, reason in idle.items()
                  if reason == why and name in entry and name not in WINDOWS]
@@ -175,13 +175,6 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     content = None if image is None else content_of(image)
     job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags, content)
     return job._replace(id=_identity(job, model))
-
-
-def _left(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults in whose place a line says nothing else."""
-    replaced = {other for name in entry for other in INSTEAD.get(name, ())}
-    replaced |= {"height", "width"} if entry.get("fit") == "own" else set()
-    return {k: v for k, v in defaults.items() if k not in replaced}
 
 
 def _target(entry: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:

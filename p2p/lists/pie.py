@@ -36,7 +36,7 @@ from p2p.lists.pie_data import mask
 from p2p.lists.protocol import Item
 from p2p.lists.work import work
 from p2p.model import Model
-from p2p.request.emphasis import escaped
+from p2p.request.emphasis import as_text
 from p2p.request.inverting import DEFAULT
 from p2p.weights import digest
 from p2p.weights.untrusted import LONGEST, brief
@@ -76,7 +76,7 @@ def custom(settings: Mapping[str, Any]) -> Way:
 
     def job(item: Item, model: Model) -> dict[str, Any]:
         if base is None:
-            return {"source": escaped(item.source), "targets": [escaped(item.target)],
+            return {"source": as_text(model, item.source), "targets": [as_text(model, item.target)],
                     "image": str(item.picture.absolute())} | settings_
         inherited = protocol.job(base, item, model)
         method, editor = (settings_.get(name, inherited.get(name)) for name in ("method", "editor"))
@@ -272,10 +272,10 @@ def _measured(item: Item, file: Path, how: str, way: Way, judges: Judges
     picture, result = open_picture(item.picture), open_picture(file)
     if way.strips and result.width != result.height:
         result = result.crop((result.width - result.height, 0, result.width, result.height))
-    shapes = picture.width / picture.height, result.width / result.height
-    if way.pictures is not None and max(shapes) > 1.01 * min(shapes):
-        raise UsageError(f"{file}: {result.width} x {result.height} pixels, of another shape than the "
-                         f"benchmark's {picture.width} x {picture.height} (--strips judges a last panel)")
+    panels = result.width * picture.height / (result.height * picture.width)
+    if way.pictures is not None and not way.strips and panels > 1.9:
+        raise UsageError(f"{file}: {result.width} x {result.height} pixels look like {panels:.0f} panels of "
+                         f"the benchmark's {picture.width} x {picture.height}; --strips judges the last")
     out = {}
     for convention in CONVENTIONS:
         seen = result

@@ -29,7 +29,7 @@ from p2p.edits import Window
 from p2p.errors import UsageError
 from p2p.image import to_base64
 from p2p.model import Model
-from p2p.request.emphasis import escaped
+from p2p.request.emphasis import as_text
 from p2p.request.inverting import settings_read
 from p2p.request.source import METHODS, Inversion
 from p2p.sources.trace import trace
@@ -166,8 +166,8 @@ def find(name: str) -> Method:
 def job(method: Method, item: Item, model: Model) -> dict[str, Any]:
     """An item's job, as a line of a list. Raises UsageError for items that the method cannot be run on."""
     entry: dict[str, Any] = {
-        "source": escaped(item.source) if method.source_conditioning == "prompt" else "",
-        "targets": [escaped(item.target)],   # brackets are text there
+        "source": as_text(model, item.source) if method.source_conditioning == "prompt" else "",
+        "targets": [as_text(model, item.target)],   # brackets are text there
         "image": str(item.picture.absolute()), "method": method.inversion, "steps": method.steps,
         "seed": method.seed, "guidance_scale": method.guidance_scale,
         "inversion_guidance": method.inversion_guidance,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from p2p.errors import NumericsError, UsageError
-from p2p.image import open_picture
+from p2p.image import check_file, open_picture
 from p2p.lists.jobs import Job, Store, content_of
 from p2p.lists.protocol import resampled, square
 from p2p.lists.stop import unmasked
@@ -100,6 +100,7 @@ def _ready(model: Model, job: Job) -> Ready:
     """Prepares one job for sampling: inverts its picture, if it has one."""
     source: Any = job.source
     if job.image is not None:
+        check_file(job.image)   # raises
         if content_of(job.image) != job.content:
             raise UsageError(f"{job.image}: not the picture that it was when the list was read; start again "
                              "for this one")
@@ -137,8 +138,9 @@ def loaded(batch: Batch, device: str | None) -> Model:
     try:
         with unmasked():
             model = load(**batch.loading, device=device)
-            if batch.identity is not None and model.identity() != batch.identity:
-                raise UsageError("it is another there than here, where the list was read")
+            here, there = batch.identity or {}, model.identity()
+            if other := [name for name in here if here[name] != there.get(name)]:
+                raise UsageError(f"there it has another {', '.join(other)} than where the list was read")
             return model
     except Exception as error:
         raise RuntimeError(f"no model on {device or 'this worker'}: {error}") from None

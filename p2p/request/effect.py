@@ -45,7 +45,7 @@ def idle_options(current: Tables, source: Tokens, target: Tokens, edit: Edit, mo
     for word, c in (edit.equalizer or {}).items():
         if same(equalizer=_less(edit.equalizer, word)):
             acts = alpha[:, align.word_tokens(target, word, length)].any()
-            why = "it is 1" if c == 1 else "names of single words cover its own" if acts else empty
+            why = "it is 1" if c == 1 else "other names say as much of its words" if acts else empty
             notes.append(f'the weight of "{word}" (equalizer) changes nothing: {why}')
     for old, new in (edit.swap or {}).items():
         if same(swap=_less(edit.swap, old)):

@@ -128,6 +128,11 @@ def parsed(model: Model, prompt: str) -> Weighted:
     return read(prompt) if clip else Weighted(((prompt, 1.0),))
 
 
+def as_text(model: Model, prompt: str) -> str:
+    """A prompt whose brackets are text, as this model is to be given it."""
+    return prompt if parsed(model, prompt).text == prompt else escaped(prompt)
+
+
 def first_tokens(model: Model) -> Callable[[str], Tokens]:
     """The tokenizer by whose words weights are named: CLIP's."""
     return model.text_groups[0][0].tokens

@@ -12,6 +12,9 @@ from p2p.request.start import Sampling
 
 SAMPLING = tuple(f.name for f in fields(Sampling))
 EDITING = tuple(f.name for f in fields(Edit))[1:]
+# settings of a schedule that stand in the place of others: who says one means none of these
+INSTEAD = {"sampler": ("eta", "timestep_spacing"), "timesteps": ("steps", "timestep_spacing"),
+           "steps": ("timesteps",), "timestep_spacing": ("timesteps",)}
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
 
 

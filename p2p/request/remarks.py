@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from p2p.blend import Blend
+from p2p.blend import Blend, LocalBlend
 from p2p.edits import Edit, Tables
 from p2p.model import Model
 from p2p.models.text import Tokens
@@ -56,9 +56,9 @@ def remarks(request: EditRequest, start: Start, edit_tables: Sequence[Tables], b
 
 def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) -> list[str]:
     source, notes = request.tokens[0], []
-    for current, (e, t), given in zip(edit_tables, request.pairs(), request.given):
+    for current, (e, t), given, blend in zip(edit_tables, request.pairs(), request.given, request.blends):
         notes += _chosen(source, t, e, given, request.model.length) + below_zero(e.prompt, e.equalizer or {})
-        if _same_rows(request, e, t) and idle(current):
+        if _same_rows(request, e, t, blend) and idle(current):
             notes.append(f'"{e.prompt}": the same prompt, and no weight that is injected: this edit changes '
                          "nothing")
         found = idle_options(current, source, t, given, e.mode, steps, request.model.length,
@@ -67,16 +67,25 @@ def _of_tables(request: EditRequest, edit_tables: Sequence[Tables], steps: int) 
     return notes
 
 
-def _same_rows(request: EditRequest, edit: Edit, target: Tokens) -> bool:
+def _same_rows(request: EditRequest, edit: Edit, target: Tokens, blend: LocalBlend | None) -> bool:
     """Whether a target's row is its source's, but for what is injected."""
     sampling, inversion, editor = request.sampling, request.inversion, request.editor
-    same_text = request.tokens[0].ids == target.ids and read(request.source).plain and read(edit.prompt).plain
+    same_text = (request.tokens[0].ids == target.ids and read(request.source).plain
+                 and read(edit.prompt).plain)
     by_editor = editor is not None and (editor.source_prompt not in (None, request.source)
                                         or (request.batch.guided and not editor.guided_source))
-    one_noise = sampling.x_T is None or len(sampling.x_T) == 1
+    one_noise = sampling.low is None and (sampling.x_T is None or len(sampling.x_T) == 1)
     one_negative = len(set(negatives(sampling.negative_prompt, len(request.prompts)))) == 1
-    kept = inversion is not None and (inversion.method in FOLLOW or edit.local_blend is not None)
-    return same_text and not by_editor and one_noise and one_negative and not kept
+    sampled = inversion is None or (
+        _traced(inversion, request.settled.guidance_scale) if inversion.method in FOLLOW else
+        blend is None and not (request.batch.guided and request.batch.lone_source))
+    return same_text and not by_editor and one_noise and one_negative and sampled
+
+
+def _traced(inversion: Inversion, guidance_scale: float) -> bool:
+    """Whether it is the trace of a prompt that was sampled with this guidance, and not a picture's."""
+    drawn = inversion.picture is None and inversion.seed is not None
+    return drawn and inversion.guidance_scale == guidance_scale
 
 
 def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int) -> list[str]:
@@ -98,11 +107,11 @@ def _of_editor(request: EditRequest, planned: Sequence[Any], steps: int) -> list
     if isinstance(request.editor, Guiding) and asked and not request.model.unet.reads_guidance:
         notes.append(f"guidance_scale changes nothing: editor {type(request.editor).__name__} stands in the "
                      "place of guidance")
-    for (e, t), given in zip(request.pairs(), request.given):
+    for (e, t), given, blend in zip(request.pairs(), request.given, request.blends):
         if given.mode is not None and e.scope is None:
             notes.append(f'"{e.prompt}": mode changes nothing: it is of Prompt-to-Prompt, which the '
                          "editor replaces")
-        if _same_rows(request, e, t):
+        if _same_rows(request, e, t, blend):
             notes.append(f'"{e.prompt}": the same prompt: this edit changes nothing')
     return notes
 

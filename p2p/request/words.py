@@ -29,8 +29,8 @@ def by_breadth(said: Mapping[str, T], prompt: Tokens, length: int) -> list[tuple
                 raise UsageError(f'"{word}" and "{other}" are the same word of "{prompt.text}", with {value} '
                                  f"and {another}: name it once")
             if value != another and set(columns) & set(others) and not set(others) <= set(columns):
-                raise UsageError(f'"{word}" and "{other}" share a word of "{prompt.text}", and others not, '
-                                 f"with {value} and {another}: name each by itself, as dog#1 and dog#2")
+                raise UsageError(f'"{word}" and "{other}" share a word of "{prompt.text}", and each has '
+                                 f"another, with {value} and {another}: name each by itself, as dog#1")
     return found
 
 

@@ -36,12 +36,17 @@ def mapped(result: Result) -> bool:
     return result.maps is not None and bool(result.maps.sides())
 
 
+def own_words(result: Result) -> bool:
+    """Whether the source's row was told its own prompt: an editor may tell it another."""
+    return (result.settings["editor"] or {}).get("source_prompt") is None
+
+
 def leakage(result: Result, target: int = 1, threshold: float = 0.5) -> Leakage:
     """Measures row `target` of an edit that recorded maps of text (`record=Record(text=...)`).
     Raises UsageError."""
     if not mapped(result):
         raise UsageError("leakage needs attention maps: run the edit with record=p2p.Record(text=...)")
-    if (result.settings["editor"] or {}).get("source_prompt") is not None:
+    if not own_words(result):
         raise UsageError("leakage compares the words of both prompts, and the editor gave the source's row "
                          "another one than its own; leave source_prompt out")
     edit = result.edits[whole("target", target, most=len(result.images) - 1) - 1]

@@ -95,7 +95,7 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
     # the one before has ended).
     at_once: dict[str, Any] = dict(quiet, trigger_mode="multiple", queue=False)
     gr.on([*told, *moved], calls.newer, values, None, **at_once)
-    gr.on([c["upload"].upload, c["upload"].clear, c["replay"].click], calls.stop, None, None, **at_once)
+    c["replay"].click(calls.replayed, None, None, **at_once)
     gr.on(told, calls.run, values, shown, trigger_mode="always_last", **work)
     gr.on(moved, calls.moved, values, shown, trigger_mode="always_last", **work)
     for name in ("cross", "self_"):
@@ -141,10 +141,10 @@ class Calls:
         except UsageError:
             pass   # `run` says so
 
-    def stop(self, request: gr.Request) -> None:
-        """What is computed for the visit ends at its next step: something else is asked for."""
+    def replayed(self, request: gr.Request) -> None:
+        """What is computed for the visit ends at its next step: a picture is to be replayed."""
         session = self.visits.known(request)
-        if session is not None:
+        if session is not None and session.chosen is not None:
             session.wanted = None
 
     def upload(self, request: gr.Request, file: Any) -> tuple[Any, str]:

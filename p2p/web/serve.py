@@ -41,10 +41,9 @@ class Bounded:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        _, given, file = scope["path"].partition("/file=")
-        path = scope["path"]
-        foreign = "/file/" in path or (given and not file.startswith(self.folder))
-        if foreign or path.rstrip("/").endswith("/upload"):
+        route, given, file = scope["path"].partition("/file=")
+        foreign = "/file/" in route or (given and not file.startswith(self.folder))
+        if foreign or scope["path"].rstrip("/").endswith("/upload"):
             return await _refuse(send, 403)
         if not length.isdigit() or int(length) > BODY:
             return await _refuse(send, 413)

@@ -185,17 +185,18 @@ class Session:
             notes += ready.notes
             image = source.picture
             if image is None:   # of models that are not traced
-                sums = {}
+                sums, last = {}, None
                 for step in self._steps(asked, ready, sums, 0):
-                    x = step.x
-                if self.wanted != asked:
+                    last = step
+                if last is None or last.index + 1 < ready.start.schedule.steps:
                     return
-                image = self._decoded(x)
+                image = self._decoded(last.x)
             self._keep(image, asked.source, ready.settings, asked, None)
         else:
             image = picture
-            notes += [] if source.maps else ["the words' maps come with an edit"]
-        yield View(image, None, self._words(asked, source, sums), tuple(dict.fromkeys(notes)))
+        words = self._words(asked, source, sums)
+        notes += [] if any(word.map for word in words) else ["the words' maps come with an edit"]
+        yield View(image, None, words, tuple(dict.fromkeys(notes)))
 
     def _edited(self, asked: Asked, source: Source, edit: Edit, picture: Image.Image | None,
                 plain: dict[str, Any] | None) -> Iterator[View]:
@@ -206,7 +207,7 @@ class Session:
             if step.index == int(LOOK * total):
                 before = source.picture or picture or self._decoded(step.x_0[:1])
                 yield View(before, self._decoded(step.x_0[-1:]), self._words(asked, source), done=False)
-        if step is None or self.wanted != asked:
+        if step is None or step.index + 1 < total:
             return
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
