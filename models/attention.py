@@ -1,8 +1,8 @@
 """Attention with the edit as an argument: all of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
 
 Notation of the paper: a map M = softmax(Q K^T / sqrt(d)) (Eq. 1) has a row for each pixel and a column for
-each text token. Here P is the map of a target and P_src that of its source, two rows of the batch. Every edit
-of the paper is linear in the columns (`p2p.edits` has mix and keep of each), and (P mix) V = P (mix V):
+each text token. P and V are a target's, P_src is its source's map: two rows of the batch. Every edit of the
+paper is linear in the columns (`p2p.edits` has mix and keep of each), and (P mix) V = P (mix V):
 
     P'   = P_src . mix + P . diag(keep)
     P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)

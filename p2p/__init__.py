@@ -15,7 +15,7 @@ if not (Path(__file__).parent / "models").is_dir():   # a clone: models/ and wei
 
 from p2p.errors import CheckpointError, NumericsError, UsageError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["CheckpointError", "Edit", "Inversion", "LocalBlend", "MasaCtrl", "Model", "NumericsError",
            "PlugAndPlay", "Record", "Result", "UniEdit", "UsageError", "edit", "generate", "invert", "load",
            "steps", "trace", "upscale"]

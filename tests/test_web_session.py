@@ -422,7 +422,7 @@ def test_the_page_is_offered_without_its_weight(monkeypatch, capsys):
     assert main(["web", "--port", "70000"]) == 2 and "65535" in capsys.readouterr().err
     monkeypatch.setattr("p2p.cli.checks.find_spec", lambda name: None)
     assert main(["web"]) == 2
-    assert capsys.readouterr().err == "p2p: p2p web needs Gradio: pip install 'prompt-to-prompt[web]'\n"
+    assert capsys.readouterr().err == "p2p: p2p web needs Gradio: pip install -e '.[web]' in the clone\n"
 
 
 def test_settings_are_json(session):

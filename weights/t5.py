@@ -25,7 +25,7 @@ TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "Toke
 PADDING_READ = "its T5 read the padding, as for Stable Diffusion 3 and FLUX"
 PADDING_MASKED = "its T5 did not read the padding, as for DeepFloyd IF"
 BUCKETS = 32   # of relative positions, in every released T5
-MISSING = ("T5 is read by transformers, which is not installed: pip install 'prompt-to-prompt[deepfloyd]'. "
+MISSING = ("T5 is read by transformers, which is not installed: pip install -e '.[deepfloyd]' in the clone. "
            "(A run may take a file of encoded prompts in its place, as --text.)")
 # fields of transformers' config that decide what it computes
 DECISIVE = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "dense_act_fn",

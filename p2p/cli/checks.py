@@ -39,7 +39,7 @@ def _source(args: argparse.Namespace) -> None:
     if args.image is None:
         refuse(args, "a source prompt alone", INVERSION)
     else:
-        refuse(args, "--image, which is inverted by DDIM, at timesteps of its own", SCHEDULE)
+        refuse(args, "--image, which is inverted, and sampled, at timesteps of its own", SCHEDULE)
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -90,7 +90,7 @@ def invert(args: argparse.Namespace) -> None:
     if args.negative is not None and len(args.negative) > 1:
         raise UsageError(f"--negative: {len(args.negative)} given; p2p invert has one row")
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
-    refuse(args, "p2p invert: it steps by DDIM, at timesteps of its own", SCHEDULE)
+    refuse(args, "p2p invert, which has timesteps of its own", SCHEDULE)
 
 
 def maps(args: argparse.Namespace) -> None:
@@ -151,7 +151,7 @@ def web(args: argparse.Namespace) -> None:
     if args.port is not None:
         whole("--port", args.port, most=65535)
     if find_spec("gradio") is None:
-        raise UsageError("p2p web needs Gradio: pip install 'prompt-to-prompt[web]'")
+        raise UsageError("p2p web needs Gradio: pip install -e '.[web]' in the clone")
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -114,7 +114,7 @@ def on_ray(batch: Batch, todo: Sequence[Group], workers: int | None) -> Iterator
     try:
         import ray
     except ImportError:
-        raise UsageError('--engine ray needs Ray: pip install "prompt-to-prompt[ray]"') from None
+        raise UsageError('--engine ray needs Ray: pip install -e ".[ray]" in the clone') from None
 
     here = os.getcwd()
 

@@ -224,7 +224,7 @@ def parquet(out: Path) -> list[Path]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise UsageError('parquet needs pyarrow: pip install "prompt-to-prompt[parquet]"') from None
+        raise UsageError('parquet needs pyarrow: pip install -e ".[parquet]" in the clone') from None
     types: dict[str, set[str]] = {}   # entries may differ in their fields, and a field in its type
     for _, known, _ in samples(out):
         for name, value in known.items():

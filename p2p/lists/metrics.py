@@ -49,7 +49,7 @@ def torchmetrics():
     try:
         import torchmetrics.functional.image as functional
     except ImportError:
-        raise UsageError('the metrics need torchmetrics: pip install "prompt-to-prompt[eval]"') from None
+        raise UsageError('the metrics need torchmetrics: pip install -e ".[eval]" in the clone') from None
     return functional
 
 

@@ -183,8 +183,8 @@ def _checked_editor(model: Model, editor: Editor | str | None, record: Record) -
     if isinstance(editor, str):
         editor = p2p.editors.find_editor(editor)   # by the facade: editors import this module
     if isinstance(editor, type) or (editor is not None and not isinstance(editor, Editor)):
-        raise UsageError("editor: a name, such as \"masactrl\", or an object is needed, such as "
-                         f"p2p.MasaCtrl() or p2p.PlugAndPlay(), not {brief(editor)}")
+        raise UsageError("editor: a name, such as \"masactrl\", or an object with plan, guided_source and "
+                         f"source_prompt is needed, such as p2p.MasaCtrl(), not {brief(editor)}")
     if editor is not None and not is_dataclass(editor):
         raise UsageError(f"editor: {type(editor).__name__} is no dataclass; make it one (@dataclass): its "
                          "fields are recorded, so that the edit can be done again")
