@@ -253,7 +253,7 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
 
 def _with_masks_as_fitted(small: Result) -> list[Edit]:
     """A run's edits, whose masks are fitted as its picture was: a stage would crop them."""
-    fit = (small.settings["inversion"] or {}).get("fit", "crop")
+    fit = (small.settings.get("inversion") or {}).get("fit", "crop")
     size = (small.latents.shape[2], small.latents.shape[3])
     return [e if e.local_blend is None or e.local_blend.mask is None else
             replace(e, local_blend=replace(e.local_blend, mask=fixed(e.local_blend.mask, size, fit)[0]))

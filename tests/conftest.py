@@ -7,7 +7,7 @@ import resource
 import signal
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,9 @@ GOLDEN = Path(__file__).with_name("golden") / "sd1_small"
 # ------------------------------------------------------------------------------------------------------------ how tests run
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+with suppress(OSError, ValueError):   # of a container, which may have a share of a machine
+    quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    CORES = min(CORES, max(1, quota // period))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -160,27 +163,43 @@ def once(monkeypatch, load_once):
         monkeypatch.setattr(place, load_once)
 
 
+_KEPT = {}
+
+
+def kept(make, *key):
+    """`make()`, once for all files: pytest lets a fixture with parameters go when another one is asked for."""
+    if (make.__qualname__, key) not in _KEPT:
+        _KEPT[make.__qualname__, key] = make()
+    return _KEPT[make.__qualname__, key]
+
+
 @pytest.fixture(scope="session", params=["sd1", "sd2", "sdxl"])
 def made(request, tmp_path_factory):
     """(family, its parts by diffusers, their folder): small, with random weights."""
-    import families  # diffusers and transformers take seconds to import
+    def build():
+        import families  # diffusers and transformers take seconds to import
 
-    parts = families.build(request.param)
-    return request.param, parts, families.save(parts, tmp_path_factory.mktemp(request.param) / "folder", request.param)
+        parts = families.build(request.param)
+        return request.param, parts, families.save(parts, tmp_path_factory.mktemp(request.param) / "folder", request.param)
+    return kept(build, request.param)
 
 
 @pytest.fixture(scope="session")
 def single(made, tmp_path_factory):
     """The same model as a single file."""
-    path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    convert(find(made[2]), path)
-    return path
+    def write():
+        path = tmp_path_factory.mktemp("single") / "model.safetensors"
+        convert(find(made[2]), path)
+        return path
+    return kept(write, made[2])
 
 
 @pytest.fixture(scope="session")
 def plain(single):
     """The model of the single file, for tests that only look at it."""
-    return p2p.load(single, device="cpu", dtype=torch.float32)
+    def read():
+        return p2p.load(single, device="cpu", dtype=torch.float32)
+    return kept(read, single)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,12 +73,18 @@ def killed(folder, engine):
     rng, out = random.Random(engine), folder / "out"
     command = batch(engine, listed(folder / "jobs.jsonl", N, **SMALL))
     done = lambda: len(list(out.glob("[!.]*/job.json")))  # noqa: E731
-    for _ in range(KILLS.get(engine, 1)):
+    kills = tries = 0
+    while kills < KILLS.get(engine, 1):
         limit = done() + rng.randint(1, 4)                # of two workers up to four more are done when it is seen
         run = subprocess.Popen([*command, str(out)], env=ENV, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
         while done() < limit and run.poll() is None:
             time.sleep(0.01)
+        if run.poll() is not None and tries < 3:   # this process slept, and it had all its time
+            tries, kills = tries + 1, 0
+            shutil.rmtree(out)
+            continue
+        kills += 1
         assert run.poll() is None, "it ended before it was killed"
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()

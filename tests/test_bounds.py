@@ -62,7 +62,7 @@ def test_long_names_and_numbers_of_pickles_take_no_time(tmp_path, content):
         open_file(tmp_path / "x.ckpt")
     except p2p.CheckpointError:
         pass
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 30   # it took minutes
 
 
 @pytest.mark.parametrize("method", ["ddim", "edit-friendly"])

@@ -92,11 +92,11 @@ def test_attention_is_theirs(text_only, norm_text):
      THEIR_UPSCALER | dict(only_cross_attention=True, cross_attention_norm=None))],
     ids=["stage one", "upscaler", "upscaler, text alone"])
 def test_unet_is_theirs(ours, theirs):
-    theirs = randomised(diffusers.UNet2DConditionModel(**theirs))
-    unet = UNet(ours).eval()
+    theirs = randomised(diffusers.UNet2DConditionModel(**theirs)).double()
+    unet = UNet(ours).eval().double()
     unet.load_state_dict(theirs.state_dict())
     g = torch.Generator().manual_seed(1)
-    x, low, text = (torch.randn(3, *s, generator=g) for s in ((3, 16, 24), (3, 16, 24), (7, 32)))
+    x, low, text = (torch.randn(3, *s, generator=g).double() for s in ((3, 16, 24), (3, 16, 24), (7, 32)))
     t, level = torch.tensor([0, 500, 999]), torch.tensor([250, 0, 3])
     with torch.no_grad():
         if ours.low_channels:

@@ -52,7 +52,7 @@ def test_a_run_is_that_of_diffusers_pipeline(lcm, monkeypatch):
 @pytest.mark.slow
 def test_an_edit_runs_as_many_rows_as_there_are_prompts(lcm):
     model = p2p.load(lcm, device="cpu")
-    size = dict(height=64, width=64, seed=1)
+    size = dict(height=16, width=16, seed=1)
     r = p2p.edit(model, "a cat", "a dog", **size)
     assert r.rows == 2 * 4
     assert torch.allclose(r.latents[:1], p2p.generate(model, "a cat", **size).latents, atol=1e-4)
@@ -95,7 +95,7 @@ def test_a_word_swap_from_the_command_line(tmp_path, capsys, name):
     model = p2p.load(folder, device="cpu")
     assert (model.sampler, model.steps, model.guidance_scale) == wanted
     assert model.schedule(model.steps, model.sampler).timesteps[:2] == first
-    size = ["--height", "64", "--width", "64", "--seed", "1", "--model", str(folder), "-o", str(tmp_path / "out")]
+    size = ["--height", "16", "--width", "16", "--seed", "1", "--model", str(folder), "-o", str(tmp_path / "out")]
     few = ["--steps", "2", "--cfg", "0"] if name == "turbo" else []
     assert main(["edit", "a cat", "a dog", *few, *size]) == 0
     source = capsys.readouterr().out.split()[0]
@@ -110,8 +110,8 @@ def test_a_unet_that_predicts_the_picture(tmp_path):
     """One step of Lightning: x_0 from pure noise, on trailing timesteps."""
     folder = folder_of(tmp_path, diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="trailing", prediction_type="sample"))
     model = p2p.load(folder, device="cpu")
-    r = p2p.generate(model, "a cat", steps=1, guidance_scale=0, seed=1, height=64, width=64)
-    x = draw(model.latent_shape(64, 64), [1], 1)[0]
+    r = p2p.generate(model, "a cat", steps=1, guidance_scale=0, seed=1, height=16, width=16)
+    x = draw(model.latent_shape(16, 16), [1], 1)[0]
     x_0 = model.predict(x, 999, model.read(model.condition(["a cat"])))[0]
     first, last = model.schedule(1).levels
     eps = (x - first.alpha * x_0) / first.sigma

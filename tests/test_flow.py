@@ -119,7 +119,7 @@ def test_a_run_is_eulers_rule_written_out(flow):
 
 @pytest.fixture(scope="module")
 def picture(flow):
-    return p2p.generate(flow, SOURCE, steps=10, seed=2).images[0]
+    return p2p.generate(flow, SOURCE, steps=10, seed=2, height=32, width=32).images[0]
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def picture(flow):
 def test_inversions_of_a_flow(flow, picture, method):
     """Those that are exact give the picture back; all give something that an edit goes on from."""
     more = {"belm": dict(skip=1), "null-text": dict(inner_steps=1)}.get(method, {})
-    inv = p2p.invert(flow, picture, SOURCE, method=method, steps=6, **more)
+    inv = p2p.invert(flow, picture, SOURCE, method=method, steps=6, height=32, width=32, **more)
     r = p2p.edit(flow, inv, [SOURCE, SWAP], guidance_scale=1.0 if method == "belm" else None)
     assert r.latents.isfinite().all()
     if method in ("direct", "edit-friendly"):

@@ -37,7 +37,7 @@ from pickle_bytes import (
     tupled,
 )
 
-SECONDS, MEMORY = 5, 2**28  # the most that one may take; memory beyond what the process has before the first
+SECONDS, MEMORY = 30, 2**28  # the most that one may take; memory beyond what the process has before the first
 
 READER = """
 import json, resource, sys, time

@@ -120,7 +120,7 @@ def asking(hub, home, **env):
     """-> asks for (exit code, output, errors) of `p2p inspect` for each of some repositories, in a process of their own: the
     Hub's settings are read when huggingface_hub is imported."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | env
+        "NO_PROXY": "localhost,127.0.0.1", "no_proxy": "localhost,127.0.0.1", "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"} | env
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", INSPECT], text=True, env=env, **pipes) as process:
         def ask(repos):

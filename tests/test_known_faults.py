@@ -118,10 +118,9 @@ def test_no_picture_is_decoded_and_a_thousand_lines_take_about_a_second(emoji, f
     rows = [{"source": f"a cat on grass, number {i}", "targets": f"a dog on grass, number {i}", "seed": i, "steps": 20} |
             (PICTURE | {"seed": None} if i % 2 else {}) | blend for i in range(1000)]
     listed(folder, *rows)
-    jobs.read(folder / "jobs.jsonl", emoji)
     began = time.process_time()
     assert len(jobs.read(folder / "jobs.jsonl", emoji)) == 1000
-    assert time.process_time() - began < 4   # 0.8 s where nothing else runs
+    assert time.process_time() - began < 30   # 0.8 s where nothing else runs; pictures decoded, it is minutes
 
 
 def test_what_nobody_foresaw_is_left_to_the_jobs_turn(emoji, folder, monkeypatch, capsys):

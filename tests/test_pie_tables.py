@@ -28,6 +28,15 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """As workers and ranks have: several share a sum out in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def command(data, out, *more):
     return ["eval", "pie", "--data", str(data), "--out", str(out), "-q", *more]
 
@@ -177,7 +186,7 @@ def test_a_published_row_at_its_own_settings_keeps_its_name():
 
 
 @pytest.mark.slow
-def test_workers_make_the_same_rows(data, tmp_path, capsys):
+def test_workers_make_the_same_rows(data, tmp_path, capsys, one_thread):
     here, there = tmp_path / "here", tmp_path / "there"
     asked = ("--methods", "noise", "--steps", "2", "--limit", "2")
     assert main(command(data, here, *asked)) == main(command(data, there, *asked, "--workers", "2")) == 0
@@ -186,16 +195,11 @@ def test_workers_make_the_same_rows(data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ranks_of_torchrun_make_the_same_rows(data, tmp_path):
+def test_ranks_of_torchrun_make_the_same_rows(data, tmp_path, one_thread):
     """The first rank waits for the others' pictures, and measures them all."""
     here, there = tmp_path / "here", tmp_path / "there"
     asked = ("--methods", "noise", "--steps", "2")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)   # as the ranks: several share a sum out in another order
-    try:
-        assert main(command(data, here, *asked)) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(command(data, here, *asked)) == 0
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "p2p",
                           *command(data, there, *asked, "--engine", "torchrun")], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

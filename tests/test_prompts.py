@@ -60,7 +60,7 @@ def test_no_prompt_takes_long_to_check(prompt):
         check(prompt)
     except UsageError as error:
         assert len(str(error)) < 600
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 30
 
 
 def test_every_entrance_checks(emoji, monkeypatch):

@@ -241,8 +241,8 @@ def children(pid):
 
 
 def started(folder):
-    """A run of 3,000 jobs by two workers, once the first is done.  -> the process, its workers (and multiprocessing's helper)"""
-    file = listed(folder / "jobs.jsonl", 3000, guidance_scale=1, steps=2)
+    """A run of 600 jobs by two workers, once the first is done.  -> the process, its workers (and multiprocessing's helper)"""
+    file = listed(folder / "jobs.jsonl", 600, guidance_scale=1, steps=2)
     run = subprocess.Popen([sys.executable, "-m", "p2p", "batch", str(file), "--workers", "2", "--device", "cpu", "--out", str(folder / "out")],
                            env=ENV, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -269,7 +269,7 @@ def test_workers_end_with_their_run(tmp_path):
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in said and "the same command goes on" in said and ended(workers)
     rows = [json.loads(line)["state"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 3000 and 0 < rows.count("done") == 3000 - rows.count("open") and not list((tmp_path / "out").rglob(".p2p-*"))
+    assert len(rows) == 600 and 0 < rows.count("done") == 600 - rows.count("open") and not list((tmp_path / "out").rglob(".p2p-*"))
     run, workers = started(tmp_path)
     while len(workers) < 3 and run.poll() is None:                      # this time there is a result from the start
         time.sleep(0.05)

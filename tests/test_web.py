@@ -41,14 +41,14 @@ def calls(site):
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"], timeout=120_000)
         yield browser
         browser.close()
 
 
 def opened(chromium, site, width=1280, height=900):
     tab = chromium.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
-    tab.set_default_timeout(30_000)
+    tab.set_default_timeout(120_000)
     tab.faults, tab.asked = [], []
     tab.on("request", lambda request: tab.asked.append(request.url))
     tab.on("pageerror", lambda error: tab.faults.append(str(error)))

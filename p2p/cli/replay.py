@@ -67,7 +67,7 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     upscaler = _stage(args, settings["upscale"]) if settings.get("upscale") else stage(args, model.family)
     source = None
     if (record := settings["inversion"]) is not None:
-        refuse(args, "--from a real picture: it has timesteps of its own, and the size that it was brought to",
+        refuse(args, "--from a real picture: it has its own timesteps, and the size that it was brought to",
                (*SCHEDULE, "height", "width"))
     else:
         refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])
