@@ -94,7 +94,7 @@ def test_an_editor_whose_fields_cannot_be_recorded_is_refused(narrow):
     with pytest.raises(UsageError, match="editor: Mine is no dataclass"):
         p2p.edit(narrow, "a cat", "a dog", editor=Mine(), steps=1)
     p2p.edit(narrow, "a cat", "a dog", editor=dataclass(Mine)(), steps=1)
-    with pytest.raises(UsageError, match=r"an object is needed, such as p2p.MasaCtrl\(\)"):
+    with pytest.raises(UsageError, match=r"source_prompt is needed, such as p2p.MasaCtrl\(\)"):
         p2p.edit(narrow, "a cat", "a dog", editor=p2p.MasaCtrl, steps=1)
 
 

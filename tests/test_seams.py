@@ -10,6 +10,7 @@ from PIL import Image
 import p2p
 from p2p import Edit, LocalBlend, UsageError
 from p2p.align import word_tokens
+from p2p.cli import main
 from p2p.models.t5 import tokens as t5_tokens
 from p2p.models.text import tokens as clip_tokens
 from p2p.models.unet import UNet
@@ -128,3 +129,10 @@ def test_a_stage_reads_masks_as_the_run_did():
 def test_a_weight_that_others_cover_is_said_to_be_covered(narrow):
     notes = p2p.edit(narrow, CAT, Edit("a red cat on grass", equalizer={"red cat": 0.5, "red": 2.0, "cat": 3.0}), steps=2).notes
     assert any("red cat" in note and "other names say as much of its words" in note for note in notes)
+
+
+def test_a_report_is_written_where_the_source_was_told_another_prompt(narrow, once, tmp_path, capsys):
+    p2p.edit(narrow, CAT, DOG, steps=1, editor=p2p.PlugAndPlay(source_prompt="a cat")).save(tmp_path / "first")
+    assert main(["edit", "--from", str(tmp_path / "first" / "edit.png"), "--report", "--out", str(tmp_path / "again")]) == 0
+    assert next((tmp_path / "again").rglob("report.html")) and not list((tmp_path / "again").rglob("leakage.json"))
+    assert "what else changed is not measured" in capsys.readouterr().err

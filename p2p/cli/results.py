@@ -87,9 +87,12 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
         out.picture("small", result.grid(), result.settings)
     out.json("settings.json", shown.settings)
     if result.maps is not None:
-        leaks = [leakage(result, k) for k in range(1, len(result.images))] if own_words(result) else []
-        if leaks:
+        leaks = []
+        if own_words(result):
+            leaks = [leakage(result, k) for k in range(1, len(result.images))]
             out.json("leakage.json", [leak._asdict() for leak in leaks])
+        else:
+            options.say(["what else changed is not measured: the editor told the source another prompt"])
         for k, leak in enumerate(leaks, 1):
             local, where = result.edits[k - 1], ""
             if result.masks is not None and (local.scope or local.local_blend) is not None:
