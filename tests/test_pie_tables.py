@@ -224,7 +224,7 @@ def test_rows_of_ones_own(data, tmp_path, capsys):
 @pytest.mark.parametrize("more, said", [
     (("--methods", "edict+p2p"), "EDICT"), (("--methods", "directinversion+p2p", "--editors", "masactrl"), "--editors"),
     (("--methods", "ddim+masactrl", "--cross", "0.3"), "--cross"), (("--strips",), "--strips"),
-    (("--methods", "ddim,direct", "--seed", "3"), "--seed"),
+    (("--methods", "ddim,direct", "--seed", "3"), "--seed"), (("--methods", "corrected", "--editors", "masactrl"), "--editors"),
     (("--types", "99"), "editing type 99"), (("--pictures", "a=nowhere"), "no such folder"), (("--pictures", "a"), "NAME=FOLDER")])
 def test_what_cannot_be_meant_is_refused(data, tmp_path, capsys, more, said):
     assert main(command(data, tmp_path / "out", *more)) == 2 and said in capsys.readouterr().err

@@ -18,6 +18,7 @@ from p2p.request import masks
 from p2p.request.emphasis import condition
 from p2p.run import _with_masks_as_fitted
 from p2p.show.leakage import leakage
+from p2p.show.sweep import sweep
 
 CAT, DOG = "a red cat on grass", "a red dog on grass"
 NOTHING = "this edit changes nothing"
@@ -136,3 +137,37 @@ def test_a_report_is_written_where_the_source_was_told_another_prompt(narrow, on
     assert main(["edit", "--from", str(tmp_path / "first" / "edit.png"), "--report", "--out", str(tmp_path / "again")]) == 0
     assert next((tmp_path / "again").rglob("report.html")) and not list((tmp_path / "again").rglob("leakage.json"))
     assert "what else changed is not measured" in capsys.readouterr().err
+
+
+def test_a_picture_of_a_scoped_edit_is_replayed_with_what_else_changed(narrow, once, tmp_path):
+    p2p.edit(narrow, CAT, Edit(DOG, scope="cat"), steps=1).save(tmp_path / "first")
+    assert main(["edit", "--from", str(tmp_path / "first" / "edit.png"), "--out", str(tmp_path / "again"), "-q"]) == 0
+    assert next((tmp_path / "again").rglob("leakage.json"))
+
+
+def test_the_report_of_an_enlarged_edit_has_the_times_of_both(once, tmp_path):
+    assert main(["edit", "a cat", "a dog", "--steps", "1", "--upscale", "--upscale-steps", "1", "--report", "--out", str(tmp_path), "-q"]) == 0
+    page, large = next(tmp_path.rglob("report.html")).read_text(), p2p.upscale("emoji-upscaler", p2p.edit("emoji", "a cat", "a dog", steps=1), steps=1)
+    assert all(f"<td>{name}<td>" in page for name in large.timings) and "256" in page
+
+
+def test_seeds_of_a_sweep_are_checked_before_the_first_run(narrow, monkeypatch):
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(UsageError, match="seed"):
+        sweep(narrow, CAT, DOG, {"seed": [1, 2**64]}, steps=1)
+
+
+def test_a_trace_is_of_a_dtype_that_its_file_may_have(narrow):
+    with pytest.raises(UsageError, match="dtype: torch.float8_e4m3fn is none of"):
+        p2p.trace(narrow, CAT, steps=1, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.slow
+def test_null_text_in_half_precision_follows_the_gradient_of_single(emoji):
+    """A mean over all numbers of a large picture has gradients below what float16 can hold."""
+    picture = Image.effect_noise((64, 64), 90).convert("RGB")
+    half = p2p.load("emoji", device="cpu", dtype=torch.float16)
+    found, wanted = (p2p.invert(m, picture, CAT, method="null-text", steps=2, inner_steps=1, guidance_scale=1.01) for m in (half, emoji))
+    start = emoji.text([""])
+    moved, meant = (inv.null_context[:1] - start for inv in (found, wanted))
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), meant.flatten(), dim=0) > 0.99

@@ -161,12 +161,13 @@ def _methods(args: argparse.Namespace) -> list[tuple[str, pie.Way]]:
     if unknown := [name for name in editors if name not in ("p2p", *EDITORS)]:
         raise p2p.UsageError(f"--editors {', '.join(unknown)}: known are {', '.join(('p2p', *EDITORS))}")
     names: list[str] = []
-    for name in (DEFAULT if args.methods is None else args.methods).split(","):
+    typed = (DEFAULT if args.methods is None else args.methods).split(",")
+    for name in typed:
         edited = [name if e == "p2p" else f"{name}, {e}" for e in editors]
         names += GROUPS.get(name) or (edited if name in METHODS else [name])
-    if args.editors is not None and not any(name.split(", ")[0] in METHODS for name in names):
-        raise p2p.UsageError(f"--editors: of corrected rows ({', '.join(METHODS)}); a published one has its "
-                             "own")
+    if args.editors is not None and not any(name in METHODS for name in typed):
+        raise p2p.UsageError(f"--editors: of corrected rows that are named ({', '.join(METHODS)}); published "
+                             "ones and groups have their own")
     changes = {field: value for field, option in OPTIONS.items()
                if (value := getattr(args, option)) is not None}
     changes |= values.windows_of_all(args) | ({"blend": None} if args.no_blend else {})

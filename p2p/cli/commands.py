@@ -32,7 +32,7 @@ def edit(args: argparse.Namespace) -> None:
     prompts = values.prompts(args)
     targets = options.targets(args, prompts if args.inversion is not None else prompts[1:])
     settings = dict(proximal=values.proximal(args), editor=args.editor, negative_prompt=values.negative(args),
-                    record=options.record(args))
+                    record=options.record(args, targets))
     inversion = args.inversion and p2p.Inversion.load(args.inversion)
     out = Output(args.out, options.title(inversion.prompt if inversion else prompts[0], targets))
     if inversion is not None:

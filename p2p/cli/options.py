@@ -101,7 +101,7 @@ def title(source: str, edits: Sequence[p2p.Edit]) -> str:
     return ", ".join(filter(None, found)) or source
 
 
-def record(args: argparse.Namespace) -> p2p.Record:
-    scoped = any(each.scope for each in (args, *(args.for_ or {}).values()))
+def record(args: argparse.Namespace, edits: Sequence[p2p.Edit]) -> p2p.Record:
+    scoped = any(edit.scope for edit in edits)
     shown = args.report or args.leakage or scoped
     return p2p.Record(text=None, mean=True) if shown else p2p.Record()

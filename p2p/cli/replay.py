@@ -84,7 +84,7 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     if record is not None:
         source = _again(args, model, record, edits, **arguments)
     result = edited(args, model, settings["source"] if source is None else source, edits,
-                    record=options.record(args), **arguments)
+                    record=options.record(args, edits), **arguments)
     return result, source, enlarged(upscaler, result, args), out
 
 

@@ -102,7 +102,7 @@ def write_edit(out: Output, result: Result, args: argparse.Namespace, inversion:
                          f"maps of these words are weak, {leak.outside:.1%} of the pixels changed visibly"
                          f"{where}"])
         if args.report:
-            page = report(replace(result, images=shown.images, settings=shown.settings), leaks)
+            page = report(replace(shown, maps=result.maps, masks=result.masks), leaks)
             out.add("report.html", lambda path: path.write_text(page, encoding="utf-8"))
     out.write(args.quiet)
 

@@ -80,6 +80,8 @@ def _checked(over: Mapping[str, Sequence[Any]], inverted: bool, seed: int) -> di
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
+    for value in over.get("seed", ()):
+        check_seed(int(value))
     if "seed" in over and inverted:
         raise UsageError("a sweep over seeds starts from a prompt: an inverted or traced source has its "
                          "noise")

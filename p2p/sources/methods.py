@@ -247,6 +247,7 @@ def _null_text(run: Run, latents: Tensor, guidance_scale: float, inner_steps: in
     model, null = run.model, run.null
     context, contexts, rows = null.context.float(), [], 0
     x = latents[-1:].to(run.x_0)
+    scale = 2.0**16 if model.dtype == torch.float16 else 1.0   # the gradient of a mean is below its range
 
     def stepped(x: Tensor, uncond: Tensor, cond: Tensor, level: Level, after: Level) -> Tensor:
         x_0, eps = x0_and_eps(x, guide(uncond, cond, guidance_scale), level, model.prediction, model.clip)
@@ -268,7 +269,8 @@ def _null_text(run: Run, latents: Tensor, guidance_scale: float, inner_steps: in
             for _ in range(inner_steps):
                 loss = (stepped(x, unconditional(x, t, context), cond, level, after) - wanted).square().mean()
                 optimizer.zero_grad()
-                loss.backward()
+                (loss * scale).backward()
+                context.grad /= scale
                 optimizer.step()
                 rows += 1
                 if loss.item() < 1e-5 + 2e-5 * i:

@@ -24,7 +24,7 @@ from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import empty_prompts, prompt_notes
 from p2p.request.remarks import sampling_idle
 from p2p.request.solvers import asked
-from p2p.request.source import FOLLOW, Inversion
+from p2p.request.source import FLOATS, FOLLOW, Inversion
 from p2p.request.start import Sampling, begun, by_ddim, late_start, settle, stepper_of
 from p2p.weights.untrusted import brief
 
@@ -63,8 +63,8 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of "
                          "them out")
     dtype = model.dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UsageError(f"dtype: {brief(dtype)} is none of torch's floating types, such as torch.float16")
+    if dtype not in FLOATS:   # those that `Inversion.load` takes
+        raise UsageError(f"dtype: {brief(dtype)} is none of {', '.join(map(str, FLOATS))}")
     if not isinstance(source, Inversion):
         check_prompt(source)
     known = ("steps", "guidance_scale", "seed", "x_T", "height", "width", "negative_prompt")
