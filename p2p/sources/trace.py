@@ -64,7 +64,8 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
                          "them out")
     dtype = model.dtype if dtype is None else dtype
     if dtype not in FLOATS:   # those that `Inversion.load` takes
-        raise UsageError(f"dtype: {brief(dtype)} is none of {', '.join(map(str, FLOATS))}")
+        raise UsageError(f"dtype: {brief(dtype)} is none of the floating types "
+                         f"{', '.join(map(str, FLOATS))}")
     if not isinstance(source, Inversion):
         check_prompt(source)
     known = ("steps", "guidance_scale", "seed", "x_T", "height", "width", "negative_prompt")
