@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import p2p
+from p2p.models.mmdit import Flux
 from p2p.models.unet import UNet
 from p2p.weights.convert import convert
+from p2p.weights.emoji.world import render, sample
 from p2p.weights.load import BUNDLED, find
 
 GOLDEN = Path(__file__).with_name("golden") / "sd1_small"
@@ -137,6 +139,23 @@ def untrained(config):
         if name.endswith(("to_q.weight", "to_k.weight")):
             p *= 3
     return unet.eval()
+
+
+@pytest.fixture(scope="session")
+def models(shallow):
+    """Small random networks, for tests of both: of noise, on DDPM's levels, and of a flow's velocity."""
+    torch.manual_seed(1)
+    flow = p2p.load("emoji-flow", device="cpu")
+    net = Flux(replace(flow.unet.config, dim=32, heads=2, double=1, single=1, axes=(4, 6, 6), says="velocity"))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return {"eps": replace(shallow, prediction="eps", clip=None), "flow": replace(flow, unet=net.requires_grad_(False).eval())}
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A small one of the emoji world."""
+    return render(sample(1, 5, "held out"), 16)[0]
 
 
 loaded = cache(p2p.load)

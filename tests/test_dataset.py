@@ -84,10 +84,10 @@ def test_a_stopped_run_goes_on_to_the_same_files(prompts, finished, tmp_path, ca
     whole, out = finished[0], tmp_path / "out"
     real = dataset._put
 
-    def stopped(folder, *rest):
-        if folder.name == "0000001":
+    def stopped(pair, *rest):
+        if pair.index == 1:
             raise OSError(28, "No space left on device")
-        real(folder, *rest)
+        real(pair, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "_put", stopped)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import p2p
-from p2p.models.mmdit import Flux
 from p2p.request.inverting import schedule_of
 from p2p.request.schedules import Level, timesteps_at
 from p2p.request.start import draw
@@ -23,26 +22,6 @@ FREE = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 # --------------------------------------------------------------------------------------------- the papers' equations, written out
 
 SIDE, STEPS = 16, 3
-
-
-def networks(shallow):
-    """Small random networks: of noise, on DDPM's levels, and of a flow's velocity."""
-    torch.manual_seed(1)
-    flow = p2p.load("emoji-flow", device="cpu")
-    net = Flux(replace(flow.unet.config, dim=32, heads=2, double=1, single=1, axes=(4, 6, 6), says="velocity"))
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.15)
-    return {"eps": replace(shallow, prediction="eps", clip=None), "flow": replace(flow, unet=net.requires_grad_(False).eval())}
-
-
-@pytest.fixture(scope="module")
-def models(shallow):
-    return networks(shallow)
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return render(sample(1, 5, "held out"), SIDE)[0]
 
 
 class Field:

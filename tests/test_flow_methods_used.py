@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_flow_methods import SIDE, SOURCE, STEPS, TARGET, edited, networks
+from test_flow_methods import SIDE, SOURCE, STEPS, TARGET, edited
 
 import p2p
 from p2p.cli.parser import main
@@ -16,16 +16,6 @@ from p2p.models.mmdit import Flux
 from p2p.weights.emoji.world import render, sample
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def models(shallow):
-    return networks(shallow)
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return render(sample(1, 5, "held out"), SIDE)[0]
 
 
 OWN = {"gamma": ("rf-inversion", 0.2), "control": ("rf-inversion", 0.3), "control_steps": ("rf-inversion", 0.7),

@@ -23,7 +23,7 @@ from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed
 from p2p.weights.files import TensorFile
 from p2p.weights.scheduler import PREDICTION_NAMES, Flow, Sampling, scaled_linear, zero_terminal_snr
-from p2p.weights.sizes import BLOCKS, check_sizes, told_prediction
+from p2p.weights.sizes import check_blocks, check_sizes, told_prediction
 from p2p.weights.untrusted import parse_object
 
 LDM = ("sd1", "sd2", "sdxl")   # the original code's; their files may hold averaged weights
@@ -104,12 +104,10 @@ class Package:
 
 def count(shapes: Shapes, prefix: str) -> int:
     """Number of numbered children of a prefix; one may be missing, and a number far above the others is
-    ignored."""
+    ignored. Raises CheckpointError for thousands."""
     children = {k.removeprefix(prefix).split(".")[0] for k in shapes if k.startswith(prefix)}
-    found = 1 + max((int(n) for n in children if n.isdigit() and int(n) <= len(children)), default=-1)
-    if found > BLOCKS:
-        raise CheckpointError(f"{found:,} blocks {prefix}N: no network has more than a few dozen.")
-    return found
+    numbers = (int(n) for n in children if n.isdigit() and int(n) <= len(children))
+    return check_blocks(1 + max(numbers, default=-1), prefix)
 
 
 # ----------------------------------------------------------------------------------------------- single files

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from p2p.models.mmdit import FLUX_DEV, MMDiTConfig
 from p2p.weights.errors import CheckpointError
 from p2p.weights.keys import UNET, Source
-from p2p.weights.sizes import BLOCKS
+from p2p.weights.sizes import check_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,10 +69,8 @@ def prefix(names: Iterable[str]) -> str | None:
 
 
 def _count(names: Iterable[str], blocks: str) -> int:
-    found = len({name.split(".")[1] for name in names if name.startswith(f"{blocks}.")})
-    if found > BLOCKS:
-        raise CheckpointError(f"{found:,} blocks {blocks}.N: no network has more than a few dozen.")
-    return found
+    found = {name.split(".")[1] for name in names if name.startswith(f"{blocks}.")}
+    return check_blocks(len(found), f"{blocks}.")
 
 
 def diffusers_names(flux: bool, double: int, single: int = 0) -> dict[str, tuple[str, ...]]:

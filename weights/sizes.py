@@ -128,6 +128,13 @@ def _whole(value: Any, least: int, most: int) -> bool:
     return 0 < len(values) <= LEVELS and all(type(v) is int and least <= v <= most for v in values)
 
 
+def check_blocks(found: int, name: str) -> int:
+    """The number of a network's numbered blocks. Raises CheckpointError where that is no network's."""
+    if found > BLOCKS:
+        raise CheckpointError(f"{found:,} blocks {name}N: no network has more than a few dozen.")
+    return found
+
+
 def check_bill(path: Path, config: UNetConfig | MMDiTConfig | VAEConfig | TextConfig, tensors: int) -> None:
     """Raises CheckpointError where a network of this config has more blocks than its file has tensors: it
     would be built, layer by layer, before its names could be compared."""

@@ -64,12 +64,9 @@ def read(file: Path, export: str | None = None) -> list[Pair]:
             raise UsageError(f"no {', '.join(map(repr, absent))}; expected {form}")
         if not all(isinstance(texts[k], str) for k in ("caption", "edit", "output")):
             raise UsageError("caption, edit and output are texts")
-        check_fields(entry, METADATA if export != "parquet" else (*IMAGES, *METADATA))
-        try:
-            json.dumps(entry, ensure_ascii=export != "parquet").encode()
-        except UnicodeEncodeError:
-            raise UsageError("a text holds half of a character (a lone surrogate), which a table cannot "
-                             "hold") from None
+        check_fields(entry, METADATA)
+        if export == "parquet":
+            _check_row(entry)
         check_prompt(texts["caption"])
         check_prompt(texts["output"])
         return Prompts(texts["caption"], texts["output"]), entry
@@ -77,19 +74,33 @@ def read(file: Path, export: str | None = None) -> list[Pair]:
     return [Pair(i, *parsed) for i, parsed in enumerate(lines.read(file, parts, "no prompt in it"))]
 
 
+def _check_row(entry: Mapping[str, Any]) -> None:
+    """Raises UsageError for an entry that cannot be a row of a table."""
+    check_fields(entry, IMAGES)
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UsageError("a text holds half of a character (a lone surrogate), which a table cannot "
+                         "hold") from None
+
+
 def _folder(pair: Pair, out: Path) -> Path:
     return out / f"{pair.index:07}"
 
 
+def _done(pair: Pair, out: Path) -> bool:
+    return finished(_folder(pair, out) / WHOLE)
+
+
 def remaining(pairs: Sequence[Pair], out: Path) -> list[Pair]:
     """The pairs that have no finished folder yet."""
-    return [pair for pair in pairs if not finished(_folder(pair, out) / WHOLE)]
+    return [pair for pair in pairs if not _done(pair, out)]
 
 
 def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     """Raises UsageError where the finished folders were made with other settings or prompts: they would stay
     unchanged under a recipe that is not theirs."""
-    done = [pair for pair in pairs if finished(_folder(pair, out) / WHOLE)]
+    done = [pair for pair in pairs if _done(pair, out)]
     if not done:
         return
     before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
@@ -130,20 +141,20 @@ def _made(model: Model, pairs: Sequence[Pair], out: Path, embedder: Embedder, re
         sweep(out)
         write(out / "recipe.json", json.dumps(settings))
         for pair in pairs:
-            if finished(_folder(pair, out) / WHOLE):   # by now: another run may work on the same list
+            if _done(pair, out):   # by now: another run may work on the same list
                 continue
             best, counts = samples_of(model, pair.prompts, embedder, recipe)
             if counts["samples"]:   # else the next run tries again
-                _put(_folder(pair, out), pair, best, counts)
+                _put(pair, out, best, counts)
             yield pair, counts
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); what is done is kept, start "
                          "again to go on") from None
 
 
-def _put(folder: Path, pair: Pair, best: Sequence[Kept], counts: Counter[str]) -> None:
+def _put(pair: Pair, out: Path, best: Sequence[Kept], counts: Counter[str]) -> None:
     try:
-        with appearing(folder, WHOLE) as temporary:
+        with appearing(_folder(pair, out), WHOLE) as temporary:
             (temporary / "prompt.json").write_text(json.dumps(pair.entry), encoding="utf-8")
             (temporary / WHOLE).write_text(json.dumps(counts), encoding="utf-8")
             for info, images in best:
@@ -153,7 +164,7 @@ def _put(folder: Path, pair: Pair, best: Sequence[Kept], counts: Counter[str]) -
                 rows = "".join(json.dumps(info) + "\n" for info, _ in best)
                 (temporary / "metadata.jsonl").write_text(rows, encoding="utf-8")
     except OSError:
-        if not finished(folder / WHOLE):   # another run was first
+        if not _done(pair, out):   # another run was first
             raise
 
 

@@ -19,12 +19,7 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     file = data / "mapping_file.json"
     try:
         mapping = parse_object(read_text(file))
-        items = [Item(_key(key), data / "annotation_images" / _file(key, entry["image_path"]),
-                      _plain(_text(key, "original_prompt", entry["original_prompt"])),
-                      _plain(_text(key, "editing_prompt", entry["editing_prompt"])),
-                      _text(key, "blended_word", entry.get("blended_word") or ""), _runs(key, entry["mask"]),
-                      str(entry.get("editing_type_id", "")), entry["image_path"])
-                 for key, entry in ((key, _whole(key, entry)) for key, entry in mapping.items())]
+        items = [_item(key, entry, data / "annotation_images") for key, entry in mapping.items()]
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file; in PIE-Bench's folder it lies beside "
                          "annotation_images/") from None
@@ -41,11 +36,15 @@ def read(data: Path, limit: int | None = None, kinds: Sequence[str] | None = Non
     return items
 
 
-def _whole(key: str, entry: Any) -> Any:
+def _item(key: str, entry: Any, pictures: Path) -> Item:
+    """Raises ValueError."""
     if lost := [name for name in ("image_path", "original_prompt", "editing_prompt", "mask")
                 if not isinstance(entry, dict) or name not in entry]:
         raise ValueError(f"{key}: no {', '.join(lost)}")
-    return entry
+    source, target = (_plain(_text(key, name, entry[name])) for name in ("original_prompt", "editing_prompt"))
+    return Item(_key(key), pictures / _file(key, entry["image_path"]), source, target,
+                _text(key, "blended_word", entry.get("blended_word") or ""), _runs(key, entry["mask"]),
+                str(entry.get("editing_type_id", "")), entry["image_path"])
 
 
 def _key(key: str) -> str:

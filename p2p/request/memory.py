@@ -15,7 +15,7 @@ import torch
 
 from p2p.errors import UsageError
 from p2p.model import Model
-from p2p.models.attention import Attention, HybridAttention, SelfAttention
+from p2p.models.attention import Attention, SelfAttention
 from p2p.models.mmdit import MMDiTConfig
 from p2p.request.record import Record
 
@@ -109,9 +109,9 @@ def map_numbers(model: Model, record: Record, height: int, width: int) -> int:
 def qk_shapes(model: Model, height: int, width: int) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
     """The shapes (N, h d) and (K, h d) of one row's queries and keys by site, for latents of that size."""
     pixels, shapes = model.unet.site_pixels(height, width), {}
+    between = set(model.unet.pixel_sites())
     for m in model.unet.layers(Attention):
-        reads_pixels = isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)
-        columns = pixels[m.site] * reads_pixels + (0 if isinstance(m, SelfAttention) else model.length)
+        columns = pixels[m.site] * (m.site in between) + (0 if isinstance(m, SelfAttention) else model.length)
         c = model.unet.config
         width = c.dim if isinstance(c, MMDiTConfig) else m.to_q.out_features
         shapes[m.site] = (pixels[m.site], width), (columns, width)

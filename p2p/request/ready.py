@@ -107,10 +107,10 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
 
 
 def _blend(request: EditRequest, start: Start) -> Blend | None:
-    source, *targets = [prompt_tokens(request.model, prompt) for prompt in request.told]
-    return prepare(request.blends, source, targets, unet=request.model.unet, steps=start.schedule.steps,
-                   size=start.x.shape[2:], fit=_fit(request), length=request.model.length,
-                   device=request.model.device)
+    told = prompt_tokens(request.model, request.told[0])   # whose words the source's maps are of
+    return prepare(request.blends, told, request.tokens[1:], unet=request.model.unet,
+                   steps=start.schedule.steps, size=start.x.shape[2:], fit=_fit(request),
+                   length=request.model.length, device=request.model.device)
 
 
 def _fit(request: EditRequest) -> str:
