@@ -63,7 +63,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
         raise UsageError("dtype: of the queries and keys, none of which latents_only keeps; leave one of "
                          "them out")
     dtype = model.dtype if dtype is None else dtype
-    if dtype not in FLOATS:   # those that `Inversion.load` takes
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:   # those that `Inversion.load` takes
         raise UsageError(f"dtype: {brief(dtype)} is none of the floating types "
                          f"{', '.join(map(str, FLOATS))}")
     if not isinstance(source, Inversion):
