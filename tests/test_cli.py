@@ -179,6 +179,8 @@ USAGE = {
     "--site nowhere: no layer that attends to text": ["maps", "a cat", "--site", "nowhere"],
     "--at 7: a step": ["maps", "a cat", "--steps", "3", "--at", "7"],
     "--blend-threshold: 'x' is not": [*EDIT, "--blend", "cat:dog", "--blend-threshold", "0.2:x"],
+    "--upscale-edited: not with --editor": [*EDIT, "--upscale", "--upscale-edited", "--editor", "masactrl"],
+    "--negative: 2 given; p2p maps of a prompt has one row": ["maps", "a cat", "--negative", "a", "--negative", "b"],
     "--upscale-edited: emoji-upscaler reads no text": [*EDIT, "--upscale", "--upscale-edited"],
     "each of heads must be a whole number from 0 to 1, not 99": ["maps", "a cat", "--head", "99", "--steps", "1"],
     "invalid choice: 'paint'": ["paint"], "needs a source prompt": ["edit", "a cat"],
@@ -208,6 +210,26 @@ def test_words_are_checked_before_a_picture_is_inverted(capsys, tmp_path, monkey
     monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
     code, _, err = run(capsys, "edit", "--image", tmp_path / "a.png", "a cat", "a dog", *options, "-o", tmp_path / "out")
     assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--head", "9"], "each of heads must be a whole number from 0 to"), (["--side", "7"], "--side 7: maps are recorded at"),
+    (["--head", "9", "--components"], "each of heads"), (["--site", "mid", "--side", "16"], "--side 16: maps are recorded at")])
+@pytest.mark.parametrize("source", [["a cat"], ["a cat", "--image", "a.png"], ["a cat", "a dog"]])
+def test_maps_that_there_will_not_be_are_refused_before_the_network_runs(capsys, tmp_path, monkeypatch, source, options, message):
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "a.png")
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    source = [tmp_path / word if word == "a.png" else word for word in source]
+    code, _, err = run(capsys, "maps", *source, *options, "-o", tmp_path / "out")
+    assert code == 2 and message in err
+
+
+def test_maps_of_a_picture_in_its_own_shape_have_its_sides(capsys, tmp_path):
+    Image.effect_noise((128, 64), 90).save(tmp_path / "a.png")
+    code, _, err = run(capsys, "maps", "a cat", "--image", tmp_path / "a.png", "--fit", "own", "--side", "7", "--steps", "1",
+                       "-o", tmp_path / "out")
+    sides = [tuple(map(int, side.split(" x "))) for side in err.split("recorded at ")[1].split(", ")]
+    assert code == 2 and all(w > h for h, w in sides)
 
 
 def test_model_file_errors_have_their_own_code(capsys, tmp_path):

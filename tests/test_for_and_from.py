@@ -102,6 +102,24 @@ def test_one_setting_of_an_edit_is_changed_and_all_else_is_kept(capsys, tmp_path
         assert differing(old["targets"][0][at], new["targets"][0][at]) == {"threshold"}
 
 
+def test_what_is_said_of_words_and_kinds_is_changed_of_these_alone(capsys, tmp_path):
+    common = ["edit", "a cat on grass", "a big dog on grass", "--steps", 1, "--seed", 3]
+    old, _, folder = done(capsys, tmp_path, *common, "--weight", "grass=2", "--weight", "dog=3", "--swap", "cat=dog", "--cross", "0.5",
+                          "--cross", "dog=0.3", "--layers", "cross=up")
+    new, _, _ = done(capsys, tmp_path, "edit", "--from", folder / "grid.png", "--weight", "dog=1.5", "--cross", "grass=0.2", "--layers", "self=down")
+    assert of_targets(old, new) == [{"equalizer", "cross_replace_steps", "layers"}]
+    (target,) = new["targets"]
+    assert target["equalizer"] == {"grass": 2, "dog": 1.5} and target["layers"] == {"cross": ["up"], "self": ["down"]}
+    assert target["cross_replace_steps"] == {"default_": 0.5, "dog": 0.3, "grass": 0.2}
+
+
+def test_the_windows_of_a_record_that_names_no_words_stay_those_of_all_others(capsys, tmp_path, made):
+    new, _, _ = done(capsys, tmp_path, "edit", "--from", made, "--cross", "grass=0.2", "--layers", "cross=up")
+    was = read_settings(made)["targets"][0]["cross_replace_steps"]
+    assert [t["cross_replace_steps"] for t in new["targets"]] == [{"default_": was, "grass": 0.2}] * 2
+    assert [t["layers"] for t in new["targets"]] == [{"cross": ["up"]}] * 2
+
+
 def test_of_one_target_alone(capsys, tmp_path, made):
     new, said, _ = done(capsys, tmp_path, "edit", "--from", made, "--for", 2, "--cross", 0.3)
     assert of_targets(read_settings(made), new) == [set(), {"cross_replace_steps"}] and "--for" in said

@@ -196,7 +196,7 @@ def test_the_methods_of_the_paired_benchmark_are_separated_by_commas(text, meant
 
 
 EMPTY = {   # what is false of itself is given all the same
-    "--side 0: maps were recorded at": ["maps", "a cat", "--steps", "1", "--side", "0"],
+    "--side 0: maps are recorded at": ["maps", "a cat", "--steps", "1", "--side", "0"],
     "no picture of editing type": ["eval", "pie", "--data", "DATA", "-o", "o", "--types", ""],
     "--editors : known are": ["eval", "pie", "--data", "DATA", "-o", "o", "--editors", ""],
     ": no method; published:": ["eval", "pie", "--data", "DATA", "-o", "o", "--methods", ""],

@@ -15,7 +15,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
                     help="run the edit again that made this picture; options of injection and sampling "
-                    "that are given change these alone")
+                    "that are given change these alone, and those of words these words alone")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights are then refused")

@@ -72,6 +72,7 @@ def edit(args: argparse.Namespace) -> None:
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--editor (these are Prompt-to-Prompt's)",
                    [name for name in INJECTION if not name.startswith("blend") and name != "emphasis"])
+        refuse(args, "--editor, which injects into its own model alone", ["upscale_edited"])
     count = len(values.prompts(args)) - (args.inversion is None)
     values.check_blends(values.changed_by_target(args, count))
     values.proximal(args)
@@ -87,8 +88,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def invert(args: argparse.Namespace) -> None:
-    if args.negative is not None and len(args.negative) > 1:
-        raise UsageError(f"--negative: {len(args.negative)} given; p2p invert has one row")
+    _one_negative(args, "p2p invert")
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
     refuse(args, "p2p invert, which has timesteps of its own", SCHEDULE)
 
@@ -100,6 +100,7 @@ def maps(args: argparse.Namespace) -> None:
         values.check_blends(values.changed_by_target(args, len(args.targets)))
     else:
         refuse(args, "a prompt without targets", (*INJECTION, "for_"))
+        _one_negative(args, "p2p maps of a picture" if args.image is not None else "p2p maps of a prompt")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: at least one position is needed")
     if args.steps_range is not None:
@@ -152,6 +153,11 @@ def web(args: argparse.Namespace) -> None:
         whole("--port", args.port, most=65535)
     if find_spec("gradio") is None:
         raise UsageError("p2p web needs Gradio: pip install -e '.[web]' in the clone")
+
+
+def _one_negative(args: argparse.Namespace, command: str) -> None:
+    if args.negative is not None and len(args.negative) > 1:
+        raise UsageError(f"--negative: {len(args.negative)} given; {command} has one row")
 
 
 def _positive(args: argparse.Namespace, *names: str) -> None:

@@ -3,21 +3,25 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 
 import p2p
 from p2p.cli import options, replay, values
 from p2p.cli.output import Output
-from p2p.cli.results import cost, edited, enlarged, generated, stage, taken, write_edit
+from p2p.cli.results import check_stage, cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.image import open_picture
+from p2p.maps import AttentionMaps
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE
-from p2p.request.start import Sampling, solver
+from p2p.request.start import Sampling, fitting, solver
 from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
 from p2p.show.preview import STEPS as PREVIEW_STEPS
@@ -40,9 +44,11 @@ def edit(args: argparse.Namespace) -> None:
         model, sampling = options.load(args), dict(guidance_scale=args.cfg)
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
-        upscaler = stage(args, model.family)
+        upscaler = stage(args, model.family, options.dtype(args))
+        check_stage(upscaler, args.source, targets)
         sampling = dict(guidance_scale=args.cfg)
-        if args.preview and args.steps is None and (usual := _expected(args, model).steps) > PREVIEW_STEPS:
+        usual = _expected(args, model, picture).steps
+        if args.preview and args.steps is None and usual > PREVIEW_STEPS:
             vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
         source = _inverted(args, model, picture, targets, **settings, **sampling)
     else:
@@ -51,7 +57,8 @@ def edit(args: argparse.Namespace) -> None:
         if args.preview and args.steps is None and args.timesteps is None:
             sampling["steps"] = min(PREVIEW_STEPS, solver(model, Sampling(**options.solver(args)))[1])
     if args.image is None:
-        upscaler = stage(args, model.family)
+        upscaler = stage(args, model.family, options.dtype(args))
+        check_stage(upscaler, inversion.prompt if inversion else prompts[0], targets)
     result = edited(args, model, source, targets, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
@@ -60,8 +67,11 @@ def edit(args: argparse.Namespace) -> None:
 def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
+    started = time.perf_counter()
     inversion = _invert(args, model, picture, negative_prompt=values.negative(args))
-    options.say([*model.notes, *prompt_notes(model, [args.source]), *inversion.notes, taken(inversion)])
+    seconds = [f"{time.perf_counter() - started:.2f} s"] if args.verbose else []
+    options.say([*model.notes, *prompt_notes(model, [args.source]), *inversion.notes,
+                 ", ".join([taken(inversion), *seconds])])
     out.add("inversion.safetensors", inversion.save)
     out.picture("picture", inversion.picture)
     out.write(args.quiet)
@@ -73,15 +83,16 @@ def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
                       negative_prompt=negative_prompt, progress=options.progress(args))
 
 
-def _expected(args: argparse.Namespace, model: p2p.Model) -> p2p.Inversion:
+def _expected(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
     """What `_invert` will give, without its latents. Raises UsageError."""
-    return expected(model, args.source, **_inversion_settings(args))
+    _, (height, width), _ = fitting(model, picture, args.fit or "crop", args.height, args.width)
+    return expected(model, args.source, **_inversion_settings(args) | dict(height=height, width=width))
 
 
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
               **settings: Any) -> p2p.Inversion:
     """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
-    edit_request(model, _expected(args, model), edits, **settings)
+    edit_request(model, _expected(args, model, picture), edits, **settings)
     return _invert(args, model, picture)
 
 
@@ -95,7 +106,7 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     out = Output(args.out, args.prompts[0])
     model, sampling = options.load_for_sampling(args)
-    upscaler = stage(args, model.family)
+    upscaler = stage(args, model.family, options.dtype(args))
     prompts = args.prompts * (len(args.seed) if isinstance(args.seed, list) and len(args.prompts) == 1 else 1)
     small = generated(args, model, prompts, **sampling, negative_prompt=values.negative(args))
     result = enlarged(upscaler, small, args) or small
@@ -118,9 +129,11 @@ def maps(args: argparse.Namespace) -> None:
     if args.image is None:
         model, sampling = options.load_for_sampling(args)
         run_steps = solver(model, Sampling(**options.solver(args)))[1]
+        size = model.latent_shape(args.height, args.width)[1:]
     else:
         picture, model = open_picture(args.image), options.load(args)
-        planned, sampling = _expected(args, model), dict(guidance_scale=args.cfg)
+        planned, sampling = _expected(args, model, picture), dict(guidance_scale=args.cfg)
+        size = planned.latents.shape[2:]
         # O-BELM's first step is the source's
         run_steps = planned.calls - (planned.method == "belm" and planned.calls > 1)
     steps = None if args.steps_range is None else _steps(args.steps_range, run_steps)
@@ -128,6 +141,7 @@ def maps(args: argparse.Namespace) -> None:
     apart = args.arrays or steps is not None or args.head is not None   # single steps and heads are shown
     record = p2p.Record(text=args.max_tokens, pixels=(args.max_tokens or 32 * 32) if args.components else 0,
                         before=bool(args.targets), mean=not apart, layers=args.site)
+    selection = _selection(args, model, record, size) | dict(steps=steps)
     sampling |= dict(record=record, negative_prompt=values.negative(args))
     if args.image is not None:
         result = _run_on_picture(args, model, picture, targets, out, sampling)
@@ -136,8 +150,6 @@ def maps(args: argparse.Namespace) -> None:
     else:
         result = generated(args, model, args.source, **sampling)
     options.say(cost(args, result))
-    selection: dict[str, Any] = dict(sites=args.site, heads=args.head, steps=steps,
-                                     side=None if args.side is None else _side(result, args.side))
     _add_maps(args, out, result, selection, targets)
     if args.arrays:
         out.add("maps.npz", result.maps.save)
@@ -155,13 +167,13 @@ def _add_maps(args: argparse.Namespace, out: Output, result: Result, selection: 
     for name, row, before in rows:
         picture = result.images[row]
         each = result.maps.each_word(row, args.ends, before=before, **selection)
-        stem = f"{name}-" if name else ""
+        stem, label = f"{name}-" if name else "", name.removesuffix("-before") if before else name
         if not before:
             out.picture(name or "picture", picture, result.settings)
         labels = [w for w, _ in each]
         out.picture(f"{stem}words", table([[picture, *(heat(m, picture.size) for _, m in each)],
                                            [picture, *(overlay(picture, m) for _, m in each)]],
-                                          [name.removesuffix("-before") or "picture", *labels],
+                                          [label or "picture", *labels],
                                           ["map before" if before else "map", "overlay"]))
         if args.components and not before:
             parts = result.maps.components(row, sites=args.site, heads=args.head, steps=selection["steps"])
@@ -219,7 +231,7 @@ def sweep(args: argparse.Namespace) -> None:
     else:
         picture, model = open_picture(args.image), options.load(args)
         sampling["guidance_scale"] = args.cfg
-        edits = edits_of(model, _expected(args, model), base, over)[2]
+        edits = edits_of(model, _expected(args, model, picture), base, over)[2]
         source = _inverted(args, model, picture, edits, **sampling)
         out.picture("input", source.picture)
         options.say([taken(source)])
@@ -243,12 +255,25 @@ def web(args: argparse.Namespace) -> None:
     serve(options.load(args), args.host, args.port, args.share)
 
 
-def _side(result: Result, side: int) -> tuple[int, int]:
-    sides = result.maps.sides()
-    for shape in sides:
-        if shape[0] == side:
-            return shape
-    raise p2p.UsageError(f"--side {side}: maps were recorded at {', '.join(f'{h} x {w}' for h, w in sides)}")
+def _selection(args: argparse.Namespace, model: p2p.Model, record: p2p.Record,
+               size: Sequence[int]) -> dict[str, Any]:
+    """Which of the maps are shown that a run on latents of that size (H, W) will record. Raises UsageError
+    where there are none, before the run."""
+    pixels = model.unet.site_pixels(*size)
+    planned = {site: torch.empty(1, 1, model.unet.get_submodule(site).heads, pixels[site], 1, device="meta")
+               for site in record.sites(model.unet, *size)}
+    maps = AttentionMaps([model.tokens(args.source)], [], (size[0], size[1]), 1, planned,
+                         frozenset(layer.site for layer in model.unet.layers(SelfAttention)))
+    chosen: dict[str, Any] = dict(sites=args.site, heads=args.head)
+    sides = {shape[0]: shape for shape in maps.sides()}
+    if args.side is not None and args.side not in sides:
+        there = ", ".join(f"{h} x {w}" for h, w in sides.values())
+        raise p2p.UsageError(f"--side {args.side}: maps are recorded at {there}")
+    if args.components:
+        maps.mean(columns="pixels", **chosen)   # raises
+    side = None if args.side is None else sides[args.side]
+    maps.mean(side=side, **chosen)
+    return chosen | dict(side=side)
 
 
 def _steps(text: str, n: int) -> range:

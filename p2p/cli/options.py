@@ -23,6 +23,10 @@ def device(args: argparse.Namespace) -> torch.device:
     return find_device(args.device, "--device")
 
 
+def dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
 def load(args: argparse.Namespace) -> p2p.Model:
     return p2p.load(**loading(args), device=device(args))
 
@@ -30,9 +34,9 @@ def load(args: argparse.Namespace) -> p2p.Model:
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `p2p.load`, without the device."""
     return dict(source="emoji" if args.model is None else args.model, family=args.family,
-                prediction=args.prediction, dtype=getattr(torch, args.dtype) if args.dtype else None,
-                vae=args.vae, text=args.text, ema=args.ema, clip_skip=args.clip_skip, zero_snr=args.zero_snr,
-                lora=values.loras(args), embeddings=values.embeddings(args),
+                prediction=args.prediction, dtype=dtype(args), vae=args.vae, text=args.text, ema=args.ema,
+                clip_skip=args.clip_skip, zero_snr=args.zero_snr, lora=values.loras(args),
+                embeddings=values.embeddings(args),
                 # these change no picture beyond rounding (tile: beyond its seams)
                 compile=args.compile, held=torch.float16 if args.half_weights else None,
                 offload=args.offload, tile=args.tile)

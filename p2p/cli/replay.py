@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import p2p
 from p2p.cli import options, values
 from p2p.cli.checks import CHANGES, INVERSION, SCHEDULE
 from p2p.cli.output import Output
-from p2p.cli.results import Stage, edited, enlarged, stage, write_edit
+from p2p.cli.results import Stage, check_stage, edited, enlarged, stage, write_edit
 from p2p.cli.values import refuse
 from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
@@ -64,7 +65,12 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
                      editor=find_editor(settings["editor"]), negative_prompt=settings.get("negative_prompt"))
     given = dict(guidance_scale=args.cfg, proximal=values.proximal(args),
                  negative_prompt=values.negative(args))
-    upscaler = _stage(args, settings["upscale"]) if settings.get("upscale") else stage(args, model.family)
+    if settings["editor"] is not None:
+        refuse(args, "--from a picture of another editor, which injects into its own model alone",
+               ["upscale_edited"])
+    upscaler = (_stage(args, settings["upscale"]) if settings.get("upscale") else
+                stage(args, model.family, getattr(torch, str(settings["dtype"]), None)))
+    check_stage(upscaler, str(settings["source"]), edits)
     source = None
     if (record := settings["inversion"]) is not None:
         refuse(args, "--from a real picture: it has its own timesteps, and the size that it was brought to",
@@ -96,8 +102,18 @@ def _changed(args: argparse.Namespace, edits: list[p2p.Edit]) -> list[p2p.Edit]:
             changes = options.with_blend(changes)
         elif blend := changes.pop("local_blend", None):
             changes["local_blend"] = replace(edit.local_blend, **options.opened(blend))
+        for name in ("equalizer", "swap", "cross_replace_steps", "layers"):
+            if isinstance(changed := changes.get(name), dict):   # of some words, or of one kind of attention
+                changes[name] = {**_by_name(name, getattr(edit, name)), **changed}
         out.append(replace(edit, **changes))
     return out
+
+
+def _by_name(field: str, value: Any) -> Mapping[str, Any]:
+    """A field of an edit as a dict: what is for all words, or for both kinds of attention, by name too."""
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    return {values.ALL: value} if field == "cross_replace_steps" else {"cross": value, "self": value}
 
 
 def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
 from p2p.request.checks import finite, whole
+from p2p.request.editing import edit_request
 from p2p.request.ready import generation, prepared
+from p2p.request.start import UPSCALING, Low
 from p2p.run import Result, run
 from p2p.show.leakage import leakage, own_words
 from p2p.show.preview import preview
@@ -21,7 +26,7 @@ NOTHING = p2p.Record()                    # no maps
 Stage = tuple[p2p.Model, dict[str, Any]]   # of super-resolution, and its settings
 
 
-def stage(args: argparse.Namespace, family: str) -> Stage | None:
+def stage(args: argparse.Namespace, family: str, dtype: torch.dtype | None) -> Stage | None:
     """Loads the super-resolution stage if the options name one. Raises UsageError, CheckpointError."""
     if not args.upscale and args.upscaler is None:
         return None
@@ -29,7 +34,7 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
     if name is None:
         raise p2p.UsageError("--upscale: this model ships without a super-resolution stage; name one with "
                              "--upscaler")
-    model = p2p.load(name, device=options.device(args), text=args.text)
+    model = p2p.load(name, device=options.device(args), dtype=dtype, text=args.text)
     if args.upscale_edited and not model.text_encoders:
         raise p2p.UsageError(f"--upscale-edited: {name} reads no text, so there is no attention to inject "
                              "into")
@@ -38,6 +43,15 @@ def stage(args: argparse.Namespace, family: str) -> Stage | None:
     settings = {k: v for k, v in settings.items() if v is not None}
     _check_stage(name, model, settings)
     return model, settings
+
+
+def check_stage(stage: Stage | None, source: str, edits: Sequence[p2p.Edit]) -> None:
+    """Raises UsageError for edits that cannot be injected into the stage, before there is a picture."""
+    if stage is None or not stage[1].get("edited"):
+        return
+    model, size = stage[0], [side // UPSCALING for side in stage[0].size]
+    small = Low(torch.empty(1 + len(edits), 3, *size, device="meta"), 0)
+    edit_request(model, source, edits, low=small)
 
 
 def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def _checked(over: Mapping[str, Sequence[Any]], inverted: bool, seed: int) -> di
     """The values of each setting. inverted: the source has its noise. Raises UsageError."""
     over = {name: [_value(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
-        if len({shown(value, 17) for value in values}) < len(values):
+        if len({shown(value, 15) for value in values}) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")
