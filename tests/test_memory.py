@@ -12,6 +12,8 @@ from p2p.lists.together import edit_together
 from p2p.models.unet import SD1, SDXL, UNet
 from p2p.models.vae import SD, AutoencoderKL
 from p2p.request import memory
+from p2p.request.inverting import expected
+from p2p.request.ready import prepared
 from p2p.show.sweep import sweep
 
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
@@ -74,15 +76,38 @@ def test_edits_together_are_billed_together(narrow, monkeypatch):
 def test_ordinary_sizes_are_not_refused(sd1):
     model, large = like(sd1, SD1), like(sd1, SDXL, torch.float16)
     for steps, targets in ((50, 3), (1000, 1), (50, 8)):
-        memory.check_run(model, 1 + targets, (4, 64, 64), steps, noises=1 + steps, stored=3 * steps, targets=targets, encodes=True)
+        memory.check_run(model, 1 + targets, (4, 64, 64), steps, noises=1 + steps, stored=3 * steps, targets=targets, autoencoder="encodes")
     memory.check_run(model, 3, (4, 64, 64), 50, targets=2, record=p2p.Record(text=32 * 32, before=True))
-    memory.check_run(model, 1, (4, 128, 128), 50)
-    memory.check_run(large, 3, (4, 128, 128), 50, targets=2)
+    memory.check_run(model, 1, (4, 128, 128), 50, rows=2)
+    memory.check_run(large, 3, (4, 128, 128), 50, rows=6, targets=2)
     with pytest.raises(p2p.UsageError, match="maps"):
         memory.check_run(model, 3, (4, 64, 64), 50, targets=2, record=p2p.Record(pixels=64 * 64))
     with pytest.raises(p2p.UsageError, match="autoencoder"):
-        memory.check_run(model, 1, (4, 512, 512), 50)
-    memory.check_run(replace(model, tile=64), 1, (4, 512, 512), 50, guided=False)
+        memory.check_run(model, 1, (4, 512, 512), 50, rows=2)
+    memory.check_run(replace(model, tile=64), 1, (4, 512, 512), 50)
+
+
+def test_the_bill_of_the_network_is_of_the_rows_and_calls_that_are_run(narrow, monkeypatch):
+    picture, bills = Image.effect_noise((64, 64), 90).convert("RGB"), []
+    monkeypatch.setattr(memory, "afford", lambda bill, *_: bills.append(dict(bill)))
+    row = narrow.unet.numbers_held(64, 64) * narrow.dtype.itemsize
+    direct = p2p.invert(narrow, picture, SOURCE, method="direct", steps=4, skip=1)
+    for source, rows, calls in ((SOURCE, 4, 4), (direct, 3, 3), (p2p.trace(narrow, direct), 2, 3),
+                                (p2p.invert(narrow, picture, SOURCE, method="ddim", steps=4), 4, 4)):
+        ready = prepared(narrow, source, TARGET, **({"steps": 4} if source is SOURCE else {}))
+        assert ready.batch.rows == rows and bills[-1]["the network"] == rows * row
+        assert bills[-1]["tables of the edits"] == 2 * 8 * calls * narrow.length**2
+    for method, guidance, rows in (("noise", None, 0), ("ddim", 0, 1), ("ddim", 1, 1), ("ddim", 2, 2)):
+        expected(narrow, SOURCE, method=method, inversion_guidance=guidance, steps=4)
+        assert bills[-1]["the network"] == rows * row
+
+
+def test_latents_are_not_encoded(sd1, monkeypatch):
+    bills: list[dict[str, int]] = []
+    monkeypatch.setattr(memory, "afford", lambda bill, *_: bills.append(dict(bill)))
+    for given in (True, False):
+        expected(sd1, SOURCE, method="noise", encodes=given)
+        assert (bills[-1]["the autoencoder"] > 0) == given
 
 
 def test_the_bill_of_maps_is_what_they_take(emoji, monkeypatch):

@@ -1,6 +1,6 @@
 """Faults that an examiner found in weights, layers, samplers, negative prompts and steps: each its right value."""
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from p2p.errors import UsageError
 from p2p.lists.together import edit_together
 from p2p.models.text import tokens
 from p2p.request.emphasis import equalizer, read
+from p2p.request.inverting import expected
 from p2p.request.source import METHODS
 from p2p.show.pictures import read_settings, save_png
 from p2p.show.sweep import sweep
@@ -147,6 +148,21 @@ def test_dpm_begins_where_there_is_nothing_but_noise():
     model = p2p.load("emoji", device="cpu", zero_snr=True)
     first, second = (step.x_0 for step in p2p.steps(model, "a cat", "a dog", sampler="dpm++", timestep_spacing="trailing", steps=2))
     assert first.isfinite().all() and second.isfinite().all() and second.std() > 0.1
+
+
+def test_a_step_of_an_inversion_that_leads_to_nothing_but_noise_is_said():
+    model = replace(p2p.load("emoji", device="cpu", zero_snr=True), timestep_spacing="trailing")
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for method, skip, said in (("ddim", 0, True), ("ddim", 1, False), ("fixed-point", 0, True), ("direct", 0, False)):
+        inversion = p2p.invert(model, noise, "a cat", method=method, steps=4, skip=skip)
+        still = (inversion.latents[-1] - inversion.latents[-2]).abs().max() < 1e-5   # what the note says
+        assert any("its last step leads to nothing but noise" in note for note in inversion.notes) == said
+        assert still == (said or method == "direct")
+
+
+def test_a_share_of_steps_is_not_rounded_down_by_a_rounding_error(narrow):
+    planned = expected(narrow, "a cat", method="rf-inversion", steps=100, control_steps=0.29)
+    assert planned.control_calls == 29 and int(0.29 * 100) == 28
 
 
 def test_a_stage_without_text_enlarges_weighted_prompts(narrow):

@@ -85,7 +85,7 @@ def check(model: Model, recipe: Recipe) -> None:
     if recipe.sampler == "ip2p":
         sigma_schedule(model.alphas_cumprod, recipe.steps)
         noises = 2 * (1 + recipe.steps)   # both pictures', see `ancestral`
-    check_run(model, 2 * n, model.latent_shape(), recipe.steps, noises=n * noises, targets=n)
+    check_run(model, 2 * n, model.latent_shape(), recipe.steps, rows=4 * n, noises=n * noises, targets=n)
 
 
 def drawn(prompts: Prompts, j: int, recipe: Recipe, model: Model) -> dict[str, float | int]:

@@ -54,8 +54,8 @@ def run_together(model: Model, ready: Sequence[Ready], *, progress: bool = False
         return []
     start, targets = ready[0].start, sum(len(r.prompts) - 1 for r in ready)
     rows = len(ready) + targets
-    check_run(model, rows, tuple(start.x.shape[1:]), start.schedule.steps, guided=ready[0].batch.guided,
-              noises=rows * len(start.noise), targets=targets)
+    check_run(model, rows, tuple(start.x.shape[1:]), start.schedule.steps,
+              rows=rows * (1 + ready[0].batch.guided), noises=rows * len(start.noise), targets=targets)
     return _parted(ready, run(model, _joined(model, ready), progress=progress))
 
 

@@ -48,6 +48,7 @@ class EditRequest:
     inversion: Inversion | None
     sampling: Sampling
     settled: Settled
+    batch: Batch                 # the rows of the run
     editor: Editor | None
     record: Record
     edits: list[Edit]
@@ -66,23 +67,6 @@ class EditRequest:
         """The rows' prompts: an editor may tell the source another one than its own."""
         other = None if self.editor is None else self.editor.source_prompt
         return [self.source if other is None else other, *self.prompts[1:]]
-
-    @property
-    def batch(self) -> Batch:
-        """The rows of the run."""
-        inversion, editor, targets = self.inversion, self.editor, len(self.edits)
-        if isinstance(editor, Guiding):
-            return Batch(1, targets, True, lone_source=True)
-        apart = inversion is not None and not self.guidance_mixes_rows
-        lone = apart and inversion.method in LONE and not (editor is not None and editor.guided_source)
-        absent = apart and inversion.queries is not None and editor is None
-        return Batch(1, targets, self.model.guided(self.settled.guidance_scale), lone, absent)
-
-    @property
-    def guidance_mixes_rows(self) -> bool:
-        """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
-        proximal = self.sampling.proximal
-        return proximal is not None and proximal[0].startswith("published")
 
     @property
     def schedule_steps(self) -> int | None:
@@ -121,7 +105,9 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
     sampling = without_guidance(editor, inversion, sampling, settings)
     n = len(targets) if isinstance(targets, (list, tuple)) else 1
     # sizes and memory first: what they refuse is said before faults of single edits
-    settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record)
+    batch = _batch(model, inversion, editor, sampling, n)
+    settled = settle(model, sampling, [sampling.seed], 1 + n, targets=n, record=record, rows=batch.rows,
+                     calls=None if inversion is None else inversion.calls)
     written = _edits(targets, {k: v for k, v in settings.items() if k in EDITING})
     for prompt in (source, *(e.prompt for e in written)):
         check_prompt(prompt)   # raises
@@ -143,10 +129,24 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         notes += ignored
         layers.chosen(e.layers, model.unet)   # raises
     placed(blends, model.unet, settled.shape[1:])   # raises
-    request = EditRequest(model, source, inversion, sampling, settled, editor, record, edits, tokens, blends,
-                          given, notes)
-    check_sources(sampling.negative_prompt, request.batch)
-    return request
+    check_sources(sampling.negative_prompt, batch)
+    return EditRequest(model, source, inversion, sampling, settled, batch, editor, record, edits, tokens,
+                       blends, given, notes)
+
+
+def _batch(model: Model, inversion: Inversion | None, editor: Editor | None, sampling: Sampling,
+           targets: int) -> Batch:
+    if isinstance(editor, Guiding):
+        return Batch(1, targets, True, lone_source=True)
+    apart = inversion is not None and not mixes_rows(sampling)
+    lone = apart and inversion.method in LONE and not (editor is not None and editor.guided_source)
+    absent = apart and inversion.queries is not None and editor is None
+    return Batch(1, targets, model.guided(guidance(model, sampling.guidance_scale)), lone, absent)
+
+
+def mixes_rows(sampling: Sampling) -> bool:
+    """Whether guidance depends on all rows together, and so on the source's unconditional row too."""
+    return sampling.proximal is not None and sampling.proximal[0].startswith("published")
 
 
 def _tokens(model: Model, prompts: Sequence[str], editor: Editor | None,

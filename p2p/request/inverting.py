@@ -34,6 +34,7 @@ SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
 DEFAULTS = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25},
             "flow-edit": {"n_avg": 1, "n_min": 0}}
 GUIDANCE = {"rf-inversion": 0.0}    # while inverting, 1 for the other methods
+FROM_END = ("ddim", "fixed-point", "negative-prompt")   # edits begin where DDIM's inversion ended
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
 
@@ -60,9 +61,10 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
              inversion_guidance: float | None = None, inner_steps: int | None = None,
              eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
              negative_prompt: str | None = None, height: int | None = None, width: int | None = None,
-             fit: str = "crop", **own: float | None) -> Inversion:
+             fit: str = "crop", encodes: bool = True, **own: float | None) -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
-    device). height, width: of the picture as fitted. own: `source.OWN`. Raises UsageError."""
+    device). height, width: of the picture as fitted. encodes: it is not given as latents. own: `source.OWN`.
+    Raises UsageError."""
     choice("inversion method", method, METHODS)
     _check_read(method, inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
                 **own)
@@ -81,9 +83,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     _check_negative(model, method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
-    seed, eta = check_seed(0 if seed is None else seed), share("eta", 1 if eta is None else eta)
-    if eta == 0:
-        raise UsageError("eta must lie above 0 and be at most 1, not 0")
+    seed, eta = check_seed(0 if seed is None else seed), _above_0("eta", 1 if eta is None else eta)
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
     if method == "belm" and not schedule.levels[skip].alpha > 0:
@@ -94,9 +94,10 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
                         model.sha256, fit=fit, final_alpha=final_alpha, overrides=model.overrides,
                         negative_prompt=negative_prompt, **_own(method, steps - skip, own))
-    check_run(model, 1, shape, planned.calls, guided=inversion_guidance not in (0, 1), encodes=True,
+    rows = 0 if method == "noise" else 2 if inversion_guidance and model.guided(inversion_guidance) else 1
+    check_run(model, 1, shape, planned.calls, rows=rows, autoencoder="encodes" if encodes else None,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += [*late_start(model, schedule), *_remarks(model, planned)]
+    notes += [*late_start(model, schedule), *_remarks(model, planned, schedule)]
     if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
@@ -118,9 +119,13 @@ def _final(model: Model, final_alpha: float | None) -> float | None:
     """Raises UsageError unless a picture can be at that level."""
     if final_alpha is not None and model.flow is not None:
         raise UsageError("final_alpha: a flow ends at the clean picture; leave it out")
-    if final_alpha is not None and (final_alpha := share("final_alpha", final_alpha)) == 0:
-        raise UsageError("final_alpha must lie above 0 and be at most 1, not 0")
-    return final_alpha
+    return None if final_alpha is None else _above_0("final_alpha", final_alpha)
+
+
+def _above_0(name: str, value: float) -> float:
+    if (value := share(name, value)) == 0:
+        raise UsageError(f"{name} must lie above 0 and be at most 1, not 0")
+    return value
 
 
 def schedule_of(model: Model, steps: int, size: Sequence[int]) -> Schedule:
@@ -141,11 +146,15 @@ def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any
     return own
 
 
-def _remarks(model: Model, planned: Inversion) -> list[str]:
-    """Notes on a control of edits that covers none of their steps, a bound that is not kept, and a negative
-    prompt that stands alone."""
+def _remarks(model: Model, planned: Inversion, schedule: Schedule) -> list[str]:
+    """Notes on a control of edits that covers none of their steps, a bound that is not kept, a negative
+    prompt that stands alone, and a step that leads nowhere."""
     notes = []
-    if planned.control and int((planned.control_steps or 0) * planned.calls) == 0:
+    if planned.method in FROM_END and not schedule.levels[planned.skip].alpha > 0:
+        # the network reads its input as the noise that it looks for
+        notes.append(f"{planned.method} inversion: its last step leads to nothing but noise (zero terminal "
+                     "SNR), where DDIM's formula stands still; skip 1 leaves that step out")
+    if planned.control and planned.control_calls == 0:
         notes.append(f"control changes nothing: control_steps {planned.control_steps:g} covers none of the "
                      f"{planned.calls} steps")
     if planned.method == "belm" and model.clip:

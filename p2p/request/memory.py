@@ -61,20 +61,21 @@ def afford(bill: Mapping[str, int], device: torch.device = CPU) -> None:
                          "steps, or smaller pictures")
 
 
-def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guided: bool = True,
-              noises: int = 1, stored: int = 0, targets: int = 0, encodes: bool = False,
+def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, rows: int | None = None,
+              noises: int = 1, stored: int = 0, targets: int = 0, autoencoder: str | None = "decodes",
               record: Record = Record()) -> None:
-    """Raises UsageError unless n rows of latents of that shape (C, H, W) can be sampled. noises: tensors that
-    are drawn; stored: latents that are stored; targets: of an edit; encodes: a picture is encoded first."""
+    """Raises UsageError unless n pictures of latents of that shape (C, H, W) can be sampled. rows: of the
+    network, None for one a picture; noises: tensors that are drawn; stored: latents that are stored; targets:
+    of an edit; autoencoder: what it does, "decodes" or "encodes"."""
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0
-    rows = n * (1 + guided)
+    rows = n if rows is None else rows
     host = {"noise": noises * one, "stored latents": stored * one, "pictures": n * pixels * 3 * 5,
             "tables of the edits": 2 * 8 * targets * steps * length**2}
     on_device = {"latents": 3 * n * one, "text": rows * length * model.unet.text_width * model.dtype.itemsize,
                  "the network": rows * model.unet.numbers_held(*shape[1:]) * model.dtype.itemsize,
-                 "the autoencoder": _autoencoder(model, shape, encodes)}
+                 "the autoencoder": _autoencoder(model, shape, autoencoder)}
     if record.anything:
         numbers = (n + targets * record.before) * map_numbers(model, record, *shape[1:])
         host["maps"] = 4 * numbers if record.mean else 2 * steps * numbers
@@ -85,11 +86,11 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, guide
     afford(host | on_device)
 
 
-def _autoencoder(model: Model, shape: tuple[int, ...], encodes: bool) -> int:
+def _autoencoder(model: Model, shape: tuple[int, ...], what: str | None) -> int:
     """Bytes of the activations at full resolution, where they are largest, for one picture at a time."""
-    if model.vae is None:
+    if model.vae is None or what is None:
         return 0
-    sides = [side if model.tile is None or encodes else min(side, model.tile) for side in shape[1:]]
+    sides = [side if model.tile is None or what == "encodes" else min(side, model.tile) for side in shape[1:]]
     channels = model.vae.config.channels[:2]
     itemsize = model.vae.dtype.itemsize
     return 2 * max(channels) * sides[0] * sides[1] * model.shrink**2 * itemsize

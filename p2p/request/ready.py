@@ -19,7 +19,7 @@ from p2p.models.attention import AttentionEdit
 from p2p.models.conditioning import Conditioning
 from p2p.models.text import TextEncoder
 from p2p.request import layers
-from p2p.request.editing import EditRequest, edit_request, proximal_by
+from p2p.request.editing import EditRequest, edit_request, mixes_rows, proximal_by
 from p2p.request.editor import Editor, Guiding
 from p2p.request.emphasis import condition, parsed, prompt_tokens
 from p2p.request.emphasis import notes as weights_notes
@@ -220,7 +220,7 @@ def _source_is_read(edit_tables: Sequence[Tables]) -> list[bool]:
 def _source_is_watched(request: EditRequest, blend: Blend | None) -> bool:
     """Whether anything beside the edits reads the source's row at every step."""
     maps = request.record.anything or (blend is not None and bool(blend.sites))
-    return maps or request.guidance_mixes_rows
+    return maps or mixes_rows(request.sampling)
 
 
 def empty_prompts(model: Model, inversion: Inversion | None, n: int, size: tuple[int, int],

@@ -139,7 +139,7 @@ def descent(model: Model, inversion: Inversion, schedule: Schedule) -> Stepper:
         return consistent(schedule, reader)
     if method == "flow-edit":
         return euler(schedule, reader)
-    assert inversion.control is not None and inversion.control_steps is not None
+    assert inversion.control is not None
     picture = inversion.latents[:1].to(model.device)
-    strengths = (inversion.control,) * int(inversion.control_steps * schedule.steps)
+    strengths = (inversion.control,) * inversion.control_calls
     return euler(schedule, reader, picture, schedule.levels[-1], strengths)

@@ -92,6 +92,11 @@ class Inversion:
             return (self.n_avg or 1) * (steps - plain) + plain
         return {"rf-solver": 2 * steps, "fireflow": steps + 1}.get(self.method, steps)
 
+    @property
+    def control_calls(self) -> int:
+        """In how many of them, the first, rf-inversion draws an edit to the picture."""
+        return int((self.control_steps or 0) * self.calls + 1e-9)   # 0.29 * 100 is 28.999...
+
     def settings(self) -> dict[str, Any]:
         """How it was made, as JSON can hold it, the picture included: enough to make it again."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*TENSORS, "notes")}

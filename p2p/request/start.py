@@ -197,9 +197,10 @@ class Settled(NamedTuple):
 
 
 def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *, targets: int = 0,
-           record: Record = Record()) -> Settled:
-    """Checks the sampling of n rows, `targets` of them edits. seeds: one for all, or one for each. Raises
-    UsageError, also for a run that needs more memory than the machine has: nothing is allocated here."""
+           record: Record = Record(), rows: int | None = None, calls: int | None = None) -> Settled:
+    """Checks the sampling of n prompts, `targets` of them edits. seeds: one for all, or one for each. rows:
+    of the network, None for each prompt's own; calls: of the network, None for one a step. Raises UsageError,
+    also for a run that needs more memory than the machine has: nothing is allocated here."""
     low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
     sampler, steps, eta = solver(model, sampling)
@@ -210,7 +211,8 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     shape = model.latent_shape(*_sides(model, sampling, n))
     schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta, shape[1:])
     drawn = [check_seed(seed) for seed in seeds]
-    check_run(model, n, shape, steps, guided=model.guided(guidance_scale), targets=targets, record=record,
+    check_run(model, n, shape, steps if calls is None else calls, targets=targets, record=record,
+              rows=n * (1 + model.guided(guidance_scale)) if rows is None else rows,
               noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))
     return Settled(schedule, guidance_scale, eta, sampler, shape, drawn)
 

@@ -101,8 +101,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                        inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
                        final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
-                       fit=fit_mode, gamma=gamma, control=control, control_steps=control_steps, n_avg=n_avg,
-                       n_min=n_min)
+                       fit=fit_mode, encodes=not isinstance(picture, Tensor), gamma=gamma, control=control,
+                       control_steps=control_steps, n_avg=n_avg, n_min=n_min)
     if isinstance(picture, Tensor):
         x_0 = picture.to(model.device, torch.float64 if picture.dtype == torch.float64 else torch.float32)
     else:
