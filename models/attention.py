@@ -94,7 +94,8 @@ def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Projections, heads, and whose rows an edit reads."""
 
-    site = ""   # the layer's name in its network, which gives it once, when it is built
+    site = ""               # the layer's name in its network, which gives it once, when it is built
+    pixel_columns = False   # whether pixels are among the columns of its maps
 
     def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool = False,
                  bias: bool = False):
@@ -139,6 +140,8 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     """Pixels attend to pixels. Prompt-to-Prompt injects P_src V: the source's q and k with own values."""
+
+    pixel_columns = True
 
     def __init__(self, dim: int, heads: int, head_dim: int, upcast: bool = False):
         super().__init__(dim, dim, heads, head_dim, upcast)
@@ -190,7 +193,7 @@ class CrossAttention(Attention):
 class HybridAttention(CrossAttention):
     """Pixels attend to pixels and text in one softmax (paper section 3.1, ii); text columns are edited."""
 
-    text_only = False   # of a subclass without to_k and to_v: no columns of pixels, so cross-attention
+    pixel_columns = True
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, upcast: bool = False,
                  bias: bool = False):
@@ -201,8 +204,6 @@ class HybridAttention(CrossAttention):
         return TextKV(self.add_k_proj(context), self.add_v_proj(context))
 
     def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
-        if self.text_only:
-            return self.to_q(x), text.k, text.v
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
         if edit is not None and edit.max_pixels is None:
             q, k, v = self.borrow(edit, q, k, v)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2p.models.attention import (
+    QKV,
+    AttentionEdit,
     CrossAttention,
     Edits,
     HybridAttention,
@@ -275,7 +277,7 @@ class AddedAttention(HybridAttention):
         super().__init__(dim, context_dim, heads, dim // heads, bias=True)
         if text_only:
             del self.to_k, self.to_v
-            self.text_only = True
+            self.pixel_columns = False
         self.group_norm = nn.GroupNorm(32, dim)
         self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
 
@@ -283,6 +285,9 @@ class AddedAttention(HybridAttention):
         if self.norm_cross is not None:
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
         return super().text(context)
+
+    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
+        return (HybridAttention if self.pixel_columns else CrossAttention).columns(self, x, text, edit)
 
     def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)

@@ -9,7 +9,6 @@ from p2p.models.attention import (
     Attention,
     AttentionEdit,
     Edits,
-    HybridAttention,
     SelfAttention,
     attend_probs,
     edited_probs,
@@ -34,7 +33,7 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
     mix = keep = renormalise = None
     if layer_edit is not None:
         mix, keep, renormalise = layer_edit.mix, layer_edit.keep, layer_edit.renormalise
-    pixels = q.shape[2] if isinstance(layer, HybridAttention) and not layer.text_only else 0
+    pixels = q.shape[2] if layer.pixel_columns else 0
     p = _text_probs(q, k, pixels)                                                # (R, h, N, L)
     if mean and renormalise is None:   # edits are linear
         p = p.mean(1, keepdim=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from p2p.models.attention import Attention, CrossAttention, HybridAttention, JointAttention, SelfAttention
+from p2p.models.attention import Attention, CrossAttention, JointAttention, SelfAttention
 from p2p.models.conditioning import Conditioning
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,8 +30,7 @@ class Network(nn.Module, ABC):
 
     def pixel_sites(self) -> list[str]:
         """The layers in which pixels attend to pixels."""
-        return [m.site for m in self.layers(Attention)
-                if isinstance(m, SelfAttention) or (isinstance(m, HybridAttention) and not m.text_only)]
+        return [m.site for m in self.layers(Attention) if m.pixel_columns]
 
     def self_sites(self) -> list[str]:
         """The layers whose pixels take the source's queries and keys in Prompt-to-Prompt: hybrid layers' are

@@ -161,6 +161,11 @@ def test_defaults_in_help_texts_are_those_of_the_code():
             assert f"{value:g}" in re.findall(r"[\d.]*\d", said[name]), (command, name)
 
 
+def test_every_argument_says_what_it_is():
+    for name, parser in parsers()[1].items():
+        assert [a.dest for a in parser._actions if not a.help] == [], name
+
+
 def of_steps(node):
     """What stands for a number of steps, as a default, a keyword, a field or an entry."""
     if isinstance(node, ast.arguments):

@@ -14,8 +14,9 @@ def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--inversion", type=Path, metavar="FILE",
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
-                    help="run the edit again that made this picture; options of injection and sampling "
-                    "that are given change these alone, and those of words these words alone")
+                    help="run the edit again that made this picture; options of injection, "
+                    "inversion and sampling that are given change these alone; --weight, --cross, --swap and "
+                    "--layers change what they name alone")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights are then refused")
@@ -30,7 +31,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
                     help="write preview.png alone: the edit in 10 steps (or --steps), and where a local edit "
                     "may change")
     ap.add_argument("--leakage", action="store_true",
-                    help="measure what changed that the edit is not about (always with --scope)")
+                    help="measure what changed that the edit is not about (always with --scope or --report)")
     groups.inversion(ap)
     groups.injection(ap)
     groups.for_target(ap)
@@ -38,21 +39,21 @@ def edit(ap: argparse.ArgumentParser) -> None:
 
 
 def invert(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("image", type=Path, metavar="PICTURE")
+    ap.add_argument("image", type=Path, metavar="PICTURE", help="a picture's file")
     ap.add_argument("source", metavar="PROMPT", help="what it shows")
     groups.inversion(ap)
     groups.sampling(ap)
 
 
 def generate(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("prompts", nargs="+", metavar="PROMPT")
+    ap.add_argument("prompts", nargs="+", metavar="PROMPT", help="what each picture shows")
     groups.upscaling(ap)
     ap.set_defaults(upscale_edited=False)   # there is no edit
     groups.sampling(ap, seeds=True)
 
 
 def maps(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("source", metavar="PROMPT")
+    ap.add_argument("source", metavar="PROMPT", help="of the picture whose maps are shown")
     ap.add_argument("targets", nargs="*", metavar="TARGET",
                     help="edits of it: their maps before and after injection")
     groups.picture(ap, "PROMPT")
@@ -74,11 +75,12 @@ def maps(ap: argparse.ArgumentParser) -> None:
 
 
 def sweep(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("source")
-    ap.add_argument("target")
+    ap.add_argument("source", help="prompt of the picture to be edited")
+    ap.add_argument("target", help="prompt of the edited pictures")
     ap.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,...",
                     help="cross and self (END or START:END, as --cross and --self say), weight:WORD, layers "
-                    "or seed; the first given along the columns, a second along the rows")
+                    "or seed; the first given along the columns, a second along the rows (seeds beside "
+                    "another setting always along the rows)")
     groups.picture(ap, "SOURCE")
     groups.inversion(ap)
     groups.injection(ap)
@@ -89,8 +91,8 @@ def batch(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl file, or one JSON array")
     groups.engine(ap)
     ap.add_argument("--preview", type=int, metavar="N",
-                    help="check the list, write OUT/preview.png alone: the first N jobs in 10 steps, and "
-                    "where local edits may change")
+                    help="check the list, write OUT/preview.png alone: the first N jobs in 10 steps at "
+                    "most, and where local edits may change")
     ap.add_argument("--together", type=int, metavar="N",
                     help="at most so many jobs in one batch of the network (4)")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"], help="as for edit")
@@ -100,11 +102,11 @@ def batch(ap: argparse.ArgumentParser) -> None:
     groups.model(ap)
     groups.settings(ap, seed="default: 0")
     ap.add_argument("-o", "--out", type=Path, required=True, help="the folder of the results")
-    ap.add_argument("-q", "--quiet", action="store_true")
+    groups.quiet(ap)
 
 
 def evaluate(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("benchmark", choices=["pie"])
+    ap.add_argument("benchmark", choices=["pie"], help="PIE-Bench")
     ap.add_argument("--data", type=Path, required=True,
                     help="its folder: mapping_file.json and annotation_images/")
     ap.add_argument("-o", "--out", type=Path, required=True,
@@ -132,14 +134,14 @@ def evaluate(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--limit", type=int, metavar="N", help="the first N pictures alone")
     ap.add_argument("--types", metavar="ID,...", help="pictures of these editing types alone")
     ap.add_argument("--steps", type=int,
-                    help="default 50; a published row that is run with another --steps, --cfg or --seed "
-                    "has it in its name")
+                    help="default 50, or as the row's name says; a published row that is run with other "
+                    "settings has them in its name")
     ap.add_argument("--cfg", type=float, help="published: 7.5, or as the row's name says; corrected: the "
                     "model's own")
     ap.add_argument("--seed", type=int, help="published: 1234; corrected: 0")
     groups.engine(ap)
     groups.model(ap)
-    ap.add_argument("-q", "--quiet", action="store_true")
+    groups.quiet(ap)
 
 
 def dataset(ap: argparse.ArgumentParser) -> None:
@@ -158,10 +160,11 @@ def dataset(ap: argparse.ArgumentParser) -> None:
                     "it")
     ap.add_argument("--samples", type=int, help="of a prompt (100); with p2p at most")
     ap.add_argument("--keep", type=int, help="of these (4)")
-    ap.add_argument("--steps", type=int, default=100, help="(100)")
+    ap.add_argument("--steps", type=int, default=100, help="of a sample (100)")
     ap.add_argument("--together", type=int, metavar="N",
                     help="samples in one batch of the network (4)")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--seed", type=int, default=0, help="of the list (0), from which each "
+                    "sample's own is made")
     ap.add_argument("--min-image", type=float, metavar="X",
                     help="filter: least similarity of the pictures (0.7; by the "
                     "recogniser, for which another object is a third of a picture, 0.5)")
@@ -172,7 +175,7 @@ def dataset(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--format", choices=["folders", "webdataset", "parquet"], default="folders",
                     help="written beside the folders")
     groups.model(ap)
-    ap.add_argument("-q", "--quiet", action="store_true")
+    groups.quiet(ap)
 
 
 def web(ap: argparse.ArgumentParser) -> None:
@@ -185,18 +188,19 @@ def web(ap: argparse.ArgumentParser) -> None:
 
 
 def tokens(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("prompts", nargs="+", metavar="PROMPT")
+    ap.add_argument("prompts", nargs="+", metavar="PROMPT", help="a source and its targets")
     ap.add_argument("--model", type=Path,
                     help="a folder with T5 (IF, Stable Diffusion 3, FLUX): T5's tokens; else CLIP's")
 
 
 def encode(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("prompts", nargs="+", metavar="PROMPT")
+    ap.add_argument("prompts", nargs="+", metavar="PROMPT", help="all that runs without T5 will name")
     ap.add_argument("--model", required=True, help="the model's folder, T5 in it (text_encoder, tokenizer)")
     ap.add_argument("-o", "--out", type=Path, default=Path("out"),
                     help="folder; every run makes a new one inside (out)")
-    ap.add_argument("--device", default=None)
-    ap.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    groups.device(ap)
+    ap.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                    help="that T5 computes in (float32)")
 
 
 def inspect(ap: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ def injection(parser: argparse.ArgumentParser) -> None:
     ap.add_argument("--cross", "--cross-replace-steps", action="append", metavar="[WORD=]END|START:END",
                     help="share of the steps with the source's cross-attention, for all words (0.8; less "
                     "where a thing is added or a place swapped) or for one of the target's; where words are "
-                    "named, the others are injected throughout unless END is given too")
+                    "named, the others are injected throughout unless END is given too (or --from has it)")
     ap.add_argument("--self", "--self-replace-steps", dest="self_", metavar="END|START:END",
                     help="the same for self-attention (0.4)")
     ap.add_argument("--windows-over", choices=["run", "schedule"],
@@ -159,7 +159,7 @@ def settings(parser: argparse.ArgumentParser, seed: str, seeds: bool = False) ->
     ap.add_argument("--timesteps", metavar="T,...", help="these timesteps, falling, in place of --steps")
     ap.add_argument("--height", type=int, default=None,
                     help="of the picture, in pixels; default: what the model was made for")
-    ap.add_argument("--width", type=int, default=None)
+    ap.add_argument("--width", type=int, default=None, help="the same")
 
 
 def sampling(ap: argparse.ArgumentParser, seeds: bool = False) -> None:
@@ -205,7 +205,16 @@ def model(parser: argparse.ArgumentParser) -> None:
                     "suits Stable Diffusion)")
     ap.add_argument("--compile", action="store_true",
                     help="torch.compile the UNet: worth it for many edits on a GPU")
-    ap.add_argument("--device", default=None)
+    device(ap)
+
+
+def device(ap: argparse._ActionsContainer) -> None:
+    ap.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: cuda where there is one, else cpu")
+
+
+def quiet(ap: argparse._ActionsContainer) -> None:
+    ap.add_argument("-q", "--quiet", action="store_true",
+                    help="print no progress, and no counts of what was done")
 
 
 def checkpoint(ap: argparse._ActionsContainer) -> None:

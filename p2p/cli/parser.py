@@ -1,5 +1,5 @@
-"""The command line. Exit codes: 0 done, 1 some jobs of a batch failed, 2 usage, 3 model file, 4 numerics, 130
-interrupted (by SIGTERM 143, by SIGHUP 129)."""
+"""The command line. Exit codes: 0 done, 1 some jobs or prompts of a list failed, 2 usage, 3 model file, 4
+numerics, 130 interrupted (by SIGTERM 143, by SIGHUP 129)."""
 from __future__ import annotations
 
 import argparse
@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
                        checks.dataset,
         'Every line of PROMPTS is {"caption": TEXT, "edit": INSTRUCTION, "output": EDITED TEXT}. '
         "Example: p2p dataset --recipe ip2p prompts.jsonl --out DIR --clip FILE"),
-    "web": Command("open a page in the browser, with a fader for every word", arguments.web, checks.web,
+    "web": Command("serve a page for the browser, with a fader for every word", arguments.web, checks.web,
                    "Example: p2p web --port 7860"),
     "tokens": Command("show the tokens of prompts, and which of two prompts belong together",
                       arguments.tokens, None,

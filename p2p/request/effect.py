@@ -105,7 +105,7 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
 
 def hybrid_edited(current: Tables, unet: Network) -> bool:
     """Whether text is edited in a layer in which pixels attend to pixels and text in one softmax."""
-    sites = [m.site for m in unet.layers(HybridAttention) if not m.text_only]
+    sites = [m.site for m in unet.layers(HybridAttention) if m.pixel_columns]
     return any(current.layers is None or current.layers[site][0] for site in sites)
 
 

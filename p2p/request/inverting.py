@@ -27,7 +27,8 @@ READ_BY = {   # settings that only some methods read; the others refuse them
     "seed": ("noise", *OFFSET, "rf-inversion"),
     **{name: (method,) for name, method in OWN.items()},
 }
-DEFAULT = "edit-friendly"           # `benchmarks.paired`: nearest to the true edits, fewest rows but noise's
+# `benchmarks.paired`: of eight the nearest to the true edits, with the fewest rows but noise's
+DEFAULT = "edit-friendly"
 # default share of the steps left out: 12 of 50, as in PIE-Bench runs; 17 of 50, as for Stable Diffusion 3
 SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
 # the authors' defaults: of rf-inversion, which inverts without the prompt, and of flow-edit

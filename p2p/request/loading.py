@@ -58,12 +58,12 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
     stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
 
     family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji", "emoji-flow") and prediction ("eps", "v",
-    "x0", "flow") are detected where None, and reported in `Model.notes`. device: None for a pipeline's own,
-    or a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored in;
-    SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder (see
-    `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX, the folder of a model that holds
-    T5 (the model's own where None; CLIP too, where the model has none), or a file of encoded prompts (see
-    `p2p.models.t5.EncodedPrompts`). compile: run the UNet through torch.compile, with one graph for all
+    "x0", "flow") are detected where None; a guess is reported in `Model.notes`. device: None for a pipeline's
+    own, or a GPU if there is one. dtype: float32 on a CPU, elsewhere the one that most of the UNet is stored
+    in; SDXL's autoencoder always runs in float32, where half precision overflows. vae: another autoencoder
+    (see `p2p.weights.load.find_vae`). text: for IF, Stable Diffusion 3 and FLUX, the folder of a model that
+    holds T5 (the model's own where None; CLIP too, where the model has none), or a file of encoded prompts
+    (see `p2p.models.t5.EncodedPrompts`). compile: run the UNet through torch.compile, with one graph for all
     words, weights and windows of a batch's shape (others where maps are read, or a source no more); the first
     step then takes a minute or more. held: a shorter dtype (torch.float16) in which the UNet's large weights
     are stored: each layer widens its own as it computes, which halves the memory. offload: keep text towers
