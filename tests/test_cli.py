@@ -224,6 +224,17 @@ def test_maps_that_there_will_not_be_are_refused_before_the_network_runs(capsys,
     assert code == 2 and message in err
 
 
+def test_a_stage_shows_no_maps_by_itself(capsys, tmp_path):
+    code, _, err = run(capsys, "maps", "a cat", "--model", "emoji-upscaler", "-o", tmp_path / "out")
+    assert code == 2 and "is a super-resolution stage" in err
+
+
+def test_the_seconds_of_an_inversion_are_said_when_asked_for(capsys, tmp_path, photo):
+    for more, said in (([], False), (["-v"], True)):
+        _, _, err = run(capsys, "invert", photo, "a cat", "--method", "noise", "--steps", "2", *more, "-o", tmp_path / "out")
+        assert bool(re.search(r"noise inversion, 0 rows of the network, \d+\.\d\d s", err)) == said
+
+
 def test_maps_of_a_picture_in_its_own_shape_have_its_sides(capsys, tmp_path):
     Image.effect_noise((128, 64), 90).save(tmp_path / "a.png")
     code, _, err = run(capsys, "maps", "a cat", "--image", tmp_path / "a.png", "--fit", "own", "--side", "7", "--steps", "1",

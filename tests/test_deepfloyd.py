@@ -405,3 +405,27 @@ def test_cascade_from_the_command_line(stages, tmp_path, capsys):
     assert main([*argv, "--upscale"]) == 2 and "name one with --upscaler" in capsys.readouterr().err
     assert main([*argv, "--upscale-steps", "2"]) == 2 and "not without --upscale" in capsys.readouterr().err
     assert main([*argv, "--upscaler", one]) == 2 and "is no super-resolution stage" in capsys.readouterr().err
+
+
+def test_an_edit_that_the_stage_does_not_take_is_refused_before_anything_runs(stages, tmp_path, capsys, monkeypatch):
+    """Layers at a depth that stage I has, of 7, and the upscaler, of 9, has not."""
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for more in ([], ["--image", str(tmp_path / "a.png")]):
+        argv = ["edit", "a red cat on grass", "a red (dog:1.5) on grass", "--model", str(stages[0]), "--steps", "2", "-o", str(tmp_path / "out"),
+                "--upscaler", str(stages[1]), "--layers", "0.35:0.36", *more]
+        assert main([*argv, "--upscale-edited"]) == 2
+        assert f"--upscale-edited: of {stages[1]}, layers: none is chosen by" in capsys.readouterr().err
+        with pytest.raises(pytest.fail.Exception):
+            main(argv)
+
+
+def test_a_stage_computes_in_the_dtype_that_is_asked_for_or_recorded(stages, tmp_path, capsys):
+    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", str(stages[0]), "--steps", "1", "--height", "16", "--width", "16",
+            "--seed", "4", "-o", str(tmp_path), "-q"]
+    assert main([*argv, "--upscaler", str(stages[1]), "--upscale-steps", "1", "--dtype", "bfloat16"]) == 0
+    assert read_settings(max(tmp_path.glob("*/edit.png")))["upscale"]["dtype"] == "bfloat16"
+    assert main([*argv, "--dtype", "bfloat16"]) == 0
+    picture = max(tmp_path.glob("*/edit.png"))
+    assert main(["edit", "--from", str(picture), "--upscaler", str(stages[1]), "--upscale-steps", "1", "-o", str(tmp_path), "-q"]) == 0
+    assert read_settings(max(tmp_path.glob("*/edit.png")))["upscale"]["dtype"] == "bfloat16"

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 import p2p
+from p2p.cli import replay
 from p2p.cli.parser import main
 from p2p.show.pictures import read_settings
 
@@ -106,11 +107,25 @@ def test_what_is_said_of_words_and_kinds_is_changed_of_these_alone(capsys, tmp_p
     common = ["edit", "a cat on grass", "a big dog on grass", "--steps", 1, "--seed", 3]
     old, _, folder = done(capsys, tmp_path, *common, "--weight", "grass=2", "--weight", "dog=3", "--swap", "cat=dog", "--cross", "0.5",
                           "--cross", "dog=0.3", "--layers", "cross=up")
-    new, _, _ = done(capsys, tmp_path, "edit", "--from", folder / "grid.png", "--weight", "dog=1.5", "--cross", "grass=0.2", "--layers", "self=down")
+    new, _, folder = done(capsys, tmp_path, "edit", "--from", folder / "grid.png", "--weight", "Dog=1.5", "--cross", "grass=0.2", "--layers", "self=down")
     assert of_targets(old, new) == [{"equalizer", "cross_replace_steps", "layers"}]
     (target,) = new["targets"]
-    assert target["equalizer"] == {"grass": 2, "dog": 1.5} and target["layers"] == {"cross": ["up"], "self": ["down"]}
+    assert target["equalizer"] == {"grass": 2, "Dog": 1.5} and target["layers"] == {"cross": ["up"], "self": ["down"]}
     assert target["cross_replace_steps"] == {"default_": 0.5, "dog": 0.3, "grass": 0.2}
+    new, _, _ = done(capsys, tmp_path, "edit", "--from", folder / "grid.png", "--cross", "0.8", "--swap", "grass=dog")
+    (target,) = new["targets"]
+    assert target["cross_replace_steps"] == {"default_": 0.8, "dog": 0.3, "grass": 0.2} and target["swap"] == {"grass": "dog"}
+
+
+@pytest.mark.parametrize("recorded, given, merged", [
+    ({"cat#1": 1.1, "red": 2}, {"cat": 3}, {"red": 2, "cat": 3}), ({"cat": 1.1}, {"cat#1": 3}, {"cat": 1.1, "cat#1": 3}),
+    ({"Cat": 1.1}, {"cat": 3}, {"cat": 3}), (None, {"cat": 3}, {"cat": 3})])
+def test_a_weight_takes_the_place_of_all_that_is_recorded_of_its_word(recorded, given, merged):
+    assert replay._merged("equalizer", recorded, given) == merged
+
+
+def test_swaps_of_other_words_stay():
+    assert replay._merged("swap", {"cat": "dog", "car": "boat"}, {"Cat": "bird"}) == {"car": "boat", "Cat": "bird"}
 
 
 def test_the_windows_of_a_record_that_names_no_words_stay_those_of_all_others(capsys, tmp_path, made):
@@ -118,6 +133,12 @@ def test_the_windows_of_a_record_that_names_no_words_stay_those_of_all_others(ca
     was = read_settings(made)["targets"][0]["cross_replace_steps"]
     assert [t["cross_replace_steps"] for t in new["targets"]] == [{"default_": was, "grass": 0.2}] * 2
     assert [t["layers"] for t in new["targets"]] == [{"cross": ["up"]}] * 2
+
+
+def test_one_kind_of_layers_beside_a_record_of_both_is_refused(capsys, tmp_path):
+    _, _, folder = done(capsys, tmp_path, "edit", "a cat on grass", "a dog on grass", "--steps", 1, "--seed", 3, "--layers", "up")
+    assert main(["edit", "--from", str(folder / "grid.png"), "--layers", "cross=down", "-o", str(tmp_path)]) == 2
+    assert "--layers cross=...: the picture records the same layers for both kinds" in capsys.readouterr().err
 
 
 def test_of_one_target_alone(capsys, tmp_path, made):

@@ -18,7 +18,8 @@ from p2p.errors import UsageError
 from p2p.lists.together import edit_together
 from p2p.models.text import tokens
 from p2p.request.emphasis import equalizer, read
-from p2p.request.inverting import expected
+from p2p.request.inverting import expected, schedule_of
+from p2p.request.solvers import descent
 from p2p.request.source import METHODS
 from p2p.show.pictures import read_settings, save_png
 from p2p.show.sweep import sweep
@@ -153,16 +154,24 @@ def test_dpm_begins_where_there_is_nothing_but_noise():
 def test_a_step_of_an_inversion_that_leads_to_nothing_but_noise_is_said():
     model = replace(p2p.load("emoji", device="cpu", zero_snr=True), timestep_spacing="trailing")
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for method, skip, said in (("ddim", 0, True), ("ddim", 1, False), ("fixed-point", 0, True), ("direct", 0, False)):
+    for method, skip, said in (("ddim", 0, True), ("ddim", 1, False), ("fixed-point", 0, True), ("direct", 0, True), ("direct", 1, False)):
         inversion = p2p.invert(model, noise, "a cat", method=method, steps=4, skip=skip)
         still = (inversion.latents[-1] - inversion.latents[-2]).abs().max() < 1e-5   # what the note says
-        assert any("its last step leads to nothing but noise" in note for note in inversion.notes) == said
-        assert still == (said or method == "direct")
+        assert any("its last step leads to nothing but noise" in note for note in inversion.notes) == said == still
+    flow = p2p.invert("emoji-flow", noise, "a cat", method="ddim", steps=2)   # which ends in noise and stands nowhere
+    assert not any("nothing but noise" in note for note in flow.notes) and (flow.latents[-1] - flow.latents[-2]).abs().max() > 0.1
 
 
 def test_a_share_of_steps_is_not_rounded_down_by_a_rounding_error(narrow):
     planned = expected(narrow, "a cat", method="rf-inversion", steps=100, control_steps=0.29)
     assert planned.control_calls == 29 and int(0.29 * 100) == 28
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("p2p.request.solvers.controlled", lambda x, v, *_: drawn.append(1) or v)
+        step = descent(narrow, replace(planned, latents=torch.zeros(101, 3, 8, 8)), schedule := schedule_of(narrow, 100, (8, 8)))
+        for i in range(schedule.steps):
+            step(i, torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), None)
+    assert len(drawn) == 29
 
 
 def test_a_stage_without_text_enlarges_weighted_prompts(narrow):

@@ -13,11 +13,12 @@ from PIL import Image
 import p2p
 from p2p.cli import options, replay, values
 from p2p.cli.output import Output
-from p2p.cli.results import check_stage, cost, edited, enlarged, generated, stage, taken, write_edit
+from p2p.cli.results import Stage, check_stage, cost, edited, enlarged, generated, stage, taken, write_edit
 from p2p.image import open_picture
 from p2p.maps import AttentionMaps
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
+from p2p.request.emphasis import prompt_tokens
 from p2p.request.inverting import DEFAULT, expected
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE
@@ -45,12 +46,12 @@ def edit(args: argparse.Namespace) -> None:
     elif args.image is not None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family, options.dtype(args))
-        check_stage(upscaler, args.source, targets)
         sampling = dict(guidance_scale=args.cfg)
-        usual = _expected(args, model, picture).steps
-        if args.preview and args.steps is None and usual > PREVIEW_STEPS:
-            vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
-        source = _inverted(args, model, picture, targets, **settings, **sampling)
+        if args.preview and args.steps is None:
+            usual = _expected(args, model, picture).steps
+            if usual > PREVIEW_STEPS:
+                vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
+        source = _inverted(args, model, picture, targets, upscaler, **settings, **sampling)
     else:
         source = prompts[0]
         model, sampling = options.load_for_sampling(args)
@@ -58,8 +59,7 @@ def edit(args: argparse.Namespace) -> None:
             sampling["steps"] = min(PREVIEW_STEPS, solver(model, Sampling(**options.solver(args)))[1])
     if args.image is None:
         upscaler = stage(args, model.family, options.dtype(args))
-        check_stage(upscaler, inversion.prompt if inversion else prompts[0], targets)
-    result = edited(args, model, source, targets, **settings, **sampling)
+    result = edited(args, model, source, targets, upscaler, **settings, **sampling)
     write_edit(out, result, args, source if isinstance(source, p2p.Inversion) else None,
                enlarged(upscaler, result, args))
 
@@ -90,9 +90,9 @@ def _expected(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) 
 
 
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
-              **settings: Any) -> p2p.Inversion:
+              upscaler: Stage | None = None, **settings: Any) -> p2p.Inversion:
     """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
-    edit_request(model, _expected(args, model, picture), edits, **settings)
+    check_stage(upscaler, edit_request(model, _expected(args, model, picture), edits, **settings))
     return _invert(args, model, picture)
 
 
@@ -206,7 +206,11 @@ def _check_unguided(args: argparse.Namespace) -> None:
 
 
 def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
-    """Raises UsageError for a name of no layer, and for components without self-attention."""
+    """Raises UsageError for a model that draws nothing by itself, for a name of no layer, and for components
+    without self-attention."""
+    if model.unet.enlarges:
+        raise p2p.UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
+                             "model")
     layers, site = model.unet.text_sites(), args.site
     pixels = [layer.site for layer in model.unet.layers(SelfAttention)]
     if args.components and not any((site or "") in name for name in pixels):
@@ -262,10 +266,10 @@ def _selection(args: argparse.Namespace, model: p2p.Model, record: p2p.Record,
     pixels = model.unet.site_pixels(*size)
     planned = {site: torch.empty(1, 1, model.unet.get_submodule(site).heads, pixels[site], 1, device="meta")
                for site in record.sites(model.unet, *size)}
-    maps = AttentionMaps([model.tokens(args.source)], [], (size[0], size[1]), 1, planned,
+    maps = AttentionMaps([prompt_tokens(model, args.source)], [], (size[0], size[1]), 1, planned,
                          frozenset(layer.site for layer in model.unet.layers(SelfAttention)))
     chosen: dict[str, Any] = dict(sites=args.site, heads=args.head)
-    sides = {shape[0]: shape for shape in maps.sides()}
+    sides = {shape[0]: shape for shape in reversed(maps.sides())}   # of one height, the largest
     if args.side is not None and args.side not in sides:
         there = ", ".join(f"{h} x {w}" for h, w in sides.values())
         raise p2p.UsageError(f"--side {args.side}: maps are recorded at {there}")

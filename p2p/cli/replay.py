@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,6 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
                ["upscale_edited"])
     upscaler = (_stage(args, settings["upscale"]) if settings.get("upscale") else
                 stage(args, model.family, getattr(torch, str(settings["dtype"]), None)))
-    check_stage(upscaler, str(settings["source"]), edits)
     source = None
     if (record := settings["inversion"]) is not None:
         refuse(args, "--from a real picture: it has its own timesteps, and the size that it was brought to",
@@ -88,8 +88,8 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
         arguments["negative_prompt"] = None
         options.say([f"the negative prompt that is recorded is left out: {why}"])
     if record is not None:
-        source = _again(args, model, record, edits, **arguments)
-    result = edited(args, model, settings["source"] if source is None else source, edits,
+        source = _again(args, model, record, edits, upscaler, **arguments)
+    result = edited(args, model, settings["source"] if source is None else source, edits, upscaler,
                     record=options.record(args, edits), **arguments)
     return result, source, enlarged(upscaler, result, args), out
 
@@ -103,17 +103,33 @@ def _changed(args: argparse.Namespace, edits: list[p2p.Edit]) -> list[p2p.Edit]:
         elif blend := changes.pop("local_blend", None):
             changes["local_blend"] = replace(edit.local_blend, **options.opened(blend))
         for name in ("equalizer", "swap", "cross_replace_steps", "layers"):
-            if isinstance(changed := changes.get(name), dict):   # of some words, or of one kind of attention
-                changes[name] = {**_by_name(name, getattr(edit, name)), **changed}
+            if name in changes:
+                changes[name] = _merged(name, getattr(edit, name), changes[name])
         out.append(replace(edit, **changes))
     return out
 
 
-def _by_name(field: str, value: Any) -> Mapping[str, Any]:
-    """A field of an edit as a dict: what is for all words, or for both kinds of attention, by name too."""
-    if value is None or isinstance(value, Mapping):
-        return value or {}
-    return {values.ALL: value} if field == "cross_replace_steps" else {"cross": value, "self": value}
+def _merged(field: str, recorded: Any, given: Any) -> Any:
+    """What is recorded, with what options say of some words, or of one kind of attention. Raises
+    UsageError."""
+    named = isinstance(given, Mapping)
+    if field == "layers":
+        if named and not (recorded is None or isinstance(recorded, Mapping) or len(given) == 2):
+            raise p2p.UsageError(f"--layers {next(iter(given))}=...: the picture records the same layers for "
+                                 "both kinds of attention; say both, cross=... and self=...")
+        return {**recorded, **given} if named and isinstance(recorded, Mapping) else given
+    if field == "cross_replace_steps" and (named or isinstance(recorded, Mapping)):   # also all by their name
+        given = given if named else {values.ALL: given}
+        recorded = recorded if isinstance(recorded, Mapping) or recorded is None else {values.ALL: recorded}
+    if not isinstance(given, Mapping):
+        return given
+    again = {word.casefold() for word in given}
+
+    def replaced(word: str, value: Any) -> bool:
+        return (bool({word.casefold(), re.sub(r"#\d+$", "", word.casefold())} & again)
+                or (field == "swap" and value.casefold() in {new.casefold() for new in given.values()}))
+
+    return {word: value for word, value in (recorded or {}).items() if not replaced(word, value)} | given
 
 
 def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
 
 
 def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], edits: list[p2p.Edit],
-           **settings: Any) -> p2p.Inversion:
+           upscaler: Stage | None, **settings: Any) -> p2p.Inversion:
     """Makes the inversion again that an edit's settings record, with what the options change of it. Raises
     UsageError for faults of its edits too, before it spends minutes."""
     if record["picture"] is None:
@@ -153,7 +169,8 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
     arguments |= {"method": method, "height": picture.height, "width": picture.width}
-    edit_request(model, expected(model, record["prompt"], **arguments), edits, **settings)
+    planned = expected(model, record["prompt"], **arguments)
+    check_stage(upscaler, edit_request(model, planned, edits, **settings))
     inversion = p2p.invert(model, picture, record["prompt"], progress=options.progress(args), **arguments)
     inversion = replace(inversion, fit=choice("fit", fit, FITS))
     if "queries" in record and inversion.method in FOLLOW:   # rounded, in a trace

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,9 @@ import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
 from p2p.request.checks import finite, whole
-from p2p.request.editing import edit_request
+from p2p.request.editing import EditRequest, edit_request
 from p2p.request.ready import generation, prepared
-from p2p.request.start import UPSCALING, Low
+from p2p.request.start import Low
 from p2p.run import Result, run
 from p2p.show.leakage import leakage, own_words
 from p2p.show.preview import preview
@@ -45,13 +44,16 @@ def stage(args: argparse.Namespace, family: str, dtype: torch.dtype | None) -> S
     return model, settings
 
 
-def check_stage(stage: Stage | None, source: str, edits: Sequence[p2p.Edit]) -> None:
+def check_stage(stage: Stage | None, request: EditRequest) -> None:
     """Raises UsageError for edits that cannot be injected into the stage, before there is a picture."""
     if stage is None or not stage[1].get("edited"):
         return
-    model, size = stage[0], [side // UPSCALING for side in stage[0].size]
-    small = Low(torch.empty(1 + len(edits), 3, *size, device="meta"), 0)
-    edit_request(model, source, edits, low=small)
+    sides = [side * request.model.shrink for side in request.settled.shape[1:]]
+    small = Low(torch.empty(1 + len(request.edits), 3, *sides, device="meta"), 0)
+    try:
+        edit_request(stage[0], request.source, request.edits, low=small)
+    except p2p.UsageError as error:
+        raise p2p.UsageError(f"--upscale-edited: of {stage[0].name}, {error}") from None
 
 
 def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
@@ -64,8 +66,11 @@ def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
     finite("--upscale-cfg", settings.get("guidance_scale", 1.0))
 
 
-def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any, **settings: Any) -> Result:
-    """As `p2p.edit`, but prints the notes before the first step."""
+def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any,
+           upscaler: Stage | None = None, **settings: Any) -> Result:
+    """As `p2p.edit`, but before the first step the notes are printed and what comes after is checked."""
+    if upscaler is not None:
+        check_stage(upscaler, edit_request(model, source, targets, **settings))
     ready = prepared(model, source, targets, **settings)
     options.say(list(dict.fromkeys(ready.notes)))
     return run(model, ready, settings.get("record", NOTHING), options.progress(args))

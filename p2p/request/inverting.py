@@ -35,7 +35,7 @@ SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
 DEFAULTS = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25},
             "flow-edit": {"n_avg": 1, "n_min": 0}}
 GUIDANCE = {"rf-inversion": 0.0}    # while inverting, 1 for the other methods
-FROM_END = ("ddim", "fixed-point", "negative-prompt")   # edits begin where DDIM's inversion ended
+BY_DDIM = ("ddim", "fixed-point", "negative-prompt", "null-text", "direct")   # inverted by its formula
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
 
@@ -151,7 +151,7 @@ def _remarks(model: Model, planned: Inversion, schedule: Schedule) -> list[str]:
     """Notes on a control of edits that covers none of their steps, a bound that is not kept, a negative
     prompt that stands alone, and a step that leads nowhere."""
     notes = []
-    if planned.method in FROM_END and not schedule.levels[planned.skip].alpha > 0:
+    if planned.method in BY_DDIM and model.flow is None and not schedule.levels[planned.skip].alpha > 0:
         # the network reads its input as the noise that it looks for
         notes.append(f"{planned.method} inversion: its last step leads to nothing but noise (zero terminal "
                      "SNR), where DDIM's formula stands still; skip 1 leaves that step out")

@@ -1,7 +1,8 @@
 """The memory of a run, estimated before anything is allocated, and refused beyond what the machine has.
 
 A lower bound: noise, stored latents, tables, recorded maps and the network's skip connections, not the
-weights, which are loaded by then. A run that is refused would have failed; one that is not may still fail.
+weights, which are loaded by then. A run that is refused would have failed (but for a stored source's row at
+steps that do not read it); one that is not may still fail.
 """
 from __future__ import annotations
 
