@@ -153,10 +153,10 @@ class Figures(Bench):
             r = self._row(caption(source[[i]])[0], self._shares(b), i)
             pictures = shown(r)
             seen, k = self.eye.read(pictures), len(SHARES)
-            cells = (seen.cells[:1] == old).expand(k, -1, -1)
+            cells = (seen.cells[:1] == old) | (seen.cells[1:] == new)
             rows.append(torch.stack([
                 seen.found[1:, new].float(), iou(seen.box[1:, new], seen.box[:1, old].expand(k, -1)),
-                psnr_outside(pictures[1:], pictures[:1].expand(k, -1, -1, -1), cells)]))
+                psnr_outside(pictures[1:], pictures[:1], cells)]))
         t = torch.stack(rows)                                                                  # (n, 3, shares)
         out = {name: [mean_ci(t[:, j, s]) for s in range(len(SHARES))]
                for j, name in enumerate(("new object", "overlap", "PSNR outside"))}

@@ -61,11 +61,11 @@ KINDS: dict[str, tuple[Mix, Callable[[Scene, torch.Generator], Scene]]] = {
 
 
 def pairs(kind: str, n: int) -> tuple[Scene, Scene]:
-    """n scenes and their edits; the source's caption was never trained (of added things the target's)."""
+    """n scenes and their edits; the source's caption was never trained, nor the target's of a swap."""
     mix, change = KINDS[kind]
     found, g = [], torch.Generator().manual_seed(list(KINDS).index(kind))
     while sum(len(a) for a, _ in found) < n:
-        a = sample(100, g, "held out", mix)
+        a = sample(400, g, None, mix)
         b = change(a, g)
         if kind in ("added", "removed"):
             alone = edited(a, thing=torch.stack([a.thing[:, 0], torch.full_like(a.thing[:, 1], -1)], dim=1),
@@ -73,7 +73,8 @@ def pairs(kind: str, n: int) -> tuple[Scene, Scene]:
             a, b = (alone, a) if kind == "added" else (a, alone)
         differs = torch.tensor([x != y for x, y in zip(caption(a), caption(b))])
         distinct = (b.thing[:, 0] != b.thing[:, 1]) & (a.thing[:, 0] != a.thing[:, 1])
-        keep = differs & distinct & ~novel(b) & (held_out(a) | held_out(b)) & ((kind != "colour") | (a.colour[:, 0] >= 0))
+        keep = differs & distinct & ~novel(a) & ~novel(b) & held_out(a) & (held_out(b) | (kind != "swap"))
+        keep &= (kind != "colour") | (a.colour[:, 0] >= 0)
         found.append((a[keep], b[keep]))
     return Scene.cat([a for a, _ in found])[:n], Scene.cat([b for _, b in found])[:n]
 
@@ -105,20 +106,20 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def right(kind: str, a: Scene, b: Scene, seen: recogniser.Reading) -> tuple[bool, bool]:
-    """Of one edited picture: is the new content there, and is what should stay?"""
-    def there(scene: Scene, j: int) -> bool:
-        thing, colour = int(scene.thing[0, j]), int(scene.colour[0, j])
-        return bool(seen.found[0, thing]) and (colour < 0 or int(seen.colour[0, thing]) == colour)
+    """Of one edited picture: is the new content there, and is all else that its caption names?"""
+    def found(scene: Scene, j: int) -> bool:
+        return bool(seen.found[0, int(scene.thing[0, j])])
+
+    def colour(scene: Scene, j: int) -> bool:
+        thing, named = int(scene.thing[0, j]), int(scene.colour[0, j])
+        return named < 0 or int(seen.colour[0, thing]) == named
 
     place, style = bool(seen.place[0] == b.place[0]), bool(seen.style[0] == b.style[0])
-    if kind == "swap":
-        return bool(seen.found[0, int(b.thing[0, 0])]), place
-    if kind == "colour":
-        return there(b, 0), place and bool(seen.found[0, int(b.thing[0, 0])])
-    if kind in ("place", "style"):
-        return (place if kind == "place" else style), bool(seen.found[0, int(b.thing[0, 0])])
-    gone = not bool(seen.found[0, int(a.thing[0, 1])]) if kind == "removed" else there(b, 1)
-    return gone, place and bool(seen.found[0, int(b.thing[0, 0])])
+    thing = found(b, 0) and colour(b, 0)
+    return {"swap": (found(b, 0), colour(b, 0) and place and style), "colour": (thing, found(b, 0) and place and style),
+            "place": (place, thing and style), "style": (style, thing and place),
+            "added": (found(b, 1) and colour(b, 1), thing and place and style),
+            "removed": (not found(a, 1), thing and place and style)}[kind]
 
 
 def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model) -> dict:
@@ -156,9 +157,13 @@ def measure(method: str, kinds: list[str], n: int, steps: int, model: p2p.Model)
 
 
 def table(results: dict[str, dict], kind: str | None) -> str:
-    """Markdown; kind None: the mean over all kinds."""
+    """Markdown; kind None: the mean over all kinds, of a method that has them all."""
     lines = ["| method | " + " | ".join(FIGURES) + " | peak MB |", "|---" * (len(FIGURES) + 2) + "|"]
+    kinds = {k for r in results.values() for k in r.get("kinds", {})}
     for method, r in results.items():
+        if kind is None and "failed" not in r and (lacks := kinds - r["kinds"].keys()):
+            lines.append(f"| {method} | without {', '.join(sorted(lacks))} |" + " |" * len(FIGURES))
+            continue
         if "failed" in r:
             lines.append(f"| {method} | failed: {r['failed']} |" + " |" * len(FIGURES))
             continue

@@ -4,8 +4,8 @@
 
 A recogniser says yes to a cat that is half a dog. Here the world's own renderer draws the object that the caption
 names, in its colour, over the picture's own background (the median of each row), and the pose that comes nearest to the picture is
-searched for: the root mean square of what is left, around the object, is the distance, 0 for a perfect drawing; in
-units of the pixels' range, 1. Captions are held out, with one object, no style and no weather. MODEL: emoji, emoji-flow or a file.
+searched for: the root mean square of what is left, around the object, is the distance (0 is a perfect drawing; pixels
+range from 0 to 1). Captions are held out, with one object, no style and no weather. MODEL: emoji, emoji-flow or a file.
 """
 from __future__ import annotations
 
@@ -80,10 +80,11 @@ def measured(model: p2p.Model, scene: Scene, steps: int) -> tuple[Tensor, Tensor
 
 
 def sheet(columns: list[Tensor], file: Path) -> None:
-    """A row a caption, a column a model."""
-    rows = torch.stack(columns, dim=1).flatten(0, 1).split(4 * len(columns))
-    grid = torch.cat([torch.cat(list(row), dim=2) for row in rows if len(row) == len(rows[0])], dim=1)
-    pixels = ((grid.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    """Four captions a row; of each a picture a model."""
+    every = torch.stack(columns, dim=1)                                                     # (n, models, 3, 64, 64)
+    every = torch.cat([every, torch.ones(-len(every) % 4, *every.shape[1:])]).unflatten(0, (-1, 4))
+    grid = every.permute(3, 0, 4, 1, 2, 5).flatten(3, 5).flatten(1, 2)                       # (3, rows 64, 4 models 64)
+    pixels = ((grid.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).resize((pixels.shape[1] * 2, pixels.shape[0] * 2), Image.NEAREST).save(file)
 
 

@@ -46,7 +46,7 @@ def figures(kind: str, a: Scene, b: Scene, pictures: Tensor, seen: Reading) -> T
     j = 1 if kind in ("added", "removed") else 0
     changed = {int(scene.thing[0, j]) for scene in (a, b)} - {-1}
     cells = torch.stack([seen.cells == thing for thing in changed]).any(0)
-    psnr = psnr_outside(pictures[1:], pictures[:1].expand(len(edits), -1, -1, -1), cells[1:] | cells[:1])
+    psnr = psnr_outside(pictures[1:], pictures[:1], cells[1:] | cells[:1])
     if kind in ("place", "style"):
         psnr = torch.full_like(psnr, float("nan"))
     return torch.cat([found, overlap[:, None], psnr[:, None]], dim=1)
@@ -64,6 +64,12 @@ def measure(model: p2p.Model, kind: str, asked: Sequence[str], n: int, steps: in
     return torch.stack(rows)
 
 
+def row(kind: str, name: str, values: Tensor) -> str:
+    """Of a table: means of (n, 4) values, and their intervals."""
+    cells = [mean_ci(values[:, f]) for f in range(len(FIGURES))]
+    return f"| {kind} | {name} | " + " | ".join("" if m != m else f"{m:.3g} ± {c:.2g}" for m, c in cells) + " |"
+
+
 def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(prog="python -m benchmarks.windows", description=__doc__.splitlines()[0])
     ap.add_argument("--n", type=int, default=100, help="edits of each kind")
@@ -79,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         started = time.time()
         t = measure(model, kind, asked, a.n, a.steps, a.first)
         for k, each in enumerate(asked):
-            cells = [mean_ci(t[:, k, f]) for f in range(len(FIGURES))]
-            print(f"| {kind} | {each} | " + " | ".join("" if m != m else f"{m:.3g} ± {c:.2g}" for m, c in cells) + " |", flush=True)
+            print(row(kind, each, t[:, k]), flush=True)
+        for k, each in enumerate(asked[1:], 1):   # of the same pictures
+            print(row(kind, f"{each}, less {asked[0]}", t[:, k] - t[:, 0]), flush=True)
         print(f"<!-- {kind}: {time.time() - started:.0f} s -->", flush=True)
 
 

@@ -56,8 +56,10 @@ class Model(nn.Module):
 
 
 def metadata(unet: nn.Module, seen: int) -> dict[str, str]:
-    return {"format": "p2p-emoji", "prediction": "x0", "pictures": str(seen),
-            "unet": json.dumps(asdict(unet.config))}
+    usual = type(unet.config)()   # fields that are None, and by default, are later than files that lack them
+    sizes = {name: size for name, size in asdict(unet.config).items()
+             if size is not None or getattr(usual, name) is not None}
+    return {"format": "p2p-emoji", "prediction": "x0", "pictures": str(seen), "unet": json.dumps(sizes)}
 
 
 def draw_samples(file: Path) -> None:

@@ -68,17 +68,21 @@ def text_tower() -> TextEncoder:
 
 class Scenes(IterableDataset):
     """Scenes and their captions' ids, n at a time, from the n-th picture `seen` on; `dropout` of the captions
-    are empty, for guidance, and the world grows over the first `ramp` pictures."""
+    are empty, for guidance, the world grows over the first `ramp` pictures, and styles, sizes and weathers
+    are named `often` times as often."""
 
-    def __init__(self, tower: TextEncoder, n: int, seen: int, ramp: int, dropout: float):
+    def __init__(self, tower: TextEncoder, n: int, seen: int, ramp: int, dropout: float, often: float = 1.0):
         self.tower, self.n, self.seen, self.ramp, self.dropout = tower, n, seen, ramp, dropout
+        self.often = often
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         worker = get_worker_info()
         for chunk in count(worker.id if worker else 0, worker.num_workers if worker else 1):
             seen = self.seen + chunk * self.n
             g = torch.Generator().manual_seed(1_000_003 + seen)
-            scene = sample(self.n, g, mix=curriculum(seen / self.ramp) if self.ramp else curriculum(1))
+            mix = curriculum(seen / self.ramp) if self.ramp else curriculum(1)
+            mix = mix._replace(**{k: self.often * getattr(mix, k) for k in ("style", "size", "weather")})
+            scene = sample(self.n, g, mix=mix)
             dropped = torch.rand(self.n, generator=g) < self.dropout
             words = ["" if empty else c for c, empty in zip(caption(scene), dropped)]
             yield [getattr(scene, f.name) for f in fields(Scene)], self.tower.tokenize(words)
@@ -87,7 +91,7 @@ class Scenes(IterableDataset):
 def pictures(a: argparse.Namespace, tower: TextEncoder, seen: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pictures (B, 3, 64, 64) and ids (B, L) on the device. Workers draw the scenes; `chunk` batches are
     rendered at once, since rendering makes a GPU wait."""
-    loader = DataLoader(Scenes(tower, a.batch * a.chunk, seen, a.ramp, a.dropout), batch_size=None,
+    loader = DataLoader(Scenes(tower, a.batch * a.chunk, seen, a.ramp, a.dropout, a.often), batch_size=None,
                         num_workers=a.workers, pin_memory=a.device == "cuda")
     for scene, ids in loader:
         drawn = render(Scene(*(field.to(a.device) for field in scene)))[0]
@@ -250,6 +254,8 @@ def parser(doc: str, prog: str, captioned: bool = True, **defaults: float) -> ar
     if captioned:
         ap.add_argument("--ramp", type=int, default=160_000,
                         help="pictures over which the world grows to its full variety; 0: full at once")
+        ap.add_argument("--often", type=float, default=1.0, metavar="TIMES",
+                        help="styles, sizes and weathers this many times as often: what is hard to draw")
         ap.add_argument("--dropout", type=float, default=0.1,
                         help="share of captions left empty, for guidance")
         ap.add_argument("--workers", type=int, default=0, help="processes that draw scenes")

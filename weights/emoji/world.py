@@ -35,7 +35,7 @@ class Thing(NamedTuple):
 
 
 OBJECTS = {
-    "cat": Thing("🐈", 0.46, 0.88, 0.36),
+    "cat": Thing("🐱", 0.46, 0.88, 0.36),
     "dog": Thing("🐕", 0.50, 0.84, 0.60),
     "bear": Thing("🐻", 0.56, 0.92, 0.48),
     "bird": Thing("🐦", 0.36, 0.50, 0.66, tilt=8, flies=True),
@@ -63,7 +63,14 @@ PLACES = {    # phrase and where its horizon lies; {} takes the weather
 STYLES = {"picture": "", "sketch": "a sketch of ", "watercolor": "a watercolor of "}
 WEATHERS = ("", "snowy", "foggy")          # graded: the amount of each is in the scene
 SIZES = ("", "tiny", "huge")               # graded: factors of an object's own size
-SIZE_FACTORS = (1.0, 0.6, 1.3)
+SIZE_FACTORS = (1.0, 0.55, 1.5)
+# least and greatest size of each, alone and beside another object: a huge cat fills the picture
+SIZE_BOUNDS = (((0.42, 0.72), (0.32, 0.36), (0.74, 0.90)), ((0.38, 0.46), (0.30, 0.33), (0.54, 0.60)))
+FLAKES = (   # of falling snow, which each scene shifts: a network of convolutions does not know where it is
+    (0.06, 0.10), (0.20, 0.31), (0.34, 0.07), (0.47, 0.24), (0.61, 0.12), (0.76, 0.33), (0.91, 0.08),
+    (0.95, 0.45), (0.10, 0.52), (0.30, 0.60), (0.52, 0.47), (0.69, 0.57), (0.86, 0.70), (0.17, 0.78),
+    (0.43, 0.83), (0.63, 0.92),
+)
 
 
 @dataclass
@@ -140,7 +147,8 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
     size = spot[..., 0] * torch.tensor(SIZE_FACTORS)[size_word]
     pair = torch.stack([0.27 + 0.03 * jitter[:, 0, 2] / 0.04, 0.73 + 0.03 * jitter[:, 1, 2] / 0.04], dim=1)
     x = torch.where(two[:, None], pair, spot[..., 2])
-    size = torch.where(two[:, None], (0.8 * size).clamp(max=0.54), size.clamp(max=0.82)).clamp(min=0.2)
+    low, high = torch.tensor(SIZE_BOUNDS)[two.long()[:, None], size_word].unbind(-1)
+    size = torch.where(two[:, None], 0.8 * size, size).maximum(low).minimum(high)
     bottom = spot[..., 1].maximum(size + 0.02).clamp(max=0.98)
     x = x.maximum(size / 2).minimum(1 - size / 2)
     second = torch.tensor([False, True]) & ~two[:, None]
@@ -158,7 +166,7 @@ def _draw(n: int, g: torch.Generator, mix: Mix) -> Scene:
         tilt=usual[..., 3] * (2 * u(n, 2) - 1), place=place, named=named,
         horizon=torch.tensor([p[1] for p in PLACES.values()])[place] + 0.05 * (u(n) - 0.5),
         light=0.94 + 0.12 * u(n), landmark=0.15 + 0.7 * u(n), weather=weather,
-        amount=torch.where(weather > 0, 0.3 + 0.6 * u(n), torch.zeros(n)),
+        amount=torch.where(weather > 0, 0.3 + 0.7 * u(n), torch.zeros(n)),
         style=torch.where(u(n) < mix.style, 1 + pick(len(STYLES) - 1, n), torch.zeros(n, dtype=torch.long)),
     )
 
@@ -317,20 +325,31 @@ def _shadow(s: Scene, j: int, side: int) -> Tensor:
     return (0.32 * (1.25 - d).clamp(0, 1) * (stands & (s.thing[:, j] >= 0)).view(-1, 1, 1))[:, None]
 
 
-def _styled(picture: Tensor, style: Tensor) -> Tensor:
-    """Sketch: pale colours and dark outlines. Watercolor: blurred, bright, edges run darker."""
+def _styled(picture: Tensor, covered: Tensor, style: Tensor) -> Tensor:
+    """Sketch: pale colours and dark outlines. Watercolor: a pale wash whose edges run darker. covered: by
+    objects, (B, 1, side, side)."""
     unit = max(1, picture.shape[-1] // 64)
     blur = F.avg_pool2d(F.pad(picture, [unit] * 4, mode="replicate"), 2 * unit + 1, 1)
     grey = picture.mean(1, keepdim=True)
     brightest = F.max_pool2d(grey, 2 * unit + 1, 1, unit)
     edge = (brightest + F.max_pool2d(-grey, 2 * unit + 1, 1, unit)).clamp(0, 1)
+    outline = (F.max_pool2d(covered, 2 * unit + 1, 1, unit) - covered).clamp(0, 1)
     paper = torch.tensor([0.99, 0.97, 0.92], device=picture.device).view(1, 3, 1, 1)
-    sketch = _mix(paper, picture, torch.tensor(0.42)) * (1 - 0.85 * (1.6 * edge).clamp(0, 1))
-    wash = F.avg_pool2d(F.pad(blur, [unit] * 4, mode="replicate"), 2 * unit + 1, 1)
-    wash = _mix(wash.mean(1, keepdim=True), wash, torch.tensor(1.35)).clamp(0, 1)
-    wash = _mix(wash, paper, torch.tensor(0.28)) * (1 - 0.35 * edge)
+    sketch = _mix(paper, picture, torch.tensor(0.5)) * (1 - 0.3 * edge) * (1 - 0.8 * outline)
+    wash = _mix(picture, blur, 0.5 * (1 - covered))
+    wash = _mix(wash.mean(1, keepdim=True), wash, torch.tensor(1.25)).clamp(0, 1)
+    wash = _mix(wash, paper, torch.tensor(0.35)) * (1 - 0.3 * outline)
     s = style.view(-1, 1, 1, 1)
     return torch.where(s == 1, sketch, torch.where(s == 2, wash, picture))
+
+
+def _flakes(s: Scene, side: int, device) -> Tensor:
+    """Falling snow, in front of everything.  -> (B, 1, side, side) in 0..1"""
+    axis, at = (torch.arange(side, device=device) + 0.5) / side, torch.tensor(FLAKES, device=device)
+    shift = torch.stack([17 * s.landmark, 97 * s.light], dim=1)[:, None]           # as good as any
+    x, y = ((at + shift) % 1)[..., None].unbind(2)                                 # (B, F, 1)
+    dx, dy = (axis - x)[:, :, None], (axis - y)[..., None]
+    return (1.9 - (dx**2 + dy**2).sqrt() / 0.023).amax(1, keepdim=True).clamp(0, 1)
 
 
 def render(scene: Scene, side: int = 64) -> tuple[Tensor, Tensor]:
@@ -339,7 +358,8 @@ def render(scene: Scene, side: int = 64) -> tuple[Tensor, Tensor]:
     picture, ground = _background(scene, side)
     weather, amount = scene.weather.view(-1, 1, 1, 1), scene.amount.view(-1, 1, 1, 1)
     snow, fog = amount * (weather == 1), amount * (weather == 2)
-    picture = _mix(picture, torch.full_like(picture, 0.96), snow * (0.85 * ground + 0.45 * (1 - ground)))
+    settled = snow.sqrt() * (0.97 * ground + 0.35 * (1 - ground))
+    picture = _mix(picture, torch.full_like(picture, 0.96), settled)
     picture = _mix(picture, torch.full_like(picture, 0.83), fog)
     for j in range(2):
         picture = picture * (1 - _shadow(scene, j, side))
@@ -349,7 +369,10 @@ def render(scene: Scene, side: int = 64) -> tuple[Tensor, Tensor]:
         rgb, alpha = drawn[:, :3], drawn[:, 3:]
         masks = [m * (1 - alpha) for m in masks] + [alpha]
         picture = picture * (1 - alpha) + _mix(rgb, 0.83 * alpha, 0.45 * fog)
-    return 2 * _styled(picture.clamp(0, 1), scene.style).clamp(0, 1) - 1, torch.cat(masks, dim=1)
+    covered = torch.cat(masks, dim=1).sum(1, keepdim=True).clamp(0, 1)
+    picture = _styled(picture.clamp(0, 1), covered, scene.style)
+    picture = _mix(picture, torch.ones_like(picture), snow.sqrt() * _flakes(scene, side, picture.device))
+    return 2 * picture.clamp(0, 1) - 1, torch.cat(masks, dim=1)
 
 
 def edited(scene: Scene, **changes) -> Scene:
