@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--n", type=int, default=500, help="captions")
     ap.add_argument("--pairs", type=int, default=200, help="word swaps")
     ap.add_argument("--seeds", type=int, default=50, help="of every refinement and graded word")
-    ap.add_argument("--first", type=int, default=0, help="seed of the graded words; their settings were chosen by 0 to 99")
+    ap.add_argument("--first", type=int, default=0, help="seed of the graded words")
     ap.add_argument("--only", default="recogniser,captions,novel,swap,place,colour,style,snowy,foggy,tiny,huge,upscale")
     ap.add_argument("--json")
     a = ap.parse_args(argv)

@@ -158,6 +158,14 @@ def picture():
     return render(sample(1, 5, "held out"), 16)[0]
 
 
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """(stage I of DeepFloyd IF, its upscaler), small, as diffusers folders."""
+    from deepfloyd_models import saved
+
+    return saved(tmp_path_factory.mktemp("if"))
+
+
 loaded = cache(p2p.load)
 
 

@@ -1,8 +1,8 @@
 """Small random models of Stable Diffusion 3 and FLUX as diffusers saves them, text towers and tokenizers with them."""
 import torch
+from deepfloyd_models import t5
 from families import POOLED, randomised, text
 from oracles import diffusers, transformers
-from test_deepfloyd import t5
 
 from p2p.weights.tokenizer import merges, vocabulary
 

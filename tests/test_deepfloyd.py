@@ -1,13 +1,10 @@
 """DeepFloyd IF, the paper's kind of backbone: both stages against diffusers, sizes, and edits through its hybrid attention."""
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from oracles import attention_processor, diffusers, transformers
-from PIL import Image
+from deepfloyd_models import THEIR_UPSCALER, THEIRS, randomised, scheduler
+from oracles import attention_processor, diffusers
 
 import p2p
 from p2p.align import word_tokens, words
@@ -17,9 +14,8 @@ from p2p.models.blocks import AddedAttention
 from p2p.models.maps import site_maps
 from p2p.models.t5 import T5Encoder
 from p2p.models.unet import UNet, UNetConfig
-from p2p.request.start import Low, draw
+from p2p.request.start import draw
 from p2p.sampler import ddpm_step, x0_and_eps
-from p2p.show.pictures import read_settings
 
 TINY = UNetConfig(
     in_channels=3, out_channels=6, channels=(32, 64, 128), layers_per_block=1, down_attention=(None, "added", "added"),
@@ -28,18 +24,6 @@ TINY = UNetConfig(
 UPSCALER = replace(
     TINY, layers_per_block=(1, 2, 1), low_channels=3, out_scale=2**0.5, mid_scale=1.414, skip_time_act=True, time_act="gelu",
     temb_dim=48)
-THEIRS = dict(
-    sample_size=32, layers_per_block=1, block_out_channels=(32, 64, 128), in_channels=3, out_channels=6, cross_attention_dim=64,
-    down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
-    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-    up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-    encoder_hid_dim=32, attention_head_dim=8, addition_embed_type="text", addition_embed_type_num_heads=2,
-    cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift", act_fn="gelu")
-THEIR_UPSCALER = THEIRS | dict(
-    in_channels=6, layers_per_block=(1, 2, 1), class_embed_type="timestep", mid_block_scale_factor=1.414,
-    time_embedding_act_fn="gelu", time_embedding_dim=48, resnet_skip_time_act=True, resnet_out_scale_factor=2**0.5)
-
-
 def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConfig:
     """Stage I of DeepFloyd IF (width 192: M, 320: L, 704: XL), which predicts eps and its variance."""
     channels = tuple(width * m for m in multiples)
@@ -50,15 +34,6 @@ def deepfloyd(width: int, multiples: tuple[int, ...] = (1, 2, 3, 4)) -> UNetConf
         heads=tuple(c // 64 for c in channels), context_dim=channels[-1], act="gelu", scale_shift=True,
         resample="residual", text_dim=4096, pool_heads=64,
     )
-
-
-def randomised(module):
-    """No weight at a zero or one of initialisation, which would hide what it multiplies."""
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(0.1 * torch.randn(p.shape, generator=g) + (p.ndim == 1))
-    return module.eval()
 
 
 def close(got, want):
@@ -119,40 +94,6 @@ def test_stage_one_at_full_size(width, parameters):
 
 
 # ------------------------------------------------------------------------------------------------------------------- files
-
-def t5(folder, suffix="", width=32):
-    """A small T5 and a tokenizer of the same kind: pieces, spaces written as "▁", </s> at the end, padding 0."""
-    words = "a cat dog big red on grass hip po pot am us , !".split()
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -5.0), *(("▁" + w, -1.0) for w in words), *((w, -2.0) for w in words)]
-    found = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=2))
-    found.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    found.decoder = tokenizers.decoders.Metaspace()
-    found.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder / f"tokenizer{suffix}")
-    tower = transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"))
-    randomised(tower).save_pretrained(folder / f"text_encoder{suffix}")
-    return tower, fast
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    """(stage I, its upscaler) as diffusers folders."""
-    root = tmp_path_factory.mktemp("if")
-    for name, config, kind in (("one", THEIRS, "IFPipeline"), ("two", THEIR_UPSCALER, "IFSuperResolutionPipeline")):
-        folder = root / name
-        randomised(diffusers.UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
-        scheduler(1.5 if name == "one" else 1.0).save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-        t5(folder)
-    return root / "one", root / "two"
-
-
-def scheduler(most):
-    return diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True,
-                                   dynamic_thresholding_ratio=0.95, sample_max_value=most)
-
 
 def own_names(state, head_dim):
     """diffusers' names of the small UNets as DeepFloyd's: counted by hand, queries, keys and values head by head."""
@@ -337,95 +278,3 @@ def test_prompts_encoded_beforehand_give_the_same_pictures(stages, tmp_path, cap
     (tmp_path / "other.safetensors").write_bytes((stages[0] / "text_encoder" / "model.safetensors").read_bytes())
     with pytest.raises(p2p.CheckpointError, match="not a file of encoded prompts"):
         p2p.load(stages[0], device="cpu", text=tmp_path / "other.safetensors")
-
-
-# ----------------------------------------------------------------------------------------------------------------- cascade
-
-@pytest.mark.slow
-def test_cascade(stages):
-    """Four times larger, prompts and noise shared: equal small pictures stay equal, and so do their neighbours' pixels."""
-    model, upscaler = p2p.load(stages[0], device="cpu"), p2p.load(stages[1], device="cpu")
-    small = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=8, width=16, seed=2)
-    large = p2p.upscale(upscaler, small, steps=3)
-    assert [i.size for i in large.images] == [(64, 32)] * 3 and large.rows > small.rows
-    assert (large.latents[2] - large.latents[0]).abs().max() < 1e-3 < (large.latents[1] - large.latents[0]).abs().max()
-    assert large.settings["targets"] == small.settings["targets"] and large.settings["upscale"]["noise_level"] == 250
-    edited = p2p.upscale(upscaler, small, steps=3, edited=True)
-    assert (edited.latents[0] - large.latents[0]).abs().max() < 1e-3 < (edited.latents[1] - large.latents[1]).abs().max()
-    led = p2p.edit(model, "a red cat on grass", ["a red dog on grass", "a red cat on grass"], steps=3, height=8, width=16, seed=2,
-                   negative_prompt="a bird")
-    led.images = small.images   # the stage alone
-    away = p2p.upscale(upscaler, led, steps=3)
-    assert (away.latents - large.latents).abs().max() > 1e-3
-    assert torch.equal(p2p.upscale(upscaler, led, steps=3, guidance_scale=1).latents, p2p.upscale(upscaler, small, steps=3, guidance_scale=1).latents)
-    with pytest.raises(p2p.UsageError, match="is a super-resolution stage"):
-        p2p.generate(upscaler, "a cat")
-    with pytest.raises(p2p.UsageError, match="is no super-resolution stage"):
-        p2p.upscale(model, small)
-
-
-def test_low_resolution_picture_is_noised_as_said(stages):
-    """At level 0 next to no noise lies on it; its noise is another than x_T, and the same for all rows."""
-    upscaler = p2p.load(stages[1], device="cpu")
-    low = torch.rand(1, 3, 8, 8).expand(2, -1, -1, -1) * 2 - 1
-    seen = {}
-
-    def spy(model, x, text, null, schedule, *rest, **how):
-        seen.update(x=x, text=text, null=null)
-        raise StopIteration
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("p2p.run.denoise", spy)
-        for level in (0, 500, 999):
-            with pytest.raises(StopIteration):
-                p2p.generate(upscaler, ["a cat", "a dog"], low=Low(low, level), seed=5)
-            told = seen["text"]
-            assert torch.equal(told.low[0], told.low[1]) and told.level.tolist() == [level] * 2 and torch.equal(seen["null"].low, told.low)
-            large = torch.nn.functional.interpolate(low, scale_factor=4, mode="bilinear", align_corners=True)
-            if level == 0:
-                assert (told.low - large).std() < 0.02
-            elif level == 500:
-                a = float(upscaler.alphas_cumprod[500])
-                assert (told.low - a**0.5 * large).std().item() == pytest.approx((1 - a) ** 0.5, rel=0.05)
-            else:
-                assert abs(told.low.std() - 1) < 0.1 and (told.low - seen["x"]).std() > 1
-
-
-@pytest.mark.slow
-def test_cascade_from_the_command_line(stages, tmp_path, capsys):
-    one, two = map(str, stages)
-    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", one, "--steps", "2", "--height", "16", "--width", "16",
-            "--seed", "4", "-o", str(tmp_path)]
-    assert main([*argv, "--upscaler", two, "--upscale-steps", "2"]) == 0
-    source, edit, grid, small = capsys.readouterr().out.split()
-    assert [Image.open(f).size for f in (source, edit)] == [(64, 64)] * 2 and read_settings(edit)["upscale"]["steps"] == 2
-    assert main(["edit", "--from", edit, "-o", str(tmp_path)]) == 0
-    again = capsys.readouterr().out.split()
-    assert [Path(a).read_bytes() == Path(b).read_bytes() for a, b in zip(again, (source, edit, grid, small))] == [True] * 4
-    assert main([*argv, "--upscale"]) == 2 and "name one with --upscaler" in capsys.readouterr().err
-    assert main([*argv, "--upscale-steps", "2"]) == 2 and "not without --upscale" in capsys.readouterr().err
-    assert main([*argv, "--upscaler", one]) == 2 and "is no super-resolution stage" in capsys.readouterr().err
-
-
-def test_an_edit_that_the_stage_does_not_take_is_refused_before_anything_runs(stages, tmp_path, capsys, monkeypatch):
-    """Layers at a depth that stage I has, of 7, and the upscaler, of 9, has not."""
-    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    for more in ([], ["--image", str(tmp_path / "a.png")]):
-        argv = ["edit", "a red cat on grass", "a red (dog:1.5) on grass", "--model", str(stages[0]), "--steps", "2", "-o", str(tmp_path / "out"),
-                "--upscaler", str(stages[1]), "--layers", "0.35:0.36", *more]
-        assert main([*argv, "--upscale-edited"]) == 2
-        assert f"--upscale-edited: of {stages[1]}, layers: none is chosen by" in capsys.readouterr().err
-        with pytest.raises(pytest.fail.Exception):
-            main(argv)
-
-
-def test_a_stage_computes_in_the_dtype_that_is_asked_for_or_recorded(stages, tmp_path, capsys):
-    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", str(stages[0]), "--steps", "1", "--height", "16", "--width", "16",
-            "--seed", "4", "-o", str(tmp_path), "-q"]
-    assert main([*argv, "--upscaler", str(stages[1]), "--upscale-steps", "1", "--dtype", "bfloat16"]) == 0
-    assert read_settings(max(tmp_path.glob("*/edit.png")))["upscale"]["dtype"] == "bfloat16"
-    assert main([*argv, "--dtype", "bfloat16"]) == 0
-    picture = max(tmp_path.glob("*/edit.png"))
-    assert main(["edit", "--from", str(picture), "--upscaler", str(stages[1]), "--upscale-steps", "1", "-o", str(tmp_path), "-q"]) == 0
-    assert read_settings(max(tmp_path.glob("*/edit.png")))["upscale"]["dtype"] == "bfloat16"

@@ -5,8 +5,8 @@ from pathlib import Path
 import flow_models as made
 import pytest
 import torch
+from deepfloyd_models import t5
 from oracles import diffusers
-from test_deepfloyd import t5
 
 import p2p
 from p2p import CheckpointError

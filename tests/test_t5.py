@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
+from deepfloyd_models import randomised, t5
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import transformers
 from safetensors.torch import load_file, save_file
-from test_deepfloyd import randomised, t5
 
 from p2p import CheckpointError
 from p2p.cli.parser import main

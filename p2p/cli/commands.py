@@ -20,6 +20,7 @@ from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.emphasis import prompt_tokens
 from p2p.request.inverting import DEFAULT, expected
+from p2p.request.loading import check_alone
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE
 from p2p.request.start import Sampling, fitting, solver
@@ -27,7 +28,7 @@ from p2p.run import Result, run
 from p2p.show.pictures import heat, overlay, table
 from p2p.show.preview import STEPS as PREVIEW_STEPS
 from p2p.show.preview import shortened
-from p2p.show.sweep import edits_of, shown
+from p2p.show.sweep import TOLD_APART, edits_of, shown
 from p2p.show.sweep import sweep as run_sweep
 
 
@@ -92,7 +93,8 @@ def _expected(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) 
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
               upscaler: Stage | None = None, **settings: Any) -> p2p.Inversion:
     """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
-    check_stage(upscaler, edit_request(model, _expected(args, model, picture), edits, **settings))
+    request = edit_request(model, _expected(args, model, picture), edits, **settings)
+    check_stage(upscaler, model, request.source, request.edits, request.settled.shape)
     return _invert(args, model, picture)
 
 
@@ -208,9 +210,7 @@ def _check_unguided(args: argparse.Namespace) -> None:
 def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:
     """Raises UsageError for a model that draws nothing by itself, for a name of no layer, and for components
     without self-attention."""
-    if model.unet.enlarges:
-        raise p2p.UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
-                             "model")
+    check_alone(model)
     layers, site = model.unet.text_sites(), args.site
     pixels = [layer.site for layer in model.unet.layers(SelfAttention)]
     if args.components and not any((site or "") in name for name in pixels):
@@ -245,7 +245,7 @@ def sweep(args: argparse.Namespace) -> None:
         seed = f"seed{r.settings['seed']}-" if "seed" in over else ""
         out.picture(f"{seed}source", r.images[0], r.settings)
         for image, v in zip(r.images[1:], done.variants):
-            parts = [re.sub(r"[^a-z0-9#]+", "-", n.lower()) + shown(x, 15).replace(":", "-")
+            parts = [re.sub(r"[^a-z0-9#]+", "-", n.lower()) + shown(x, TOLD_APART).replace(":", "-")
                      for n, x in v.items()]
             out.picture(seed + ("-".join(parts) or "edit"), image, r.settings)
     out.picture("table", done.table)

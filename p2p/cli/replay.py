@@ -70,7 +70,7 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
         refuse(args, "--from a picture of another editor, which injects into its own model alone",
                ["upscale_edited"])
     upscaler = (_stage(args, settings["upscale"]) if settings.get("upscale") else
-                stage(args, model.family, getattr(torch, str(settings["dtype"]), None)))
+                stage(args, model.family, model.dtype))
     source = None
     if (record := settings["inversion"]) is not None:
         refuse(args, "--from a real picture: it has its own timesteps, and the size that it was brought to",
@@ -169,8 +169,8 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
     arguments |= {"method": method, "height": picture.height, "width": picture.width}
-    planned = expected(model, record["prompt"], **arguments)
-    check_stage(upscaler, edit_request(model, planned, edits, **settings))
+    request = edit_request(model, expected(model, record["prompt"], **arguments), edits, **settings)
+    check_stage(upscaler, model, request.source, request.edits, request.settled.shape)
     inversion = p2p.invert(model, picture, record["prompt"], progress=options.progress(args), **arguments)
     inversion = replace(inversion, fit=choice("fit", fit, FITS))
     if "queries" in record and inversion.method in FOLLOW:   # rounded, in a trace

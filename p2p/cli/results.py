@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import p2p
 from p2p.cli import options
 from p2p.cli.output import Output
 from p2p.request.checks import finite, whole
-from p2p.request.editing import EditRequest, edit_request
+from p2p.request.editing import edit_request
 from p2p.request.ready import generation, prepared
 from p2p.request.start import Low
 from p2p.run import Result, run
@@ -44,14 +45,16 @@ def stage(args: argparse.Namespace, family: str, dtype: torch.dtype | None) -> S
     return model, settings
 
 
-def check_stage(stage: Stage | None, request: EditRequest) -> None:
-    """Raises UsageError for edits that cannot be injected into the stage, before there is a picture."""
+def check_stage(stage: Stage | None, model: p2p.Model, source: str, edits: Sequence[p2p.Edit],
+                shape: Sequence[int]) -> None:
+    """Raises UsageError for edits that cannot be injected into the stage, before there is a picture. model,
+    shape: of the small ones' latents, (..., H, W)."""
     if stage is None or not stage[1].get("edited"):
         return
-    sides = [side * request.model.shrink for side in request.settled.shape[1:]]
-    small = Low(torch.empty(1 + len(request.edits), 3, *sides, device="meta"), 0)
+    sides = [side * model.shrink for side in shape[-2:]]
+    small = Low(torch.empty(1 + len(edits), 3, *sides, device="meta"), 0)
     try:
-        edit_request(stage[0], request.source, request.edits, low=small)
+        edit_request(stage[0], source, edits, low=small)
     except p2p.UsageError as error:
         raise p2p.UsageError(f"--upscale-edited: of {stage[0].name}, {error}") from None
 
@@ -69,9 +72,8 @@ def _check_stage(name: str, model: p2p.Model, settings: dict[str, Any]) -> None:
 def edited(args: argparse.Namespace, model: p2p.Model, source: Any, targets: Any,
            upscaler: Stage | None = None, **settings: Any) -> Result:
     """As `p2p.edit`, but before the first step the notes are printed and what comes after is checked."""
-    if upscaler is not None:
-        check_stage(upscaler, edit_request(model, source, targets, **settings))
     ready = prepared(model, source, targets, **settings)
+    check_stage(upscaler, model, ready.prompts[0], ready.edits, ready.start.x.shape)
     options.say(list(dict.fromkeys(ready.notes)))
     return run(model, ready, settings.get("record", NOTHING), options.progress(args))
 

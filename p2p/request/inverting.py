@@ -12,6 +12,7 @@ from p2p.model import Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import prompt_tokens
+from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
 from p2p.request.negative import refuse_replaced
 from p2p.request.prompts import check as check_prompt
@@ -35,7 +36,7 @@ SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
 DEFAULTS = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25},
             "flow-edit": {"n_avg": 1, "n_min": 0}}
 GUIDANCE = {"rf-inversion": 0.0}    # while inverting, 1 for the other methods
-BY_DDIM = ("ddim", "fixed-point", "negative-prompt", "null-text", "direct")   # inverted by its formula
+UP_BY_DDIM = ("ddim", "fixed-point", "negative-prompt", "null-text", "direct")   # inverted by its formula
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
 
@@ -95,7 +96,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
                         model.sha256, fit=fit, final_alpha=final_alpha, overrides=model.overrides,
                         negative_prompt=negative_prompt, **_own(method, steps - skip, own))
-    rows = 0 if method == "noise" else 2 if inversion_guidance and model.guided(inversion_guidance) else 1
+    rows = 0 if method == "noise" else 1 + guided(model, inversion_guidance)
     check_run(model, 1, shape, planned.calls, rows=rows, autoencoder="encodes" if encodes else None,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
     notes += [*late_start(model, schedule), *_remarks(model, planned, schedule)]
@@ -104,11 +105,14 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
 
 
+def guided(model: Model, guidance_scale: float) -> bool:
+    """Whether the network runs two rows a step: at 0 the empty or negative prompt stands alone."""
+    return guidance_scale != 0 and model.guided(guidance_scale)
+
+
 def _check_model(model: Model, method: str) -> None:
     """Raises UsageError for a model that the method does not invert."""
-    if model.unet.enlarges:
-        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
-                         "model, see `upscale`")
+    check_alone(model)
     if method != "ddcm":
         by_ddim(model, f"{method} inverts", "ddcm, or ")
     if method == "null-text" and model.unet.reads_guidance:
@@ -151,7 +155,7 @@ def _remarks(model: Model, planned: Inversion, schedule: Schedule) -> list[str]:
     """Notes on a control of edits that covers none of their steps, a bound that is not kept, a negative
     prompt that stands alone, and a step that leads nowhere."""
     notes = []
-    if planned.method in BY_DDIM and model.flow is None and not schedule.levels[planned.skip].alpha > 0:
+    if planned.method in UP_BY_DDIM and model.flow is None and not schedule.levels[planned.skip].alpha > 0:
         # the network reads its input as the noise that it looks for
         notes.append(f"{planned.method} inversion: its last step leads to nothing but noise (zero terminal "
                      "SNR), where DDIM's formula stands still; skip 1 leaves that step out")

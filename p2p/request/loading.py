@@ -35,6 +35,13 @@ def find_device(name: str | torch.device | None, what: str = "device") -> torch.
     return device
 
 
+def check_alone(model: Model) -> None:
+    """Raises UsageError for a model that draws nothing by itself."""
+    if model.unet.enlarges:
+        raise UsageError(f"{model.name} is a super-resolution stage: it enlarges the pictures of another "
+                         "model, see `upscale`")
+
+
 def find_model(model: Any) -> Model:
     """Returns the model, loaded for this call alone if what it is loaded from is given. Raises
     CheckpointError, UsageError."""

@@ -67,7 +67,7 @@ def check_run(model: Model, n: int, shape: tuple[int, ...], steps: int, *, rows:
               record: Record = Record()) -> None:
     """Raises UsageError unless n pictures of latents of that shape (C, H, W) can be sampled. rows: of the
     network, None for one a picture; noises: tensors that are drawn; stored: latents that are stored; targets:
-    of an edit; autoencoder: what it does, "decodes" or "encodes"."""
+    of an edit; autoencoder: what it does, "decodes", "encodes" or None."""
     one = 4 * shape[0] * shape[1] * shape[2]
     pixels = shape[1] * shape[2] * model.shrink**2
     length = model.length if model.text_encoders else 0

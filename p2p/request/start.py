@@ -17,6 +17,7 @@ from p2p.errors import UsageError
 from p2p.image import FITS, as_picture, own_size
 from p2p.model import Model
 from p2p.request.checks import choice, finite, share, unreadable, whole
+from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED, SAMPLERS, Level, Schedule, check_schedule
@@ -201,19 +202,18 @@ def settle(model: Model, sampling: Sampling, seeds: Sequence[object], n: int, *,
     """Checks the sampling of n prompts, `targets` of them edits. seeds: one for all, or one for each. rows:
     of the network, None for each prompt's own; calls: of the network, None for one a step. Raises UsageError,
     also for a run that needs more memory than the machine has: nothing is allocated here."""
-    low = sampling.low
     guidance_scale = guidance(model, sampling.guidance_scale)
     sampler, steps, eta = solver(model, sampling)
-    if model.unet.enlarges != (low is not None):
-        kind = "a super-resolution stage: it enlarges the pictures of another model, see `upscale`"
-        kind = kind if low is None else "no super-resolution stage: it takes prompts alone"
-        raise UsageError(f"{model.name} is {kind}")
+    if sampling.low is None:
+        check_alone(model)
+    elif not model.unet.enlarges:
+        raise UsageError(f"{model.name} is no super-resolution stage: it takes prompts alone")
     shape = model.latent_shape(*_sides(model, sampling, n))
     schedule = model.schedule(steps, sampler, sampling.timestep_spacing, sampling.timesteps, eta, shape[1:])
     drawn = [check_seed(seed) for seed in seeds]
     check_run(model, n, shape, steps if calls is None else calls, targets=targets, record=record,
               rows=n * (1 + model.guided(guidance_scale)) if rows is None else rows,
-              noises=len(drawn) * (1 + (steps if eta else 0) + (low is not None)))
+              noises=len(drawn) * (1 + (steps if eta else 0) + (sampling.low is not None)))
     return Settled(schedule, guidance_scale, eta, sampler, shape, drawn)
 
 

@@ -23,6 +23,7 @@ from p2p.run import Result, edit
 from p2p.show.pictures import table
 from p2p.weights.untrusted import brief
 
+TOLD_APART = 15   # digits by which values are, and files of their pictures
 NAMES = {"cross": "cross_replace_steps", "self": "self_replace_steps"}
 
 
@@ -76,7 +77,7 @@ def _checked(over: Mapping[str, Sequence[Any]], inverted: bool, seed: int) -> di
     """The values of each setting. inverted: the source has its noise. Raises UsageError."""
     over = {name: [_value(name, value) for value in values] for name, values in over.items()}
     for name, values in over.items():
-        if len({shown(value, 15) for value in values}) < len(values):
+        if len({shown(value, TOLD_APART) for value in values}) < len(values):
             raise UsageError(f"a sweep over {name} names a value twice: {', '.join(map(shown, values))}")
     if not all(float(s).is_integer() for s in over.get("seed", ())):
         raise UsageError(f"a sweep over seeds takes whole numbers, not {', '.join(map(shown, over['seed']))}")

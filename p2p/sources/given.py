@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
+from p2p.request.inverting import guided
 from p2p.request.schedules import Level, Schedule
 from p2p.sampler import ddim_step, guide, x0_and_eps
 
@@ -40,7 +41,7 @@ class Run(NamedTuple):
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether the network runs two rows."""
-        return guidance_scale != 0 and self.model.guided(guidance_scale)
+        return guided(self.model, guidance_scale)
 
     def predict(self, x: Tensor, t: int | float, guidance_scale: float = 1.0) -> Tensor:
         """The network's output for one picture: one row, or two with guidance that is neither 0 nor 1 and no

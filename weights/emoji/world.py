@@ -346,7 +346,7 @@ def _styled(picture: Tensor, covered: Tensor, style: Tensor) -> Tensor:
 def _flakes(s: Scene, side: int, device) -> Tensor:
     """Falling snow, in front of everything.  -> (B, 1, side, side) in 0..1"""
     axis, at = (torch.arange(side, device=device) + 0.5) / side, torch.tensor(FLAKES, device=device)
-    shift = torch.stack([17 * s.landmark, 97 * s.light], dim=1)[:, None]           # as good as any
+    shift = torch.stack([17 * s.landmark, 97 * s.light], dim=1)[:, None]           # of the scene
     x, y = ((at + shift) % 1)[..., None].unbind(2)                                 # (B, F, 1)
     dx, dy = (axis - x)[:, :, None], (axis - y)[..., None]
     return (1.9 - (dx**2 + dy**2).sqrt() / 0.023).amax(1, keepdim=True).clamp(0, 1)
