@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from p2p.models.layers import Linear
 
+KV = tuple[Tensor, Tensor]            # keys and values of the text, (B, L, h d) each: the same at every step
 QK = tuple[Tensor, Tensor]            # queries and keys of a layer: (B, N, h d) and (B, K, h d)
 QKV = tuple[Tensor, Tensor, Tensor]   # and values, (B, K, h d)
 
@@ -31,23 +32,14 @@ class AttentionEdit(NamedTuple):
     source: Tensor                      # (E,) long: the row whose text columns each edited row borrows
     mix: Tensor | None = None           # (E, L, L): source columns -> own columns
     keep: Tensor | None = None          # (E, L): share of the own columns that stays
-    renormalise: Tensor | None = None   # (E,) bool: divide P' V by each pixel's row sum of P', which an edit
-                                        # moves away from 1 (formed of |mix|, |keep|: weights may be negative)
+    renormalise: Tensor | None = None   # (E,) bool: divide P' V by the row sums of P', of |mix| and |keep|
     pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... only at sites with at most this many pixels, and
-                                        # among hybrid layers only in joint ones; None: everywhere
+    max_pixels: Tensor | None = None    # (E,) long: ... in self- and joint layers up to so many; None: all
     cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are numbered after the batch's
 
 
-class TextKV(NamedTuple):
-    """Keys and values of the text, which a layer reads at every step."""
-
-    k: Tensor   # (B, L, h d)
-    v: Tensor   # (B, L, h d)
-
-
 Edits = AttentionEdit | Mapping[str, AttentionEdit] | None   # one for all layers, or by site
-Texts = Mapping[str, TextKV]                                 # by site
+Texts = Mapping[str, KV]                                     # by site
 Seen = dict[str, QK | None]                                  # the watched sites: layers put q and k there
 
 
@@ -114,17 +106,14 @@ class Attention(nn.Module):
         return self.to_out(rearrange(x, "b h n d -> b n (h d)").to(dtype))
 
     def site_edit(self, edit: Edits) -> AttentionEdit | None:
-        """The edit of this layer."""
         return edit.get(self.site) if isinstance(edit, Mapping) else edit
 
     def with_cached(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of every row that an edit may name: those of the batch, then the cached ones,
-        whose values nothing borrows."""
+        """Queries and keys of all rows that an edit may name: the batch's, then the cached ones."""
         if edit.cached is None:
             return q, k
-        more_q, more_k = edit.cached[self.site]
-        more_k = more_k[:, :k.shape[1]]   # k may be of pixels alone, which stand before the text
-        return torch.cat([q, more_q.to(q)]), torch.cat([k, more_k.to(k)])
+        more_q, more_k = (x.to(q) for x in edit.cached[self.site])
+        return torch.cat([q, more_q]), torch.cat([k, more_k[:, :k.shape[1]]])   # k may be of pixels alone
 
     def borrow(self, edit: AttentionEdit | None, q: Tensor, k: Tensor, v: Tensor) -> QKV:
         """What is used between pixels: q, k and v (B, N, h d) of the rows that the edit names."""
@@ -160,13 +149,13 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Pixels attend to text (paper section 3.1, i)."""
 
-    def text(self, context: Tensor) -> TextKV:
+    def text(self, context: Tensor) -> KV:
         """(B, L, C) -> keys and values (B, L, h d)"""
-        return TextKV(self.to_k(context), self.to_v(context))
+        return self.to_k(context), self.to_v(context)
 
-    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
+    def columns(self, x: Tensor, text: KV, edit: AttentionEdit | None) -> QKV:
         """Queries, and all keys and values that they are compared with: (B, N, h d) and (B, K, h d)"""
-        return self.to_q(x), text.k, text.v
+        return self.to_q(x), *text
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit | None,
                  seen: Seen | None) -> Tensor:
@@ -179,7 +168,7 @@ class CrossAttention(Attention):
         q_src, k_src = self.split(*of_source)                                    # (E, h, N or K, d)
         q, k, v = self.split(q, k, v)                                            # (B, h, N, d), (B, h, K, d)
         out = edited_attend(q, k, v, q_src, k_src, edit.mix, edit.keep)          # P' V
-        if edit.renormalise is not None:   # row sums are P' times a column of ones: no map is needed either
+        if edit.renormalise is not None:   # an edit moves row sums, P' times a column of ones, away from 1
             sums = edited_attend(q, k, torch.ones_like(v), q_src, k_src, edit.mix.abs(), edit.keep.abs())
             some = F.pad(edit.renormalise, (len(q) - len(edit.source), 0))
             out = torch.where(some[:, None, None, None], out / sums, out)
@@ -200,14 +189,15 @@ class HybridAttention(CrossAttention):
         Attention.__init__(self, dim, dim, heads, head_dim, upcast, bias)
         self.add_k_proj, self.add_v_proj = (Linear(context_dim, heads * head_dim, bias) for _ in range(2))
 
-    def text(self, context: Tensor) -> TextKV:
-        return TextKV(self.add_k_proj(context), self.add_v_proj(context))
+    def text(self, context: Tensor) -> KV:
+        return self.add_k_proj(context), self.add_v_proj(context)
 
-    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
+    def columns(self, x: Tensor, text: KV, edit: AttentionEdit | None) -> QKV:
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)                       # (B, N, h d)
         if edit is not None and edit.max_pixels is None:
             q, k, v = self.borrow(edit, q, k, v)
-        return q, torch.cat([k, text.k], dim=1), torch.cat([v, text.v], dim=1)   # (B, N + L, h d)
+        text_k, text_v = text
+        return q, torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)   # (B, N + L, h d)
 
 
 class JointAttention(HybridAttention):

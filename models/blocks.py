@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2p.models.attention import (
+    KV,
     QKV,
     AttentionEdit,
     CrossAttention,
@@ -17,7 +18,6 @@ from p2p.models.attention import (
     HybridAttention,
     Seen,
     SelfAttention,
-    TextKV,
     Texts,
     attend,
 )
@@ -281,12 +281,12 @@ class AddedAttention(HybridAttention):
         self.group_norm = nn.GroupNorm(32, dim)
         self.norm_cross = nn.GroupNorm(32, context_dim) if norm_text else None
 
-    def text(self, context: Tensor) -> TextKV:
+    def text(self, context: Tensor) -> KV:
         if self.norm_cross is not None:
             context = self.norm_cross(context.transpose(1, 2)).transpose(1, 2)   # (B, L, D)
         return super().text(context)
 
-    def columns(self, x: Tensor, text: TextKV, edit: AttentionEdit | None) -> QKV:
+    def columns(self, x: Tensor, text: KV, edit: AttentionEdit | None) -> QKV:
         return (HybridAttention if self.pixel_columns else CrossAttention).columns(self, x, text, edit)
 
     def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
