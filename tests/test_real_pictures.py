@@ -42,7 +42,8 @@ def test_a_sweep_inverts_its_picture_once(narrow, photo, tmp_path, monkeypatch):
     inversion = inverted(narrow, photo, "pad", method="direct", guidance_scale=3.0)
     first = p2p.edit(narrow, inversion, [p2p.Edit(TARGET, cross_replace_steps=0.0, self_replace_steps=0.0)], guidance_scale=3.0)
     assert same(Image.open(folder / "source.png"), first.images[0]) and same(Image.open(folder / "input.png"), inversion.picture)
-    assert same(Image.open(folder / "self0-cross0.png"), first.images[1])
+    of_four, alone = (np.asarray(image, int) for image in (Image.open(folder / "self0-cross0.png"), first.images[1]))
+    assert abs(of_four - alone).max() <= 1   # batches of other sizes round otherwise, on CPUs of some kinds
     said = read_settings(folder / "source.png")
     recorded = said["inversion"]
     assert (recorded["method"], recorded["fit"], recorded["steps"], said["guidance_scale"]) == ("direct", "pad", 3, 3.0)

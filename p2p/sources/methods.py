@@ -245,7 +245,8 @@ def _null_text(run: Run, latents: Tensor, guidance_scale: float, inner_steps: in
     squared error of 1e-5 + 2e-5 i.  -> (T, L, C), rows that the UNet computed
     """
     model, null = run.model, run.null
-    context, contexts, rows = null.context.float(), [], 0
+    context = null.context.to(torch.promote_types(null.context.dtype, torch.float32))
+    contexts, rows = [], 0
     x = latents[-1:].to(run.x_0)
     scale = 2.0**16 if model.dtype == torch.float16 else 1.0   # the gradient of a mean is below its range
 
@@ -256,8 +257,7 @@ def _null_text(run: Run, latents: Tensor, guidance_scale: float, inner_steps: in
     def unconditional(x: Tensor, t: int | float, context: Tensor) -> Tensor:
         return model.predict(x, t, null._replace(context=context.to(model.dtype)))[0]
 
-    bar = tqdm(list(run.schedule), disable=not run.progress, leave=False,
-               unit="step")
+    bar = tqdm(list(run.schedule), disable=not run.progress, leave=False, unit="step")
     for i, (t, level, after) in enumerate(bar):
         wanted = latents[-2 - i][None]
         with torch.no_grad():
