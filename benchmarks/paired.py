@@ -3,8 +3,9 @@
     python -m benchmarks.paired [FOLDER] [--n 50] [--steps 50] [--methods direct,ddim,...] [--kinds swap,colour,...]
 
 Every method and kind of edit runs in a process of its own (its peak memory is then its own); one that fails is a row that says
-why. Writes a file a method after each kind, so that a run that was stopped goes on where it was and several may share a
-folder; then, of all that are there, paired.json and paired.md: a row a method, its figures over all kinds, a table for each.
+why. Writes a file a method after each kind, so that a run that was stopped goes on where it was and several may share a folder
+(what other weights left there is measured again); then, of all that are there, paired.json and paired.md: a row a method, its
+figures over all kinds, a table for each.
 """
 from __future__ import annotations
 
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := [name for name in names if name not in known]:
             ap.error(f"no {what} {', '.join(unknown)}; known: {', '.join(known)}")
     a.folder.mkdir(parents=True, exist_ok=True)
-    run = {"n": a.n, "steps": a.steps, "model": a.model}
+    run = {"n": a.n, "steps": a.steps, "model": a.model, "sha256": p2p.load(a.model).sha256}
     for method in methods:
         for kind in asked:
             before = _done(a.folder, run).get(method, {})

@@ -1,8 +1,14 @@
 """The benchmark of real pictures: which edits it draws, and what it takes for right."""
+import json
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from benchmarks.paired import KINDS, pairs, right, table
+import p2p
+from benchmarks import paired
+from benchmarks.paired import FIGURES, KINDS, pairs, right, table
 from benchmarks.quality import first, psnr_outside
 from benchmarks.sprites import sheet
 from p2p.weights.emoji import recogniser
@@ -57,3 +63,19 @@ def test_a_sheet_shows_every_picture(tmp_path):
     picture = Image.open(tmp_path / "sheet.png")
     assert picture.size == (2 * 4 * 2 * 64, 2 * 2 * 64)
     assert [picture.getpixel((64 + 128 * k, 192))[0] for k in range(3)] == [0, 128, 255]   # the fifth caption's, then paper
+
+
+def test_a_run_goes_on_where_it_was_but_not_with_other_weights(tmp_path, monkeypatch):
+    measured = []
+
+    def run(command, **_):
+        measured.append(command[command.index("--kinds") + 1])
+        kinds = {measured[-1]: dict.fromkeys(FIGURES, 1.0)}
+        return subprocess.CompletedProcess(command, 0, json.dumps({"kinds": kinds, "peak MB": 1}), "")
+    monkeypatch.setattr(subprocess, "run", run)
+    for sha256, kinds, new in (("a", "swap", ["swap"]), ("a", "swap,colour", ["colour"]), ("b", "swap,colour", ["swap", "colour"])):
+        monkeypatch.setattr(p2p, "load", lambda name, said=sha256: SimpleNamespace(sha256=said))
+        measured.clear()
+        paired.main([str(tmp_path), "--methods", "direct", "--kinds", kinds])
+        assert measured == new
+    assert json.loads((tmp_path / "paired.json").read_text())["sha256"] == "b"
