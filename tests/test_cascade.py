@@ -91,7 +91,7 @@ def test_an_edit_that_the_stage_does_not_take_is_refused_before_anything_runs(st
 
 
 def test_a_stage_computes_in_the_dtype_that_is_asked_for_or_recorded(stages, tmp_path, capsys):
-    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", str(stages[0]), "--steps", "1", "--height", "16", "--width", "16",
+    argv = ["edit", "a red cat on grass", "a red dog on grass", "--model", str(stages[0]), "--steps", "1", "--height", "8", "--width", "8",
             "--seed", "4", "-o", str(tmp_path), "-q"]
     assert main([*argv, "--upscaler", str(stages[1]), "--upscale-steps", "1", "--dtype", "bfloat16"]) == 0
     assert read_settings(max(tmp_path.glob("*/edit.png")))["upscale"]["dtype"] == "bfloat16"
