@@ -1,13 +1,14 @@
 """Attention with the edit as an argument: all of Prompt-to-Prompt's injection (Hertz et al. 2022, section 3).
 
-Notation of the paper: a map M = softmax(Q K^T / sqrt(d)) (Eq. 1) has a row for each pixel and a column for
-each text token. P and V are a target's, P_src is its source's map: two rows of the batch. Every edit of the
-paper is linear in the columns (`p2p.edits` has mix and keep of each), and (P mix) V = P (mix V):
+The paper's map M = softmax(Q K^T / sqrt(d)) (Eq. 1), here P, has a line for each pixel and a column for each
+text token. P and V are a target's, P_src is its source's: "rows", here, are those of a batch. Every edit of
+the paper is linear in the columns (`p2p.edits` has mix and keep of each), and (P mix) V = P (mix V):
 
     P'   = P_src . mix + P . diag(keep)
     P' V = attend(q_src, k_src, mix V) + attend(q, k, keep V)
 
-so an edit is two small tensors a step, and no map has to be formed: `edited_attend`. `edited_probs` is P'.
+so an edit of text is two small tensors a step, and no map has to be formed: `edited_attend`. `edited_probs`
+is P'. Self-attention is edited by attending with the source's queries and keys: `borrow`.
 """
 from __future__ import annotations
 
@@ -27,20 +28,20 @@ QKV = tuple[Tensor, Tensor, Tensor]   # and values, (B, K, h d)
 
 
 class AttentionEdit(NamedTuple):
-    """Edit(M_t, M*_t, t) of one step, for the last E rows of the batch. None stands for no edit."""
+    """The edit of one step, the paper's Edit(M_t, M*_t, t), for the last E rows of the batch."""
 
-    source: Tensor                      # (E,) long: the row whose text columns each edited row borrows
-    mix: Tensor | None = None           # (E, L, L): source columns -> own columns
-    keep: Tensor | None = None          # (E, L): share of the own columns that stays
-    renormalise: Tensor | None = None   # (E,) bool: divide P' V by the row sums of P', of |mix| and |keep|
-    pixels: Tensor | None = None        # (3, E) long: whose q, k and v each edited row uses between pixels
-    max_pixels: Tensor | None = None    # (E,) long: ... in self- and joint layers up to so many; None: all
-    cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are numbered after the batch's
+    source: Tensor                      # (E,) long: the row from whose map each borrows columns of text
+    mix: Tensor | None = None           # (E, L, L): source columns -> own columns; None: text is not edited
+    keep: Tensor | None = None          # (E, L): share of the own columns that stays; comes with mix
+    renormalise: Tensor | None = None   # (E,) bool: divide P' V by the sums of P_src |mix| + P diag(|keep|)
+    pixels: Tensor | None = None        # (3, E) long: the rows whose pixels' q, k and v each takes as its own
+    max_pixels: Tensor | None = None    # (E,): ... if at most so many, never in hybrid layers; None: always
+    cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are not run: B, B + 1, ...
 
 
 Edits = AttentionEdit | Mapping[str, AttentionEdit] | None   # one for all layers, or by site
 Texts = Mapping[str, KV]                                     # by site
-Seen = dict[str, QK | None]                                  # the watched sites: layers put q and k there
+Seen = dict[str, QK | None]   # the watched sites, where layers put q and k; self-attention before it borrows
 
 
 # ------------------------------------------------------------------------------------------ the mathematics
@@ -51,42 +52,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_probs(q: Tensor, k: Tensor) -> Tensor:
-    """The map itself (paper Eq. 1).  (B, h, N, d), (B, h, K, d) -> (B, h, N, K), rows sum to 1"""
+    """The map itself (paper Eq. 1).  (B, h, N, d), (B, h, K, d) -> (B, h, N, K), sums to 1 over K"""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
 def edited_attend(q: Tensor, k: Tensor, v: Tensor, q_src: Tensor, k_src: Tensor, mix: Tensor,
                   keep: Tensor) -> Tensor:
-    """P' V, fused. The edit is of the last L columns of the last E rows; all others are the row's own.
+    """P' V, fused. Only the last L columns of the last E rows are edited.
 
     q (B, h, N, d); k, v (B, h, K, d); q_src, k_src (E, h, ...); mix (E, L, L); keep (E, L)  ->  (B, h, N, d)
     """
-    e, pixels = len(mix), v.shape[2] - mix.shape[-1]                  # columns of pixels before the text
+    e, n = len(mix), v.shape[2] - mix.shape[-1]                       # n columns of pixels before the text
     mix, keep = mix[:, None].to(v.dtype), keep[:, None, :, None].to(v.dtype)
-    text = v[-e:, :, pixels:]                                         # (E, h, L, d)
-    own = torch.cat([v[-e:, :, :pixels], keep * text], dim=2)         # (E, h, K, d)
-    borrowed = F.pad(mix @ text, (0, 0, pixels, 0))                   # (E, h, K, d)
+    text = v[-e:, :, n:]                                              # (E, h, L, d)
+    own = torch.cat([v[-e:, :, :n], keep * text], dim=2)              # (E, h, K, d)
+    borrowed = F.pad(mix @ text, (0, 0, n, 0))                        # (E, h, K, d)
     out = attend(q, k, torch.cat([v[:-e], own]))
     return torch.cat([out[:-e], out[-e:] + attend(q_src, k_src, borrowed)])
 
 
 def edited_probs(p: Tensor, p_src: Tensor, mix: Tensor, keep: Tensor) -> Tensor:
-    """P' itself, the explicit form of `edited_attend`; its rows need not sum to 1.
+    """P' itself, the explicit form of `edited_attend`; its columns need not sum to 1.
 
     p (E, h, N, K); p_src (E or 1, h, N, K); mix (E, L, L); keep (E, L)  ->  (E, h, N, K)
     """
-    pixels = p.shape[-1] - mix.shape[-1]
+    n = p.shape[-1] - mix.shape[-1]
     mix, keep = mix[:, None].to(p.dtype), keep[:, None, None].to(p.dtype)
-    text = p_src[..., pixels:] @ mix + p[..., pixels:] * keep
-    return torch.cat([p[..., :pixels], text], dim=-1)
+    return torch.cat([p[..., :n], p_src[..., n:] @ mix + p[..., n:] * keep], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------- the modules
 
 class Attention(nn.Module):
-    """Projections, heads, and whose rows an edit reads."""
+    """Projections, heads, and the rows that an edit borrows from."""
 
-    site = ""               # the layer's name in its network, which gives it once, when it is built
+    site = ""               # the layer's name in its network, set when that is built
     pixel_columns = False   # whether pixels are among the columns of its maps
 
     def __init__(self, dim: int, kv_dim: int, heads: int, head_dim: int, upcast: bool = False,
@@ -109,14 +109,14 @@ class Attention(nn.Module):
         return edit.get(self.site) if isinstance(edit, Mapping) else edit
 
     def with_cached(self, edit: AttentionEdit, q: Tensor, k: Tensor) -> QK:
-        """Queries and keys of all rows that an edit may name: the batch's, then the cached ones."""
+        """Queries and keys of the batch's rows and then the cached ones: an edit's numbers index these."""
         if edit.cached is None:
             return q, k
         more_q, more_k = (x.to(q) for x in edit.cached[self.site])
-        return torch.cat([q, more_q]), torch.cat([k, more_k[:, :k.shape[1]]])   # k may be of pixels alone
+        return torch.cat([q, more_q]), torch.cat([k, more_k[:, :k.shape[1]]])   # k: of pixels, or of text too
 
     def borrow(self, edit: AttentionEdit | None, q: Tensor, k: Tensor, v: Tensor) -> QKV:
-        """What is used between pixels: q, k and v (B, N, h d) of the rows that the edit names."""
+        """q, k and v (B, N, h d) of all rows; an edited row's are those of the rows that `pixels` names."""
         if edit is None or edit.pixels is None:
             return q, k, v
         rows, chosen, e = torch.arange(len(q), device=q.device), edit.pixels, len(edit.source)
@@ -154,12 +154,12 @@ class CrossAttention(Attention):
         return self.to_k(context), self.to_v(context)
 
     def columns(self, x: Tensor, text: KV, edit: AttentionEdit | None) -> QKV:
-        """Queries, and all keys and values that they are compared with: (B, N, h d) and (B, K, h d)"""
+        """Queries (B, N, h d), and keys and values of all columns (B, K, h d)."""
         return self.to_q(x), *text
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, edit: AttentionEdit | None,
                  seen: Seen | None) -> Tensor:
-        """What pixels read, P' V; the last columns are the text's.  (B, N or K, h d) -> (B, h, N, d)"""
+        """The pixels' P' V; the last columns are the text's.  (B, N or K, h d) -> (B, h, N, d)"""
         if seen is not None and self.site in seen:
             seen[self.site] = q, k
         if edit is None or edit.mix is None or edit.keep is None:
@@ -168,10 +168,10 @@ class CrossAttention(Attention):
         q_src, k_src = self.split(*of_source)                                    # (E, h, N or K, d)
         q, k, v = self.split(q, k, v)                                            # (B, h, N, d), (B, h, K, d)
         out = edited_attend(q, k, v, q_src, k_src, edit.mix, edit.keep)          # P' V
-        if edit.renormalise is not None:   # an edit moves row sums, P' times a column of ones, away from 1
+        if edit.renormalise is not None:   # P' need not sum to 1: its sums are what it makes of values of 1
             sums = edited_attend(q, k, torch.ones_like(v), q_src, k_src, edit.mix.abs(), edit.keep.abs())
-            some = F.pad(edit.renormalise, (len(q) - len(edit.source), 0))
-            out = torch.where(some[:, None, None, None], out / sums, out)
+            chosen = F.pad(edit.renormalise, (len(q) - len(edit.source), 0))
+            out = torch.where(chosen[:, None, None, None], out / sums, out)
         return out
 
     def forward(self, x: Tensor, texts: Texts, edit: Edits = None, seen: Seen | None = None) -> Tensor:
@@ -203,23 +203,23 @@ class HybridAttention(CrossAttention):
 class JointAttention(HybridAttention):
     """Pixels and text attend to both in one softmax (MM-DiT): hybrid attention whose text has queries too.
 
-    mix and keep edit the pixels' rows alone. Borrowed q and k of pixels count in the whole softmax: beside
-    the row's own text keys, and in the rows of its text. Projections, norms and rotary positions are its
-    block's, and come before it.
+    mix and keep edit what pixels read. Borrowed q and k of pixels count in the whole softmax: such queries
+    meet their own row's text keys too, and the queries of its text meet such keys. It has no weights:
+    projections, norms and rotary positions are its block's, and come before it.
     """
 
     def __init__(self, heads: int):
         nn.Module.__init__(self)
         self.heads, self.upcast = heads, False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pixels: int,   # type: ignore[override]
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, n: int,   # type: ignore[override]
                 edit: Edits = None, seen: Seen | None = None) -> Tensor:
-        """q (B, N or N + L, h d), k, v (B, N + L, h d), N pixels before L tokens of text  ->  as q"""
-        edit, q, q_text = self.site_edit(edit), q[:, :pixels], q[:, pixels:]
+        """q (B, N or N + L, h d), k, v (B, N + L, h d), n = N pixels before L tokens of text  ->  as q"""
+        edit, q, q_text = self.site_edit(edit), q[:, :n], q[:, n:]
         if edit is not None and edit.pixels is not None:
-            own = k[:, pixels:], v[:, pixels:]
-            q, k, v = self.borrow(edit, q, k, v)                                 # new tensors
-            k[:, pixels:], v[:, pixels:] = own
+            own = k[:, n:], v[:, n:]
+            q, k, v = self.borrow(edit, q, k, v)                                 # copies
+            k[:, n:], v[:, n:] = own
         out = [self.attended(q, k, v, edit, seen)]                               # (B, h, N, d)
         if q_text.shape[1]:
             out.append(attend(*self.split(q_text, k, v)))                        # (B, h, L, d)

@@ -33,8 +33,8 @@ class Network(nn.Module, ABC):
         return [m.site for m in self.layers(Attention) if m.pixel_columns]
 
     def self_sites(self) -> list[str]:
-        """The layers whose pixels take the source's queries and keys in Prompt-to-Prompt: hybrid layers' are
-        their own, see `AttentionEdit.max_pixels`."""
+        """The layers whose pixels take the source's queries and keys in Prompt-to-Prompt, which in hybrid
+        layers edits the text alone."""
         return [m.site for m in self.layers(Attention) if isinstance(m, (SelfAttention, JointAttention))]
 
     @abstractmethod
