@@ -56,7 +56,8 @@ class Edit:
         code. (With 12 of 50 skipped, 0.6 then ends after 30 of the 38.) With "run", 0.6 means the same
         whatever is skipped.
     equalizer: {"word": c}: the attention of that word times c.
-    renormalise: divide the edited maps by their row sums (the paper and the official code do not).
+    renormalise: divide the edited maps by their sums over the columns, of negative weights by those of their
+        absolute values (the paper and the official code do not).
     swap: {"source word": "target word"} in an edit that also adds words: the new word takes the
     old one's attention.
     local_blend: where the target may differ from the source; None: everywhere.

@@ -64,7 +64,8 @@ def injection(parser: argparse.ArgumentParser) -> None:
                     "schedule though an inversion leaves some out, as edit-friendly's code counts")
     ap.add_argument("--weight", action="append", metavar="WORD=C", help="multiply the attention of a word")
     ap.add_argument("--renormalise", action="store_true",
-                    help="let the edited attention of every pixel sum to 1 again")
+                    help="divide the edited attention of every pixel by its sum (of negative weights: of "
+                    "their absolute values)")
     ap.add_argument("--swap", action="append", metavar="OLD=NEW",
                     help="in an edit that also adds words: NEW takes OLD's attention")
     ap.add_argument("--scope", action="append", metavar="WORD",
