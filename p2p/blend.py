@@ -120,12 +120,12 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     columns, threshold, start, everywhere, masks = [], [], [], [], []
     for blend, target in zip(blends, targets):
         b = blend or LocalBlend(mask=torch.ones(1, 1))
-        th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold, b.threshold)
+        th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
         rivals = zip_longest(*(listed(words) for words in b.rivals or ()), fillvalue=())
         columns.append(torch.stack([
             torch.stack([_columns(source, ours, length), _columns(target, theirs, length)])
             for ours, theirs in (b.words or ((), ()), b.substruct or ((), ()), *rivals)]))
-        threshold.append(torch.tensor([float(v) for v in th]))
+        threshold.append(torch.tensor([float(th[0]), float(th[-1])]))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         masks.append(fixed(b.mask, size, fit))

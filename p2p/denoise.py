@@ -71,7 +71,7 @@ class Step:
 
     index: int               # 0 .. T - 1
     t: int | float
-    x: Tensor                # (S + N, C, H, W) after the step, float32
+    x: Tensor                # (S + N, C, H, W) after the step, in single precision, or an inversion's double
     x_0: Tensor              # (S + N, C, H, W), the predicted picture; (N, ...) where the source is not run
     seen: dict[str, QK]      # queries and keys of the sites that were watched: all rows of the batch
     edit: Any                # that acted, or None

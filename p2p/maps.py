@@ -112,19 +112,25 @@ class AttentionMaps:
             picked.append((m if heads is None else m[:, heads]).float().mean((0, 1)))
         return torch.stack(picked).mean(0).unflatten(0, side)
 
+    def _mean(self, row: int, columns: str, selection: dict[str, Any]) -> Tensor:
+        if "columns" in selection:
+            raise UsageError(f"columns: those of {columns} are taken here; leave it out, or ask `mean`")
+        return self.mean(row, columns=columns, **selection)
+
     def word(self, word: str, row: int = 0, **selection: Any) -> Tensor:
         """The share of attention that a word or phrase gets, summed over its tokens.  -> (h, w)
 
-        selection: the arguments of `mean`.
+        selection: the arguments of `mean` but columns.
         """
         kind("word", word, str)
-        return self.mean(row, **selection)[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
+        mean = self._mean(row, "text", selection)
+        return mean[..., word_tokens(self.prompts[row], word, self.length)].sum(-1)
 
     def each_word(self, row: int = 0, ends: bool = False, **selection: Any) -> list[tuple[str, Tensor]]:
         """(word, its map) for every word of a prompt in order, repeated ones as "cat#2". ends: also the start
         and the end token."""
         flag("ends", ends)
-        mean, words = self.mean(row, **selection), [word[1:] for word in self.read_words(row)]
+        mean, words = self._mean(row, "text", selection), [word[1:] for word in self.read_words(row)]
         if ends:
             starts, stops = text_ends(self.prompts[row], self.length)
             words = [("<start>", starts), *words, ("<end>", stops)]
@@ -140,7 +146,7 @@ class AttentionMaps:
     def components(self, row: int = 0, count: int = 3, **selection: Any) -> Tensor:
         """Leading principal components of the self-attention, each scaled to 0..1.  -> (h, w, count)"""
         whole("count", count)
-        p = self.mean(row, columns="pixels", **selection)                            # (h, w, pixels)
+        p = self._mean(row, "pixels", selection)                                     # (h, w, pixels)
         flat = p.flatten(0, 1).double()
         u, s, _ = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
         u = u[:, :count] * s[:count]

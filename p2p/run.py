@@ -40,7 +40,7 @@ class Result:
     """The output of a run; in an edit the source comes first."""
 
     images: list[Image.Image]
-    latents: Tensor                  # (B, C, H, W), float32, CPU
+    latents: Tensor                  # (B, C, H, W), float32 (float64 of an inversion's that are), CPU
     prompts: list[str]
     settings: dict[str, Any]         # all that is needed to run it again
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
@@ -67,16 +67,20 @@ class Result:
         seeds = self.settings.get("seed")
         if isinstance(seeds, list):
             return [f"{prompt} (seed {seed})" for prompt, seed in zip(self.prompts, seeds)]
-        return pictures.captions(self.prompts, self.edits)
+        return pictures.captions([self._source, *self.prompts[1:]], self.edits)
 
     def names(self) -> list[str]:
         """Of the pictures' files: source, edit; of several edits what each does, "edit-1-cat-to-dog"; 1, 2,
         ... of `generate`."""
         if self.settings.get("command") != "edit":
             return [str(k) for k in range(1, len(self.images) + 1)]
-        source = self.prompts[0]
-        return pictures.names(len(self.images), [pictures.difference(source, e.prompt, e.equalizer)
+        return pictures.names(len(self.images), [pictures.difference(self._source, e.prompt, e.equalizer)
                                                  for e in self.edits])
+
+    @property
+    def _source(self) -> str:
+        """The source's own prompt: an editor may tell it another one, which `prompts` has."""
+        return self.settings.get("source", self.prompts[0])
 
     def _repr_html_(self) -> str:
         """The grid, in a notebook."""

@@ -227,3 +227,10 @@ def test_masks_of_any_kind_are_bright_where_they_are_bright():
         assert fixed(mask, (4, 4)).float().mean() == share
     with pytest.raises(UsageError, match="0 to 1"):
         fixed(torch.full((8, 8), 100, dtype=torch.uint8), (4, 4))
+
+
+def test_a_threshold_alone_in_a_tuple_is_of_both(narrow):
+    one, two, bird = (p2p.Edit(f"a {word} on grass", local_blend=p2p.LocalBlend(words=("cat", word), threshold=th, start=0.0))
+                      for word, th in (("dog", (0.2,)), ("dog", 0.2), ("bird", (0.2, 0.5))))
+    first, second = (p2p.edit(narrow, "a cat on grass", [e, bird], steps=2).latents for e in (one, two))
+    assert torch.equal(first, second)

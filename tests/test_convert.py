@@ -133,3 +133,8 @@ def test_modes_are_those_of_any_file(tmp_path, sd1_file):
     mode = {name: (tmp_path / name).stat().st_mode & 0o777
             for name in ("out", "out/unet/config.json", "out/unet/diffusion_pytorch_model.safetensors", "out.safetensors")}
     assert [*mode.values()] == [0o755, 0o644, 0o644, 0o644], mode
+
+
+def test_a_suffix_in_capitals_is_a_file_too(tmp_path, sd1_file):
+    convert(find(sd1_file), tmp_path / "out.SAFETENSORS")
+    assert (tmp_path / "out.SAFETENSORS").is_file() and len(find(tmp_path / "out.SAFETENSORS").unet.file.shapes) > 100

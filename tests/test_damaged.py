@@ -205,6 +205,12 @@ def test_a_prediction_that_nobody_knows_is_not_taken_for_another(tmp_path, sd1_t
     refuse(path, "said to predict 'zzz'")
 
 
+def test_a_prediction_is_read_as_comfyui_writes_it(tmp_path, sd1_tensors):
+    save_file(sd1_tensors, tmp_path / "m.safetensors", {"modelspec.predict_key": "v"})
+    found = find(tmp_path / "m.safetensors")
+    assert (found.prediction, found.why) == ("v", "the file's metadata")
+
+
 # ---------------------------------------------------------------------------------------------------------------- pickles
 
 class Evil:
@@ -232,6 +238,12 @@ def test_malicious_pickles_do_not_run(tmp_path, name, new, suffix):
     torch.save({"state_dict": {"a": torch.zeros(2)}, "x": evils(mark)[name]}, path, _use_new_zipfile_serialization=new)
     refuse(path, "wants to use .*may be malicious|damaged")
     assert not mark.exists()
+
+
+def test_code_beside_weights_is_called_what_it_is(tmp_path):
+    path = tmp_path / "ViT-L-14.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    refuse(path, "a TorchScript archive.*give the same weights as .safetensors")
 
 
 def test_plain_pickles_do_not_run(tmp_path):

@@ -189,6 +189,7 @@ def test_a_sample_fails_alone_whatever_it_was_batched_with(emoji, prompts, tmp_p
         assert main(command(prompts, tmp_path / together, "--together", together, "--keep", "5")) == 1
         counts = json.loads((tmp_path / together / "0000000" / "counts.json").read_text())
         assert counts["samples"] == 4 and counts[f"failed: {error}"] == 1
+        assert main(command(prompts, tmp_path / together, "--together", together, "--keep", "5")) == 0   # nothing is left to be tried
     names = [{p.name for p in (tmp_path / together).rglob("*.jpg")} for together in "14"]
     assert names[0] == names[1]
 
@@ -197,6 +198,13 @@ def test_a_run_goes_on_with_a_smaller_batch(prompts, finished, tmp_path, capsys)
     out = shutil.copytree(finished[0], tmp_path / "out")
     assert main(command(prompts, out, "--together", "2", "-q")) == 0
     assert main(command(prompts, out, "--keep", "1", "-q")) == 2 and "keep" in capsys.readouterr().err
+
+
+def test_folders_of_prompts_that_the_list_lacks_are_not_mixed_in(prompts, finished, tmp_path, capsys):
+    out, before = shutil.copytree(finished[0], tmp_path / "out"), tree(finished[0])
+    prompts.write_text(prompts.read_text().splitlines()[0])
+    assert main(command(prompts, out, "-q")) == 2 and "made with 2 prompts that the list lacks (0000001, 0000002)" in capsys.readouterr().err
+    assert tree(out) == before
 
 
 def test_two_runs_of_one_list_share_it(prompts, finished, tmp_path, monkeypatch, capsys):

@@ -112,6 +112,9 @@ def test_a_source_can_be_told_another_prompt_while_it_is_sampled(narrow):
     told, own, same = (p2p.edit(narrow, inv, TARGET, editor=p2p.PlugAndPlay(source_prompt=p)) for p in ("", None, SOURCE))
     assert torch.equal(own.latents, same.latents) and (told.latents[1] - own.latents[1]).abs().max() > 1e-3
     assert told.settings["editor"]["source_prompt"] == "" and torch.equal(told.latents[0], own.latents[0])
+    assert told.prompts == ["", TARGET] and told.captions() == own.captions() == [SOURCE, TARGET]
+    both = p2p.edit(narrow, inv, [TARGET, SOURCE], editor=p2p.PlugAndPlay(source_prompt=""))
+    assert both.names() == ["source", "edit-1-cat-to-dog", "edit-2"]
 
 
 @pytest.mark.slow

@@ -106,6 +106,15 @@ def test_a_word_swap_from_the_command_line(tmp_path, capsys, name):
 
 
 @pytest.mark.slow
+def test_a_folder_of_turbo_is_known_by_its_name_where_its_config_says_trailing(tmp_path):
+    for spacing, few in (("trailing", True), ("leading", False)):
+        (tmp_path / spacing).mkdir()
+        folder = folder_of(tmp_path / spacing, diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing=spacing))
+        model = p2p.load(folder.rename(folder.with_name("sd-turbo")), device="cpu")
+        assert ((model.steps, model.guidance_scale) == (4, 1.0)) == few == any("few steps by its name" in note for note in model.notes)
+
+
+@pytest.mark.slow
 def test_a_unet_that_predicts_the_picture(tmp_path):
     """One step of Lightning: x_0 from pure noise, on trailing timesteps."""
     folder = folder_of(tmp_path, diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="trailing", prediction_type="sample"))

@@ -102,6 +102,25 @@ def test_guidance_of_an_inversion_by_the_empty_prompt(narrow):
     assert any("inversion_guidance changes nothing" in note for note in guided.notes) and not any("guidance" in n for n in plain.notes)
 
 
+def test_guidance_from_a_prompt_of_other_weights_acts(narrow):
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    plain, guided = (p2p.invert(narrow, picture, "a (red:1.5) cat", method="ddim", steps=2, negative_prompt="a red cat", inversion_guidance=s)
+                     for s in (2, 5))
+    assert not torch.allclose(plain.latents, guided.latents, atol=1e-2)
+    assert not any("inversion_guidance changes nothing" in note for note in guided.notes)
+
+
+def test_a_followed_source_that_its_own_prompt_changes(narrow):
+    """It is the same picture only if it was traced, and guided as the edit is."""
+    x, traced = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64), p2p.trace(narrow, SOURCE, steps=2, negative_prompt="grey")
+    for source, settings in [*((p2p.invert(narrow, x, SOURCE, method=m, steps=2), {}) for m in ("edit-friendly", "flow-edit", "ddcm")),
+                             (traced, dict(negative_prompt="red")), (traced, dict(proximal=("l0", 0.7)))]:
+        r = p2p.edit(narrow, source, SOURCE, **settings)
+        assert (r.latents[0] - r.latents[1]).abs().max() > 1e-2 and not any("changes nothing" in note for note in r.notes)
+    r = p2p.edit(narrow, traced, SOURCE)
+    assert torch.allclose(*r.latents, atol=1e-4) and any("this edit changes nothing" in note for note in r.notes)
+
+
 def test_a_seed_beside_noise_that_is_given(emoji):
     x_T = torch.zeros(1, 3, 64, 64)
     for settings, said in ((dict(seed=5), True), (dict(seed=5, eta=1.0), False), ({}, False)):

@@ -96,7 +96,9 @@ def test_non_square_maps(sd1):
 
 @pytest.mark.parametrize("call, message", [
     (lambda m: m.word("bird"), 'no word "bird"'), (lambda m: m.mean(5), "row must be a whole number from 0 to 1, not 5"), (lambda m: m.mean(0, before=True), "before=True"),
-    (lambda m: m.mean(side=(3, 3)), "recorded: "), (lambda m: m.mean(sites="cellar"), "cellar")])
+    (lambda m: m.mean(side=(3, 3)), "recorded: "), (lambda m: m.mean(sites="cellar"), "cellar"),
+    (lambda m: m.word("cat", columns="pixels"), "columns: those of text"), (lambda m: m.each_word(columns="text"), "columns: those of text"),
+    (lambda m: m.components(columns="text"), "columns: those of pixels")])
 def test_what_was_not_recorded_is_said(run, call, message):
     with pytest.raises(UsageError, match=message):
         call(run.maps)

@@ -59,7 +59,7 @@ def convert(package: Package, out: Path, half: bool = False, text: Path | None =
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep(out.parent)
         with aside(out.parent) as temporary:
-            if out.suffix == ".safetensors":
+            if out.suffix.lower() == ".safetensors":
                 _save(single_file(package, half).items(), temporary / out.name, _metadata(package))
             else:
                 _folder(package, temporary / out.name, half)
@@ -285,7 +285,7 @@ def _t5_folder(package: Package, out: Path, half: bool) -> None:
 
 def _with_tokenizer(package: Package, out: Path, text: Path) -> Path:
     """`text`, if its tokenizer is one of the package's T5. Raises CheckpointError."""
-    if package.t5 is None or out.suffix == ".safetensors":
+    if package.t5 is None or out.suffix.lower() == ".safetensors":
         what = "has no T5" if package.t5 is None else "goes into a single file, which has no tokenizer"
         raise CheckpointError(f"{package.where}: {what}; leave out text (--text).")
     if (suffix := tokenizer_suffix(text, package.family)) is None:

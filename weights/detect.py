@@ -235,8 +235,8 @@ def _prediction(file: TensorFile, family: str) -> tuple[str, str]:
         return PREDICTION_NAMES.get(name, name), f"{sidecar.name} beside it"
     if "v_pred" in file.shapes:
         return "v", "marker tensor v_pred"
-    name = file.metadata.get("modelspec.prediction_type", "").lower()
-    if name:
+    said = (file.metadata.get(f"modelspec.{key}") for key in ("prediction_type", "predict_key"))
+    if name := next(filter(None, said), "").lower():
         return PREDICTION_NAMES.get(name, name), "the file's metadata"
     if family == "sd2":
         if file.metadata.get("global_step") == "875000":

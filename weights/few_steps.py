@@ -28,7 +28,7 @@ def apply(package: Package, file: TensorFile) -> None:
     LoRA beside that or a base model. DMD2's models are sampled as latent consistency models are.
     """
     own = file is package.unet.file
-    name = _name(package.where if own else file.path)
+    name = _name(package.where if own else file.path, package.sampling.timestep_spacing == "trailing")
     for text in (name, *(file.metadata.get(key, "") for key in NAMES)):
         text = _CAMEL.sub("_", text).lower().replace("dmd2", "lcm")
         kinds, count = _KINDS.findall(text), _COUNT.search(text)
@@ -44,11 +44,15 @@ def apply(package: Package, file: TensorFile) -> None:
             return
 
 
-def _name(path: Path) -> str:
+def _name(path: Path, trailing: bool) -> str:
     """What a model or an add-on is called: by its file, and by its repository in the Hub's cache. Names of
-    other folders of models tell nothing, since their scheduler configs do."""
+    other folders of models tell nothing, since their scheduler configs do; but of Turbo's, these say no more
+    than trailing timesteps."""
     cached, fixed = cached_name(path), path.stem in FIXED
-    own = "" if path.is_dir() or (fixed and cached) else path.parent.name if fixed else path.stem
+    if path.is_dir():
+        own = path.name if trailing and not cached else ""
+    else:
+        own = path.parent.name if fixed and not cached else "" if fixed else path.stem
     return f"{cached or ''} {own}".strip()
 
 

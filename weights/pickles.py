@@ -82,6 +82,9 @@ def read(path: Path, inside: str | None = None) -> tuple[dict[str, Stored], dict
 def _refuse(path: Path, names: set[str]) -> None:
     refused = sorted(n for n in names if n not in _HARMLESS
                      and (not n.startswith(_HARMLESS_BELOW) or "__" in n))
+    if any(name.startswith("__torch__.") for name in refused):
+        raise CheckpointError(f"{path}: a TorchScript archive, which holds code beside its weights; give the "
+                              "same weights as .safetensors, or as a state dict.")
     if refused:
         raise CheckpointError(f"{path}: wants to use {', '.join(refused[:5])}, which no weights need; it may "
                               "be malicious and was not loaded. Ask its author for a .safetensors file.")

@@ -105,8 +105,8 @@ def evaluate(args: argparse.Namespace) -> int:
                             tuple(filter(None, (args.lpips, args.clip, args.dino))))
     config = Batch(None, args.out, options.loading(args), args.device, 1, args.retry_failed, args.quiet)
     model = load_for(config, args.engine)
-    options.say(model.notes)
     rank = int(os.environ["RANK"]) if args.engine == "torchrun" else 0
+    options.say(model.notes if rank == 0 else [])
 
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(config, out=folder), args.engine, args.workers)
@@ -219,10 +219,12 @@ def make_dataset(args: argparse.Namespace) -> int:
     todo = len(dataset.remaining(pairs, args.out))
     bar = tqdm(dataset.make(model, pairs, args.out, embedder, recipe), total=todo, unit="prompt",
                disable=args.quiet)
+    failed = False
     for pair, counts in bar:
         for note in dict.fromkeys(note for prompt in pair.prompts for note in unread_words(model, prompt)):
             tqdm.write(f"prompt {pair.index}: note: {printable(note)}", file=sys.stderr)
         if why := next((name for name in counts if name.startswith("failed")), None):
+            failed = True
             tqdm.write(f"prompt {pair.index}: {why}", file=sys.stderr)
     total = dataset.finish(args.out)
     if not args.quiet:
@@ -234,4 +236,4 @@ def make_dataset(args: argparse.Namespace) -> int:
     export = {"webdataset": dataset.webdataset, "parquet": dataset.parquet}.get(args.format)
     for file in [args.out / "seeds.json", *(export(args.out) if export else [])]:
         print(file)
-    return 1 if left or any(name.startswith("failed") for name in total) else 0
+    return 1 if left or failed else 0

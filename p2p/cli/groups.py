@@ -226,8 +226,8 @@ def checkpoint(ap: argparse._ActionsContainer) -> None:
     ap.add_argument("--vae", help="another autoencoder: a file, a diffusers folder (of the autoencoder, or "
                     "of a whole model), or org/name on the Hub")
     ap.add_argument("--lora", action="append", metavar="FILE[:WEIGHT]",
-                    help="merge a LoRA, LoHa, LoKr or the like into the model (1); may be given more than "
-                    "once")
+                    help="merge a LoRA, LoHa, LoKr or the like into a model of Stable Diffusion 1, 2 or XL "
+                    "(1); may be given more than once")
     ap.add_argument("--ema", action="store_true",
                     help="the averaged weights (EMA) of a file, or a folder (unet_ema), that "
                     "holds plain ones too")

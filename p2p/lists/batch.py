@@ -33,7 +33,9 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
 
     Raises UsageError, CheckpointError.
     """
-    model = load_for(batch, engine)
+    model, (rank, _) = load_for(batch, engine), _place(engine)
+    for note in model.notes if rank == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
     return run_jobs(model, read(batch.jobs, model, batch.defaults, batch.out), batch, engine, workers)
 
 
@@ -70,8 +72,6 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch: Batch, engine: str = "loc
     if engine == "torchrun" and workers is not None:
         raise UsageError("--workers: torchrun starts the processes (--nproc-per-node); leave it out")
     (rank, world), store = _place(engine), Store(batch.out)
-    for note in model.notes if rank == 0 else ():
-        print(f"note: {printable(note)}", file=sys.stderr)
     once = list({job.id: job for job in reversed(jobs)}.values())[::-1]
     share = groups(once, batch.together)[rank::world]
     todo = [g for g in share if any(_open(store, job, batch.retry_failed) for job in g)]

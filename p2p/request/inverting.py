@@ -11,7 +11,7 @@ from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.request.checks import choice, finite, share, whole
 from p2p.request.emphasis import notes as weight_notes
-from p2p.request.emphasis import prompt_tokens
+from p2p.request.emphasis import parsed, prompt_tokens
 from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
 from p2p.request.negative import refuse_replaced
@@ -208,7 +208,9 @@ def _leads_nowhere(model: Model, guidance_scale: float, prompt: str, negative_pr
     if not model.text_encoders:
         return True
     zeros = model.zero_negative and not negative_prompt   # in place of the empty prompt
-    return not zeros and prompt_tokens(model, prompt).ids == prompt_tokens(model, negative_prompt or "").ids
+    both = prompt, negative_prompt or ""
+    ids, other_ids = (prompt_tokens(model, each).ids for each in both)
+    return not zeros and ids == other_ids and all(parsed(model, each).plain for each in both)
 
 
 def why_unguided(model: Model) -> str:

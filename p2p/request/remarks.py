@@ -75,17 +75,18 @@ def _same_rows(request: EditRequest, edit: Edit, target: Tokens, blend: LocalBle
     by_editor = editor is not None and (editor.source_prompt not in (None, request.source)
                                         or (request.batch.guided and not editor.guided_source))
     one_noise = sampling.low is None and (sampling.x_T is None or len(sampling.x_T) == 1)
-    one_negative = len(set(negatives(sampling.negative_prompt, len(request.prompts)))) == 1
+    negative = set(negatives(sampling.negative_prompt, len(request.prompts)))
     sampled = inversion is None or (
-        _traced(inversion, request.settled.guidance_scale) if inversion.method in FOLLOW else
+        _traced(request, inversion, negative) if inversion.method in FOLLOW else
         blend is None and not (request.batch.guided and request.batch.lone_source))
-    return same_text and not by_editor and one_noise and one_negative and sampled
+    return same_text and not by_editor and one_noise and len(negative) == 1 and sampled
 
 
-def _traced(inversion: Inversion, guidance_scale: float) -> bool:
-    """Whether it is the trace of a prompt that was sampled with this guidance, and not a picture's."""
-    drawn = inversion.picture is None and inversion.seed is not None
-    return drawn and inversion.guidance_scale == guidance_scale
+def _traced(request: EditRequest, inversion: Inversion, negative: set[str]) -> bool:
+    """Whether it is the trace of a prompt that was guided as this run is, and not a picture's."""
+    drawn = inversion.method == "direct" and inversion.seed is not None
+    guided = inversion.guidance_scale, {inversion.negative_prompt or ""}, None
+    return drawn and guided == (request.settled.guidance_scale, negative, request.sampling.proximal)
 
 
 def _chosen(source: Tokens, target: Tokens, edit: Edit, given: Edit, length: int) -> list[str]:

@@ -84,7 +84,7 @@ class Sampling:
 class Start(NamedTuple):
     """Where a run begins, checked."""
 
-    x: Tensor                   # (B, C, H, W), float32
+    x: Tensor                   # (B, C, H, W), float32 (float64 of an inversion's that are)
     noise: list[Tensor]         # one a step, if eta > 0
     schedule: Schedule          # an entry for each call of the network, of which some solvers need several
     guidance_scale: float
