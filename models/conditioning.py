@@ -13,7 +13,7 @@ from p2p.models.attention import KV
 class Text(NamedTuple):
     """What a UNet computes from the text alone, the same at every step; see `UNet.read`."""
 
-    texts: dict[str, KV]           # keys and values by attention layer
+    texts: dict[str, KV]               # keys and values by attention layer
     pooled: Tensor | None = None       # (B, temb): added to the timestep's embedding
 
 
