@@ -78,6 +78,12 @@ class LocalBlend:
     mask: Image.Image | str | Path | Tensor | None = None
     feather: float = 0.0
 
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """Of words, of substruct."""
+        both = self.threshold if isinstance(self.threshold, (tuple, list)) else (self.threshold,)
+        return float(both[0]), float(both[-1])
+
 
 class Blend(NamedTuple):
     """LocalBlends of N targets as tensors; a target without one has a mask that is everywhere true."""
@@ -120,12 +126,11 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
     columns, threshold, start, everywhere, masks = [], [], [], [], []
     for blend, target in zip(blends, targets):
         b = blend or LocalBlend(mask=torch.ones(1, 1))
-        th = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
         rivals = zip_longest(*(listed(words) for words in b.rivals or ()), fillvalue=())
         columns.append(torch.stack([
             torch.stack([_columns(source, ours, length), _columns(target, theirs, length)])
             for ours, theirs in (b.words or ((), ()), b.substruct or ((), ()), *rivals)]))
-        threshold.append(torch.tensor([float(th[0]), float(th[-1])]))
+        threshold.append(torch.tensor(b.thresholds))
         start.append(int(b.start * steps))
         everywhere.append(b.words is None)
         masks.append(fixed(b.mask, size, fit))

@@ -60,7 +60,6 @@ def batch(args: argparse.Namespace) -> int:
 def _preview_batch(config: Batch, n: int) -> int:
     """The first jobs of a list in few steps, as one picture; its path is printed."""
     model = load_for(config)
-    options.say(model.notes)
     rows, failed = [], 0
     for job, row in preview.jobs(model, read_jobs(config.jobs, model, config.defaults, config.out)[:n]):
         if isinstance(row, Failure):
@@ -106,7 +105,6 @@ def evaluate(args: argparse.Namespace) -> int:
     config = Batch(None, args.out, options.loading(args), args.device, 1, args.retry_failed, args.quiet)
     model = load_for(config, args.engine)
     rank = int(os.environ["RANK"]) if args.engine == "torchrun" else 0
-    options.say(model.notes if rank == 0 else [])
 
     def run(jobs: Sequence[Job], folder: Path) -> None:
         run_jobs(model, jobs, replace(config, out=folder), args.engine, args.workers)

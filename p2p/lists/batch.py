@@ -33,17 +33,19 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
 
     Raises UsageError, CheckpointError.
     """
-    model, (rank, _) = load_for(batch, engine), _place(engine)
-    for note in model.notes if rank == 0 else ():
-        print(f"note: {printable(note)}", file=sys.stderr)
+    model = load_for(batch, engine)
     return run_jobs(model, read(batch.jobs, model, batch.defaults, batch.out), batch, engine, workers)
 
 
 def load_for(batch: Batch, engine: str = "local") -> Model:
-    """The model in this process; under torchrun on its rank's GPU. Raises UsageError, CheckpointError."""
-    _place(engine)
+    """The model in this process, whose notes are said once; under torchrun on its rank's GPU. Raises
+    UsageError, CheckpointError."""
+    rank, _ = _place(engine)
     gpu = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-    return load(**batch.loading, device=gpu if engine == "torchrun" and _gpus(batch) else batch.device)
+    model = load(**batch.loading, device=gpu if engine == "torchrun" and _gpus(batch) else batch.device)
+    for note in model.notes if rank == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
+    return model
 
 
 def _place(engine: str) -> tuple[int, int]:

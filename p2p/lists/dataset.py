@@ -100,16 +100,15 @@ def remaining(pairs: Sequence[Pair], out: Path) -> list[Pair]:
 def _same(pairs: Sequence[Pair], out: Path, recipe: Mapping[str, Any]) -> None:
     """Raises UsageError where the finished folders were made with other settings or prompts, or of more: they
     would stay unchanged under a recipe that is not theirs."""
-    folders = _finished(out) if out.is_dir() else []
+    folders = {folder.name for folder in _finished(out)} if out.is_dir() else set()
     if not folders:
         return
-    done = [pair for pair in pairs if _done(pair, out)]
+    done = [pair for pair in pairs if _folder(pair, out).name in folders]
     before, now = flat(_json(out / "recipe.json")), flat(dict(recipe))
     free = {"model", *(() if recipe["sampler"] == "p2p" else ("together",))}   # p2p stops after a batch
     other = [f"{k} {before.get(k)!r}, not {now.get(k)!r}" for k in {**before, **now}   # some may be absent
              if k not in free and before.get(k) != now.get(k)]
-    more = sorted({folder.name for folder in folders} - {_folder(pair, out).name for pair in pairs})
-    if more:
+    if more := sorted(folders - {_folder(pair, out).name for pair in pairs}):
         other.append(f"{len(more)} prompts that the list lacks ({', '.join(more[:3])})")
     for pair in done:
         folder = _folder(pair, out)

@@ -130,8 +130,7 @@ def _blend(edit: Edit) -> list[str]:
     for name in ("threshold", "level", "middle") if not maps else ():
         if getattr(b, name) != DEFAULT[name]:
             notes.append(f"local_blend: {name} changes nothing: it is of maps of words, and none are named")
-    pair = b.threshold if isinstance(b.threshold, (tuple, list)) else (b.threshold,)
-    words, substruct = pair[0], pair[-1]
+    words, substruct = b.thresholds
     if b.substruct is None and words != substruct:
         notes.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
                      "given")
