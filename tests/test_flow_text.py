@@ -63,7 +63,7 @@ def test_the_text_is_that_of_diffusers(saved):
 def test_tokens_of_a_model_are_its_t5s(saved, monkeypatch, capsys):
     """Of a folder, and of its name on the Hub."""
     _, _, folder = saved
-    monkeypatch.setattr("p2p.weights.hub.download", lambda name: folder)
+    monkeypatch.setattr("p2p.weights.hub.download", lambda name, ema: folder)
     ids = p2p.load(folder, device="cpu").text_encoders[-1].tokens("a cat").ids
     for model in (str(folder), "org/name"):
         assert main(["tokens", "a cat", "--model", model]) == 0

@@ -274,7 +274,7 @@ def test_nothing_is_fetched_because_a_picture_names_it(file, tmp_path, capsys, m
 
 def test_what_the_user_names_is_fetched(file, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(hub, "download", lambda repo: asked.append(repo) or file)
+    monkeypatch.setattr(hub, "download", lambda repo, ema: asked.append(repo) or file)
     assert main([*EDIT, "--model", str(file), "-o", str(tmp_path)]) == 0
     picture = capsys.readouterr().out.split()[1]
     assert main(["edit", "--from", picture, "--model", "org/name", "-o", str(tmp_path)]) == 0 and asked == ["org/name"]

@@ -48,12 +48,14 @@ def _name(path: Path, trailing: bool) -> str:
     """What a model or an add-on is called: by its file, and by its repository in the Hub's cache. Names of
     other folders of models tell nothing, since their scheduler configs do; but of Turbo's, these say no more
     than trailing timesteps."""
-    cached, fixed = cached_name(path), path.stem in FIXED
+    cached = cached_name(path)
+    if not path.is_dir() and path.stem not in FIXED:
+        return f"{cached or ''} {path.stem}".strip()
+    if cached is not None:
+        return cached
     if path.is_dir():
-        own = path.name if trailing and not cached else ""
-    else:
-        own = path.parent.name if fixed and not cached else "" if fixed else path.stem
-    return f"{cached or ''} {own}".strip()
+        return path.name if trailing else ""
+    return path.parent.name
 
 
 def _sampling(sampling: Sampling, kind: str, steps: int | None, text: str) -> Sampling:

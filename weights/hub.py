@@ -52,12 +52,13 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    gated = CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, "
+                            "or HF_TOKEN).")
     try:
         # list_repo_files retries for 20 s
         names = [f.rfilename for f in HfApi().model_info(repo, timeout=10).siblings]
     except GatedRepoError:
-        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
-                              "auth login`, or HF_TOKEN).") from None
+        raise gated from None
     except RepositoryNotFoundError:   # removed, renamed or private, it may be here from before
         if (cached := _cached(repo)) is not None:
             return cached
@@ -71,8 +72,7 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     try:
         return fetch(repo, names)
     except GatedRepoError:
-        raise CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
-                              "auth login`, or HF_TOKEN).") from None
+        raise gated from None
     except CheckpointError:
         raise
     except Exception as error:

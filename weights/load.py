@@ -219,7 +219,7 @@ def _place(source: str | Path, ema: bool) -> Path:
     if str(source) in BUNDLED and not path.is_file() and not (path / "model_index.json").exists():
         return BUNDLED[str(source)]   # a folder of pictures may have such a name
     if not path.exists() and hub.is_id(str(source)):
-        return hub.download(str(source), **({"ema": ema} if ema else {}))
+        return hub.download(str(source), ema)
     return path
 
 
