@@ -134,7 +134,7 @@ def test_a_job_holds_them(models, tmp_path):
              {"method": "uni-inv", "editor": {"name": "uni-edit", "omega": 2.0}}, {"method": "direct"}]
     (tmp_path / "jobs.jsonl").write_text("\n".join(json.dumps(entry | line) for line in lines))
     read = jobs.read(tmp_path / "jobs.jsonl", models["flow"])
-    assert len({job.id for job in read}) == 5 and read[0].inversion()["n_avg"] == 2
+    assert len({job.id for job in read}) == 5 and read[0].inversion(models["flow"])["n_avg"] == 2
     assert not {"n_avg", "control", "gamma"} & read[4].settings().keys()
     (tmp_path / "jobs.jsonl").write_text(json.dumps(entry | {"method": "direct", "n_avg": 2}))
     with pytest.raises(p2p.UsageError, match="n_avg: direct inversion does not read it"):

@@ -386,9 +386,9 @@ def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path)
     counted, = jobs.read(listed(tmp_path, JOB), emoji, {"timesteps": [900, 500]})
     assert counted.sampling["steps"] == 1 and "timesteps" not in counted.others
     own, = jobs.read(listed(tmp_path, pictured | {"fit": "own"}), emoji, {"height": 32, "width": 32})
-    assert own.inversion()["height"] is None
+    assert own.inversion(emoji)["height"] is None
     sized, = jobs.read(listed(tmp_path, pictured | {"height": 32}), emoji, {"fit": "own"})
-    assert sized.inversion()["height"] == 32 and sized.inverting["fit"] == "crop"
+    assert sized.inversion(emoji)["height"] == 32 and sized.inverting["fit"] == "crop"
 
 
 def test_a_picture_that_is_exchanged_while_the_list_runs_is_no_result_of_the_first(emoji, tmp_path):

@@ -5,6 +5,7 @@ import families
 import pytest
 import torch
 from oracles import diffusers
+from PIL import Image
 
 import p2p
 from p2p.cli.parser import main
@@ -100,3 +101,32 @@ def test_from_the_command_line_from_a_list_and_again(tmp_path, capsys):
     row = json.loads((tmp_path / "c" / "results.jsonl").read_text())
     pixels = [p2p.image.open_picture(p).tobytes() for p in (made, again, tmp_path / "c" / row["images"][1])]
     assert pixels[0] == pixels[1] == pixels[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, guidance", [("ddim", 3), ("rf-inversion", None), ("ddim", None)])
+def test_what_inverting_leads_away_from_is_the_edits_negative_prompt(tmp_path, method, guidance):
+    """Where it reads one: at 1 none does. Inverted and edited in one command, in two, in a list, and again, alike."""
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    invert = ["--image", str(tmp_path / "photo.png"), "--method", method, "--steps", "2"]
+    invert += [] if guidance is None else ["--inversion-cfg", str(guidance)]
+    negative, reads = ["--negative", "a bird"], (method, guidance) != ("ddim", None)
+
+    def edited(name, *argv):
+        assert main([*argv, "-q", "-o", str(tmp_path / name)]) == 0
+        made, = (tmp_path / name).glob("*/edit.png")
+        assert read_settings(made)["inversion"]["negative_prompt"] == ("a bird" if reads else None)
+        return made
+
+    made = [edited("one", "edit", *invert, "a cat", "a dog", *negative)]
+    assert main(["invert", *invert[1:2], "a cat", *invert[2:], *(negative if reads else ()), "-q", "-o", str(tmp_path / "inverted")]) == 0
+    inverted, = (tmp_path / "inverted").glob("*/inversion.safetensors")
+    made += [edited("two", "edit", "--inversion", str(inverted), "a dog", *negative), edited("again", "edit", "--from", str(made[0]))]
+    job = {"source": "a cat", "targets": "a dog", "image": "photo.png", "method": method, "steps": 2, "negative_prompt": "a bird"}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(job | ({} if guidance is None else {"inversion_guidance": guidance})))
+    assert main(["batch", str(tmp_path / "jobs.jsonl"), "-o", str(tmp_path / "list"), "-q"]) == 0
+    made += list((tmp_path / "list").glob("*/edit.png"))
+    assert len({p2p.image.open_picture(p).tobytes() for p in made}) == 1 and len(made) == 4
+    assert main(["edit", "--from", str(made[0]), "--negative", "", "-q", "-o", str(tmp_path / "changed")]) == 0
+    changed, = (tmp_path / "changed").glob("*/edit.png")
+    assert read_settings(changed)["inversion"]["negative_prompt"] is None

@@ -52,8 +52,8 @@ def _download(repo: str, fetch: Callable[[str, list[str]], Path]) -> Path:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    gated = CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf auth login`, "
-                            "or HF_TOKEN).")
+    gated = CheckpointError(f"{repo}: gated. Accept its licence on its page on the Hub, then log in (`hf "
+                            "auth login`, or HF_TOKEN).")
     try:
         # list_repo_files retries for 20 s
         names = [f.rfilename for f in HfApi().model_info(repo, timeout=10).siblings]

@@ -19,7 +19,7 @@ from p2p.maps import AttentionMaps
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.emphasis import prompt_tokens
-from p2p.request.inverting import DEFAULT, expected
+from p2p.request.inverting import DEFAULT, expected, negative_read
 from p2p.request.loading import check_alone
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE
@@ -69,7 +69,8 @@ def invert(args: argparse.Namespace) -> None:
     out = Output(args.out, args.source)
     picture, model = open_picture(args.image), options.load(args)
     started = time.perf_counter()
-    inversion = _invert(args, model, picture, negative_prompt=values.negative(args))
+    inversion = _invert(args, model, picture, _inversion_settings(args) |
+                        dict(negative_prompt=values.negative(args)))
     seconds = [f"{time.perf_counter() - started:.2f} s"] if args.verbose else []
     options.say([*model.notes, *prompt_notes(model, [args.source]), *inversion.notes,
                  ", ".join([taken(inversion), *seconds])])
@@ -79,15 +80,14 @@ def invert(args: argparse.Namespace) -> None:
 
 
 def _invert(args: argparse.Namespace, model: p2p.Model, picture: Image.Image,
-            negative_prompt: str | None = None) -> p2p.Inversion:
-    return p2p.invert(model, picture, args.source, **_inversion_settings(args),
-                      negative_prompt=negative_prompt, progress=options.progress(args))
+            settings: dict[str, Any]) -> p2p.Inversion:
+    return p2p.invert(model, picture, args.source, **settings, progress=options.progress(args))
 
 
 def _expected(args: argparse.Namespace, model: p2p.Model, picture: Image.Image) -> p2p.Inversion:
-    """What `_invert` will give, without its latents. Raises UsageError."""
+    """What `_inverted` will give, without its latents. Raises UsageError."""
     _, (height, width), _ = fitting(model, picture, args.fit or "crop", args.height, args.width)
-    return expected(model, args.source, **_inversion_settings(args) | dict(height=height, width=width))
+    return expected(model, args.source, **_before_edits(args, model) | dict(height=height, width=width))
 
 
 def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, edits: list[p2p.Edit],
@@ -95,7 +95,13 @@ def _inverted(args: argparse.Namespace, model: p2p.Model, picture: Image.Image, 
     """The picture, inverted. Raises UsageError for faults in its edits too, before it spends minutes."""
     request = edit_request(model, _expected(args, model, picture), edits, **settings)
     check_stage(upscaler, model, request.source, request.edits, request.settled.shape)
-    return _invert(args, model, picture)
+    return _invert(args, model, picture, _before_edits(args, model))
+
+
+def _before_edits(args: argparse.Namespace, model: p2p.Model) -> dict[str, Any]:
+    """The arguments of `p2p.invert`, with the edits' negative prompt where inverting reads one."""
+    read = negative_read(model, args.method or DEFAULT, args.inversion_cfg, values.negative(args))
+    return _inversion_settings(args) | dict(negative_prompt=read)
 
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from p2p.image import FITS, from_base64
 from p2p.request import add_ons
 from p2p.request.checks import choice, whole
 from p2p.request.editing import edit_request
-from p2p.request.inverting import GUIDANCE, expected, settings_read, settings_recorded
+from p2p.request.inverting import GUIDANCE, expected, negative_read, settings_read, settings_recorded
 from p2p.request.names import INSTEAD
 from p2p.request.settings import from_settings
 from p2p.request.source import FOLLOW, REPLACE_EMPTY
@@ -164,8 +164,11 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     if args.steps is not None:   # what counts steps stays as large a share of them
         arguments |= shortened(arguments, whole("steps", arguments["steps"]), args.steps)
     arguments |= {k: v for k, v in given.items() if v is not None}
-    if method in (*REPLACE_EMPTY, "noise") or args.inversion_cfg == 1:   # nothing reads it while inverting
-        arguments.pop("negative_prompt", None)
+    negative, changed = settings["negative_prompt"], (args.negative, args.method, args.inversion_cfg)
+    if negative is None or changed == (None, None, None):
+        negative = arguments.get("negative_prompt")
+    read = negative_read(model, method, arguments.get("inversion_guidance"), negative)
+    arguments["negative_prompt"] = read
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
     arguments |= {"method": method, "height": picture.height, "width": picture.width}

@@ -11,7 +11,7 @@ from p2p.edits import Edit
 from p2p.image import check_file
 from p2p.model import Model
 from p2p.request.editing import edit_request
-from p2p.request.inverting import DEFAULT, expected, settings_read
+from p2p.request.inverting import DEFAULT, expected, negative_read, settings_read
 from p2p.request.names import INSTEAD
 from p2p.request.settings import to_settings
 from p2p.request.source import OWN
@@ -64,9 +64,11 @@ class Job(NamedTuple):
         return {"targets": list(self.targets), **{k: self.sampling[k] for k in names}, **self.others,
                 "editor": find_editor(self.others.get("editor"))}
 
-    def inversion(self) -> dict[str, Any]:
+    def inversion(self, model: Model) -> dict[str, Any]:
         """Arguments of `invert`, but for the picture and its prompt."""
-        settings = settings_read(self.inverting["method"], {**self.inverting, **self.sampling})
+        method, given = self.inverting["method"], self.inverting.get("inversion_guidance")
+        settings = settings_read(method, {**self.inverting, **self.sampling})
+        settings["negative_prompt"] = negative_read(model, method, given, self.others.get("negative_prompt"))
         settings.pop("path")
         return settings | ({"height": None, "width": None} if settings["fit"] == "own" else {})
 
@@ -78,7 +80,7 @@ def check(model: Model, job: Job, picture_exists: bool = True) -> None:
     if job.image is not None:   # "own" is a size like the model's own, with maps at the same levels
         if picture_exists:
             check_file(job.image)
-        source = expected(model, job.source, **job.inversion())
+        source = expected(model, job.source, **job.inversion(model))
     edit_request(model, source, **job.editing())
 
 

@@ -104,7 +104,7 @@ def _ready(model: Model, job: Job) -> Ready:
         if content_of(job.image) != job.content:
             raise UsageError(f"{job.image}: not the picture that it was when the list was read; start again "
                              "for this one")
-        settings, picture = job.inversion(), open_picture(job.image)
+        settings, picture = job.inversion(model), open_picture(job.image)
         if settings["fit"] == "square":
             picture, settings["fit"] = square(picture, (settings["height"], settings["width"])), None
         source = invert(model, picture, job.source, **settings)

@@ -14,7 +14,7 @@ from p2p.request.emphasis import notes as weight_notes
 from p2p.request.emphasis import parsed, prompt_tokens
 from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
-from p2p.request.negative import refuse_replaced
+from p2p.request.negative import negatives, refuse_replaced
 from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import Schedule
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
@@ -105,6 +105,21 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
 
 
+def negative_read(model: Model, method: str, inversion_guidance: float | None,
+                  negative_prompt: str | Sequence[str] | None) -> str | None:
+    """Of a run's negative prompts the source's, where an inversion with these settings reads it."""
+    usual = GUIDANCE.get(method, 1.0)
+    if not _reads_negative(model, method, usual if inversion_guidance is None else inversion_guidance):
+        return None
+    return next(iter(negatives(negative_prompt, 1)), None) or None
+
+
+def _reads_negative(model: Model, method: str, inversion_guidance: float) -> bool:
+    if method in (*REPLACE_EMPTY, "noise") or inversion_guidance == 1:
+        return False
+    return inversion_guidance == 0 or not model.unet.reads_guidance
+
+
 def guided(model: Model, guidance_scale: float) -> bool:
     """Whether the network runs two rows a step: at 0 the empty or negative prompt stands alone."""
     return guidance_scale != 0 and model.guided(guidance_scale)
@@ -184,11 +199,12 @@ def _check_negative(model: Model, method: str, negative_prompt: str | None,
         return
     check_prompt(negative_prompt)
     refuse_replaced(method)
-    if model.unet.reads_guidance and inversion_guidance != 0:
+    if _reads_negative(model, method, inversion_guidance):
+        return
+    if model.unet.reads_guidance:
         raise UsageError(f"negative_prompt: {why_unguided(model)}; leave it out")
-    if inversion_guidance == 1 or method == "noise":
-        raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
-                         "guidance; give inversion_guidance too, or give it to the edits")
+    raise UsageError("negative_prompt: nothing leads away from it while a picture is inverted without "
+                     "guidance; give inversion_guidance too, or give it to the edits")
 
 
 def _check_read(method: str, **settings: object) -> None:

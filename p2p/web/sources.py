@@ -16,7 +16,7 @@ from p2p.image import to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.request.emphasis import prompt_tokens
-from p2p.request.inverting import settings_read
+from p2p.request.inverting import negative_read, settings_read
 from p2p.request.memory import CPU, machine
 from p2p.request.record import Record
 from p2p.request.schedules import DISTILLED
@@ -102,7 +102,8 @@ class Sources:
         digest = hashlib.sha256(picture.tobytes()).digest()   # all are fitted to one size
         held = asked.guidance if asked.method == "null-text" or self.model.unet.reads_guidance else None
         seed = settings_read(asked.method, {"seed": asked.seed}).get("seed")
-        return asked.source, asked.steps, seed, held, asked.method, digest
+        negative = negative_read(self.model, asked.method, None, asked.negative)
+        return asked.source, asked.steps, seed, held, negative, asked.method, digest
 
     def _generated(self, model: Model, asked: Asked) -> Source:
         if model.sampler in DISTILLED or model.eta:   # as below, of eta 0
@@ -114,8 +115,9 @@ class Sources:
 
     def _inverted(self, model: Model, asked: Asked, picture: Image.Image) -> Source:
         own = settings_read(asked.method, {"seed": asked.seed})
+        negative = negative_read(model, asked.method, None, asked.negative)
         inversion = invert(model, picture, asked.source, method=asked.method, steps=asked.steps,
-                           guidance_scale=asked.guidance, **own)
+                           guidance_scale=asked.guidance, negative_prompt=negative, **own)
         if asked.method not in FOLLOW or model.sampler in DISTILLED:   # a trace is sampled by DDIM
             return Source(inversion, None, None)
         inversion = trace(model, inversion, **self._held(inversion.calls))
