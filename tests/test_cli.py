@@ -157,8 +157,13 @@ def test_inversion_methods_from_the_command_line(capsys, tmp_path, photo, method
 
 
 def test_tokens_shows_pieces_and_partners(capsys):
-    code, out, _ = run(capsys, "tokens", "a cat on hill", "a hippopotamus on hill")
-    assert code == 0 and "hippopotamus" in out and "new" in out and "49406" in out
+    """As the edit pairs them: a swapped word takes the maps of the word in whose place it stands, an added one none."""
+    code, out, _ = run(capsys, "tokens", "a cat on hill", "a hippopotamus on hill", "a fat cat on hill")
+    first, swapped, refined = (part.splitlines() for part in re.split(r"(?=^'.*source$)", out, flags=re.M))
+    pieces = [line.split()[0] for line in first if line.endswith(" hippopotamus")]
+    assert code == 0 and any("49406" in line for line in first) and len(pieces) > 1 and "(mode replace)" in swapped[0]
+    assert [line.split(" <- ")[1] for line in swapped[1:] if line.split()[0] in pieces] == ["2"] * len(pieces) and "new" not in str(swapped)
+    assert "(mode refine)" in refined[0] and [line.split()[0] for line in refined if line.endswith("<- new")] == ["2"]
 
 
 @pytest.mark.parametrize("model", ["emoji", "emoji-flow", "a file"])

@@ -374,6 +374,7 @@ def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path)
     pictured = JOB | {"image": "a.png"}
     first, second = jobs.read(listed(tmp_path, JOB, pictured), emoji, {"sampler": "dpm++"})
     assert first.others["sampler"] == "dpm++" and "sampler" not in second.others   # inverted by DDIM, and so sampled
+    assert not first.notes and second.row()["notes"] == ["sampler, given for all lines: of generated sources: a picture is sampled as it was inverted"]
     with pytest.raises(UsageError, match="sampler: no job of this list reads it"):
         jobs.read(listed(tmp_path, pictured), emoji, {"sampler": "dpm++"})
     kept, = jobs.read(listed(tmp_path, pictured), emoji, {"sampler": "ddim"})   # as it is sampled anyway

@@ -306,7 +306,7 @@ def test_tokens_are_shown_without_the_network(folder, capsys):
     for prompt in ("a cat", "a big cat"):
         for token in own(prompt)["input_ids"]:
             assert f"  {token:5}  " in said
-    assert "'a big cat' from 'a cat': token of the target <- token of the source" in said and "<- new" in said
+    assert "'a big cat' from 'a cat' (mode refine): token of the target <- of the source" in said and "<- new" in said
     (folder / "tokenizer").rename(folder / "words")
     assert main(["tokens", "a cat", "--model", str(folder)]) == 3 and "no T5 with a tokenizer there" in capsys.readouterr().err
 

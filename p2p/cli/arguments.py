@@ -16,7 +16,7 @@ def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
                     help="run the edit again that made this picture; options of injection, "
                     "inversion and sampling that are given change these alone; --weight, --cross, --swap and "
-                    "--layers change what they name alone")
+                    "--layers change what they name alone (not --emphasis, --fit)")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights are then refused")
@@ -43,6 +43,7 @@ def invert(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("source", metavar="PROMPT", help="what it shows")
     groups.inversion(ap)
     groups.sampling(ap)
+    groups.hide(ap, "sampler", "timestep_spacing", "timesteps", "tile")
 
 
 def generate(ap: argparse.ArgumentParser) -> None:

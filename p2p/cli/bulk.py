@@ -19,11 +19,10 @@ import p2p
 from p2p.cli import options, values
 from p2p.editors import EDITORS
 from p2p.lists import dataset, metrics, pie, pie_data, pie_report, preview
-from p2p.lists.batch import Batch, load_for, run_jobs
+from p2p.lists.batch import Batch, load_for, read_for, run_jobs
 from p2p.lists.batch import run as run_batch
 from p2p.lists.ip2p import Recipe
 from p2p.lists.jobs import Job, Store
-from p2p.lists.jobs import read as read_jobs
 from p2p.lists.pie_report import read_json
 from p2p.lists.protocol import GROUPS, PUBLISHED
 from p2p.lists.protocol import find as find_method
@@ -61,7 +60,7 @@ def _preview_batch(config: Batch, n: int) -> int:
     """The first jobs of a list in few steps, as one picture; its path is printed."""
     model = load_for(config)
     rows, failed = [], 0
-    for job, row in preview.jobs(model, read_jobs(config.jobs, model, config.defaults, config.out)[:n]):
+    for job, row in preview.jobs(model, read_for(config, model)[:n]):
         if isinstance(row, Failure):
             failed += 1
             print(f"line {job.line} fails: {printable(row.error)}", file=sys.stderr)

@@ -12,6 +12,7 @@ from p2p.request.checks import whole
 
 EDIT = options_of(arguments.edit)
 INJECTION = options_of(groups.injection)
+BLEND = tuple(name for name in INJECTION if name.startswith("blend"))
 INVERSION = options_of(groups.inversion)
 SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source has its own
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
@@ -71,7 +72,7 @@ def edit(args: argparse.Namespace) -> None:
     if args.editor is not None:
         for section in (args, *(args.for_ or {}).values()):
             refuse(section, "--editor (these are Prompt-to-Prompt's)",
-                   [name for name in INJECTION if not name.startswith("blend") and name != "emphasis"])
+                   [name for name in INJECTION if name not in ("mode", "scope", "emphasis", *BLEND)])
         refuse(args, "--editor, which injects into its own model alone", ["upscale_edited"])
     count = len(values.prompts(args)) - (args.inversion is None)
     values.check_blends(values.changed_by_target(args, count))

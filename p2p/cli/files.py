@@ -11,9 +11,10 @@ import p2p
 from p2p import align
 from p2p.cli import options, values
 from p2p.cli.output import Output
+from p2p.edits import choose_mode
 from p2p.models.t5 import EncodedPrompts
 from p2p.models.t5 import tokens as t5_tokens
-from p2p.models.text import tokenizer, tokens
+from p2p.models.text import Tokens, tokenizer, tokens
 from p2p.request import add_ons
 from p2p.request.emphasis import read
 from p2p.request.prompts import check as check_prompt
@@ -49,11 +50,20 @@ def show_tokens(args: argparse.Namespace) -> None:
             word = named.decode([token]).strip()
             print(f"  {i:3}  {token:5}  {word:20} {t.text[start:end]}".rstrip())
     for target in split[1:]:
-        length = max(77, len(split[0].ids), len(target.ids))
-        mapper, a = align.refinement(split[0], target, length)
-        print(f"{target.text!r} from {split[0].text!r}: token of the target <- token of the source")
-        for j in range(len(target.ids)):
-            print(f"  {j:3} <- {int(mapper[j]) if a[j] else 'new'}")
+        mode = choose_mode(split[0], p2p.Edit(target.text), target)
+        print(f"{target.text!r} from {split[0].text!r} (mode {mode}): token of the target <- of the source")
+        for j, partners in enumerate(_partners(split[0], target, mode)):
+            print(f"  {j:3} <- {', '.join(map(str, partners)) or 'new'}")
+
+
+def _partners(source: Tokens, target: Tokens, mode: str) -> list[list[int]]:
+    """Of each token of the target, the source's tokens whose maps it takes in an edit of this mode."""
+    length = max(77, len(source.ids), len(target.ids))
+    if mode == "replace":
+        m = align.replacement(source, target, length)
+        return [m[:, j].nonzero().flatten().tolist() for j in range(len(target.ids))]
+    mapper, a = align.refinement(source, target, length)
+    return [[int(mapper[j])] if a[j] else [] for j in range(len(target.ids))]
 
 
 def encode(args: argparse.Namespace) -> None:

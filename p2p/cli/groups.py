@@ -177,6 +177,13 @@ def sampling(ap: argparse.ArgumentParser, seeds: bool = False) -> None:
                       help="print neither progress nor files, only notes and a drawn seed")
 
 
+def hide(ap: argparse.ArgumentParser, *names: str) -> None:
+    """Leaves options that a command refuses, by name, out of its help."""
+    for action in ap._actions:
+        if action.dest in names:
+            action.help = argparse.SUPPRESS
+
+
 def model(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it runs."""
     ap = parser.add_argument_group("the model")

@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
         'Every line of JOBS is an object: {"source": PROMPT, "targets": [PROMPT, ...], "seed": 1, '
         '...} with any setting of an edit; "image": FILE for a real picture; "id" and '
         '"tags" are your own. Settings given here are those of lines that have none of their '
-        "own. Example: p2p batch jobs.jsonl --out DIR --steps 20"),
+        "own and read them. Example: p2p batch jobs.jsonl --out DIR --steps 20"),
     "eval": Command("run a benchmark of edits of real pictures, and print its tables", arguments.evaluate,
                     checks.evaluate,
         "Rows of --methods are published ones, named and set as in PnPInversion's tables "

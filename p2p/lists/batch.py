@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -34,7 +35,7 @@ def run(batch: Batch, engine: str = "local", workers: int | None = None) -> dict
     Raises UsageError, CheckpointError.
     """
     model = load_for(batch, engine)
-    return run_jobs(model, read(batch.jobs, model, batch.defaults, batch.out), batch, engine, workers)
+    return run_jobs(model, read_for(batch, model, engine), batch, engine, workers)
 
 
 def load_for(batch: Batch, engine: str = "local") -> Model:
@@ -46,6 +47,15 @@ def load_for(batch: Batch, engine: str = "local") -> Model:
     for note in model.notes if rank == 0 else ():
         print(f"note: {printable(note)}", file=sys.stderr)
     return model
+
+
+def read_for(batch: Batch, model: Model, engine: str = "local") -> list[Job]:
+    """The jobs of the list, whose notes are said once. Raises UsageError."""
+    jobs = read(batch.jobs, model, batch.defaults, batch.out)
+    noted = Counter(note for job in jobs for note in job.notes)
+    for note, count in noted.items() if _place(engine)[0] == 0 else ():
+        print(f"note: {note} (lines: {count} of {len(jobs)})", file=sys.stderr)
+    return jobs
 
 
 def _place(engine: str) -> tuple[int, int]:

@@ -45,6 +45,7 @@ class Job(NamedTuple):
     user_id: str | int | None = None   # for the rows of results.jsonl; it changes nothing
     tags: Any = None                   # ... the user's, too
     content: str | None = None         # of the picture when the list was read, see `jobs.content_of`
+    notes: tuple[str, ...] = ()        # of the line, before it runs
 
     def settings(self) -> dict[str, Any]:
         """All settings, as JSON."""
@@ -56,7 +57,7 @@ class Job(NamedTuple):
         return {"line": self.line, "id": self.id if self.user_id is None else self.user_id, "job": self.id,
                 "state": "open", "tags": self.tags, "source": self.source,
                 "targets": [e.prompt for e in self.targets], "seed": self.sampling.get("seed"), "images": [],
-                "seconds": None, "notes": [], "error": None}
+                "seconds": None, "notes": [*self.notes], "error": None}
 
     def editing(self) -> dict[str, Any]:
         """Arguments of `edit`, but for its source."""

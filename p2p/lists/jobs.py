@@ -40,6 +40,7 @@ WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", 
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
                      "path": ("ddim",)}
 SCHEDULED = ("sampler", "timestep_spacing", "timesteps")
+PICTURELESS = "of a picture, and there is no image"
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
 SHORT = {"target": "targets", "picture": "image", "cfg": "guidance_scale", "cross": "cross_replace_steps",
@@ -115,13 +116,13 @@ def unread(method: str | None, editor: Any, sampled: bool = False) -> dict[str, 
     """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor:
     None for Prompt-to-Prompt; sampled: its sampler is the one that pictures have anyway."""
     if method is None:
-        idle = dict.fromkeys(INVERTING, "of a picture; give image")
+        idle = dict.fromkeys(INVERTING, PICTURELESS)
     else:
         idle = dict.fromkeys(SCHEDULED[sampled:], "of generated sources: a picture is sampled as it was "
                                                   "inverted")
         idle |= dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
-                              f"{method} inversion does not read it; leave it out")
-    windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces; leave it out")
+                              f"{method} inversion does not read it")
+    windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces")
     return idle if editor is None else idle | windows
 
 
@@ -145,11 +146,9 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     pictured, merged = "image" in entry, {**left(defaults or {}, entry), **entry}
     method = checked("method", merged.get("method", DEFAULT)) if pictured else None
     idle = unread(method, merged.get("editor"), sampled=merged.get("sampler") == own_sampler(model))
-    for why in dict.fromkeys(idle.values()):
-        names = [name for name, reason in idle.items()
-                 if reason == why and name in entry and name not in WINDOWS]
-        if names:
-            raise UsageError(f"{', '.join(names)}: {why}")
+    _check_idle(idle, entry)
+    notes = [f"{name}, given for all lines: {idle[name]}" for name in defaults or {}
+             if name in merged.keys() & idle.keys() - entry.keys() and idle[name] != PICTURELESS]
     # an editor's targets: see `read`
     entry = {k: v for k, v in merged.items() if k not in idle or k in entry}
     targets = entry.pop("targets", None)
@@ -173,8 +172,18 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     others = {k: entry[k] for k in OTHERS if k in entry}
     image = folder / entry["image"] if pictured else None
     content = None if image is None else content_of(image)
-    job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags, content)
+    job = Job("", line, entry["source"], edits, sampling, image, inverting, others, user_id, tags, content,
+              tuple(notes))
     return job._replace(id=_identity(job, model))
+
+
+def _check_idle(idle: Mapping[str, str], entry: Mapping[str, Any]) -> None:
+    """Raises UsageError for settings of a line that it does not read; for its targets', see `read`."""
+    for why in dict.fromkeys(idle.values()):
+        names = [name for name, reason in idle.items()
+                 if reason == why and name in entry and name not in WINDOWS]
+        if names:
+            raise UsageError(f"{', '.join(names)}: {why}; leave it out")
 
 
 def _target(entry: str | dict[str, Any], shared: Mapping[str, Any]) -> Edit:
@@ -269,7 +278,7 @@ class Store:
         if self.done(job):
             record = _read(self.root / job.id / "job.json")
             images = [f"{job.id}/{name}.png" for name in names(1 + len(job.targets))]
-            known = {k: record[k] for k in ("seconds", "notes") if k in record}
+            known = {"seconds": record.get("seconds"), "notes": [*job.notes, *(record.get("notes") or [])]}
             return job.row() | {"state": "done", "images": images} | known
         error = self.failed(job)
         return job.row() | ({"state": "failed", "error": error} if error else {})
