@@ -180,8 +180,9 @@ class Model:
         return self.unet.times(timesteps, cast(Any, context), self.dtype, **with_t)
 
     def guided(self, guidance_scale: float) -> bool:
-        """Whether a run takes unconditional rows: not where the scale is one of the network's inputs."""
-        return finite("guidance_scale", guidance_scale) != 1 and not self.unet.reads_guidance
+        """Whether a run takes unconditional rows: not of a network that reads the scale, or reads no text."""
+        unconditional = bool(self.text_encoders) and not self.unet.reads_guidance
+        return finite("guidance_scale", guidance_scale) != 1 and unconditional
 
     def predict(self, x: Tensor, t: float | Tensor | Time, conditioning: Conditioning, edit: Any = None,
                 watch: Collection[str] = ()) -> tuple[Tensor, Tensor | None, dict[str, QK]]:

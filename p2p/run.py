@@ -115,7 +115,8 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
     `Edit`. editor: another way to inject than Prompt-to-Prompt's, which takes no windows or weights: an
     object, or its name (see `p2p.editors`). record: which attention maps to keep in `maps`. on_step: a
     function that is called with every step, see `steps`: a preview, say. Raises UsageError for words,
-    windows or sizes that do not fit, NumericsError for values that are not finite.
+    windows or sizes that do not fit, NumericsError for values that are not finite, CheckpointError where the
+    model is to be loaded.
     """
     model = find_model(model)
     return run(model, prepared(model, source, targets, editor=editor, record=record, **settings), record,
@@ -125,7 +126,7 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
 def generate(model: Model | str | Path, prompts: str | Sequence[str], *, record: Record = Record(),
              progress: bool = False, **settings: Any) -> Result:
     """Generates one picture per prompt. settings: the fields of `Sampling`, but for proximal; seed: one for
-    all prompts, or a list of one for each. record: as in `edit`. Raises UsageError, NumericsError."""
+    all prompts, or a list of one for each. record: as in `edit`. Raises as `edit` does."""
     model = find_model(model)
     return run(model, generation(model, prompts, record, **settings), record, progress)
 
@@ -135,7 +136,8 @@ def steps(model: Model | str | Path, source: str | Inversion | Path,
           record: Record = Record(), **settings: Any) -> Iterator[Step]:
     """The steps of an edit, one by one; the arguments are those of `edit`, whose result is the last one's x,
     decoded. Between two steps `step.x` may be changed, or replaced by another tensor of its shape (not the
-    row of a source whose latents are stored). record: the step's own maps come in `step.maps`."""
+    row of a source whose latents are stored). record: the step's own maps come in `step.maps`. Raises as
+    `edit` does, NumericsError at its step."""
     model = find_model(model)
     ready = prepared(model, source, targets, editor=editor, record=record, **settings)
     return stepped(model, ready, record)
@@ -218,8 +220,9 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
     All rows share the noise of the run's seed, so what source and targets have in common stays common. The
     stage's attention is not edited, as in the paper; edited: it is injected as the run's was. noise_level:
     timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). Where the
-    stage is guided, it is led away from the run's negative prompt too. The settings are the run's, with those
-    of this stage under "upscale", of several a list.
+    stage is guided, it is led away from the run's negative prompt too (the bundled one reads no text). The
+    settings are the run's, with those of this stage under "upscale", of several a list. Raises UsageError,
+    NumericsError, and CheckpointError where the model is to be loaded.
     """
     model = find_model(model)
     if not isinstance(small, Result):

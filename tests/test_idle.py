@@ -211,3 +211,11 @@ def test_inversions_where_the_network_reads_guidance(distilled):
     assert p2p.edit(distilled, led, TARGET).settings["negative_prompt"] is None
     seven = invert("", inversion_guidance=7)
     assert not torch.allclose(seven.latents, invert("").latents, atol=1e-5) and not [n for n in seven.notes if "inversion_guidance" in n]
+
+
+def test_a_stage_that_reads_no_text_is_not_guided(emoji):
+    """The bundled upscaler: guidance takes no rows there, and a negative prompt is not read."""
+    stage, small = p2p.load("emoji-upscaler", device="cpu"), p2p.generate(emoji, "a cat", steps=1, negative_prompt="a tree")
+    plain, guided = (p2p.upscale(stage, small, steps=1, guidance_scale=scale) for scale in (None, 3))
+    assert torch.equal(plain.latents, guided.latents) and plain.rows == guided.rows
+    assert [note for note in guided.notes if note not in plain.notes] == [f"guidance_scale changes nothing: {stage.name} reads no text"]

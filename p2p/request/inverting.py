@@ -221,8 +221,6 @@ def _leads_nowhere(model: Model, guidance_scale: float, prompt: str, negative_pr
     """Whether the network reads this prompt as it reads the one that guidance leads away from."""
     if not model.guided(guidance_scale):
         return False
-    if not model.text_encoders:
-        return True
     zeros = model.zero_negative and not negative_prompt   # in place of the empty prompt
     both = prompt, negative_prompt or ""
     ids, other_ids = (prompt_tokens(model, each).ids for each in both)
@@ -233,6 +231,8 @@ def why_unguided(model: Model) -> str:
     """Why a run reads no empty prompt, where it is not guided."""
     if model.unet.reads_guidance:
         return f"{model.name} reads guidance as a number, and no empty prompt"
+    if not model.text_encoders:
+        return f"{model.name} reads no text"
     return "at guidance_scale 1 there is no guidance"
 
 

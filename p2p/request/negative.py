@@ -33,8 +33,10 @@ def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, gu
     for prompt in each:
         check_prompt(prompt)
     if not model.guided(guidance_scale):
-        why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
-            "give a guidance_scale other than 1, or leave it out"
+        why = "this model reads no text; leave it out"
+        if model.text_encoders:
+            why = "this model was distilled with its guidance; leave it out" if guidance_scale != 1 else \
+                "give a guidance_scale other than 1, or leave it out"
         raise UsageError(f"negative_prompt: nothing leads away from it without guidance; {why}")
     if inversion is not None:
         refuse_replaced(inversion.method)

@@ -122,6 +122,8 @@ def sampling_idle(model: Model, sampling: Sampling, settled: Settled,
     """Notes on a run's sampling that changes nothing, or that the model was not made for. inversion: of its
     source, which is inverted or traced."""
     notes, known = [], inversion is not None
+    if not model.text_encoders and settled.guidance_scale != 1:
+        notes.append(f"guidance_scale changes nothing: {why_unguided(model)}")
     own = inversion is not None and inversion.method == "turbo-edit"   # its authors guide such models
     if model.guidance_scale == 1 and model.guided(settled.guidance_scale) and not own:
         notes.append(f"guidance_scale {settled.guidance_scale:g}: this model was made to run without "

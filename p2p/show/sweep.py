@@ -99,7 +99,7 @@ def sweep(model: Model | str | Path, source: str | Inversion | Path, target: str
     {"layers": as `Edit` has them} and {"seed": numbers}: the first along the columns, the second along the
     rows (seeds always along the rows, beside another setting). Without seeds everything is one batch with one
     source.
-    sampling: as in `edit`. Raises UsageError.
+    sampling: as in `edit`. Raises as `edit` does.
     """
     model = find_model(model)
     over, variants, edits = edits_of(model, source, target, over, seed)

@@ -86,7 +86,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     where it was trained to end), 1 for a picture without noise, as in O-BELM's code. negative_prompt: what
     inversion_guidance leads away from; also of the edits to come, unless they have their own. gamma, control,
     control_steps: shares, of rf-inversion (0.5, 0.9, 0.25). Of flow-edit: n_avg noises a step (1); the last
-    n_min steps (0) sample without the source. What is not read is refused. Raises UsageError, NumericsError.
+    n_min steps (0) sample without the source. What is not read is refused. Raises as `edit` does.
     """
     model, fit_mode = find_model(model), "crop" if fit is None else fit
     flag("progress", progress)
