@@ -226,6 +226,11 @@ def word_maps(unet: Network, seen: Mapping[str, QK], edit: Edits, rows: Tensor, 
     return torch.einsum("nspl,nksl->nksp", both, blend.columns)
 
 
+def reads_maps(blend: LocalBlend, scope: object) -> bool:
+    """Whether its mask is made from the maps of words, its own or a scope's."""
+    return blend.words is not None or blend.substruct is not None or scope is not None
+
+
 def masks(seen: Tensor, blend: Blend, size: tuple[int, int]) -> Tensor:
     """Sums of word maps (N, 2 + R, 2, pixels) -> where the targets may differ, (N, 1, H, W) bool."""
     if not blend.sites:

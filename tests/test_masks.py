@@ -53,6 +53,15 @@ def test_an_edit_with_a_mask_runs_again_to_the_same_latents(narrow, mask):
     assert torch.equal(done.latents, r.latents) and done.settings == r.settings
 
 
+def test_a_mask_alone_has_no_level_of_maps(narrow):
+    """Which would be said to change nothing when the edit is run again from its record."""
+    made = p2p.edit(narrow, "a cat", "a dog", steps=1, local_blend=p2p.LocalBlend(mask=torch.eye(4)))
+    blend = from_settings(made.settings)[0].local_blend
+    assert blend.level is None and not [note for note in p2p.edit(narrow, "a cat", from_settings(made.settings), steps=1).notes if "level" in note]
+    words = p2p.edit(narrow, "a cat", "a dog", steps=1, scope="cat", local_blend=p2p.LocalBlend(mask=torch.eye(4)))
+    assert from_settings(words.settings)[0].local_blend.level is not None
+
+
 def test_a_mask_alone_is_a_picture_in_json(tmp_path):
     """Where no run is there to decide it, as in a list of jobs."""
     values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4

@@ -72,6 +72,11 @@ def test_words_that_differ_are_marked(narrow, target, source, edit):
     assert 'class="word"' not in html and "point at one" not in html   # without maps there is nothing to hover
 
 
+def test_edits_of_one_prompt_are_told_apart(narrow):
+    page = report(p2p.edit(narrow, "a cat", [p2p.Edit("a cat", equalizer={"cat": c}) for c in (0.5, 2.0)], steps=1))
+    assert page.count("cat \u00d7 0.5") == page.count("cat \u00d7 2") == 1
+
+
 def test_maps_of_pixels_alone_are_no_maps_of_words(narrow):
     page = report(p2p.edit(narrow, "a cat on grass", "a dog on grass", steps=1, record=p2p.Record(text=0, pixels=256)))
     assert "Dotted words" not in page and "hover" not in page.split("<h1>")[1].split("<script>")[0]

@@ -168,6 +168,27 @@ def test_moves_replace_each_other(chromium, site, calls):
     tab.close()
 
 
+@needs_browser
+def test_sliders_move_by_keys_and_long_names_keep_whole_letters(chromium, site, calls, tmp_path):
+    tab = opened(chromium, site)
+    tab.click("#download")
+    tab.wait_for_selector("text=choose a picture of this visit first")
+    first_edit(tab, "2")
+    session = list(calls.visits.sessions.values())[-1]
+    tab.focus("#guidance input[type=range]")
+    done(tab, lambda: tab.keyboard.press("ArrowRight"))
+    assert session.gallery[-1].asked.guidance == session.gallery[0].asked.guidance + 0.5
+    name = "x" * 199 + "\U0001f408"
+    Image.new("RGB", (64, 64), "orange").save(tmp_path / f"{name}.png")
+    tab.get_by_role("button", name="a picture of your own").click()
+    tab.set_input_files("#upload input", tmp_path / f"{name}.png")
+    tab.wait_for_function("document.querySelector('#stage .said').textContent === 'your picture'")
+    assert tab.inner_text("#upload .said") == name
+    done(tab, lambda: tab.click("#run"))
+    assert session.gallery[-1].asked.photo == name and tab.faults == []
+    tab.close()
+
+
 def until(tab, true):
     for _ in range(300):
         if true():

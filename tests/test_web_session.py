@@ -168,13 +168,30 @@ def test_pictures_are_uploaded_to_models_of_few_steps(narrow, sampler):
     assert view.done and apart(view.edit, p2p.edit(few.model, inverted, DOG, guidance_scale=3.0).images[1]) <= 1
 
 
-def test_a_closed_tab_stops_what_runs_for_it(narrow):
+def test_a_tab_that_is_left_stops_what_runs_for_it_and_loses_nothing(narrow):
+    """It may have lost its connection alone."""
     all_visits, request = Visits(narrow), SimpleNamespace(session_hash="a")
     session = all_visits.of(request)
+    last(session, steps=1)
     run = session.run(asked(session, target=DOG))
     next(run)
-    all_visits.end(request)
-    assert list(run) == [] and all_visits.of(request) is not session
+    all_visits.left(request)
+    assert list(run) == [] and all_visits.of(request) is session and len(session.gallery) == 1
+    all_visits.left(SimpleNamespace(session_hash="unknown"))
+
+
+def test_a_run_that_was_announced_before_another_does_not_begin(session, monkeypatch):
+    """The server's queue may hold it while the page holds back the latest."""
+    first, second, third = (asked(session, target=DOG, seed=seed) for seed in "123")
+    for each in (first, second, third):
+        session.want(each)
+    monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
+    assert list(session.run(first)) == list(session.run(second)) == [] and session.wanted == third
+    monkeypatch.undo()
+    assert list(session.run(third))[-1].done and last(session, target=DOG, seed="9").done   # which was not announced
+    session.want(first)
+    session.want(second)
+    assert list(session.replay(session.choose(0)))[-1].done and list(session.run(second)) == []
 
 
 def test_faders_are_of_the_words_that_the_tower_reads(session):
@@ -238,6 +255,28 @@ def test_outside_of_a_painted_mask_nothing_changes(session):
     assert changed[:32].any() and not changed[32:].any()
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_nor_does_it_in_the_preview(session, own):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    if own:
+        session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
+    hand = {"mask": base64.b64encode(png(Image.fromarray(mask))).decode()}
+    preview, = (view for view in session.run(asked(session, target=DOG, steps=10, hand=hand)) if view.edit and not view.done)
+    changed = np.abs(np.asarray(preview.source).astype(int) - np.asarray(preview.edit))
+    assert changed[:32].max() > 1 >= changed[32:].max()
+
+
+def test_masks_are_of_a_size_that_is_painted(session):
+    large = png(Image.new("1", (2048, 2048), 1))
+    with pytest.raises(p2p.UsageError, match="2048 x 2048; this page paints smaller ones"):
+        last(session, target=DOG, hand={"mask": base64.b64encode(large).decode()})
+
+
+def test_guidance_of_0_is_of_1(session):
+    assert asked(session, guidance=0) == asked(session, guidance=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["edit-friendly", "ddim", "direct"])
 def test_a_picture_of_ones_own_is_edited(session, method, emoji):
@@ -262,9 +301,31 @@ def test_a_picture_of_ones_own_is_shown_until_its_edit_is(session):
 
 def test_a_picture_that_made_room_is_missed(session):
     session.upload(url(png(Image.new("RGB", (64, 64), "red"))), "own.png")
-    session.close()
-    with pytest.raises(p2p.UsageError, match="own.png is here no more"):
-        last(session, target=DOG, hand={"photo": "own.png"})
+    new = Session(session.model, session.sources)
+    with pytest.raises(p2p.UsageError, match="own.png is here no more: visits that do nothing for long make room"):
+        last(new, target=DOG, hand={"photo": "own.png"})
+
+
+def test_a_request_of_another_picture_than_the_visit_has_is_refused_with_the_reason(session):
+    """Pictures are taken and put away while requests are on their way."""
+    red, blue = (url(png(Image.new("RGB", (64, 64), colour))) for colour in ("red", "blue"))
+    session.upload(red, "red.png")
+    last(session, target=DOG, steps=1)   # sent before the page knew the name: it is of the picture
+    assert session.gallery[-1].asked.photo == "red.png"
+    session.upload(blue, "blue.png")
+    with pytest.raises(p2p.UsageError, match="red.png is here no more: blue.png took its place"):
+        last(session, target=DOG, steps=1, hand={"photo": "red.png"})
+    session.forget()
+    with pytest.raises(p2p.UsageError, match="blue.png is here no more: it was put away"):
+        last(session, target=DOG, steps=1, hand={"photo": "blue.png"})
+    list(session.replay(session.choose(0)))
+    assert session.photo == "red.png" and len(session.gallery) == 1
+
+
+def test_what_a_picture_without_an_edit_does_not_read_is_said(session):
+    session.upload(url(png(Image.new("RGB", (64, 64), "red"))))
+    said = " ".join(last(session, negative="a tree", guidance=9.0).notes)
+    assert "negative prompt, guidance: of an edit" in said
 
 
 def test_a_seed_that_nothing_is_drawn_by_is_said(session):
@@ -341,6 +402,8 @@ def test_a_gallery_and_its_sources_are_bounded(session, monkeypatch):
     given = next(iter(session.sources.kept.values())).given
     assert given.queries is None   # they do not fit the budget: an edit runs the source's row
     assert last(session, seed="2", steps=1, target=DOG).done
+    said = [last(session, seed=str(seed), steps=1).notes for seed in range(3, 24)]
+    assert [any("its oldest made room" in note for note in notes) for notes in said] == [False] * 20 + [True]
 
 
 def test_visits_are_bounded(narrow, monkeypatch):
@@ -349,7 +412,10 @@ def test_visits_are_bounded(narrow, monkeypatch):
     first = all_visits.of(SimpleNamespace(session_hash="0"))
     for name in "120":
         all_visits.of(SimpleNamespace(session_hash=name))
-    assert len(all_visits.sessions) == 2 and all_visits.of(SimpleNamespace(session_hash="0")) is not first
+    assert len(all_visits.sessions) == 2 and (again := all_visits.of(SimpleNamespace(session_hash="0"))) is not first
+    said = "the pictures of this visit are here no more: visits that do nothing for long make room for others"
+    assert said in last(again, steps=1).notes and said not in last(again, steps=1, seed="2").notes
+    assert said not in last(all_visits.of(SimpleNamespace(session_hash="new")), steps=1).notes
 
 
 def test_a_visit_that_waits_for_its_picture_makes_no_room(narrow, monkeypatch):
@@ -371,7 +437,7 @@ HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(source=" \n\t"), dict
            dict(target=["a"]), dict(target="(" * 1999), dict(target="[cat:dog:0.4]"), dict(hand=[]), dict(hand={"weights": []}),
            dict(hand={"weights": {"cat": NAN}}), dict(hand={"weights": {"cat": "2"}}), dict(hand={"weights": {"cat": 10**400}}),
            dict(hand={"weights": {f"w{i}": 2 for i in range(1000)}}), dict(hand={"mask": "/etc/passwd"}, target=DOG),
-           dict(hand={"photo": 5}), dict(blend=":", target=DOG), dict(layers=["up"] * 10**6), dict(hand={"mask": {"path": "/etc/passwd"}}), dict(hand={"mask": "A" * 2**21}), dict(usual="yes"), dict(cross=NAN),
+           dict(hand={"photo": 5}), dict(hand={"photo": "\ud83d"}), dict(hand={"weights": {"\ud83d": 2}}), dict(blend="\udfff", target=DOG), dict(blend=":", target=DOG), dict(layers=["up"] * 10**6), dict(hand={"mask": {"path": "/etc/passwd"}}), dict(hand={"mask": "A" * 2**21}), dict(usual="yes"), dict(cross=NAN),
            dict(cross=float("inf")), dict(self_=-1), dict(self_="0.4"), dict(guidance=1e300), dict(guidance=True), dict(steps=10**9),
            dict(steps=0), dict(steps=2.5), dict(steps=NAN), dict(seed="-5x"), dict(seed="1" * 30), dict(seed=NAN), dict(seed=None),
            dict(seed=str(-2**63 - 1)), dict(negative={}), dict(layers="up"), dict(layers=["nowhere"]), dict(layers=[["up"]]),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from p2p import align
-from p2p.blend import Blend, LocalBlend
+from p2p.blend import Blend, LocalBlend, reads_maps
 from p2p.edits import Edit, Tables, alignment, covered, cross_alpha, decided, steps_of_windows, tables, window
 from p2p.errors import UsageError
 from p2p.model import Model
@@ -126,8 +126,7 @@ def _blend(edit: Edit) -> list[str]:
         return notes
     if edit.scope is not None and b.words is not None:
         notes.append("scope changes nothing in the picture: local_blend names words of its own")
-    maps = b.words is not None or b.substruct is not None or edit.scope is not None
-    for name in ("threshold", "level", "middle") if not maps else ():
+    for name in ("threshold", "level", "middle") if not reads_maps(b, edit.scope) else ():
         if getattr(b, name) != DEFAULT[name]:
             notes.append(f"local_blend: {name} changes nothing: it is of maps of words, and none are named")
     words, substruct = b.thresholds

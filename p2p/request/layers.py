@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from p2p.blend import reads_maps
 from p2p.edits import Edit, Tables, window
 from p2p.errors import UsageError
 from p2p.models.attention import AttentionEdit
@@ -87,7 +88,7 @@ def for_network(edit: Edit, unet: Network) -> Edit:
     limit, blend = edit.self_max_tokens, edit.local_blend
     if limit is None and isinstance(unet, UNet):
         limit = 32 * 32
-    if blend is not None:
+    if blend is not None and reads_maps(blend, edit.scope):
         blend = replace(blend, level=level_in(unet, blend.level))
     return replace(edit, self_max_tokens=limit, local_blend=blend)
 

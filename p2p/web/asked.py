@@ -23,6 +23,7 @@ LETTERS = 2_000          # of a prompt, of any other text, and of a word
 WORDS = 200              # faders
 FILE = 20 * 2**20        # bytes of an uploaded picture
 MASK = 2**20             # characters of a painted mask
+PIXELS = 2**21           # of one
 THIRDS = {"first third": (0.0, 1 / 3), "middle third": (1 / 3, 2 / 3), "last third": (2 / 3, 1.0)}
 
 
@@ -66,7 +67,7 @@ def read(unet: Network, source: Any, target: Any, hand: Any, usual: Any, cross: 
     return Asked(
         source, text("the edited prompt", target), _weights(hand.get("weights")), _mask(hand.get("mask")),
         flag("windows", usual), _number("cross window", cross, 0, 1), _number("self window", self_, 0, 1),
-        _number("guidance", guidance, 0, GUIDANCE), whole("steps", _integer(steps), most=STEPS),
+        _number("guidance", guidance, 0, GUIDANCE) or 1.0, whole("steps", _integer(steps), most=STEPS),
         check_seed(_seed(seed)), text("the negative prompt", negative),
         tuple(choice("layers", name, choices) for name in names), text("blend", blend),
         choice("method", method, METHODS), text("the picture's name", hand.get("photo")))
@@ -86,7 +87,10 @@ def picture(url: Any) -> Image.Image:
 
 
 def mask_picture(mask: str) -> Image.Image | None:
-    return from_base64(mask, "the painted mask") if mask else None
+    painted = from_base64(mask, "the painted mask") if mask else None
+    if painted is not None and painted.width * painted.height > PIXELS:
+        raise UsageError(f"a mask of {painted.width} x {painted.height}; this page paints smaller ones")
+    return painted
 
 
 def text(name: str, value: Any) -> str:
@@ -95,6 +99,8 @@ def text(name: str, value: Any) -> str:
     if len(letters) > LETTERS:
         raise UsageError(f"{name} has {len(letters):,} characters, {brief(letters)}: this page takes "
                          f"{LETTERS:,}; text towers read a few hundred")
+    if any("\ud800" <= letter <= "\udfff" for letter in letters):
+        raise UsageError(f"{name} holds half of a letter (a lone surrogate); type it again")
     return letters
 
 

@@ -18,6 +18,7 @@ from p2p.show.report import short
 from p2p.web.asked import FILE, GUIDANCE, STEPS, Asked, layer_choices, read, text
 from p2p.web.session import Item, Session, View
 from p2p.web.visits import Visits
+from p2p.weights.untrusted import printable
 
 USUAL_STEPS = 20
 REFUSED = "not done"   # the title of a message
@@ -31,7 +32,7 @@ Components = dict[str, Any]   # by their names, which are their ids on the page
 
 def page(model: Model) -> gr.Blocks:
     c: Components = {}
-    with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(3600, 86400)) as blocks:
         gr.HTML(f"<h1>Prompt-to-Prompt</h1><p>{escape(model.name)}: a picture is edited by editing its "
                 "prompt; a word's fader weighs its attention</p>")
         with gr.Row():
@@ -52,7 +53,7 @@ def _controls(c: Components, model: Model) -> None:
         for name, label, value in (("cross", "cross-attention of the source, share of the steps", 0.8),
                                    ("self_", "self-attention of the source, share of the steps", 0.4)):
             c[name] = gr.Slider(0, 1, value, step=0.05, label=label, elem_id=name)
-        c["guidance"] = gr.Slider(0, GUIDANCE, model.guidance_scale, step=0.5, label="guidance",
+        c["guidance"] = gr.Slider(1, GUIDANCE, model.guidance_scale, step=0.5, label="guidance",
                                   elem_id="guidance")
         steps = min(USUAL_STEPS, model.steps)
         c["steps"] = gr.Slider(1, STEPS, steps, step=1, label="steps", elem_id="steps")
@@ -86,8 +87,7 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
     restored = [c[name] for name in VALUES if name != "hand"]
     told = [c["run"].click, *(c[name].submit for name in ("source", "target"))]
     moved = [*(c[name].input for name in ("hand", "usual", "layers", "method")),
-             *(c[name].submit for name in ("seed", "negative", "blend")),
-             *(c[name].release for name in ("cross", "self_", "guidance", "steps"))]
+             *(c[name].submit for name in ("seed", "negative", "blend"))]
     quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
     work: dict[str, Any] = dict(quiet, concurrency_limit=1, concurrency_id="model")
     # Moves that come while one is computed: the page sends the last of them when it is done, and what stands
@@ -100,9 +100,12 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
     gr.on(moved, calls.moved, values, shown, trigger_mode="always_last", **work)
     for name in ("cross", "self_"):
         c[name].input(None, None, c["usual"], js="() => false")
+    for name in ("cross", "self_", "guidance", "steps"):
+        c[name].input(None, None, None, js="() => window.p2pSoon()")   # a move of "hand", when it rests
     c["upload"].upload(calls.upload, c["upload"], [c["stage"], c["upload"]], **work)
     c["upload"].clear(calls.forget, None, c["stage"], **work)
     c["gallery"].select(calls.choose, None, [c["settings"], c["download"]], **quiet)
+    c["download"].click(calls.download, None, None, **quiet)
     c["replay"].click(calls.replay, None, [*shown, *restored], **work)
     blocks.unload(calls.leave)
 
@@ -131,7 +134,7 @@ class Calls:
                 hand = None
         except (UsageError, NumericsError, CheckpointError) as error:
             # no exception: after one the page would forget a move that waits for this run's end
-            gr.Warning(escape(str(error)), title=REFUSED)
+            gr.Warning(_said(error), title=REFUSED)
 
     def newer(self, request: gr.Request, *values: Any) -> None:
         session = self.visits.known(request)
@@ -146,6 +149,7 @@ class Calls:
         session = self.visits.known(request)
         if session is not None and session.chosen is not None:
             session.wanted = None
+            session.announced.append(session.chosen.asked)
 
     def upload(self, request: gr.Request, file: Any) -> tuple[Any, str]:
         """file: {"name": text, "url": data URL}, or the URL alone."""
@@ -179,8 +183,13 @@ class Calls:
             yield stage, gallery, *controls
             controls = (gr.skip(),) * len(controls)   # what is typed from now on stays
 
+    def download(self, request: gr.Request) -> None:
+        session = self.visits.known(request)
+        if session is None or session.chosen is None:
+            raise _refused("choose a picture of this visit first")
+
     def leave(self, request: gr.Request) -> None:
-        self.visits.end(request)
+        self.visits.left(request)
 
 
 def _controls_of(item: Item) -> tuple[Any, ...]:
@@ -190,7 +199,11 @@ def _controls_of(item: Item) -> tuple[Any, ...]:
 
 
 def _refused(error: object) -> gr.Error:
-    return gr.Error(escape(str(error)), title=REFUSED, print_exception=False)
+    return gr.Error(_said(error), title=REFUSED, print_exception=False)
+
+
+def _said(error: object) -> str:
+    return escape(printable(error))
 
 
 def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -77,13 +78,16 @@ class Item:
 
 class Session:
     """Of one visit. `wanted` is the latest request: an edit for another one stops at its next step, and so
-    does a source that it has not."""
+    does a source that it has not; one that was announced before the latest does not begin."""
 
-    def __init__(self, model: Model, sources: Sources):
+    def __init__(self, model: Model, sources: Sources, returned: bool = False):
         self.model, self.sources = model, sources
+        self.returned = returned                      # a visit of this name gave way: to be said
         self.picture: Image.Image | None = None       # uploaded, in the model's size
         self.photo = ""                               # its name
+        self.forgotten = ""                           # the name of one that was put away
         self.wanted: Asked | None = None
+        self.announced: deque[Asked] = deque(maxlen=KEPT)
         self.gallery: deque[Item] = deque(maxlen=KEPT)
         self.numbers = count(1)
         self.chosen: Item | None = None               # of the gallery
@@ -97,27 +101,35 @@ class Session:
         return View(self.picture, notes=(*notes, "say in the prompt what it shows, then edit that"))
 
     def forget(self) -> View:
-        self.picture, self.photo = None, ""
+        self.forgotten, self.picture, self.photo = self.photo, None, ""
         return View(None)
 
     def close(self) -> None:
-        """The tab was closed: what runs for it stops."""
-        self.wanted, self.chosen = None, None
-        self.forget()
+        """Gives way to another visit."""
+        self.wanted, self.chosen, self.picture = None, None, None
         self.gallery.clear()
         if self.files is not None:
             self.files.cleanup()
 
-    def want(self, asked: Asked) -> tuple[Asked, list[str]]:
-        """Makes this the latest request, but for faders of words that are gone, and for the inversion where
-        there is no picture.  -> it, notes on those"""
+    def want(self, asked: Asked) -> None:
+        """Announces a request, which becomes the latest. Raises UsageError."""
+        self.wanted = self._settled(asked)[0]
+        self.announced.append(self.wanted)
+
+    def _settled(self, asked: Asked) -> tuple[Asked, list[str]]:
+        """The request, of the picture that the visit has, without faders of words that are gone, nor an
+        inversion where there is no picture.  -> it, notes on those. Raises UsageError for another picture."""
+        if asked.photo not in ("", self.photo):
+            why = f"{self.photo} took its place" if self.photo else \
+                "it was put away" if asked.photo == self.forgotten else MADE_ROOM
+            raise UsageError(f"{asked.photo} is here no more: {why}; choose it again")
         dropped = dropped_words(self.model, asked)
         notes = [f'the fader of "{word}" is left out: the prompt has no such word' for word in dropped]
         if self.picture is None and asked.method != Asked.method:
             notes.append(f"{asked.method} changes nothing: it inverts a picture of your own")
             asked = replace(asked, method=Asked.method)
-        self.wanted = replace(asked, weights=tuple(w for w in asked.weights if w[0] not in dropped))
-        return self.wanted, notes
+        weights = tuple(w for w in asked.weights if w[0] not in dropped)
+        return replace(asked, photo=self.photo, weights=weights), notes
 
     def run(self, asked: Asked) -> Iterator[View]:
         """The source, a preview of its edit, and the edit; ends early where another request replaces this
@@ -130,10 +142,14 @@ class Session:
 
     def _run(self, asked: Asked) -> Iterator[View]:
         began, picture = time.perf_counter(), self.picture
-        if asked.photo and picture is None:
-            raise UsageError(f"{asked.photo} is here no more: {MADE_ROOM}; choose it again")
-        asked, said = self.want(asked)
+        asked, said = self._settled(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
+        if asked in self.announced and self.announced[-1] != asked:
+            return
+        self.wanted = asked
+        if self.returned:
+            said.append(f"the pictures of this visit are here no more: {MADE_ROOM}")
+            self.returned = False
         plain = None if edit is None else self._checked(asked, edit, picture)
         try:
             source = self.sources.of(asked, picture, lambda: self._awaited(asked, picture))
@@ -173,11 +189,15 @@ class Session:
     def replay(self, item: Item) -> Iterator[View]:
         """Makes a picture of the visit again."""
         self.picture, self.photo = item.picture, item.asked.photo
+        self.announced.append(item.asked)
         return self.run(item.asked)
 
     def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None) -> Iterator[View]:
         idle = [name for name in ("mask", "blend", "layers") if getattr(asked, name)]
         idle += [] if asked.usual else ["windows"]
+        if picture is not None:
+            idle += ["negative prompt"] if asked.negative else []
+            idle += ["guidance"] if asked.guidance not in (None, self.model.guidance_scale) else []
         notes = [f"{', '.join(idle)}: of an edit; change a word or a fader"] if idle else []
         sums: Sums | None = None
         if picture is None:
@@ -191,7 +211,7 @@ class Session:
                 if last is None or last.index + 1 < ready.start.schedule.steps:
                     return
                 image = self._decoded(last.x)
-            self._keep(image, asked.source, ready.settings, asked, None)
+            notes += self._keep(image, asked.source, ready.settings, asked, None)
         else:
             image = picture
         words = self._words(asked, source, sums)
@@ -206,14 +226,16 @@ class Session:
         for step in self._steps(asked, ready, sums, 1):
             if step.index == int(LOOK * total):
                 before = source.picture or picture or self._decoded(step.x_0[:1])
-                yield View(before, self._decoded(step.x_0[-1:]), self._words(asked, source), done=False)
+                soon = self._decoded(_masked(step, source))
+                yield View(before, soon, self._words(asked, source), done=False)
         if step is None or step.index + 1 < total:
             return
         image = self._decoded(step.x[-1:])
         before = self._decoded(step.x[:1]) if source.picture is None else source.picture
         caption = difference(asked.source, edit.prompt, edit.equalizer) or edit.prompt
-        self._keep(image, caption, ready.settings if plain is None else plain, asked, picture)
-        yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(ready.notes)))
+        settings = ready.settings if plain is None else plain
+        notes = [*ready.notes, *self._keep(image, caption, settings, asked, picture)]
+        yield View(before, image, self._words(asked, source, sums), tuple(dict.fromkeys(notes)))
 
     def _steps(self, asked: Asked, ready: Ready, sums: Sums, row: int) -> Iterator[Step]:
         """The steps of a run, whose maps of a row's words are added to `sums`, until there is another
@@ -244,9 +266,14 @@ class Session:
         return None
 
     def _keep(self, image: Image.Image, caption: str, settings: dict[str, Any], asked: Asked,
-              picture: Image.Image | None) -> None:
-        if not any(item.asked == asked and item.picture is picture for item in self.gallery):
-            self.gallery.append(Item(next(self.numbers), image, caption, settings, asked, picture))
+              picture: Image.Image | None) -> list[str]:
+        """A note where an older picture makes room."""
+        if any(item.asked == asked and item.picture is picture for item in self.gallery):
+            return []
+        full = len(self.gallery) == KEPT
+        self.gallery.append(Item(next(self.numbers), image, caption, settings, asked, picture))
+        return [f"this visit keeps {KEPT} pictures, and its oldest made room: download what should last"
+                ] if full else []
 
     def _words(self, asked: Asked, source: Source,
                sums: Mapping[str, Tensor] | None = None) -> tuple[Word, ...]:
@@ -257,6 +284,16 @@ class Session:
         weights, maps = dict(asked.weights), sums or {}
         return tuple(Word(name, weights.get(name, 1.0), _map(maps[name]) if name in maps else None)
                      for name in read_words(prompt, self.model.length))
+
+
+def _masked(step: Step, source: Source) -> Tensor:
+    """The edited picture as a step predicts it, inside of its mask; outside is the source's."""
+    predicted = step.x_0[-1:]
+    if step.mask is None:
+        return predicted
+    known = isinstance(source.given, Inversion)
+    outside = source.given.latents[:1].to(predicted) if known else step.x_0[:1]
+    return torch.where(step.mask[-1:], predicted, outside)
 
 
 def _map(values: Tensor) -> Image.Image:

@@ -7,7 +7,7 @@ let names = "", weights = {}, mask = "", photo = "", waiting = null;
 
 const hand = () => ({weights: {...weights}, mask, photo});   // photo: the uploaded picture that is edited
 const tell = () => window.p2pHand(hand(), true);
-const soon = () => { clearTimeout(waiting); waiting = setTimeout(tell, 120); };   // not at every pixel of a drag
+const soon = window.p2pSoon = () => { clearTimeout(waiting); waiting = setTimeout(tell, 120); };   // not at every pixel of a drag
 const light = src => { stack.classList.toggle("lit", !!src); if (src) map.src = src; };
 
 function fader(word) {

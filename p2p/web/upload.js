@@ -9,7 +9,8 @@ function take(file) {
   if (!file) return;
   if (file.size > most) { said.textContent = file.name + " is larger than " + (most >> 20) + " MiB; make it smaller"; return; }
   const reader = new FileReader();
-  reader.onload = () => { props.value = {name: file.name.slice(0, 200), url: reader.result}; trigger("upload"); };
+  const name = new TextDecoder().decode(new TextEncoder().encode(Array.from(file.name).slice(0, 200).join("")));   // whole letters
+  reader.onload = () => { props.value = {name, url: reader.result}; trigger("upload"); };
   reader.onerror = () => { said.textContent = file.name + " cannot be read"; };
   reader.readAsDataURL(file);
 }
