@@ -252,3 +252,11 @@ def small_files():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited()
+
+
+@pytest.fixture
+def session(narrow):
+    """A visit of the page."""
+    from p2p.web.session import Session
+    from p2p.web.sources import Sources
+    return Session(narrow, Sources(narrow))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from test_web_session import CAT, DOG, PAGE, png, url
+from web_page import CAT, DOG, PAGE, png, url
 
 import p2p
 from p2p.show.pictures import read_settings
