@@ -1,6 +1,7 @@
 """Settings inside a picture may be a stranger's: damaged, of the wrong kind or huge, they are refused; whole ones are exact."""
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,3 +233,46 @@ def test_what_was_enlarged_twice_is_not_replayed_once(emoji, tmp_path, capsys):
     twice.save(tmp_path / "made")
     assert main(["edit", "--from", str(tmp_path / "made" / "edit.png"), "-o", str(tmp_path)]) == 2
     assert "enlarged 2 times" in capsys.readouterr().err
+
+
+def test_what_was_generated_is_generated_again(tmp_path, capsys):
+    """Also several at once, with what options change of their sampling alone."""
+    argv = ["generate", "a cat", "a red dog", "--steps", "2", "--seed", "3,4", "--negative", "night", "--negative", "fog"]
+    assert main([*argv, "-o", str(tmp_path / "a")]) == 0
+    first, second, grid = capsys.readouterr().out.split()[:3]
+    assert main(["generate", "--from", second, "-o", str(tmp_path / "b")]) == 0
+    assert [Path(p).read_bytes() for p in capsys.readouterr().out.split()[:3]] == [Path(p).read_bytes() for p in (first, second, grid)]
+    assert main(["generate", "--from", second, "--cfg", "1", "--seed", "5", "-o", str(tmp_path / "c")]) == 0
+    told = capsys.readouterr()
+    changed = read_settings(told.out.split()[0])
+    assert "not as " in told.err and "records: --cfg, --seed" in told.err and "negative prompt that is recorded is left out" in told.err
+    asked = read_settings(first) | {"guidance_scale": 1.0, "seed": 5, "negative_prompt": None}
+    assert {k: v for k, v in changed.items() if k != "device"} == {k: v for k, v in asked.items() if k != "device"}
+
+
+@pytest.mark.slow
+def test_an_enlarged_one_too(tmp_path, capsys):
+    assert main(["generate", "a cat", "--steps", "2", "--seed", "3", "--upscale", "--upscale-steps", "1", "-o", str(tmp_path / "a")]) == 0
+    made = capsys.readouterr().out.split()
+    assert main(["generate", "--from", made[0], "-o", str(tmp_path / "b")]) == 0
+    assert Path(capsys.readouterr().out.split()[0]).read_bytes() == Path(made[0]).read_bytes()
+
+
+def test_each_command_runs_its_own_again(made, tmp_path, capsys):
+    edited = made[1]
+    assert main(["generate", "a cat", "--steps", "1", "--seed", "1", "-o", str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out.split()[0]
+    for argv, said in ((["edit", "--from", drawn], "p2p generate --from runs generate again"), (["generate", "--from", str(edited)], "p2p edit --from runs edits again"),
+                       (["generate", "a cat", "--from", drawn], "give either prompts or --from"), (["generate", "--from", drawn, "--tile", "8"], "--tile: not with --from"),
+                       (["generate"], "generate needs a prompt"), (["generate", "--from", drawn, "--seed", "1,2"], "seed")):
+        assert main([*argv, "-o", str(tmp_path)]) == 2 and said in capsys.readouterr().err, argv
+
+
+@pytest.mark.parametrize("change", [{"prompts": 5}, {"prompts": []}, {"prompts": [5]}, {"prompts": None}, {"seed": None}, {"seed": "x"}, {"steps": {}},
+                                    {"negative_prompt": 7}, {"sampler": "x"}, {"upscale": 5}, {"upscale": []}])
+def test_a_strangers_record_of_generate_is_refused(tmp_path, capsys, change):
+    assert main(["generate", "a cat", "--steps", "1", "--seed", "1", "-o", str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out.split()[0]
+    save_png(tmp_path / "strange.png", Image.open(drawn), read_settings(drawn) | change)
+    code, said = main(["generate", "--from", str(tmp_path / "strange.png"), "-o", str(tmp_path)]), capsys.readouterr().err
+    assert code == 0 if change == {"upscale": []} else code == 2 and "strange.png: " in said

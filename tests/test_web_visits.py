@@ -87,6 +87,13 @@ def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, t
     assert not file.parent.exists()
 
 
+def test_so_is_a_source_alone(session, once, tmp_path):
+    view = last(session, negative="night")
+    file = session.download(session.choose(0))
+    assert main(["generate", "--from", str(file), "--out", str(tmp_path / "out"), "-q"]) == 0
+    assert apart(Image.open(next((tmp_path / "out").rglob("1.png"))), view.source) <= 1
+
+
 def test_a_picture_of_the_visit_is_replayed(session):
     session.upload(url(png(Image.new("RGB", (64, 64), "red"))))
     first = last(session, target=DOG)

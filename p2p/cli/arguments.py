@@ -47,7 +47,10 @@ def invert(ap: argparse.ArgumentParser) -> None:
 
 
 def generate(ap: argparse.ArgumentParser) -> None:
-    ap.add_argument("prompts", nargs="+", metavar="PROMPT", help="what each picture shows")
+    ap.add_argument("prompts", nargs="*", metavar="PROMPT", help="what each picture shows")
+    ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
+                    help="make this picture again, and those that were made with it; options of sampling "
+                    "that are given change these alone")
     groups.upscaling(ap)
     ap.set_defaults(upscale_edited=False)   # there is no edit
     groups.sampling(ap, seeds=True)

@@ -82,7 +82,14 @@ def edit(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     _upscaling(args)
-    if isinstance(args.seed, list) and len(args.prompts) not in (1, len(args.seed)):
+    if args.replay is not None:
+        if args.prompts:
+            raise UsageError("--from takes the prompts from the picture; give either prompts or --from")
+        refuse(args, "--from, which does as the picture records",
+               [name for name in options_of(arguments.generate) if name not in ("prompts", *REPLAY)])
+    elif not args.prompts:
+        raise UsageError('generate needs a prompt: p2p generate "a red car at night"')
+    if args.prompts and isinstance(args.seed, list) and len(args.prompts) not in (1, len(args.seed)):
         raise UsageError(f"--seed: {len(args.seed)} seeds and {len(args.prompts)} prompts; give one prompt, "
                          "or one for each seed")
     values.timesteps(args)

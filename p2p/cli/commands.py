@@ -112,11 +112,14 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    out = Output(args.out, args.prompts[0])
-    model, sampling = options.load_for_sampling(args)
-    upscaler = stage(args, model.family, options.dtype(args))
-    prompts = args.prompts * (len(args.seed) if isinstance(args.seed, list) and len(args.prompts) == 1 else 1)
-    small = generated(args, model, prompts, **sampling, negative_prompt=values.negative(args))
+    if args.replay is not None:
+        small, upscaler, out = replay.generate(args)
+    else:
+        out = Output(args.out, args.prompts[0])
+        model, sampling = options.load_for_sampling(args)
+        upscaler = stage(args, model.family, options.dtype(args))
+        many = len(args.seed) if isinstance(args.seed, list) and len(args.prompts) == 1 else 1
+        small = generated(args, model, args.prompts * many, **sampling, negative_prompt=values.negative(args))
     result = enlarged(upscaler, small, args) or small
     options.say([*(note for note in result.notes if note not in small.notes), *cost(args, result)])
     for name, image in zip(result.names(), result.images):
