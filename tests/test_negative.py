@@ -1,4 +1,5 @@
 """Negative prompts: what guidance leads away from, against diffusers' pipelines; for every row, or each its own."""
+import hashlib
 import json
 
 import families
@@ -10,6 +11,7 @@ from PIL import Image
 import p2p
 from p2p.cli.parser import main
 from p2p.errors import UsageError
+from p2p.lists import jobs
 from p2p.request.start import draw
 from p2p.show.pictures import read_settings
 from p2p.weights.convert import convert
@@ -130,3 +132,40 @@ def test_what_inverting_leads_away_from_is_the_edits_negative_prompt(tmp_path, m
     assert main(["edit", "--from", str(made[0]), "--negative", "", "-q", "-o", str(tmp_path / "changed")]) == 0
     changed, = (tmp_path / "changed").glob("*/edit.png")
     assert read_settings(changed)["inversion"]["negative_prompt"] is None
+
+
+@pytest.mark.slow
+def test_a_picture_that_was_inverted_under_another_keeps_it(tmp_path):
+    """Run again with other guidance; --negative alone is of both, as in edit --image."""
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    assert main(["invert", str(tmp_path / "photo.png"), "a cat", "--method", "ddim", "--steps", "2", "--inversion-cfg", "3", "--negative", "a bird",
+                 "-q", "-o", str(tmp_path / "i")]) == 0
+    inverted, = (tmp_path / "i").glob("*/inversion.safetensors")
+    assert main(["edit", "--inversion", str(inverted), "a dog", "--negative", "a tree", "-q", "-o", str(tmp_path / "e")]) == 0
+    made, = (tmp_path / "e").glob("*/edit.png")
+    for i, (change, read) in enumerate([(["--inversion-cfg", "4"], "a bird"), (["--method", "fixed-point"], "a bird"), ([], "a bird"),
+                                        (["--negative", "fog"], "fog")]):
+        assert main(["edit", "--from", str(made), *change, "-q", "-o", str(tmp_path / str(i))]) == 0
+        again, = (tmp_path / str(i)).glob("*/edit.png")
+        assert read_settings(again)["inversion"]["negative_prompt"] == read, change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--cfg", "1", "--negative", "a bird"], ["--negative", "a bird", "--negative", "a tree"], ["maps", "--negative", "a bird"]])
+def test_one_that_inverting_alone_reads_is_not_refused(tmp_path, more):
+    """rf-inversion is made under it; what the edits read of it is another matter."""
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    alone = more[0] == "maps"
+    argv = ["maps", "a cat", *more[1:]] if alone else ["edit", "a cat", "a dog", *more]
+    assert main([*argv, "--image", str(tmp_path / "photo.png"), "--method", "rf-inversion", "--steps", "2", "-q", "-o", str(tmp_path / "out")]) == 0
+    assert main([*argv, "--image", str(tmp_path / "photo.png"), "--method", "direct", "--steps", "2", "-q", "-o", str(tmp_path / "out")]) == 2
+
+
+def test_a_job_that_is_inverted_under_one_is_another_than_before(emoji, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    line = {"source": "a cat", "targets": "a dog", "image": "photo.png", "negative_prompt": "a bird"}
+    for method, other in (("rf-inversion", True), ("direct", False)):
+        job = jobs.parse(line | {"method": method}, 1, tmp_path, emoji)
+        asked = job.settings() | {"image": job.content, "model": emoji.identity()}
+        former = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        assert (job.id != former) is other

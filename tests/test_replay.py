@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import p2p
-from p2p.cli import replay
+from p2p.cli import recorded
 from p2p.cli.parser import main
 from p2p.show.pictures import CHUNK, read_settings, save_png
 
@@ -203,7 +203,7 @@ def test_another_method_begins_with_its_own_guidance(tmp_path, narrow, monkeypat
         p2p.edit(narrow, p2p.invert(narrow, picture, SOURCE, method=method, steps=2), TARGET).save(tmp_path / method)
         with monkeypatch.context() as patch:
             patch.setattr(p2p, "load", lambda *_, **__: narrow)
-            patch.setattr(replay, "_same_model", lambda *_: None)
+            patch.setattr(recorded, "_same_model", lambda *_: None)
             patch.setattr(p2p, "invert", lambda *a, real=p2p.invert, **k: seen.append(k) or real(*a, **k))
             assert main(["edit", "--from", str(tmp_path / method / "edit.png"), "--method", other, "-q", "-o", str(tmp_path)]) == 0
         assert seen[-1].get("inversion_guidance", wanted) == wanted and seen[-1]["method"] == other
@@ -215,7 +215,7 @@ def test_a_rounded_trace_is_replayed_rounded(tmp_path, narrow, monkeypatch):
     r = p2p.edit(narrow, p2p.trace(narrow, inversion, dtype=torch.bfloat16), TARGET, self_replace_steps=1.0)
     r.save(tmp_path / "made")
     monkeypatch.setattr(p2p, "load", lambda *_, **__: narrow)
-    monkeypatch.setattr(replay, "_same_model", lambda *_: None)
+    monkeypatch.setattr(recorded, "_same_model", lambda *_: None)
     assert r.settings["inversion"]["queries"] == "bfloat16"
     assert main(["edit", "--from", str(tmp_path / "made" / "edit.png"), "-q", "-o", str(tmp_path)]) == 0
     (again,) = tmp_path.glob("*-*/edit.png")
@@ -269,10 +269,15 @@ def test_each_command_runs_its_own_again(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", [{"prompts": 5}, {"prompts": []}, {"prompts": [5]}, {"prompts": None}, {"seed": None}, {"seed": "x"}, {"steps": {}},
-                                    {"negative_prompt": 7}, {"sampler": "x"}, {"upscale": 5}, {"upscale": []}])
+                                    {"negative_prompt": 7}, {"sampler": "x"}, {"upscale": 5}, {"upscale": []},
+                                    {"upscale": "enlarged"}])
 def test_a_strangers_record_of_generate_is_refused(tmp_path, capsys, change):
     assert main(["generate", "a cat", "--steps", "1", "--seed", "1", "-o", str(tmp_path)]) == 0
     drawn = capsys.readouterr().out.split()[0]
+    if change == {"upscale": "enlarged"}:   # by steps that are none
+        stage = p2p.load("emoji-upscaler", device="cpu")
+        change = {"upscale": {"model": "emoji-upscaler", **stage.identity(), "steps": "abc", "guidance_scale": 1.0, "eta": 0.0, "noise_level": 0,
+                              "edited": False}}
     save_png(tmp_path / "strange.png", Image.open(drawn), read_settings(drawn) | change)
     code, said = main(["generate", "--from", str(tmp_path / "strange.png"), "-o", str(tmp_path)]), capsys.readouterr().err
     assert code == 0 if change == {"upscale": []} else code == 2 and "strange.png: " in said

@@ -146,9 +146,13 @@ def test_a_run_that_was_announced_before_another_does_not_begin(session, monkeyp
     assert list(session.run(first)) == list(session.run(second)) == [] and session.wanted == third
     monkeypatch.undo()
     assert list(session.run(third))[-1].done and last(session, target=DOG, seed="9").done   # which was not announced
-    session.want(first)
     session.want(second)
-    assert list(session.replay(session.choose(0)))[-1].done and list(session.run(second)) == []
+    session.announce(item := session.choose(0))
+    assert list(session.run(second)) == [] and list(session.replay(item))[-1].done
+    session.want(first)
+    assert list(session.run(first))[-1].done
+    session.want(second)
+    assert list(session.run(first))[-1].done   # typed back, and sent in the second's place
 
 
 def test_faders_are_of_the_words_that_the_tower_reads(session):

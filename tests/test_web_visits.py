@@ -42,9 +42,10 @@ def test_a_picture_of_ones_own_is_shown_until_its_edit_is(session):
 
 def test_a_picture_that_made_room_is_missed(session):
     session.upload(url(png(Image.new("RGB", (64, 64), "red"))), "own.png")
-    new = Session(session.model, session.sources)
-    with pytest.raises(p2p.UsageError, match="own.png is here no more: visits that do nothing for long make room"):
-        last(new, target=DOG, hand={"photo": "own.png"})
+    session.close()
+    for each in (session, Session(session.model, session.sources)):
+        with pytest.raises(p2p.UsageError, match="own.png is here no more: visits that do nothing for long make room"):
+            last(each, target=DOG, hand={"photo": "own.png"})
 
 
 def test_a_request_of_another_picture_than_the_visit_has_is_refused_with_the_reason(session):
@@ -61,6 +62,12 @@ def test_a_request_of_another_picture_than_the_visit_has_is_refused_with_the_rea
         last(session, target=DOG, steps=1, hand={"photo": "blue.png"})
     list(session.replay(session.choose(0)))
     assert session.photo == "red.png" and len(session.gallery) == 1
+    session.forget()
+    last(session, target=DOG, steps=1)
+    session.upload(blue, "blue.png")
+    list(session.replay(session.choose(1)))   # of a prompt alone
+    with pytest.raises(p2p.UsageError, match="blue.png is here no more: it was put away"):
+        last(session, target=DOG, steps=1, hand={"photo": "blue.png"})
 
 
 def test_what_a_picture_without_an_edit_does_not_read_is_said(session):
@@ -158,12 +165,14 @@ def test_visits_are_bounded(narrow, monkeypatch):
     monkeypatch.setattr(visits, "MOST", 2)
     all_visits = Visits(narrow)
     first = all_visits.of(SimpleNamespace(session_hash="0"))
-    for name in "120":
+    last(first, steps=1)
+    for name in "12":
         all_visits.of(SimpleNamespace(session_hash=name))
     assert len(all_visits.sessions) == 2 and (again := all_visits.of(SimpleNamespace(session_hash="0"))) is not first
     said = "the pictures of this visit are here no more: visits that do nothing for long make room for others"
     assert said in last(again, steps=1).notes and said not in last(again, steps=1, seed="2").notes
-    assert said not in last(all_visits.of(SimpleNamespace(session_hash="new")), steps=1).notes
+    for name in ("new", "1"):   # one of which had no picture
+        assert said not in last(all_visits.of(SimpleNamespace(session_hash=name)), steps=1).notes
 
 
 def test_a_visit_that_waits_for_its_picture_makes_no_room(narrow, monkeypatch):

@@ -14,9 +14,9 @@ def edit(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("--inversion", type=Path, metavar="FILE",
                     help="the same, inverted before by p2p invert; SOURCE is left out")
     ap.add_argument("--from", dest="replay", type=Path, metavar="PNG",
-                    help="run the edit again that made this picture; options of injection, "
-                    "inversion and sampling that are given change these alone; --weight, --cross, --swap and "
-                    "--layers change what they name alone (not --emphasis, --fit)")
+                    help="run the edit again that made this picture; options of injection (but "
+                    "--emphasis), inversion (but --fit) and sampling that are given change these alone; "
+                    "--weight, --cross, --swap and --layers change what they name alone")
     ap.add_argument("--editor", choices=["masactrl", "plug-and-play", "uni-edit"],
                     help="edit in another way than Prompt-to-Prompt, whose "
                     "windows and weights are then refused")

@@ -51,7 +51,7 @@ def edit(args: argparse.Namespace) -> None:
         if args.preview and args.steps is None:
             usual = _expected(args, model, picture).steps
             if usual > PREVIEW_STEPS:
-                vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # `_invert` reads args
+                vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # the inversion's too
         source = _inverted(args, model, picture, targets, upscaler, **settings, **sampling)
     else:
         source = prompts[0]
@@ -113,19 +113,19 @@ def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate(args: argparse.Namespace) -> None:
     if args.replay is not None:
-        small, upscaler, out = replay.generate(args)
+        small, result, out = replay.generate(args)
     else:
         out = Output(args.out, args.prompts[0])
         model, sampling = options.load_for_sampling(args)
         upscaler = stage(args, model.family, options.dtype(args))
         many = len(args.seed) if isinstance(args.seed, list) and len(args.prompts) == 1 else 1
         small = generated(args, model, args.prompts * many, **sampling, negative_prompt=values.negative(args))
-    result = enlarged(upscaler, small, args) or small
+        result = enlarged(upscaler, small, args) or small
     options.say([*(note for note in result.notes if note not in small.notes), *cost(args, result)])
     for name, image in zip(result.names(), result.images):
         out.picture(name, image, result.settings)
     out.picture("grid", result.grid(), result.settings)
-    if upscaler:
+    if result is not small:
         out.picture("small", small.grid(), small.settings)
     out.json("settings.json", result.settings)
     out.write(args.quiet)
@@ -134,8 +134,6 @@ def generate(args: argparse.Namespace) -> None:
 def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, with and without the edit (the paper's figure 4)."""
     targets = options.targets(args, args.targets) if args.targets else []
-    if args.image is not None and not targets:
-        _check_unguided(args)
     out = Output(args.out, options.title(args.source, targets))
     if args.image is None:
         model, sampling = options.load_for_sampling(args)
@@ -143,6 +141,8 @@ def maps(args: argparse.Namespace) -> None:
         size = model.latent_shape(args.height, args.width)[1:]
     else:
         picture, model = open_picture(args.image), options.load(args)
+        if not targets:
+            _check_unguided(args, model)
         planned, sampling = _expected(args, model, picture), dict(guidance_scale=args.cfg)
         size = planned.latents.shape[2:]
         # O-BELM's first step is the source's
@@ -209,11 +209,12 @@ def _run_on_picture(args: argparse.Namespace, model: p2p.Model, picture: Image.I
     return run(model, ready, sampling["record"], options.progress(args))
 
 
-def _check_unguided(args: argparse.Namespace) -> None:
+def _check_unguided(args: argparse.Namespace, model: p2p.Model) -> None:
     """Raises UsageError for options of guidance where the picture's row, shown alone, has none."""
     if (method := args.method or DEFAULT) in LONE:
+        read = negative_read(model, method, args.inversion_cfg, values.negative(args)) is not None
         unguided = f"a picture alone, inverted by {method}: its row is not guided"
-        values.refuse(args, unguided, ("cfg", "negative"))
+        values.refuse(args, unguided, ("cfg",) if read else ("cfg", "negative"))
 
 
 def _check_layers(model: p2p.Model, args: argparse.Namespace) -> None:

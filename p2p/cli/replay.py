@@ -21,7 +21,14 @@ from p2p.editors import find_editor
 from p2p.image import FITS, from_base64
 from p2p.request.checks import choice, kind, whole
 from p2p.request.editing import edit_request
-from p2p.request.inverting import GUIDANCE, expected, negative_read, settings_read, settings_recorded
+from p2p.request.inverting import (
+    GUIDANCE,
+    expected,
+    negative_read,
+    reads_negative,
+    settings_read,
+    settings_recorded,
+)
 from p2p.request.names import INSTEAD
 from p2p.request.settings import from_settings
 from p2p.request.source import FOLLOW, REPLACE_EMPTY
@@ -39,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     write_edit(out, result, args, source, large)
 
 
-def generate(args: argparse.Namespace) -> tuple[Result, Stage | None, Output]:
-    """Generates again what a picture was made with.  -> it, the stage that enlarges it, and the output.
-    Raises UsageError, CheckpointError."""
+def generate(args: argparse.Namespace) -> tuple[Result, Result, Output]:
+    """Generates again what a picture was made with.  -> it, the same enlarged where that is asked for, the
+    output. Raises UsageError, CheckpointError."""
     settings = read_settings(args.replay)
     with _reported(args):
         if settings["command"] != "generate":
@@ -55,7 +62,8 @@ def generate(args: argparse.Namespace) -> tuple[Result, Stage | None, Output]:
         upscaler = _stage(args, model, settings)
         arguments = _asked(args, settings) | _sampling(args, settings)
         _leave_unread_negative(args, model, arguments)
-        return generated(args, model, prompts, **arguments), upscaler, out
+        small = generated(args, model, prompts, **arguments)
+        return small, enlarged(upscaler, small, args) or small, out
 
 
 @contextmanager
@@ -158,18 +166,18 @@ def _changed(args: argparse.Namespace, edits: list[p2p.Edit]) -> list[p2p.Edit]:
     return out
 
 
-def _merged(field: str, recorded: Any, given: Any) -> Any:
+def _merged(field: str, was: Any, given: Any) -> Any:
     """What is recorded, with what options say of some words, or of one kind of attention. Raises
     UsageError."""
     named = isinstance(given, Mapping)
     if field == "layers":
-        if named and not (recorded is None or isinstance(recorded, Mapping) or len(given) == 2):
+        if named and not (was is None or isinstance(was, Mapping) or len(given) == 2):
             raise p2p.UsageError(f"--layers {next(iter(given))}=...: the picture records the same layers for "
                                  "both kinds of attention; say both, cross=... and self=...")
-        return {**recorded, **given} if named and isinstance(recorded, Mapping) else given
-    if field == "cross_replace_steps" and (named or isinstance(recorded, Mapping)):   # also all by their name
+        return {**was, **given} if named and isinstance(was, Mapping) else given
+    if field == "cross_replace_steps" and (named or isinstance(was, Mapping)):   # also all by their name
         given = given if named else {values.ALL: given}
-        recorded = recorded if isinstance(recorded, Mapping) or recorded is None else {values.ALL: recorded}
+        was = was if isinstance(was, Mapping) or was is None else {values.ALL: was}
     if not isinstance(given, Mapping):
         return given
     again = {word.casefold() for word in given}
@@ -178,21 +186,21 @@ def _merged(field: str, recorded: Any, given: Any) -> Any:
         return (bool({word.casefold(), re.sub(r"#\d+$", "", word.casefold())} & again)
                 or (field == "swap" and value.casefold() in {new.casefold() for new in given.values()}))
 
-    return {word: value for word, value in (recorded or {}).items() if not replaced(word, value)} | given
+    return {word: value for word, value in (was or {}).items() if not replaced(word, value)} | given
 
 
 def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """How a generated source was sampled, with what the options change of it; recorded settings that do not
     go with the changes are left to their defaults."""
-    recorded = {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
+    kept = {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
     later = SCHEDULE   # older pictures lack them
-    recorded |= {k: settings[k] for k in later if k in settings}
+    kept |= {k: settings[k] for k in later if k in settings}
     given = {k: v for k, v in dict(options.solver(args), seed=args.seed, height=args.height,
                                    width=args.width).items() if v is not None}
     for name, others in INSTEAD.items():
         if name in given:
-            recorded |= dict.fromkeys(others)
-    return recorded | given
+            kept |= dict.fromkeys(others)
+    return kept | given
 
 
 def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], edits: list[p2p.Edit],
@@ -213,11 +221,12 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
     if args.steps is not None:   # what counts steps stays as large a share of them
         arguments |= shortened(arguments, whole("steps", arguments["steps"]), args.steps)
     arguments |= {k: v for k, v in given.items() if v is not None}
-    negative, changed = settings["negative_prompt"], (args.negative, args.method, args.inversion_cfg)
-    if negative is None or changed == (None, None, None):
-        negative = arguments.get("negative_prompt")
-    read = negative_read(model, method, arguments.get("inversion_guidance"), negative)
-    arguments["negative_prompt"] = read
+    negative, own = settings["negative_prompt"], arguments.get("negative_prompt")
+    unchanged = (args.method, args.inversion_cfg) == (None, None)
+    read_one = reads_negative(model, record["method"], record["inversion_guidance"])
+    if negative is None or (args.negative is None and (unchanged or read_one)):
+        negative = own
+    arguments["negative_prompt"] = negative_read(model, method, arguments.get("inversion_guidance"), negative)
     # the recorded picture is fitted already
     picture, fit = from_base64(record["picture"]), record.get("fit", "crop")
     arguments |= {"method": method, "height": picture.height, "width": picture.width}

@@ -2,8 +2,7 @@
 
     OUT/ID/{source.png, edit-1.png, ..., job.json}     a finished job: it appears in one step
     OUT/failed/ID.json                                 one that failed, and why
-    OUT/results.jsonl                                  a row for each line of the list; written when a run
-    ends
+    OUT/results.jsonl                                  a row for each line; written when a run ends
 """
 from __future__ import annotations
 
@@ -214,6 +213,8 @@ def _full_names(entry: Mapping[str, Any], known: Collection[str], owner: str) ->
 
 def _identity(job: Job, model: Model) -> str:
     request = job.settings() | {"image": job.content, "model": model.identity()}
+    if job.image is not None and (negative := job.inversion(model)["negative_prompt"]) is not None:
+        request["inverted_under"] = negative   # earlier versions did not: other pictures
     return hashlib.sha256(_plain(request).encode()).hexdigest()[:16]
 
 

@@ -129,7 +129,7 @@ def edit_request(model: Model, source: str | Inversion | Path, targets: str | Ed
         notes += ignored
         layers.chosen(e.layers, model.unet)   # raises
     placed(blends, model.unet, settled.shape[1:])   # raises
-    check_sources(sampling.negative_prompt, batch)
+    check_sources(sampling.negative_prompt, batch, inversion)
     return EditRequest(model, source, inversion, sampling, settled, batch, editor, record, edits, tokens,
                        blends, given, notes)
 

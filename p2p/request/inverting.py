@@ -109,12 +109,14 @@ def negative_read(model: Model, method: str, inversion_guidance: float | None,
                   negative_prompt: str | Sequence[str] | None) -> str | None:
     """Of a run's negative prompts the source's, where an inversion with these settings reads it."""
     usual = GUIDANCE.get(method, 1.0)
-    if not _reads_negative(model, method, usual if inversion_guidance is None else inversion_guidance):
+    if not reads_negative(model, method, usual if inversion_guidance is None else inversion_guidance):
         return None
-    return next(iter(negatives(negative_prompt, 1)), None) or None
+    each = negatives(negative_prompt, 1)
+    return (each[0] or None) if each else None
 
 
-def _reads_negative(model: Model, method: str, inversion_guidance: float) -> bool:
+def reads_negative(model: Model, method: str, inversion_guidance: float) -> bool:
+    """Whether an inversion with these settings leads away from, or is made under, a negative prompt."""
     if method in (*REPLACE_EMPTY, "noise") or inversion_guidance == 1:
         return False
     return inversion_guidance == 0 or not model.unet.reads_guidance
@@ -199,7 +201,7 @@ def _check_negative(model: Model, method: str, negative_prompt: str | None,
         return
     check_prompt(negative_prompt)
     refuse_replaced(method)
-    if _reads_negative(model, method, inversion_guidance):
+    if reads_negative(model, method, inversion_guidance):
         return
     if model.unet.reads_guidance:
         raise UsageError(f"negative_prompt: {why_unguided(model)}; leave it out")

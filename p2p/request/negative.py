@@ -32,6 +32,8 @@ def check_negative(model: Model, negative_prompt: str | Sequence[str] | None, gu
                          "each, the source's first")
     for prompt in each:
         check_prompt(prompt)
+    if inversion is not None and set(each) == {inversion.negative_prompt}:
+        return   # it was made under it
     if not model.guided(guidance_scale):
         why = "this model reads no text; leave it out"
         if model.text_encoders:
@@ -49,9 +51,11 @@ def refuse_replaced(method: str) -> None:
                          "or invert by direct")
 
 
-def check_sources(each: str | Sequence[str] | None, batch: Batch) -> None:
-    """Raises UsageError for a negative prompt of a source that is not guided."""
+def check_sources(each: str | Sequence[str] | None, batch: Batch, inversion: Inversion | None) -> None:
+    """Raises UsageError for a negative prompt of a source that is not guided, nor was inverted under it."""
     followed = batch.absent or batch.unconditional < batch.prompts   # and not guided
+    if inversion is not None and isinstance(each, (list, tuple)) and each[0] == inversion.negative_prompt:
+        return
     if isinstance(each, (list, tuple)) and each[0] and batch.guided and followed:
         raise UsageError(f"negative_prompt: {brief(each[0])} is given for the source, whose stored latents "
                          'are followed without guidance here; give "" for it')

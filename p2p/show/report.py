@@ -90,7 +90,7 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
             line = [_hovered(f"{row}-{i}", word) if i in have else word for i, word in enumerate(line)]
         alone = marked(" ".join(texts[other]), " ".join(texts[row]))
         line = [f"<{tag}>{shown}</{tag}>" if new else shown for shown, (_, new) in zip(line, alone)]
-        told = result.captions()[row].removeprefix(result.prompts[row]) if row else ""   # of several edits
+        told = result.captions()[row].removeprefix(result.prompts[row]) if row else ""
         line += [f'<span class="label">{escape(told.strip())}</span>'] if told else []
         lines.append(f'<p class="prompt"><span class="label">{label}</span> {" ".join(line)}</p>')
     if (mask := local_mask(result, target)) is not None:

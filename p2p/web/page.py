@@ -16,7 +16,8 @@ from p2p.request.inverting import DEFAULT
 from p2p.request.source import METHODS
 from p2p.show.report import short
 from p2p.web.asked import FILE, GUIDANCE, STEPS, Asked, layer_choices, read, text
-from p2p.web.session import Item, Session, View
+from p2p.web.session import Session
+from p2p.web.views import Item, View
 from p2p.web.visits import Visits
 from p2p.weights.untrusted import printable
 
@@ -145,11 +146,9 @@ class Calls:
             pass   # `run` says so
 
     def replayed(self, request: gr.Request) -> None:
-        """What is computed for the visit ends at its next step: a picture is to be replayed."""
         session = self.visits.known(request)
         if session is not None and session.chosen is not None:
-            session.wanted = None
-            session.announced.append(session.chosen.asked)
+            session.announce(session.chosen)
 
     def upload(self, request: gr.Request, file: Any) -> tuple[Any, str]:
         """file: {"name": text, "url": data URL}, or the URL alone."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,53 +28,17 @@ from p2p.request.source import Inversion
 from p2p.request.start import fitting
 from p2p.request.words import read_words
 from p2p.run import stepped
-from p2p.show.pictures import difference, heat, save_png, slug
+from p2p.show.pictures import difference, heat
 from p2p.web.asked import Asked
 from p2p.web.asked import picture as uploaded
 from p2p.web.edit_asked import dropped_words, edit_of, tokens_of
 from p2p.web.sources import MAPS, Source, Sources, Stopped
+from p2p.web.views import Item, View, Word
 
 LOOK = 0.4      # share of the steps after which a preview is shown
 KEPT = 24       # pictures of a visit
 Sums = dict[str, Tensor]   # maps of words, over steps
 MADE_ROOM = "visits that do nothing for long make room for others"
-
-
-@dataclass(frozen=True)
-class Word:
-    name: str                   # "cat", or of several "cat#2"
-    weight: float
-    map: Image.Image | None
-
-
-@dataclass(frozen=True)
-class View:
-    """What the page shows."""
-
-    source: Image.Image | None
-    edit: Image.Image | None = None
-    words: tuple[Word, ...] = ()         # of the prompt that the faders act on
-    notes: tuple[str, ...] = ()
-    done: bool = True
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Item:
-    """A picture of the visit, with all that makes it again."""
-
-    number: int
-    image: Image.Image
-    caption: str
-    settings: dict[str, Any]
-    asked: Asked
-    picture: Image.Image | None
-
-    def save(self, folder: Path) -> Path:
-        """Writes the PNG, its settings inside."""
-        file = folder / f"{self.number:03}-{slug(self.caption) or 'picture'}.png"
-        save_png(file, self.image, self.settings)
-        return file
 
 
 class Session:
@@ -88,6 +53,7 @@ class Session:
         self.forgotten = ""                           # the name of one that was put away
         self.wanted: Asked | None = None
         self.announced: deque[Asked] = deque(maxlen=KEPT)
+        self.lock = Lock()                            # of these two
         self.gallery: deque[Item] = deque(maxlen=KEPT)
         self.numbers = count(1)
         self.chosen: Item | None = None               # of the gallery
@@ -106,15 +72,28 @@ class Session:
 
     def close(self) -> None:
         """Gives way to another visit."""
-        self.wanted, self.chosen, self.picture = None, None, None
+        self.wanted, self.chosen, self.picture, self.photo = None, None, None, ""
         self.gallery.clear()
         if self.files is not None:
             self.files.cleanup()
 
     def want(self, asked: Asked) -> None:
         """Announces a request, which becomes the latest. Raises UsageError."""
-        self.wanted = self._settled(asked)[0]
-        self.announced.append(self.wanted)
+        settled = self._settled(asked)[0]
+        with self.lock:
+            self.announced.append(settled)
+            self.wanted = settled
+
+    def _begins(self, asked: Asked) -> bool:
+        """Makes this the latest request, unless it was announced before the latest.  -> whether it was not"""
+        with self.lock:
+            if asked in self.announced:
+                latest = self.announced[-1] == asked
+                self.announced.remove(asked)
+                if not latest:
+                    return False
+            self.wanted = asked
+            return True
 
     def _settled(self, asked: Asked) -> tuple[Asked, list[str]]:
         """The request, of the picture that the visit has, without faders of words that are gone, nor an
@@ -144,9 +123,8 @@ class Session:
         began, picture = time.perf_counter(), self.picture
         asked, said = self._settled(asked)
         edit = edit_of(self.model, asked) if asked.edits else None
-        if asked in self.announced and self.announced[-1] != asked:
+        if not self._begins(asked):
             return
-        self.wanted = asked
         if self.returned:
             said.append(f"the pictures of this visit are here no more: {MADE_ROOM}")
             self.returned = False
@@ -186,10 +164,16 @@ class Session:
         self.files = self.files or TemporaryDirectory(prefix="p2p-visit-")
         return item.save(Path(self.files.name))
 
+    def announce(self, item: Item) -> None:
+        """A picture is to be replayed: what is computed for the visit ends at its next step."""
+        with self.lock:
+            self.announced.append(item.asked)
+            self.wanted = None
+
     def replay(self, item: Item) -> Iterator[View]:
         """Makes a picture of the visit again."""
-        self.picture, self.photo = item.picture, item.asked.photo
-        self.announced.append(item.asked)
+        self.forgotten, self.picture, self.photo = self.photo, item.picture, item.asked.photo
+        self.announce(item)
         return self.run(item.asked)
 
     def _source_alone(self, asked: Asked, source: Source, picture: Image.Image | None) -> Iterator[View]:

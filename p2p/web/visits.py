@@ -1,5 +1,5 @@
-"""The visits of the page, by the tab's own name; the one that has done nothing for longest gives way. A tab
-that loses its connection finds its visit again."""
+"""The visits of the page, by the tab's own name. The one that has done nothing for longest gives way; until
+then a tab that loses its connection finds its visit again, and the pictures of a closed one stay."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
@@ -25,14 +25,17 @@ class Visits:
         """The session of a request (gradio.Request), which begins with its first one."""
         name = str(request.session_hash)[:64]
         with self.lock:
-            session = self.sessions.pop(name, None)
+            session = self.sessions.get(name)
             if session is None:
                 session = Session(self.model, self.sources, returned=name in self.gone)
             self.sessions[name] = session
+            self.sessions.move_to_end(name)
             idle = [n for n, other in self.sessions.items() if not other.busy and n != name]
             for n in idle[:max(len(self.sessions) - MOST, 0)]:
-                self.sessions.pop(n).close()
-                self.gone.append(n)
+                other = self.sessions.pop(n)
+                if other.gallery or other.picture:
+                    self.gone.append(n)
+                other.close()
             return session
 
     def known(self, request: Any) -> Session | None:

@@ -1,0 +1,48 @@
+"""What the page shows, and the pictures that a visit keeps."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from p2p.show.pictures import save_png, slug
+from p2p.web.asked import Asked
+
+
+@dataclass(frozen=True)
+class Word:
+    name: str                   # "cat", or of several "cat#2"
+    weight: float
+    map: Image.Image | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows."""
+
+    source: Image.Image | None
+    edit: Image.Image | None = None
+    words: tuple[Word, ...] = ()         # of the prompt that the faders act on
+    notes: tuple[str, ...] = ()
+    done: bool = True
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture of the visit, with all that makes it again."""
+
+    number: int
+    image: Image.Image
+    caption: str
+    settings: dict[str, Any]
+    asked: Asked
+    picture: Image.Image | None
+
+    def save(self, folder: Path) -> Path:
+        """Writes the PNG, its settings inside."""
+        file = folder / f"{self.number:03}-{slug(self.caption) or 'picture'}.png"
+        save_png(file, self.image, self.settings)
+        return file
