@@ -19,7 +19,7 @@ from p2p.maps import AttentionMaps
 from p2p.models.attention import SelfAttention
 from p2p.request.editing import edit_request
 from p2p.request.emphasis import prompt_tokens
-from p2p.request.inverting import DEFAULT, expected, negative_read
+from p2p.request.inverting import DEFAULT, expected, leads_away, negative_read
 from p2p.request.loading import check_alone
 from p2p.request.ready import prepared, prompt_notes
 from p2p.request.source import LONE
@@ -134,6 +134,8 @@ def generate(args: argparse.Namespace) -> None:
 def maps(args: argparse.Namespace) -> None:
     """Attention maps of one picture, or of an edit, with and without the edit (the paper's figure 4)."""
     targets = options.targets(args, args.targets) if args.targets else []
+    if args.image is not None and not targets:
+        _check_unguided(args)
     out = Output(args.out, options.title(args.source, targets))
     if args.image is None:
         model, sampling = options.load_for_sampling(args)
@@ -141,8 +143,6 @@ def maps(args: argparse.Namespace) -> None:
         size = model.latent_shape(args.height, args.width)[1:]
     else:
         picture, model = open_picture(args.image), options.load(args)
-        if not targets:
-            _check_unguided(args, model)
         planned, sampling = _expected(args, model, picture), dict(guidance_scale=args.cfg)
         size = planned.latents.shape[2:]
         # O-BELM's first step is the source's
@@ -209,11 +209,11 @@ def _run_on_picture(args: argparse.Namespace, model: p2p.Model, picture: Image.I
     return run(model, ready, sampling["record"], options.progress(args))
 
 
-def _check_unguided(args: argparse.Namespace, model: p2p.Model) -> None:
+def _check_unguided(args: argparse.Namespace) -> None:
     """Raises UsageError for options of guidance where the picture's row, shown alone, has none."""
     if (method := args.method or DEFAULT) in LONE:
-        read = negative_read(model, method, args.inversion_cfg, values.negative(args)) is not None
         unguided = f"a picture alone, inverted by {method}: its row is not guided"
+        read = leads_away(method, args.inversion_cfg)   # while inverting
         values.refuse(args, unguided, ("cfg",) if read else ("cfg", "negative"))
 
 

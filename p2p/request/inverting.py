@@ -108,18 +108,22 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
 def negative_read(model: Model, method: str, inversion_guidance: float | None,
                   negative_prompt: str | Sequence[str] | None) -> str | None:
     """Of a run's negative prompts the source's, where an inversion with these settings reads it."""
-    usual = GUIDANCE.get(method, 1.0)
-    if not reads_negative(model, method, usual if inversion_guidance is None else inversion_guidance):
+    if not reads_negative(model, method, inversion_guidance):
         return None
     each = negatives(negative_prompt, 1)
     return (each[0] or None) if each else None
 
 
-def reads_negative(model: Model, method: str, inversion_guidance: float) -> bool:
+def reads_negative(model: Model, method: str, inversion_guidance: float | None) -> bool:
     """Whether an inversion with these settings leads away from, or is made under, a negative prompt."""
-    if method in (*REPLACE_EMPTY, "noise") or inversion_guidance == 1:
-        return False
-    return inversion_guidance == 0 or not model.unet.reads_guidance
+    alone = inversion_guidance == 0 or (inversion_guidance is None and GUIDANCE.get(method) == 0)
+    return leads_away(method, inversion_guidance) and (alone or not model.unet.reads_guidance)
+
+
+def leads_away(method: str, inversion_guidance: float | None) -> bool:
+    """Whether an inversion is guided, or made without its prompt, on models that read an empty one."""
+    guidance = GUIDANCE.get(method, 1.0) if inversion_guidance is None else inversion_guidance
+    return guidance != 1 and method not in (*REPLACE_EMPTY, "noise")
 
 
 def guided(model: Model, guidance_scale: float) -> bool:
