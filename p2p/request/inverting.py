@@ -77,10 +77,9 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     schedule = schedule_of(model, steps, shape[1:])
     schedule = schedule.ending(final_alpha := _final(model, final_alpha))
     guidance_scale = guidance(model, guidance_scale)
-    usual = GUIDANCE.get(method, 1.0)
-    inversion_guidance = finite("inversion_guidance", usual if inversion_guidance is None else
-                                inversion_guidance)
-    if inversion_guidance != usual and _leads_nowhere(model, inversion_guidance, prompt, negative_prompt):
+    inversion_guidance = finite("inversion_guidance", _guidance(method, inversion_guidance))
+    usual = inversion_guidance == _guidance(method, None)
+    if not usual and _leads_nowhere(model, inversion_guidance, prompt, negative_prompt):
         notes.append("inversion_guidance changes nothing: the prompt is what it leads away from")
     _check_negative(model, method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
@@ -116,14 +115,17 @@ def negative_read(model: Model, method: str, inversion_guidance: float | None,
 
 def reads_negative(model: Model, method: str, inversion_guidance: float | None) -> bool:
     """Whether an inversion with these settings leads away from, or is made under, a negative prompt."""
-    alone = inversion_guidance == 0 or (inversion_guidance is None and GUIDANCE.get(method) == 0)
+    alone = _guidance(method, inversion_guidance) == 0
     return leads_away(method, inversion_guidance) and (alone or not model.unet.reads_guidance)
 
 
 def leads_away(method: str, inversion_guidance: float | None) -> bool:
     """Whether an inversion is guided, or made without its prompt, on models that read an empty one."""
-    guidance = GUIDANCE.get(method, 1.0) if inversion_guidance is None else inversion_guidance
-    return guidance != 1 and method not in (*REPLACE_EMPTY, "noise")
+    return _guidance(method, inversion_guidance) != 1 and method not in (*REPLACE_EMPTY, "noise")
+
+
+def _guidance(method: str, given: float | None) -> float:
+    return GUIDANCE.get(method, 1.0) if given is None else given
 
 
 def guided(model: Model, guidance_scale: float) -> bool:
