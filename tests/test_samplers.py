@@ -133,7 +133,8 @@ def test_from_the_command_line_from_a_list_and_again(tmp_path, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["edit", "a", "b", "--timesteps", "9,x"], "expected whole numbers"),
     (["edit", "a", "b", "--image", "x.png", "--sampler", "dpm++"], "--sampler: not with --image"),
-    (["invert", "x.png", "a", "--timesteps", "3"], "--timesteps: not with p2p invert")])
+    (["invert", "x.png", "a", "--timesteps", "3,x"], "expected whole numbers"),
+    (["invert", "x.png", "a", "--sampler", "ddim"], "--sampler: not with p2p invert")])
 def test_options_that_do_not_fit_are_refused(capsys, argv, message):
     assert main(argv) == 2 and message in capsys.readouterr().err
 

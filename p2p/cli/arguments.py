@@ -43,7 +43,7 @@ def invert(ap: argparse.ArgumentParser) -> None:
     ap.add_argument("source", metavar="PROMPT", help="what it shows")
     groups.inversion(ap)
     groups.sampling(ap)
-    groups.hide(ap, "sampler", "timestep_spacing", "timesteps", "tile")
+    groups.hide(ap, "sampler", "tile")
 
 
 def generate(ap: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ EDIT = options_of(arguments.edit)
 INJECTION = options_of(groups.injection)
 BLEND = tuple(name for name in INJECTION if name.startswith("blend"))
 INVERSION = options_of(groups.inversion)
-SCHEDULE = ("sampler", "timestep_spacing", "timesteps")   # an inverted source has its own
+SCHEDULE = ("sampler", "timestep_spacing", "timesteps")
 ENLARGED = ("upscale_steps", "upscale_cfg", "upscale_level", "upscale_edited")
 # What --from may change of a picture's settings: what is injected, and how source and edits are sampled.
 SAMPLED = ("steps", "cfg", "seed", "eta", "negative", "proximal")
@@ -40,7 +40,7 @@ def _source(args: argparse.Namespace) -> None:
     if args.image is None:
         refuse(args, "a source prompt alone", INVERSION)
     else:
-        refuse(args, "--image, which is inverted, and sampled, at timesteps of its own", SCHEDULE)
+        refuse(args, "--image, which is inverted, and sampled, as --method says", ["sampler"])
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -98,7 +98,8 @@ def generate(args: argparse.Namespace) -> None:
 def invert(args: argparse.Namespace) -> None:
     _one_negative(args, "p2p invert")
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
-    refuse(args, "p2p invert, which has timesteps of its own", SCHEDULE)
+    refuse(args, "p2p invert, which inverts as --method says", ["sampler"])
+    values.timesteps(args)
 
 
 def maps(args: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def edit(args: argparse.Namespace) -> None:
         picture, model = open_picture(args.image), options.load(args)
         upscaler = stage(args, model.family, options.dtype(args))
         sampling = dict(guidance_scale=args.cfg)
-        if args.preview and args.steps is None:
+        if args.preview and args.steps is None and args.timesteps is None:
             usual = _expected(args, model, picture).steps
             if usual > PREVIEW_STEPS:
                 vars(args).update(shortened(vars(args), usual), steps=PREVIEW_STEPS)   # the inversion's too
@@ -106,8 +106,8 @@ def _before_edits(args: argparse.Namespace, model: p2p.Model) -> dict[str, Any]:
 
 def _inversion_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `p2p.invert` that were given."""
-    given = dict(method=args.method, fit=args.fit, eta=args.eta, steps=args.steps, seed=args.seed,
-                 guidance_scale=args.cfg, height=args.height, width=args.width, **options.inverting(args))
+    given = dict(method=args.method, fit=args.fit, seed=args.seed, guidance_scale=args.cfg,
+                 height=args.height, width=args.width, **options.solver(args), **options.inverting(args))
     return {k: v for k, v in given.items() if v is not None}
 
 

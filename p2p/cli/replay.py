@@ -29,7 +29,7 @@ from p2p.request.inverting import (
     settings_read,
     settings_recorded,
 )
-from p2p.request.names import INSTEAD
+from p2p.request.names import changed
 from p2p.request.settings import from_settings
 from p2p.request.source import FOLLOW, REPLACE_EMPTY
 from p2p.request.start import guidance
@@ -101,8 +101,8 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     upscaler = _stage(args, model, settings)
     source = None
     if (record := settings["inversion"]) is not None:
-        refuse(args, "--from a real picture: it has its own timesteps, and the size that it was brought to",
-               (*SCHEDULE, "height", "width"))
+        refuse(args, "--from a real picture: its method samples it, at the size that it was brought to",
+               ("sampler", "height", "width"))
     else:
         refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])
         arguments |= _sampling(args, settings)
@@ -197,10 +197,7 @@ def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, A
     kept |= {k: settings[k] for k in later if k in settings}
     given = {k: v for k, v in dict(options.solver(args), seed=args.seed, height=args.height,
                                    width=args.width).items() if v is not None}
-    for name, others in INSTEAD.items():
-        if name in given:
-            kept |= dict.fromkeys(others)
-    return kept | given
+    return changed(kept, given)
 
 
 def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], edits: list[p2p.Edit],
@@ -212,15 +209,17 @@ def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], e
                              "recorded; edit the prompt itself")
     arguments, method = settings_recorded(record), record["method"] if args.method is None else args.method
     if method != record["method"]:   # the others are the former method's own
-        common = ("steps", "guidance_scale", "final_alpha", "negative_prompt")
+        common = ("steps", "timestep_spacing", "timesteps", "guidance_scale", "final_alpha",
+                  "negative_prompt")
         if record["inversion_guidance"] != GUIDANCE.get(record["method"], 1.0):   # not that method's default
             common += ("inversion_guidance",)
         arguments = settings_read(method, {k: v for k, v in arguments.items() if k in common})
-    given = dict(steps=args.steps, guidance_scale=args.cfg, eta=args.eta, seed=args.seed,
-                 **options.inverting(args))
-    if args.steps is not None:   # what counts steps stays as large a share of them
-        arguments |= shortened(arguments, whole("steps", arguments["steps"]), args.steps)
-    arguments |= {k: v for k, v in given.items() if v is not None}
+    given = dict(guidance_scale=args.cfg, seed=args.seed, **options.solver(args), **options.inverting(args))
+    given = {k: v for k, v in given.items() if v is not None}
+    steps = len(given["timesteps"]) if "timesteps" in given else args.steps
+    if steps is not None:   # what counts steps stays as large a share of them
+        arguments |= shortened(arguments, whole("steps", arguments["steps"]), steps)
+    arguments = changed(arguments, given)
     negative, own = settings["negative_prompt"], arguments.get("negative_prompt")
     unchanged = (args.method, args.inversion_cfg) == (None, None)
     read_one = reads_negative(model, record["method"], record["inversion_guidance"])

@@ -12,7 +12,7 @@ from p2p.image import check_file
 from p2p.model import Model
 from p2p.request.editing import edit_request
 from p2p.request.inverting import DEFAULT, expected, negative_read, settings_read
-from p2p.request.names import INSTEAD
+from p2p.request.names import replaced
 from p2p.request.settings import to_settings
 from p2p.request.source import OWN
 
@@ -25,10 +25,10 @@ OTHERS = ("proximal", "editor", "negative_prompt", "sampler", "timestep_spacing"
 
 def left(defaults: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a list that count for a line: not those in whose place it says something else."""
-    replaced = {other for name in line for other in INSTEAD.get(name, ())}
-    replaced |= {"height", "width"} if line.get("fit") == "own" else set()
-    replaced |= {"fit"} if {"height", "width"} & line.keys() and defaults.get("fit") == "own" else set()
-    return {k: v for k, v in defaults.items() if k not in replaced}
+    out = replaced(line)
+    out |= {"height", "width"} if line.get("fit") == "own" else set()
+    out |= {"fit"} if {"height", "width"} & line.keys() and defaults.get("fit") == "own" else set()
+    return {k: v for k, v in defaults.items() if k not in out}
 
 
 class Job(NamedTuple):
@@ -68,7 +68,8 @@ class Job(NamedTuple):
     def inversion(self, model: Model) -> dict[str, Any]:
         """Arguments of `invert`, but for the picture and its prompt."""
         method, given = self.inverting["method"], self.inverting.get("inversion_guidance")
-        settings = settings_read(method, {**self.inverting, **self.sampling})
+        timesteps = {k: self.others.get(k) for k in ("timestep_spacing", "timesteps")}
+        settings = settings_read(method, {**self.inverting, **self.sampling, **timesteps})
         settings["negative_prompt"] = negative_read(model, method, given, self.others.get("negative_prompt"))
         settings.pop("path")
         return settings | ({"height": None, "width": None} if settings["fit"] == "own" else {})

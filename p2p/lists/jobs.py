@@ -38,7 +38,6 @@ from p2p.weights.untrusted import brief, parse_object, read_text
 WINDOWS = tuple(name for name in EDITING if name not in ("mode", "local_blend", "scope", "emphasis"))
 READERS = READ_BY | {"negative_prompt": tuple(m for m in METHODS if m not in REPLACE_EMPTY),
                      "path": ("ddim",)}
-SCHEDULED = ("sampler", "timestep_spacing", "timesteps")
 PICTURELESS = "of a picture, and there is no image"
 RESULT = ("id", "notes", "rows", "seconds", "version")   # the keys of job.json besides the settings
 # the command line's
@@ -117,8 +116,7 @@ def unread(method: str | None, editor: Any, sampled: bool = False) -> dict[str, 
     if method is None:
         idle = dict.fromkeys(INVERTING, PICTURELESS)
     else:
-        idle = dict.fromkeys(SCHEDULED[sampled:], "of generated sources: a picture is sampled as it was "
-                                                  "inverted")
+        idle = {} if sampled else {"sampler": "of generated sources: a picture is sampled as it was inverted"}
         idle |= dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
                               f"{method} inversion does not read it")
     windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces")
@@ -161,10 +159,12 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
                          '"crop" or "pad"')
     edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
     how = ("steps", "eta", "sampler", "timestep_spacing", "timesteps")
-    _, steps, eta = (None, model.steps, 1.0) if pictured else solver(
-        model, Sampling(**{k: entry[k] for k in how if k in entry}))
-    defaults_ = {"steps": steps, "guidance_scale": model.guidance_scale, "seed": 0, "eta": eta,
-                 "height": model.size[0], "width": model.size[1]}
+    given = {k: entry[k] for k in how if k in entry}
+    if pictured:   # eta is the inversion's
+        given |= {"sampler": own_sampler(model), "eta": None}
+    _, steps, eta = solver(model, Sampling(**given))
+    defaults_ = {"steps": steps, "guidance_scale": model.guidance_scale, "seed": 0,
+                 "eta": 1.0 if pictured else eta, "height": model.size[0], "width": model.size[1]}
     sampling = {k: entry.get(k, defaults_[k]) for k in SAMPLING if k not in idle}
     inverting = {k: entry.get(k, v) for k, v in INVERTING.items()
                  if k not in idle or (pictured and k == "path")}   # which is part of every job's identity

@@ -30,6 +30,7 @@ from p2p.request.names import EDITING, SAMPLING, understood
 from p2p.request.negative import check_negative, check_sources, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
+from p2p.request.schedules import check_schedule
 from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import LONE, Inversion
 from p2p.request.start import Sampling, Settled, guidance, own_sampler, settle
@@ -202,11 +203,13 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
     own = own_sampler(model)
-    for name in ("sampler", "timestep_spacing", "timesteps"):
-        value = getattr(sampling, name)
-        if value is not None and not (name == "sampler" and value == own):
-            raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at its own "
-                             "timesteps; leave it out")
+    check_schedule(own, sampling.timestep_spacing, sampling.timesteps)
+    given = None if sampling.timesteps is None else tuple(sampling.timesteps)
+    for name, value, stored in (("sampler", sampling.sampler, own), ("timesteps", given, inversion.timesteps),
+                                ("timestep_spacing", sampling.timestep_spacing, inversion.timestep_spacing)):
+        if value not in (None, stored):
+            raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at the timesteps that "
+                             f"it was {'traced' if inversion.queries else 'inverted'} at; leave it out")
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
     for name, stored in fixed.items():
         value = getattr(sampling, name)
@@ -225,6 +228,7 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     if negative is None and model.guided(scale):
         negative = inversion.negative_prompt
     return replace(sampling, sampler=own, negative_prompt=negative, steps=inversion.steps,
+                   timestep_spacing=inversion.timestep_spacing, timesteps=inversion.timesteps,
                    eta=inversion.eta if own == "ddim" else None, x_T=inversion.latents[-1:],
                    guidance_scale=scale)
 

@@ -18,8 +18,9 @@ from p2p.request.negative import negatives, refuse_replaced
 from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import Schedule
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
-from p2p.request.start import by_ddim, check_seed, guidance, late_start, own_sampler
+from p2p.request.start import Sampling, by_ddim, check_seed, guidance, late_start, own_sampler, solver
 from p2p.sampler import BELM_FROM_NOISE
+from p2p.weights.untrusted import brief
 
 READ_BY = {   # settings that only some methods read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
@@ -50,7 +51,7 @@ def settings_recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     where one is missing on which its tensors depend: no default is assumed for it."""
     needed = ("steps", "skip", "guidance_scale", "inversion_guidance", "eta", "seed")
     # older versions did not record these
-    later = ("inner_steps", "final_alpha", "negative_prompt", *OWN)
+    later = ("inner_steps", "final_alpha", "negative_prompt", "timestep_spacing", "timesteps", *OWN)
     settings = settings_read(record["method"], {name: record.get(name) for name in (*needed, *later)})
     if lost := [name for name in needed if settings.get(name, 0) is None]:
         raise UsageError(f"its inversion's record does not say its {', '.join(lost)}, on which the pixels "
@@ -62,8 +63,10 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
              skip: int | None = None, guidance_scale: float | None = None,
              inversion_guidance: float | None = None, inner_steps: int | None = None,
              eta: float | None = None, seed: int | None = None, final_alpha: float | None = None,
-             negative_prompt: str | None = None, height: int | None = None, width: int | None = None,
-             fit: str = "crop", encodes: bool = True, **own: float | None) -> Inversion:
+             negative_prompt: str | None = None, sampler: str | None = None,
+             timestep_spacing: str | None = None, timesteps: Sequence[int] | None = None,
+             height: int | None = None, width: int | None = None, fit: str = "crop", encodes: bool = True,
+             **own: float | None) -> Inversion:
     """The inversion that `invert` makes with these settings, its latents without values (on torch's "meta"
     device). height, width: of the picture as fitted. encodes: it is not given as latents. own: `source.OWN`.
     Raises UsageError."""
@@ -73,9 +76,8 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     _check_model(model, method)
     notes = _check_prompts(model, prompt, negative_prompt)
     shape = model.latent_shape(height, width)
-    steps = whole("steps", model.steps if steps is None else steps)
-    schedule = schedule_of(model, steps, shape[1:])
-    schedule = schedule.ending(final_alpha := _final(model, final_alpha))
+    sampling = Sampling(steps, sampler=sampler, timestep_spacing=timestep_spacing, timesteps=timesteps)
+    steps = _steps(model, method, sampling)
     guidance_scale = guidance(model, guidance_scale)
     inversion_guidance = finite("inversion_guidance", _guidance(method, inversion_guidance))
     usual = inversion_guidance == _guidance(method, None)
@@ -87,18 +89,22 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     seed, eta = check_seed(0 if seed is None else seed), _above_0("eta", 1 if eta is None else eta)
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
-    if method == "belm" and not schedule.levels[skip].alpha > 0:
-        raise UsageError(BELM_FROM_NOISE)
     ddpm, fresh = method in DDPM, method in OFFSET   # noise, and what is stored besides the latents
     planned = Inversion(prompt, method, torch.empty(0), steps, skip, guidance_scale, inversion_guidance,
                         inner_steps if method in INNER_STEPS else None, eta if ddpm else 0.0,
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
-                        model.sha256, fit=fit, final_alpha=final_alpha, overrides=model.overrides,
-                        negative_prompt=negative_prompt, **_own(method, steps - skip, own))
+                        model.sha256, fit=fit, final_alpha=_final(model, final_alpha),
+                        timestep_spacing=timestep_spacing,
+                        timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),
+                        overrides=model.overrides, negative_prompt=negative_prompt,
+                        **_own(method, steps - skip, own))
+    schedule = schedule_of(model, planned, shape[1:])
+    if method == "belm" and not schedule.levels[skip].alpha > 0:
+        raise UsageError(BELM_FROM_NOISE)
     rows = 0 if method == "noise" else 1 + guided(model, inversion_guidance)
     check_run(model, 1, shape, planned.calls, rows=rows, autoencoder="encodes" if encodes else None,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += [*late_start(model, schedule), *_remarks(model, planned, schedule)]
+    notes += [*late_start(model, schedule, sampling), *_remarks(model, planned, schedule)]
     if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
@@ -156,10 +162,22 @@ def _above_0(name: str, value: float) -> float:
     return value
 
 
-def schedule_of(model: Model, steps: int, size: Sequence[int]) -> Schedule:
-    """Of an inversion and its edits: the model's, but for what it says of the sampler of few steps, whose
+def _steps(model: Model, method: str, sampling: Sampling) -> int:
+    """How many. Raises UsageError for a sampler that is not the inversion's, and for timesteps that are not
+    known."""
+    own = own_sampler(model)
+    if sampling.sampler not in (None, own):
+        raise UsageError(f"sampler {brief(sampling.sampler)}: a picture is inverted by its method, {method}, "
+                         f"and its edits are sampled by {own}; leave it out")
+    return solver(model, replace(sampling, sampler=own))[1]
+
+
+def schedule_of(model: Model, inversion: Inversion, size: Sequence[int]) -> Schedule:
+    """Of an inversion and its edits. size: height and width of the latents. Of a sampler of few steps the
     timesteps alone count here."""
-    return replace(model.schedule(steps, own_sampler(model), size=size), lower=())
+    schedule = model.schedule(inversion.steps, own_sampler(model), inversion.timestep_spacing,
+                              inversion.timesteps, size=size)
+    return replace(schedule, lower=()).ending(inversion.final_alpha)
 
 
 def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The names of settings: fields of `Sampling` and of `Edit`, and what others call them."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -16,6 +16,17 @@ EDITING = tuple(f.name for f in fields(Edit))[1:]
 INSTEAD = {"sampler": ("eta", "timestep_spacing"), "timesteps": ("steps", "timestep_spacing"),
            "steps": ("timesteps",), "timestep_spacing": ("timesteps",)}
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
+
+
+def replaced(names: Iterable[str]) -> set[str]:
+    """The settings in whose place these stand."""
+    return {other for name in names for other in INSTEAD.get(name, ())}
+
+
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with these changes, without those in whose place they stand."""
+    out = replaced(changes)
+    return {k: v for k, v in settings.items() if k not in out} | dict(changes)
 
 
 def understood(settings: Mapping[str, Any], known: Sequence[str], what: str) -> dict[str, Any]:

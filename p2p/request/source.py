@@ -21,6 +21,7 @@ from p2p.model import Model
 from p2p.models.attention import QK
 from p2p.request.checks import kind, place
 from p2p.request.memory import qk_shapes
+from p2p.request.schedules import SPACINGS
 from p2p.request.start import check_latents
 from p2p.weights import sealed
 from p2p.weights.untrusted import check_regular, parse_object
@@ -66,6 +67,8 @@ class Inversion:
     queries: dict[str, Tensor] | None = None   # SITE.q and SITE.k: (T, N, h d), noisiest first, see `trace`
     fit: str = "crop"                      # how the picture was fitted
     final_alpha: float | None = None       # alphas_cumprod of the picture; None: the model's
+    timestep_spacing: str | None = None    # of the steps; None: the model's
+    timesteps: tuple[int, ...] | None = None   # all of the steps', where they were given
     overrides: dict[str, Any] = field(default_factory=dict)   # of the model's files, see `Model.overrides`
     negative_prompt: str | None = None     # what guidance led away from
     gamma: float | None = None             # of rf-inversion: how much the way up is drawn to noise, and
@@ -119,7 +122,8 @@ class Inversion:
         except TypeError as error:
             raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
         _check(file, found)
-        return replace(found, picture=_picture(file, found.picture, found.latents))
+        return replace(found, picture=_picture(file, found.picture, found.latents),
+                       timesteps=None if found.timesteps is None else tuple(found.timesteps))
 
     def check(self, model: Model) -> None:
         """Raises UsageError unless it was made with this model."""
@@ -185,11 +189,9 @@ _NUMBER = _is(int, float), "a finite number"
 FIELDS = {
     "prompt": _TEXT, "family": _TEXT, "prediction": _TEXT, "method": _TEXT,
     "guidance_scale": _NUMBER, "inversion_guidance": _NUMBER,
-    "negative_prompt": (_is(str, type(None)), "a text or null"),
-    "sha256": (_is(str, type(None)), "a text or null"), "version": (_is(str, type(None)), "a text or null"),
+    **dict.fromkeys(("negative_prompt", "sha256", "version"), (_is(str, type(None)), "a text or null")),
     "steps": (lambda v: type(v) is int and 1 <= v, "a whole number from 1"),
-    "rows": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
-    "skip": (lambda v: type(v) is int and 0 <= v, "a whole number from 0"),
+    **dict.fromkeys(("rows", "skip"), (lambda v: type(v) is int and 0 <= v, "a whole number from 0")),
     "inner_steps": (lambda v: v is None or (type(v) is int and 1 <= v), "null or a whole number from 1"),
     "eta": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "a number from 0 to 1"),
     "seed": (lambda v: v is None or (type(v) is int and -2**63 <= v < 2**64),
@@ -200,6 +202,8 @@ FIELDS = {
         lambda v: v is None or (type(v) in (int, float) and 0 <= v <= 1), "null or a number from 0 to 1")),
     "n_avg": (lambda v: v is None or (type(v) is int and 1 <= v <= AVERAGED), f"null or 1 to {AVERAGED}"),
     "n_min": (lambda v: v is None or (type(v) is int and 0 <= v), "null or a whole number from 0"),
+    "timestep_spacing": (lambda v: v in (None, *SPACINGS), f"null or one of {', '.join(SPACINGS)}"),
+    "timesteps": (lambda v: v is None or (type(v) is list and {*map(type, v)} == {int}), "null or whole numbers"),
     "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1),
                     "null or a number above 0, at most 1"),
 }
@@ -213,6 +217,8 @@ def _check(file: str | Path, inversion: Inversion) -> None:
         wrong = [f"method {inversion.method!r} is not known; known: {', '.join(METHODS)}"]
     if not wrong and inversion.skip >= inversion.steps:
         wrong = [f"skip is {inversion.skip} of {inversion.steps} steps, which leaves none"]
+    if not wrong and inversion.timesteps is not None and len(inversion.timesteps) != inversion.steps:
+        wrong = [f"it has {len(inversion.timesteps)} timesteps for {inversion.steps} steps"]
     wrong = wrong or [f"{name} is {getattr(inversion, name)}, of the method {inversion.method}"
                       for name, method in OWN.items()
                       if (getattr(inversion, name) is None) != (inversion.method != method)]

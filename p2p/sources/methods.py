@@ -35,6 +35,7 @@ In a flow's coordinates, which every model has (see `sampler.velocity` and `solv
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +69,11 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
            method: str = DEFAULT, steps: int | None = None, skip: int | None = None,
            guidance_scale: float | None = None, inversion_guidance: float | None = None,
            inner_steps: int | None = None, eta: float | None = None, seed: int | None = None,
-           final_alpha: float | None = None, negative_prompt: str | None = None, gamma: float | None = None,
-           control: float | None = None, control_steps: float | None = None, n_avg: int | None = None,
-           n_min: int | None = None, height: int | None = None, width: int | None = None,
-           fit: str | None = None, progress: bool = False) -> Inversion:
+           final_alpha: float | None = None, negative_prompt: str | None = None, sampler: str | None = None,
+           timestep_spacing: str | None = None, timesteps: Sequence[int] | None = None,
+           gamma: float | None = None, control: float | None = None, control_steps: float | None = None,
+           n_avg: int | None = None, n_min: int | None = None, height: int | None = None,
+           width: int | None = None, fit: str | None = None, progress: bool = False) -> Inversion:
     """Inverts a picture that the prompt describes.
 
     picture: also its file, or latents (1, C, H, W). fit: how it comes to height x width: "crop" (None) or
@@ -84,9 +86,11 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     turbo-edit, 1 for DDPM. seed: of the noise that is drawn, 0 where None. final_alpha: alphas_cumprod at
     which the picture is taken to be; None for the model's (Stable Diffusion: that of its first timestep,
     where it was trained to end), 1 for a picture without noise, as in O-BELM's code. negative_prompt: what
-    inversion_guidance leads away from; also of the edits to come, unless they have their own. gamma, control,
-    control_steps: shares, of rf-inversion (0.5, 0.9, 0.25). Of flow-edit: n_avg noises a step (1); the last
-    n_min steps (0) sample without the source. What is not read is refused. Raises as `edit` does.
+    inversion_guidance leads away from; also of the edits to come, unless they have their own.
+    timestep_spacing, timesteps: of the inversion and its edits, as in `Sampling`; sampler: the one that both
+    have anyway, "ddim" ("lcm" or "tcd" of a model distilled for it). gamma, control, control_steps: shares,
+    of rf-inversion (0.5, 0.9, 0.25). Of flow-edit: n_avg noises a step (1); the last n_min steps (0) sample
+    without the source. What is not read is refused. Raises as `edit` does.
     """
     model, fit_mode = find_model(model), "crop" if fit is None else fit
     flag("progress", progress)
@@ -100,7 +104,8 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
         picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                        inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
-                       final_alpha=final_alpha, negative_prompt=negative_prompt, height=height, width=width,
+                       final_alpha=final_alpha, negative_prompt=negative_prompt, sampler=sampler,
+                       timestep_spacing=timestep_spacing, timesteps=timesteps, height=height, width=width,
                        fit=fit_mode, encodes=not isinstance(picture, Tensor), gamma=gamma, control=control,
                        control_steps=control_steps, n_avg=n_avg, n_min=n_min)
     if isinstance(picture, Tensor):
@@ -112,8 +117,7 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
 
 
 def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> Run:
-    schedule = schedule_of(model, planned.steps, x_0.shape[2:]).ending(planned.final_alpha)
-    schedule = asked(model, schedule.after(planned.skip), planned)
+    schedule = asked(model, schedule_of(model, planned, x_0.shape[2:]).after(planned.skip), planned)
     pixels = (x_0.shape[2] * model.shrink, x_0.shape[3] * model.shrink)
     text = condition(model, [planned.prompt], *pixels)
     null = empty_prompts(model, None, 1, pixels, planned.negative_prompt)

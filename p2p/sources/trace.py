@@ -49,8 +49,8 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
           latents_only: bool = False, progress: bool = False, **sampling: object) -> Inversion:
     """Computes once what edits need of their source: pass the result to `edit` in its place.
 
-    source: a prompt (sampling: steps, guidance_scale, seed, x_T, height, width, negative_prompt as in
-    `generate`; eta 0), or an inversion whose source follows its stored latents (`source.FOLLOW`). An
+    source: a prompt (sampling: steps, timestep_spacing, timesteps, guidance_scale, seed, x_T, height, width,
+    negative_prompt as in `generate`; eta 0), or an inversion whose source follows its stored latents (`source.FOLLOW`). An
     edit then runs 2 rows a step for each target, one without guidance; latents_only: stores no queries, and
     the source's row is run. dtype: of the queries and keys (None: the model's; torch.float16 halves them).
     `size` says beforehand how many bytes. Its `notes` are those of an edit on the source. Raises as
@@ -69,7 +69,8 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
                          f"{', '.join(map(str, FLOATS))}")
     if not isinstance(source, Inversion):
         check_prompt(source)
-    known = ("steps", "guidance_scale", "seed", "x_T", "height", "width", "negative_prompt")
+    known = ("steps", "guidance_scale", "seed", "x_T", "height", "width", "negative_prompt",
+             "timestep_spacing", "timesteps")
     known = () if isinstance(source, Inversion) else known
     if unknown := [name for name in sampling if name not in known]:
         inverted = "the trace of an inverted source: it was inverted with its own"
@@ -116,6 +117,8 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
              *sampling_idle(model, sampling, settled)]
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
+                      timestep_spacing=sampling.timestep_spacing,
+                      timesteps=None if sampling.timesteps is None else tuple(map(int, sampling.timesteps)),
                       overrides=model.overrides, notes=tuple(dict.fromkeys(notes)),
                       negative_prompt=negatives(sampling.negative_prompt, 1)[0] or None)
     return inversion, stored
@@ -145,7 +148,7 @@ def _queries(model: Model, inversion: Inversion, dtype: torch.dtype, progress: b
     text = model.unet.with_guidance(condition(model, [inversion.prompt], *pixels), inversion.guidance_scale)
     text = model.read(text)
     stored, path = {}, inversion.latents.flip(0)
-    schedule = schedule_of(model, inversion.steps, inversion.latents.shape[2:]).after(inversion.skip)
+    schedule = schedule_of(model, inversion, inversion.latents.shape[2:]).after(inversion.skip)
     timesteps = asked(model, schedule, inversion).timesteps
     for i, t in enumerate(tqdm(timesteps, disable=not progress, leave=False,
                                unit="step")):
