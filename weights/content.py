@@ -25,6 +25,8 @@ def content(model: Any, known: dict[str, str] | None = None) -> str:
     sums = repr([_sum(t) for _, t in tensors])
     if sums not in known:
         settings = [*(part.config for part in parts), *(getattr(model, name) for name in SET)]
+        settings += [model.flow] if model.flow else []
+        settings += [sorted(part.tokenizer.get_vocab().items()) for part in parts if hasattr(part, "tokenizer")]
         digest = hashlib.sha256(repr((settings, model.alphas_cumprod.tolist())).encode())
         for name, t in tensors:
             digest.update(repr((name, tuple(t.shape))).encode())

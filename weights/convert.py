@@ -275,8 +275,11 @@ def _t5_folder(package: Package, out: Path, half: bool) -> None:
     _write(out / f"text_encoder{suffix}" / "config.json",
            {"architectures": ["T5EncoderModel"], "model_type": "t5"} | package.t5.config)
     _save(_t5(package.t5, half), out / f"text_encoder{suffix}" / "model.safetensors")
-    words = package.tokenizer / f"tokenizer{tokenizer_suffix(package.tokenizer, package.family)}"
     copy = out / f"tokenizer{suffix}"
+    if not isinstance(package.tokenizer, Path):   # of a pipeline in memory
+        package.tokenizer.save_pretrained(copy)
+        return
+    words = package.tokenizer / f"tokenizer{tokenizer_suffix(package.tokenizer, package.family)}"
     copy.mkdir()
     for name in (*CONFIGS, *VOCABULARIES, "spiece.model"):   # and nothing else that a stranger linked to
         if (words / name).is_file():
@@ -290,7 +293,7 @@ def _with_tokenizer(package: Package, out: Path, text: Path) -> Path:
         raise CheckpointError(f"{package.where}: {what}; leave out text (--text).")
     if (suffix := tokenizer_suffix(text, package.family)) is None:
         raise CheckpointError(f"{text}: no T5's tokenizer there (tokenizer_3, _2 or tokenizer).")
-    t5.read_tokenizer(text, suffix, t5.empty_network(package.t5).config.vocab_size)
+    t5.tokenizer_of(package.t5, text, suffix)
     return text
 
 

@@ -84,7 +84,7 @@ class Package:
     embeddings: list[Added] = field(default_factory=list)
     words: dict[str, Any] = field(default_factory=dict)   # of embeddings: each word's vectors, by text tower
     t5: Part | None = None         # of Stable Diffusion 3 and FLUX
-    tokenizer: Path | None = None   # the folder of a model that has T5's
+    tokenizer: Any = None          # T5's, or the folder of a model that has it
     kind: str = ""                 # of those families, see `p2p.weights.mmdit.kind_of`
     pipeline: str | None = None          # the class of the pipeline in memory that it is, instead of files
 

@@ -18,8 +18,8 @@ def files(package: Package, vae: Place = None, text: Place = None) -> dict[str, 
     root = package.where if package.where.is_dir() else package.where.parent
     parts = [package.unet, *package.text, *([package.vae] if package.vae and vae is None else [])]
     used = [*package.configs, *(f for part in parts for f in part.file.files)]
-    if package.t5 is not None and text is None:
-        used += _tower(package.tokenizer, T5[package.family]) if package.tokenizer else []
+    if package.t5 is not None and text is None and isinstance(package.tokenizer, Path):
+        used += _tower(package.tokenizer, T5[package.family])
     if package.family == "if" and text is None and package.where.is_dir():
         used += _tower(package.where, "")
     out = {} if package.pipeline else {"model": _named(root, used)}

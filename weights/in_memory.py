@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p2p.weights import mmdit, t5
 from p2p.weights.detect import Package, Part
 from p2p.weights.errors import CheckpointError
 from p2p.weights.fields import listed, short
@@ -23,12 +24,15 @@ from p2p.weights.folder import find_folder
 from p2p.weights.sizes import parsed
 
 # Classes of the same parts, by that of the text-to-image pipeline, whose folders are known.
-KINDS = {f"{base}{variant}Pipeline": f"{base}Pipeline" for base in ("StableDiffusion", "StableDiffusionXL")
+KINDS = {f"{base}{variant}Pipeline": f"{base}Pipeline"
+         for base in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux")
          for variant in ("", "Img2Img", "Inpaint")}
-NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
+TOWERS = ("", "_2", "_3")   # the ends of the names of text encoders and tokenizers
+NETWORKS = ("unet", "transformer", *(f"text_encoder{tower}" for tower in TOWERS), "vae")
 # Ways to compute the same attention; others change it.
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "SlicedAttnProcessor",
-              "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0"}
+              "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0", "JointAttnProcessor2_0",
+              "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
 KNOWN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -68,9 +72,10 @@ def name_of(source: Any) -> str:
 
 
 def device_of(pipe: Any) -> torch.device:
-    """Where its UNet's weights lie; the CPU where they lie nowhere."""
-    unet = getattr(pipe, "unet", None)
-    found = {p.device for p in unet.parameters() if not p.is_meta} if isinstance(unet, nn.Module) else set()
+    """Where its network's weights lie; the CPU where they lie nowhere."""
+    networks = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    found = {p.device for network in networks if isinstance(network, nn.Module) for p in network.parameters()
+             if not p.is_meta}
     return min(found, key=str, default=torch.device("cpu"))
 
 
@@ -81,9 +86,12 @@ def find_pipeline(where: Path, pipe: Any, replacement: tuple[Part, float | None]
     if (kind := KINDS.get(name)) is None:
         raise CheckpointError(f"{where}: not supported; supported: {', '.join(KINDS)}. Use the text-to-image "
                               "pipeline of its family.")
-    towers = ("", "_2") if kind == "StableDiffusionXLPipeline" else ("",)
+    flow = kind in mmdit.PIPELINES
+    # the text of flows may come from elsewhere, see `p2p.weights.texts`
+    towers = [t for t in TOWERS if getattr(pipe, f"text_encoder{t}", None) is not None] if flow else \
+        ["", "_2"] if kind == "StableDiffusionXLPipeline" else [""]
     needed = [part + tower for part in ("text_encoder", "tokenizer") for tower in towers]
-    needed += ["unet", "scheduler", *(["vae"] if replacement is None else [])]
+    needed += ["transformer" if flow else "unet", "scheduler", *(["vae"] if replacement is None else [])]
     if absent := [part for part in needed if getattr(pipe, part, None) is None]:
         raise CheckpointError(f"{where}: it has no {', no '.join(absent)}; load the whole pipeline, or set "
                               f"pipe.{absent[0]}.")
@@ -92,8 +100,10 @@ def find_pipeline(where: Path, pipe: Any, replacement: tuple[Part, float | None]
     with TemporaryDirectory() as folder:
         try:
             _save_configs(pipe, kind, Path(folder))
-            package = find_folder(Path(folder), kind, replacement,
-                                  opened=lambda path, notes: networks[path.name])
+            find = mmdit.find_folder if flow else find_folder
+            package = find(Path(folder), kind, replacement, opened=lambda path, notes: networks[path.name])
+            if package.t5 is not None:
+                package.tokenizer = t5.tokenizer_of(package.t5, Path(folder), mmdit.T5[package.family])
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(folder, str(where))) from None
     package.where, package.configs, package.pipeline = where, [], name
@@ -107,10 +117,10 @@ def _save_configs(pipe: Any, kind: str, folder: Path) -> None:
     pipe.save_config(folder)
     index = folder / "model_index.json"
     index.write_text(json.dumps(parsed(index) | {"_class_name": kind}), encoding="utf-8")
-    for part in ("unet", "vae", "scheduler"):
-        if (component := getattr(pipe, part)) is not None:
+    for part in ("unet", "transformer", "vae", "scheduler"):
+        if (component := getattr(pipe, part, None)) is not None:
             component.save_config(folder / part)
-    for tower in ("", "_2"):
+    for tower in TOWERS:
         if getattr(pipe, f"text_encoder{tower}", None) is not None:
             getattr(pipe, f"text_encoder{tower}").config.save_pretrained(folder / f"text_encoder{tower}")
             getattr(pipe, f"tokenizer{tower}").save_pretrained(folder / f"tokenizer{tower}")
@@ -126,6 +136,9 @@ def _network(where: Path, part: str, module: nn.Module) -> MemoryFile:
         undo = "unfuse_qkv_projections" if "Fused" in changed[0] else f"{part}.set_default_attn_processor"
         raise CheckpointError(f"{file.path}: its attention is computed by {short(changed[0])}, which is not "
                               f"known here and may change the pictures; call pipe.{undo}().")
+    if getattr(module, "is_cache_enabled", False):
+        raise CheckpointError(f"{file.path}: a cache of its features is on, which this project does not "
+                              f"have; call pipe.{part}.disable_cache().")
     if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
         raise CheckpointError(f"{file.path}: FreeU is on, which this project does not have; call "
                               "pipe.disable_freeu().")

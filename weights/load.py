@@ -294,6 +294,7 @@ def load(package: Package, device: torch.device, dtype: torch.dtype | None = Non
     vae = fill("autoencoder", part, AutoencoderKL, device, vae_dtype or stored(part)) if part else None
     if package.pipeline:
         filled = [(package.unet, unet), *zip(package.text, text), *([(part, vae)] if part and vae else [])]
+        filled += [(package.t5, text[-1])] if package.t5 and text_from is None else []
         anew = sum(copied(p, module) for p, module in filled if p.file.shared)
         if anew > 0.01 * sum(p.nbytes for _, module in filled for p in module.parameters()):
             package.notes.append(f"{anew / 1e9:.1f} GB of weights are copies of the pipeline's, made for "

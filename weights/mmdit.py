@@ -3,7 +3,7 @@ folders."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,29 +147,31 @@ def _text(file: TensorFile, family: str) -> list[Part]:
 
 # -------------------------------------------------------------------------------------------------- diffusers
 
-def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | None = None) -> Package:
-    """Recognises a folder by the configs of its parts. Raises CheckpointError."""
+def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | None = None,
+                opened: Callable[[Path, list[str]], TensorFile] = weights_file) -> Package:
+    """Recognises a folder by the configs of its parts. opened: gives the weights of a part's folder. Raises
+    CheckpointError."""
     notes: list[str] = []
     family = PIPELINES[kind]
     index, where = read_index(path, notes, family), path / "transformer" / "config.json"
     c = read_json(where)
-    unet = Part(weights_file(path / "transformer", notes), "", "diffusers",
+    unet = Part(opened(path / "transformer", notes), "", "diffusers",
                 (sd3_from_config if family == "sd3" else flux_from_config)(where, c))
     check_inputs(where, unet.config)
     configs = [path / "model_index.json", where]
     there = [name for name in CLIP[family] if (path / name / "config.json").exists()]
     if there and len(there) < len(CLIP[family]):
         raise CheckpointError(f"{path}: it has the text tower {there[0]} alone, where {family} reads two.")
-    towers = [folder_text(path, name, read_json(path / name / "config.json"), family, family == "sd3", notes)
-              for name in there]
+    towers = [folder_text(path, name, read_json(path / name / "config.json"), family, family == "sd3", notes,
+                          opened) for name in there]
     configs += [config for _, read in towers for config in read]
     vae, scale = (None, None) if replacement is None else replacement
     if replacement is None and (path / "vae").exists():
-        vae, scale = find_folder_vae(path / "vae", notes)
+        vae, scale = find_folder_vae(path / "vae", notes, opened(path / "vae", notes))
         configs.append(path / "vae" / "config.json")
     tower = None
     if (path / f"text_encoder{T5[family]}" / "config.json").exists():
-        tower = t5.find_t5(path, T5[family], notes)
+        tower = t5.find_t5(path, T5[family], notes, opened)
     config, told, said = path / "scheduler" / "scheduler_config.json", None, {}
     if config.exists():
         said = read_json(config)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,11 @@ def in_file(file: TensorFile, prefix: str) -> Part | None:
     return Part(file, prefix, "own", config)
 
 
-def find_t5(folder: Path, suffix: str, notes: list[str]) -> Part:
-    """T5 in the folder of a model, with its config as transformers reads it. Raises CheckpointError."""
-    return Part(weights_file(folder / f"text_encoder{suffix}", notes), "", "own", _config(folder, suffix))
+def find_t5(folder: Path, suffix: str, notes: list[str],
+            opened: Callable[[Path, list[str]], TensorFile] = weights_file) -> Part:
+    """T5 in the folder of a model, with its config as transformers reads it. opened: gives its weights.
+    Raises CheckpointError."""
+    return Part(opened(folder / f"text_encoder{suffix}", notes), "", "own", _config(folder, suffix))
 
 
 def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int = 77,
@@ -142,16 +144,21 @@ def load_t5(folder: Path, device: torch.device, dtype: torch.dtype, length: int 
     if not suffix and (clip or not config.parent.is_dir()):
         raise CheckpointError(f"{folder}: " + ("no T5 there (text_encoder, _2 or _3)." if folder.exists()
                                                else "no such folder."))
-    return load_part(find_t5(folder, suffix, []), folder, suffix, device, dtype, length, masked)
+    part = find_t5(folder, suffix, [])
+    return load_part(part, tokenizer_of(part, folder, suffix), device, dtype, length, masked)
 
 
-def load_part(part: Part, folder: Path, suffix: str, device: torch.device, dtype: torch.dtype, length: int,
+def load_part(part: Part, tokenizer: Any, device: torch.device, dtype: torch.dtype, length: int,
               masked: bool) -> T5Encoder:
-    """Loads T5 from a part, its tokenizer from the folder of a model. Raises CheckpointError."""
+    """Loads T5 from a part. tokenizer: see `tokenizer_of`. Raises CheckpointError."""
     tower = empty_network(part)
-    _check_code(folder, suffix)
     _fill(tower, part, device, dtype)
-    return T5Encoder(tower.eval(), read_tokenizer(folder, suffix, tower.config.vocab_size), length, masked)
+    return T5Encoder(tower.eval(), tokenizer, length, masked)
+
+
+def tokenizer_of(part: Part, folder: Path, suffix: str) -> Any:
+    """The tokenizer of a part, from the folder of a model. Raises CheckpointError."""
+    return read_tokenizer(folder, suffix, empty_network(part).config.vocab_size)
 
 
 def read_tokenizer(folder: Path, suffix: str, known: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,6 +69,14 @@ def load_text(package: Package, source: str | Path | None, device: torch.device,
     return [*towers, tower.to(device).eval().requires_grad_(False)]
 
 
+def _tokenizer(package: Package, found: Any) -> Any:
+    """That of the package's T5: from the folder of a model, if there is one, or as it was found in memory."""
+    if not isinstance(found, Path):
+        return found
+    suffix = tokenizer_suffix(found, package.family)
+    return None if suffix is None else t5.tokenizer_of(cast(Part, package.t5), found, suffix)
+
+
 def _clip_towers(folder: Path, package: Package) -> list[Part]:
     """Those of another model's folder, if it has them."""
     family, names = package.family, CLIP[package.family]
@@ -90,10 +99,9 @@ def _t5(package: Package, where: Path | None, device: torch.device, dtype: torch
         return prompts
     if where is not None and (suffix := t5.in_folder(where)) is not None:
         part = t5.find_t5(where, suffix, package.notes)
-        return t5.load_part(part, where, suffix, device, dtype, tokens, masked=False)
-    if package.t5 is not None and (folder := where or package.tokenizer) is not None:
-        if (suffix := tokenizer_suffix(folder, package.family)) is not None:
-            return t5.load_part(package.t5, folder, suffix, device, dtype, tokens, masked=False)
+        return t5.load_part(part, t5.tokenizer_of(part, where, suffix), device, dtype, tokens, masked=False)
+    if package.t5 is not None and (words := _tokenizer(package, where or package.tokenizer)) is not None:
+        return t5.load_part(package.t5, words, device, dtype, tokens, masked=False)
     if where is not None:
         raise CheckpointError(f"{where}: no T5 there (text_encoder_3, _2 or text_encoder, and its tokenizer, "
                               "expected), nor encoded prompts.")

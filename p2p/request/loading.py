@@ -60,9 +60,9 @@ def load(source: Any = "emoji", family: str | None = None, prediction: str | Non
          clip_skip: int | None = None, zero_snr: bool = False, lora: Any = None,
          embeddings: Any = None) -> Model:
     """Loads a model: "emoji", which ships with the package, a Stable Diffusion 1, 2, XL, 3 or 3.5 or FLUX.1
-    checkpoint (a .safetensors or .ckpt file under its original names, a diffusers folder, or, of the first
-    three, a diffusers pipeline in memory, whose weights stay shared where device and dtype allow it), or a
-    stage of DeepFloyd IF (a diffusers folder, or a file in its own naming).
+    checkpoint (a .safetensors or .ckpt file under its original names, a diffusers folder, or a diffusers
+    pipeline in memory, whose weights stay shared where device and dtype allow it), or a stage of DeepFloyd IF
+    (a diffusers folder, or a file in its own naming).
 
     family ("sd1", "sd2", "sdxl", "sd3", "flux", "if", "emoji", "emoji-flow") and prediction ("eps", "v",
     "x0", "flow") are detected where None; a guess is reported in `Model.notes`. device: None for a pipeline's
