@@ -293,8 +293,8 @@ def as_a(name):
 
 def flux(pipe):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.FluxPipeline(scheduler=scheduler, vae=pipe.vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
-                                  tokenizer_2=None, transformer=None)
+    return diffusers.FluxFillPipeline(scheduler=scheduler, vae=pipe.vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
+                                      tokenizer_2=None, transformer=None)
 
 
 def without_memory(pipe):
@@ -303,7 +303,7 @@ def without_memory(pipe):
 
 
 REFUSED = {
-    "Flux": (flux, "FluxPipeline in memory: not supported; supported: StableDiffusionPipeline"),
+    "Flux": (flux, "FluxFillPipeline in memory: not supported; supported: StableDiffusionPipeline"),
     "ControlNet": (as_a("StableDiffusionControlNetPipeline"), "StableDiffusionControlNetPipeline in memory: not supported"),
     "InstructPix2Pix": (as_a("StableDiffusionInstructPix2PixPipeline"), "InstructPix2PixPipeline in memory: not supported"),
     "latent consistency": (as_a("LatentConsistencyModelPipeline"), "LatentConsistencyModelPipeline in memory: not supported"),
