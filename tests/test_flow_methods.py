@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import p2p
-from p2p.request.inverting import schedule_of
+from p2p.request.inverting import expected, schedule_of
 from p2p.request.schedules import Level, timesteps_at
 from p2p.request.start import draw
 from p2p.weights.emoji.world import render, sample
@@ -24,13 +24,17 @@ FREE = dict(cross_replace_steps=0.0, self_replace_steps=0.0)
 SIDE, STEPS = 16, 3
 
 
+def steps_of(model):
+    return schedule_of(model, expected(model, "a cat", method="ddim", steps=STEPS), (SIDE, SIDE))
+
+
 class Field:
     """A model as a flow: y = x / (alpha + sigma) at the time share = sigma / (alpha + sigma), from the picture up."""
 
     def __init__(self, model):
         self.model = model
-        self.grid = [(level.share, t) for t, level in zip(schedule_of(model, STEPS, (SIDE, SIDE)).timesteps[::-1],
-                                                          schedule_of(model, STEPS, (SIDE, SIDE)).levels[-2::-1])]
+        schedule = steps_of(model)
+        self.grid = [(level.share, t) for t, level in zip(schedule.timesteps[::-1], schedule.levels[-2::-1])]
         self.grid.insert(0, (0.0, 0))
 
     def __call__(self, y, share, prompt, t=None, guidance=1.0):
@@ -172,7 +176,7 @@ def test_flow_edit_adds_the_difference_of_velocities(models, picture, kind, n_av
 def test_ddcm_adds_the_difference_of_pictures(models, picture, kind):
     """InfEdit with new noise at every step: z' = alpha' (z_0 + x_0(target) - x_0(source)) + sigma' noise."""
     model, v = models[kind], Field(models[kind])
-    schedule = schedule_of(model, STEPS, (SIDE, SIDE))
+    schedule = steps_of(model)
     noise = draw((3, SIDE, SIDE), [2], 1 + STEPS)
     z = schedule.levels[0].alpha * picture + schedule.levels[0].sigma * noise[STEPS]
     for i, (t, level, after) in enumerate(schedule):
@@ -192,7 +196,7 @@ def test_turbo_edit_draws_less_noise_than_it_says(models, picture, kind):
     """x_i has the noise of step i + 1, and the mean is DDPM's of step i; pseudo-guidance of 1.5 is guidance away from the
     source's prompt; the last offset's norm is bounded."""
     model = models[kind]
-    schedule, noise = schedule_of(model, STEPS, (SIDE, SIDE)), draw((3, SIDE, SIDE), [2], 1 + STEPS)
+    schedule, noise = steps_of(model), draw((3, SIDE, SIDE), [2], 1 + STEPS)
     xs = [level.alpha * picture + level.sigma * z for level, z in zip(schedule.levels[1:-1], noise[:1:-1])] + [picture] * 2
 
     def mean(x, level, after, prompt, t):

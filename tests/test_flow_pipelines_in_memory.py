@@ -1,4 +1,5 @@
 """`p2p.load(pipe)` of Stable Diffusion 3 and FLUX: the model of the folder that it would be saved to, T5 and its tokenizer with it."""
+import json
 import logging
 
 import flow_models as made
@@ -101,9 +102,10 @@ def test_levels_and_words_are_part_of_its_identity(folders):
     shifted = p2p.load(pipe)
     assert shifted.flow.shift == 1.5 and shifted.sha256 != plain
     pipe = pipeline(folders["3 medium"])
-    said = pipe.tokenizer_3.backend_tokenizer.to_str()
-    other = tokenizers.Tokenizer.from_str(said.replace('▁cat"', '▁@"').replace('▁dog"', '▁cat"').replace('▁@"', '▁dog"'))
-    pipe.tokenizer_3 = transformers.PreTrainedTokenizerFast(tokenizer_object=other, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    said = json.loads(pipe.tokenizer_3.backend_tokenizer.to_str())
+    said["normalizer"] = {"type": "Lowercase"}   # the same words, found in another way
+    pipe.tokenizer_3 = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(said)),
+                                                            pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     assert p2p.load(pipe).sha256 != plain
 
 
@@ -128,7 +130,7 @@ def test_text_may_come_from_elsewhere(folders):
         p2p.load(pipe)
 
 
-def test_other_dtypes_are_copied_and_said(folders):
+def test_a_shorter_dtype_is_copied_and_said(folders):
     pipe = pipeline(folders["dev"])
     model = p2p.load(pipe, dtype=torch.bfloat16)
     assert any("copies of the pipeline's" in note for note in model.notes) and pipe.transformer.dtype == torch.float32
@@ -136,8 +138,44 @@ def test_other_dtypes_are_copied_and_said(folders):
     assert added(p2p.load(half, dtype=torch.bfloat16), half) == 0
 
 
+@pytest.mark.parametrize("kind", ["3 medium", "dev"])
+def test_a_wider_one_is_read_from_the_same_memory(folders, tmp_path, kind):
+    pipe = pipeline(folders[kind]).to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "saved")
+    model, saved = p2p.load(pipe, device="cpu"), p2p.load(tmp_path / "saved", device="cpu")
+    before = latents(model)
+    assert added(model, pipe) == 0 and model.notes == saved.notes and torch.equal(before, latents(saved))
+    digest, t5 = model.sha256, pipe.text_encoder_3 if kind == "3 medium" else pipe.text_encoder_2
+    with torch.no_grad():
+        t5.encoder.block[0].layer[0].SelfAttention.q.weight.mul_(1.5)
+    assert not torch.equal(latents(model), before) and model.sha256 != digest
+
+
+def test_its_own_name_alone_tells_a_turbo_model(folders, tmp_path):
+    (tmp_path / "turbo-tests").mkdir()
+    for name, steps in (("turbo-tests/mine", 40), ("stable-diffusion-3.5-large-turbo", 4)):
+        (tmp_path / name).symlink_to(folders["3.5 large"])
+        pipe = pipeline(tmp_path / name)
+        assert p2p.load(pipe).steps == p2p.load(tmp_path / name, device="cpu").steps == steps
+    pipe.transformer.register_to_config(_name_or_path="")
+    assert p2p.load(pipe).steps == 4
+
+
+def test_offload_is_said_once(folders):
+    pipe = pipeline(folders["dev"])
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert sum("offload hooks are not used" in note for note in p2p.load(pipe).notes) == 1
+
+
 def changed(name, value=None):
     return lambda pipe: setattr(pipe, name, value)
+
+
+def own_attention(pipe):
+    class Sharpened(diffusers.models.attention_processor.JointAttnProcessor2_0):
+        pass
+
+    pipe.transformer.set_attn_processor(Sharpened())
 
 
 def cached(pipe):
@@ -151,8 +189,13 @@ REFUSED = {
     "a tower without a tokenizer": ("dev", changed("tokenizer_2"), "it has no tokenizer_2"),
     "one tower of two": ("3 medium", changed("text_encoder_2"), "has the text tower text_encoder alone"),
     "no flow": ("dev", changed("scheduler", diffusers.DDIMScheduler()), "in memory/model_index.json: .*DDIMScheduler"),
-    "a cache": ("dev", cached, r"in memory/transformer: a cache of its features is on.*call pipe.transformer.disable_cache\(\)"),
-    "joined projections": ("3 medium", lambda pipe: pipe.transformer.fuse_qkv_projections(), "call pipe.unfuse_qkv_projections"),
+    "a cache": ("dev", cached, r"in memory/transformer: a hook, 'fbc_block_hook', .*call pipe.transformer.disable_cache\(\)"),
+    "layers left out": ("dev", lambda pipe: diffusers.hooks.apply_layer_skip(pipe.transformer, diffusers.hooks.LayerSkipConfig(
+        indices=[0], fqn="transformer_blocks")), "in memory/transformer: a hook, .*load the pipeline anew"),
+    "joined projections": ("3 medium", lambda pipe: pipe.transformer.fuse_qkv_projections(), "Fused.*load the pipeline anew"),
+    "FLUX's joined projections": ("dev", lambda pipe: pipe.transformer.fuse_qkv_projections(),
+                                  "computed by 'joined projections'.*load the pipeline anew"),
+    "another attention": ("3 medium", own_attention, r"in memory/transformer: its attention is computed by 'Sharpened'.*anew, without it"),
     "eight bits": ("dev", lambda pipe: pipe.transformer.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn"),
     "words of T5 that its network lacks": ("dev", lambda pipe: pipe.tokenizer_2.add_tokens([f"<{i}>" for i in range(9)]),
                                            "in memory: T5's tokenizer cannot be read"),

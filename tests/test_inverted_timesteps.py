@@ -9,6 +9,7 @@ from PIL import Image
 import p2p
 from p2p.cli.parser import main
 from p2p.errors import UsageError
+from p2p.lists import jobs
 from p2p.request.source import METHODS
 from p2p.show.pictures import read_settings
 from p2p.weights import sealed
@@ -91,7 +92,7 @@ def test_a_file_that_says_others_is_refused(shallow, x, tmp_path, told, message)
 BAD = {"sampler 'dpm\\+\\+': a picture is inverted by its method": dict(sampler="dpm++"),
        "timestep_spacing: timesteps are given one by one": dict(timesteps=LISTED, timestep_spacing="trailing"),
        "steps: 3 timesteps are given, not 2": dict(timesteps=LISTED, steps=2), "timesteps must fall": dict(timesteps=LISTED[::-1]),
-       "karras by the sampler dpm": dict(timestep_spacing="karras"), "a list of whole numbers": dict(timesteps="900")}
+       "timestep_spacing: karras is of the sampler dpm": dict(timestep_spacing="karras"), "a list of whole numbers": dict(timesteps="900")}
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -104,13 +105,14 @@ def test_its_edits_have_no_others(shallow, x):
     inverted = p2p.invert(shallow, x, "a cat", method="ddim", timesteps=LISTED, sampler="ddim")
     assert p2p.edit(shallow, inverted, "a dog", timesteps=LISTED).settings["timesteps"] == LISTED
     for other in (dict(timesteps=[900, 600, 200]), dict(timestep_spacing="trailing"), dict(sampler="lcm")):
-        with pytest.raises(UsageError, match="an inverted or traced source is sampled by ddim, at the timesteps that it was inverted at"):
+        with pytest.raises(UsageError, match="an inverted or traced source is sampled by ddim, at the timesteps that it was made at"):
             p2p.edit(shallow, inverted, "a dog", **other)
 
 
-def test_a_late_start_of_listed_ones_is_said(shallow, x):
-    notes = p2p.invert(shallow, x, "a cat", method="ddim", timesteps=[500, 250]).notes
-    assert [n for n in notes if n.startswith("the first timestep is 500 of 1000")]
+def test_a_late_start_is_said_where_nobody_asked_for_it(shallow, x):
+    assert not p2p.invert(shallow, x, "a cat", method="ddim", timesteps=[500, 250]).notes
+    notes = p2p.invert(replace(shallow, timestep_spacing="leading"), x, "a cat", method="ddim", steps=3, timestep_spacing="leading").notes
+    assert [note for note in notes if note.startswith("3 steps start at t = 667 of 1000")]
 
 
 @pytest.mark.slow
@@ -140,3 +142,35 @@ def test_in_one_command_in_two_in_a_list_and_again_they_are_the_same(once, tmp_p
         settings = read_settings(edited(change[1], "edit", "--from", str(made[0]), *change))
         assert tuple(settings["inversion"][k] for k in ("steps", "timestep_spacing", "timesteps")) == read == \
             tuple(settings[k] for k in ("steps", "timestep_spacing", "timesteps"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"timesteps": [900, 400]}, {"steps": 2, "timestep_spacing": "trailing"}], ids=["listed", "spaced"])
+def test_a_source_that_is_sampled_again_has_them_too(once, tmp_path, how):
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    job = {"source": "a cat", "targets": "a dog", "image": "photo.png", "method": "ddim", "path": "resampled"}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(job | how))
+    assert main(["batch", str(tmp_path / "jobs.jsonl"), "-o", str(tmp_path / "list"), "-q"]) == 0
+
+
+def test_what_pictures_lack_of_a_lists_sampler_is_left_out_of_them(shallow, tmp_path):
+    """The spacing of another sampler, with that sampler."""
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
+    picture, plain = {"source": "a cat", "targets": "a dog", "image": "photo.png", "method": "ddim"}, {"source": "a cat", "targets": "a dog"}
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(f"{json.dumps(picture)}\n{json.dumps(plain)}\n")
+    told = {"sampler": "dpm++", "timestep_spacing": "karras", "steps": 3}
+    pictured, generated = jobs.read(file, shallow, told)
+    assert not {"sampler", "timestep_spacing"} & pictured.others.keys() and generated.others == {k: told[k] for k in list(told)[:2]}
+    assert [note for note in pictured.notes if "karras is of the sampler dpm++" in note]
+    for line, defaults in ((picture | {"timestep_spacing": "karras"}, {}), (picture, {"timestep_spacing": "karras"})):
+        file.write_text(json.dumps(line))
+        with pytest.raises(UsageError, match="timestep_spacing: .*karras is of the sampler dpm"):
+            jobs.read(file, shallow, defaults)
+
+
+def test_the_models_own_spacing_by_its_name_is_no_other(shallow, x, undecoded):
+    inverted = p2p.invert(shallow, x, "a cat", method="ddim", steps=2)
+    assert p2p.edit(shallow, inverted, "a dog", timestep_spacing=shallow.timestep_spacing).settings["timestep_spacing"] is None
+    with pytest.raises(UsageError, match="at the timesteps that it was made at"):
+        p2p.edit(shallow, inverted, "a dog", timestep_spacing="linspace")

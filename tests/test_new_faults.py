@@ -168,7 +168,7 @@ def test_a_share_of_steps_is_not_rounded_down_by_a_rounding_error(narrow):
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("p2p.request.solvers.controlled", lambda x, v, *_: drawn.append(1) or v)
-        step = descent(narrow, replace(planned, latents=torch.zeros(101, 3, 8, 8)), schedule := schedule_of(narrow, 100, (8, 8)))
+        step = descent(narrow, replace(planned, latents=torch.zeros(101, 3, 8, 8)), schedule := schedule_of(narrow, planned, (8, 8)))
         for i in range(schedule.steps):
             step(i, torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), None)
     assert len(drawn) == 29

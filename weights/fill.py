@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,15 +67,20 @@ def fill(what: str, part: Part, build: Callable[..., nn.Module], device: torch.d
             if as_it_is and (wanted in (None, tensor.dtype) or name in large):
                 state[name] = tensor
             else:
-                made[name] = _Made(tensors, plan[name], tensor.shape, wanted)
+                made[name] = Made(tensors, plan[name], tensor.shape, wanted)
         else:
             tensor = tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor
             state[name] = tensor.to(device)
+    put(module, state, made)
+    return module.eval().requires_grad_(False)
+
+
+def put(module: nn.Module, state: Mapping[str, Tensor], made: Mapping[str, Made]) -> None:
+    """Gives a module all of its tensors."""
     module.load_state_dict(state, strict=not made, assign=True)
     for name, how in made.items():
         owner, _, leaf = name.rpartition(".")
         parametrize.register_parametrization(module.get_submodule(owner), leaf, how, unsafe=True)
-    return module.eval().requires_grad_(False)
 
 
 def _shared(part: Part, source: Source, name: str, device: torch.device, dtype: torch.dtype | None) -> bool:
@@ -84,8 +89,11 @@ def _shared(part: Part, source: Source, name: str, device: torch.device, dtype: 
     if not part.file.shared or name in part.changes:
         return False
     held = part.file[source.keys[0]]
-    there = held.device.type == device.type and device.index in (None, held.device.index)
-    return there and (dtype is None or dtype == held.dtype or dtype.itemsize > held.dtype.itemsize)
+    return lies_on(held, device) and (dtype is None or dtype == held.dtype or dtype.itemsize > held.dtype.itemsize)
+
+
+def lies_on(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def copied(part: Part, module: nn.Module) -> int:
@@ -94,7 +102,7 @@ def copied(part: Part, module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters() if p.untyped_storage().data_ptr() not in there)
 
 
-class _Made(nn.Module):
+class Made(nn.Module):
     """A tensor that is made of others (queries, keys and values joined, say) whenever it is read, so that it
     takes no memory and follows their changes."""
 

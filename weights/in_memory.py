@@ -1,12 +1,14 @@
 """diffusers pipelines in memory, recognised by the names of their classes and attributes: diffusers is not
 imported.
 
-Their components write their configs to a temporary folder, where `p2p.weights.folder` reads them as of any
-model. The tensors stay where they are; the model's are the same memory, see `p2p.weights.fill`.
+Their components write their configs to a temporary folder, where `p2p.weights.folder` and
+`p2p.weights.mmdit` read them as of any model. The tensors stay where they are; the model's are the same
+memory, see `p2p.weights.fill`.
 """
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +35,8 @@ NETWORKS = ("unet", "transformer", *(f"text_encoder{tower}" for tower in TOWERS)
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "SlicedAttnProcessor",
               "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0", "JointAttnProcessor2_0",
               "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
+# diffusers' hooks that change where weights lie, or how they are stored, not what is computed
+HOOKS = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting"}
 KNOWN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -97,15 +101,17 @@ def find_pipeline(where: Path, pipe: Any, replacement: tuple[Part, float | None]
                               f"pipe.{absent[0]}.")
     networks = {part: _network(where, part, module) for part in NETWORKS
                 if (module := getattr(pipe, part, None)) is not None}
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as temporary:
+        # by its name some are told apart
+        folder = Path(temporary) / (re.sub(r"[^\w.-]+", " ", mmdit.named(Path(name_of(pipe))))[:200] or name)
         try:
-            _save_configs(pipe, kind, Path(folder))
+            _save_configs(pipe, kind, folder)
             find = mmdit.find_folder if flow else find_folder
-            package = find(Path(folder), kind, replacement, opened=lambda path, notes: networks[path.name])
+            package = find(folder, kind, replacement, opened=lambda path, notes: networks[path.name])
             if package.t5 is not None:
-                package.tokenizer = t5.tokenizer_of(package.t5, Path(folder), mmdit.T5[package.family])
+                package.tokenizer = t5.tokenizer_of(package.t5, folder, mmdit.T5[package.family])
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace(folder, str(where))) from None
+            raise CheckpointError(str(error).replace(str(folder), str(where))) from None
     package.where, package.configs, package.pipeline = where, [], name
     package.notes = [note.replace("the folder's", "the pipeline's") for note in package.notes]
     package.notes += _not_taken_over(pipe)
@@ -131,14 +137,11 @@ def _network(where: Path, part: str, module: nn.Module) -> MemoryFile:
     module = getattr(module, "_orig_mod", module)   # by torch.compile
     tensors = dict(_tensors(where / part, module))
     file = MemoryFile(where / part, tensors)
-    processors = {type(p).__name__ for p in getattr(module, "attn_processors", {}).values()}
-    if changed := sorted(processors - PROCESSORS):
-        undo = "unfuse_qkv_projections" if "Fused" in changed[0] else f"{part}.set_default_attn_processor"
-        raise CheckpointError(f"{file.path}: its attention is computed by {short(changed[0])}, which is not "
-                              f"known here and may change the pictures; call pipe.{undo}().")
-    if getattr(module, "is_cache_enabled", False):
-        raise CheckpointError(f"{file.path}: a cache of its features is on, which this project does not "
-                              f"have; call pipe.{part}.disable_cache().")
+    _check_attention(file.path, part, module)
+    if unknown := sorted(_hooks(module) - HOOKS):
+        raise CheckpointError(f"{file.path}: a hook, {short(unknown[0])}, which is not known here, may "
+                              f"change what it computes; call pipe.{part}.disable_cache() if it is of a "
+                              "cache, else load the pipeline anew.")
     if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
         raise CheckpointError(f"{file.path}: FreeU is on, which this project does not have; call "
                               "pipe.disable_freeu().")
@@ -150,6 +153,30 @@ def _network(where: Path, part: str, module: nn.Module) -> MemoryFile:
             raise CheckpointError(f"{file.path}: {key} is stored as {file.dtypes[key]}; supported: "
                                   f"{', '.join(str(d).removeprefix('torch.') for d in KNOWN)}.")
     return file
+
+
+def _check_attention(path: Path, part: str, module: nn.Module) -> None:
+    """Raises CheckpointError where it is not computed as the weights and config say."""
+    changed = {type(p).__name__ for p in getattr(module, "attn_processors", {}).values()} - PROCESSORS
+    joined = any(getattr(layer, "fused_projections", False) for layer in module.modules())
+    if not changed and not joined:
+        return
+    by, undo = min(changed, default=""), "load the pipeline anew, without it."
+    if joined or "Fused" in by:
+        by = by or "joined projections"
+        undo = "call pipe.unfuse_qkv_projections()." if part == "unet" else "load the pipeline anew."
+    elif "IPAdapter" in by:
+        undo = "call pipe.unload_ip_adapter()."
+    elif part == "unet":
+        undo = "call pipe.unet.set_default_attn_processor()."
+    raise CheckpointError(f"{path}: its attention is computed by {short(by)}, which is not known here and "
+                          f"may change the pictures; {undo}")
+
+
+def _hooks(module: nn.Module) -> set[str]:
+    """The names of diffusers' hooks on any layer."""
+    registries = (getattr(layer, "_diffusers_hook", None) for layer in module.modules())
+    return {name for registry in registries for name in getattr(registry, "hooks", ())}
 
 
 def _tensors(where: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -172,7 +199,8 @@ def _tensors(where: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _not_taken_over(pipe: Any) -> Iterator[str]:
     """Notes on what a pipeline does beside its networks, which is not done here."""
-    if any(hasattr(getattr(pipe, part, None), "_hf_hook") for part in NETWORKS):
+    parts = [module for part in NETWORKS if isinstance(module := getattr(pipe, part, None), nn.Module)]
+    if any(hasattr(module, "_hf_hook") or "group_offloading" in _hooks(module) for module in parts):
         yield (f"the pipeline's offload hooks are not used: its weights are read where they lie, on "
                f"{device_of(pipe)}; device and offload say otherwise")
     if getattr(pipe.vae, "use_tiling", False):

@@ -176,7 +176,8 @@ def find_folder(path: Path, kind: str, replacement: tuple[Part, float | None] | 
     if config.exists():
         said = read_json(config)
         told = bool(scheduler.few_steps(config, said)) or None
-    name = f"{named(path)} {c.get('_name_or_path', '')}"
+    saved = Path(str(c.get("_name_or_path") or ""))
+    name = f"{named(path)} {named(saved.parent if saved.name == 'transformer' else saved)}"
     variant = kind_of(family, unet.config, name, said, told, notes)
     sampling = scheduler.flow(usual_flow(family, variant), "a guess, the folder has no scheduler")
     if said:

@@ -15,8 +15,9 @@ from p2p.weights import fields, sealed
 from p2p.weights.detect import Part, count
 from p2p.weights.errors import CheckpointError
 from p2p.weights.files import Renamed, TensorFile, open_file
-from p2p.weights.fill import read_tensors
+from p2p.weights.fill import Made, lies_on, put, read_tensors
 from p2p.weights.folder import weights_file
+from p2p.weights.keys import Source
 from p2p.weights.sizes import read_json
 from p2p.weights.untrusted import parse_json
 
@@ -251,11 +252,18 @@ def encoder_tensors(part: Part, tower: nn.Module) -> Iterator[tuple[str, Tensor]
 
 
 def _fill(tower: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts every tensor of the encoder in its place. Raises CheckpointError."""
-    state = {}
+    """Puts every tensor of the encoder in its place; those that are in use elsewhere stay the same memory, as
+    in `fill`. Raises CheckpointError."""
+    state, made = {}, {}
     for name, tensor in encoder_tensors(part, tower):
         # transformers keeps these in float32 too: their outputs overflow float16
         keep_float32 = dtype == torch.float16 and name.endswith(".wo.weight")
-        state[name] = tensor.to(device, torch.float32 if keep_float32 else dtype)
-    tower.load_state_dict(state | {SHARED: state[EMBEDDING]}, strict=True, assign=True)
-    tower.tie_weights()
+        wanted = torch.float32 if keep_float32 else dtype
+        for place in (name, SHARED) if name == EMBEDDING else (name,):
+            if part.file.shared and lies_on(tensor, device) and tensor.dtype.itemsize < wanted.itemsize:
+                made[place] = Made([tensor], Source((name,)), tensor.shape, wanted)
+            else:
+                state[place] = tensor.to(device, wanted)
+    put(tower, state, made)
+    if EMBEDDING in state:
+        tower.tie_weights()

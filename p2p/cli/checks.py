@@ -40,7 +40,7 @@ def _source(args: argparse.Namespace) -> None:
     if args.image is None:
         refuse(args, "a source prompt alone", INVERSION)
     else:
-        refuse(args, "--image, which is inverted, and sampled, as --method says", ["sampler"])
+        refuse(args, "--image, whose edits are sampled by the steps of its inversion", ["sampler"])
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def generate(args: argparse.Namespace) -> None:
 def invert(args: argparse.Namespace) -> None:
     _one_negative(args, "p2p invert")
     refuse(args, "p2p invert: it decodes no picture", ["tile"])
-    refuse(args, "p2p invert, which inverts as --method says", ["sampler"])
+    refuse(args, "p2p invert, which inverts by --method", ["sampler"])
     values.timesteps(args)
 
 

@@ -101,7 +101,7 @@ def _run_again(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Resu
     upscaler = _stage(args, model, settings)
     source = None
     if (record := settings["inversion"]) is not None:
-        refuse(args, "--from a real picture: its method samples it, at the size that it was brought to",
+        refuse(args, "--from a real picture: it is sampled by the steps of its inversion, at its size",
                ("sampler", "height", "width"))
     else:
         refuse(args, "--from a picture that was generated", [name for name in INVERSION if name in CHANGES])

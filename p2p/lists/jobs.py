@@ -25,7 +25,7 @@ from p2p.lists.job import INVERTING, OTHERS, SAMPLING, Job, check, left
 from p2p.lists.lines import present, write
 from p2p.model import Model
 from p2p.request.editing import refuse_p2p_settings
-from p2p.request.inverting import DEFAULT, READ_BY
+from p2p.request.inverting import DEFAULT, KARRAS, READ_BY
 from p2p.request.names import EDITING
 from p2p.request.source import METHODS, REPLACE_EMPTY
 from p2p.request.start import Sampling, own_sampler, solver
@@ -72,8 +72,8 @@ def read(file: Path, model: Model, defaults: Mapping[str, Any] | None = None,
     jobs = lines.read(file, job, f"no job in it; a job is a line such as {example}")
     if (idle := [k for k in INVERTING if k in defaults]) and all(job.image is None for job in jobs):
         raise UsageError(f"{file}: {', '.join(idle)}: of pictures, and no job of this list has one (image)")
-    unread_by_job = [unread(job.inverting.get("method"), job.others.get("editor"), "sampler" in job.others)
-                     for job in jobs]
+    unread_by_job = [unread(job.inverting.get("method"), job.others.get("editor"), "sampler" in job.others,
+                            defaults.get("timestep_spacing")) for job in jobs]
     if idle := [k for k in defaults if all(k in each for each in unread_by_job)]:
         raise UsageError(f"{file}: {', '.join(idle)}: no job of this list reads it (line {jobs[0].line}: "
                          f"{unread_by_job[0][idle[0]]})")
@@ -110,13 +110,14 @@ def _plain(settings: Mapping[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def unread(method: str | None, editor: Any, sampled: bool = False) -> dict[str, str]:
+def unread(method: str | None, editor: Any, sampled: bool = False, spacing: Any = None) -> dict[str, str]:
     """Settings that a job does not read, and why. method: of the inversion, None without a picture; editor:
-    None for Prompt-to-Prompt; sampled: its sampler is the one that pictures have anyway."""
+    None for Prompt-to-Prompt; sampled: its sampler is that of pictures; spacing: its timestep_spacing."""
     if method is None:
         idle = dict.fromkeys(INVERTING, PICTURELESS)
     else:
         idle = {} if sampled else {"sampler": "of generated sources: a picture is sampled as it was inverted"}
+        idle |= {"timestep_spacing": KARRAS} if spacing == "karras" else {}
         idle |= dict.fromkeys((name for name, methods in READERS.items() if method not in methods),
                               f"{method} inversion does not read it")
     windows = dict.fromkeys(WINDOWS, "of Prompt-to-Prompt, which the editor replaces")
@@ -142,12 +143,12 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     entry = _full_names(entry, known, "an edit")
     pictured, merged = "image" in entry, {**left(defaults or {}, entry), **entry}
     method = checked("method", merged.get("method", DEFAULT)) if pictured else None
-    idle = unread(method, merged.get("editor"), sampled=merged.get("sampler") == own_sampler(model))
+    idle = unread(method, merged.get("editor"), merged.get("sampler") == own_sampler(model),
+                  merged.get("timestep_spacing"))
     _check_idle(idle, entry)
     notes = [f"{name}, given for all lines: {idle[name]}" for name in defaults or {}
              if name in merged.keys() & idle.keys() - entry.keys() and idle[name] != PICTURELESS]
-    # an editor's targets: see `read`
-    entry = {k: v for k, v in merged.items() if k not in idle or k in entry}
+    entry = {k: v for k, v in merged.items() if k not in idle or k in entry}   # an editor's: see `read`
     targets = entry.pop("targets", None)
     listed = targets if isinstance(targets, list) else [targets]
     if "source" not in entry or not listed or not all(isinstance(t, (str, dict)) for t in listed):
@@ -158,8 +159,7 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
         raise UsageError('height, width: fit "own" takes those of the picture; leave these out, or choose '
                          '"crop" or "pad"')
     edits = tuple(_target(t, {k: entry[k] for k in EDITING if k in entry}) for t in listed)
-    how = ("steps", "eta", "sampler", "timestep_spacing", "timesteps")
-    given = {k: entry[k] for k in how if k in entry}
+    given = {k: entry[k] for k in ("steps", "eta", "sampler", "timestep_spacing", "timesteps") if k in entry}
     if pictured:   # eta is the inversion's
         given |= {"sampler": own_sampler(model), "eta": None}
     _, steps, eta = solver(model, Sampling(**given))

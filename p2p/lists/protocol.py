@@ -250,5 +250,6 @@ def resampled(model: Model, inversion: Inversion) -> Inversion:
     guidance. As its list of latents lacks the first, each step (and the target's start) uses those of the
     next one."""
     again = trace(model, inversion.prompt, x_T=inversion.latents[-1:], steps=inversion.steps,
+                  timestep_spacing=inversion.timestep_spacing, timesteps=inversion.timesteps,
                   guidance_scale=1.0, latents_only=True)
     return replace(again, latents=torch.cat([again.latents[:1], again.latents[:-1]]))

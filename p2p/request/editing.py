@@ -202,14 +202,15 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
-    own = own_sampler(model)
-    check_schedule(own, sampling.timestep_spacing, sampling.timesteps)
-    given = None if sampling.timesteps is None else tuple(sampling.timesteps)
-    for name, value, stored in (("sampler", sampling.sampler, own), ("timesteps", given, inversion.timesteps),
-                                ("timestep_spacing", sampling.timestep_spacing, inversion.timestep_spacing)):
+    check_schedule(own_sampler(model), sampling.timestep_spacing, sampling.timesteps)
+    own, listed = own_sampler(model), sampling.timesteps and tuple(sampling.timesteps)
+    usual = None if inversion.timesteps or model.flow else model.timestep_spacing
+    for name, value, stored in (
+            ("sampler", sampling.sampler, own), ("timesteps", listed, inversion.timesteps),
+            ("timestep_spacing", sampling.timestep_spacing, inversion.timestep_spacing or usual)):
         if value not in (None, stored):
-            raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at the timesteps that "
-                             f"it was {'traced' if inversion.queries else 'inverted'} at; leave it out")
+            raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at the timesteps "
+                             "that it was made at; leave it out")
     fixed = {"steps": inversion.steps, "eta": inversion.eta, "height": height, "width": width}
     for name, stored in fixed.items():
         value = getattr(sampling, name)

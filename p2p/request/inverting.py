@@ -37,6 +37,7 @@ SKIPPED = {"edit-friendly": 0.24, "flow-edit": 0.34}
 DEFAULTS = {"rf-inversion": {"gamma": 0.5, "control": 0.9, "control_steps": 0.25},
             "flow-edit": {"n_avg": 1, "n_min": 0}}
 GUIDANCE = {"rf-inversion": 0.0}    # while inverting, 1 for the other methods
+KARRAS = "karras is of the sampler dpm++, by which no picture is sampled"
 UP_BY_DDIM = ("ddim", "fixed-point", "negative-prompt", "null-text", "direct")   # inverted by its formula
 INNER_STEPS = {"fixed-point": 5, "null-text": 10}
 
@@ -80,9 +81,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     steps = _steps(model, method, sampling)
     guidance_scale = guidance(model, guidance_scale)
     inversion_guidance = finite("inversion_guidance", _guidance(method, inversion_guidance))
-    usual = inversion_guidance == _guidance(method, None)
-    if not usual and _leads_nowhere(model, inversion_guidance, prompt, negative_prompt):
-        notes.append("inversion_guidance changes nothing: the prompt is what it leads away from")
+    notes += _leads_nowhere(model, method, inversion_guidance, prompt, negative_prompt)
     _check_negative(model, method, negative_prompt, inversion_guidance)
     inner_steps = INNER_STEPS.get(method, 1) if inner_steps is None else inner_steps
     inner_steps = whole("inner_steps", inner_steps, most=10**6)
@@ -104,7 +103,8 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     rows = 0 if method == "noise" else 1 + guided(model, inversion_guidance)
     check_run(model, 1, shape, planned.calls, rows=rows, autoencoder="encodes" if encodes else None,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += [*late_start(model, schedule, sampling), *_remarks(model, planned, schedule)]
+    notes += late_start(model, schedule) if timesteps is None else []   # else that was asked for
+    notes += _remarks(model, planned, schedule)
     if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
     return replace(planned, latents=torch.empty(planned.calls + 1, *shape, device="meta"), notes=tuple(notes))
@@ -169,6 +169,8 @@ def _steps(model: Model, method: str, sampling: Sampling) -> int:
     if sampling.sampler not in (None, own):
         raise UsageError(f"sampler {brief(sampling.sampler)}: a picture is inverted by its method, {method}, "
                          f"and its edits are sampled by {own}; leave it out")
+    if sampling.timestep_spacing == "karras":
+        raise UsageError(f"timestep_spacing: {KARRAS}; leave it out")
     return solver(model, replace(sampling, sampler=own))[1]
 
 
@@ -243,14 +245,17 @@ def _check_read(method: str, **settings: object) -> None:
                              f"{', '.join(READ_BY[name])}); leave it out")
 
 
-def _leads_nowhere(model: Model, guidance_scale: float, prompt: str, negative_prompt: str | None) -> bool:
-    """Whether the network reads this prompt as it reads the one that guidance leads away from."""
-    if not model.guided(guidance_scale):
-        return False
+def _leads_nowhere(model: Model, method: str, inversion_guidance: float, prompt: str,
+                   negative_prompt: str | None) -> list[str]:
+    """A note where the network reads the prompt as it reads the one that guidance leads away from."""
+    if inversion_guidance == _guidance(method, None) or not model.guided(inversion_guidance):
+        return []
     zeros = model.zero_negative and not negative_prompt   # in place of the empty prompt
     both = prompt, negative_prompt or ""
     ids, other_ids = (prompt_tokens(model, each).ids for each in both)
-    return not zeros and ids == other_ids and all(parsed(model, each).plain for each in both)
+    if zeros or ids != other_ids or not all(parsed(model, each).plain for each in both):
+        return []
+    return ["inversion_guidance changes nothing: the prompt is what it leads away from"]
 
 
 def why_unguided(model: Model) -> str:

@@ -203,7 +203,7 @@ FIELDS = {
     "n_avg": (lambda v: v is None or (type(v) is int and 1 <= v <= AVERAGED), f"null or 1 to {AVERAGED}"),
     "n_min": (lambda v: v is None or (type(v) is int and 0 <= v), "null or a whole number from 0"),
     "timestep_spacing": (lambda v: v in (None, *SPACINGS), f"null or one of {', '.join(SPACINGS)}"),
-    "timesteps": (lambda v: v is None or (type(v) is list and {*map(type, v)} == {int}), "null or whole numbers"),
+    "timesteps": (lambda v: v is None or (type(v) is list and {*map(type, v)} == {int}), "null or a list"),
     "final_alpha": (lambda v: v is None or (type(v) in (int, float) and 0 < v <= 1),
                     "null or a number above 0, at most 1"),
 }

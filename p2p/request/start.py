@@ -123,8 +123,8 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
 
 
 def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
-    """A note where the first of evenly spaced steps lies far below the schedule's end: it reads pure noise as
-    a picture of that level, and an inversion ends there."""
+    """A note where the first step lies far below the schedule's end: it reads pure noise as a picture of that
+    level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod) or 1000, schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []

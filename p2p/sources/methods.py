@@ -92,16 +92,9 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
     of rf-inversion (0.5, 0.9, 0.25). Of flow-edit: n_avg noises a step (1); the last n_min steps (0) sample
     without the source. What is not read is refused. Raises as `edit` does.
     """
-    model, fit_mode = find_model(model), "crop" if fit is None else fit
+    model, fit_mode, fitted = find_model(model), "crop" if fit is None else fit, None
     flag("progress", progress)
-    fitted, cropped = None, []
-    if isinstance(picture, Tensor):
-        if any(given is not None for given in (height, width, fit)):
-            raise UsageError("height, width, fit: latents have their size; leave these out")
-        check_latents("latents", check_values("latents", picture), (1,), model)
-        height, width = (side * model.shrink for side in picture.shape[2:])
-    else:
-        picture, (height, width), cropped = fitting(model, picture, fit_mode, height, width)
+    picture, (height, width), cropped = _sized(model, picture, height, width, fit)
     planned = expected(model, prompt, method=method, steps=steps, skip=skip, guidance_scale=guidance_scale,
                        inversion_guidance=inversion_guidance, inner_steps=inner_steps, eta=eta, seed=seed,
                        final_alpha=final_alpha, negative_prompt=negative_prompt, sampler=sampler,
@@ -114,6 +107,17 @@ def invert(model: Model | str | Path, picture: Image.Image | str | Path | Tensor
         x_0 = model.encode(fitted := fit_picture(picture, (height, width), fit_mode))
     inversion = _inverted(_begun(model, x_0, planned, progress), planned)
     return replace(inversion, picture=fitted, notes=(*planned.notes, *cropped))
+
+
+def _sized(model: Model, picture: Image.Image | str | Path | Tensor, height: int | None, width: int | None,
+           fit: str | None) -> tuple[Image.Image | Tensor, tuple[int, int], list[str]]:
+    """Latents, and the size of their picture; or see `fitting`. Raises UsageError."""
+    if not isinstance(picture, Tensor):
+        return fitting(model, picture, "crop" if fit is None else fit, height, width)
+    if any(given is not None for given in (height, width, fit)):
+        raise UsageError("height, width, fit: latents have their size; leave these out")
+    check_latents("latents", check_values("latents", picture), (1,), model)
+    return picture, (picture.shape[2] * model.shrink, picture.shape[3] * model.shrink), []
 
 
 def _begun(model: Model, x_0: Tensor, planned: Inversion, progress: bool) -> Run:

@@ -50,11 +50,11 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
     """Computes once what edits need of their source: pass the result to `edit` in its place.
 
     source: a prompt (sampling: steps, timestep_spacing, timesteps, guidance_scale, seed, x_T, height, width,
-    negative_prompt as in `generate`; eta 0), or an inversion whose source follows its stored latents (`source.FOLLOW`). An
-    edit then runs 2 rows a step for each target, one without guidance; latents_only: stores no queries, and
-    the source's row is run. dtype: of the queries and keys (None: the model's; torch.float16 halves them).
-    `size` says beforehand how many bytes. Its `notes` are those of an edit on the source. Raises as
-    `edit` does.
+    negative_prompt as in `generate`; eta 0), or an inversion whose source follows its stored latents
+    (`source.FOLLOW`). An edit then runs 2 rows a step for each target, one without guidance; latents_only:
+    stores no queries, and the source's row is run. dtype: of the queries and keys (None: the model's;
+    torch.float16 halves them). `size` says beforehand how many bytes. Its `notes` are those of an edit on the
+    source. Raises as `edit` does.
     """
     model = find_model(model)
     by_ddim(model, "a source is traced")
