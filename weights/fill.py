@@ -89,7 +89,8 @@ def _shared(part: Part, source: Source, name: str, device: torch.device, dtype: 
     if not part.file.shared or name in part.changes:
         return False
     held = part.file[source.keys[0]]
-    return lies_on(held, device) and (dtype is None or dtype == held.dtype or dtype.itemsize > held.dtype.itemsize)
+    fits = dtype is None or dtype == held.dtype or dtype.itemsize > held.dtype.itemsize
+    return lies_on(held, device) and fits
 
 
 def lies_on(tensor: Tensor, device: torch.device) -> bool:

@@ -77,8 +77,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     _check_model(model, method)
     notes = _check_prompts(model, prompt, negative_prompt)
     shape = model.latent_shape(height, width)
-    sampling = Sampling(steps, sampler=sampler, timestep_spacing=timestep_spacing, timesteps=timesteps)
-    steps = _steps(model, method, sampling)
+    steps = _steps(model, method, steps, sampler, timestep_spacing, timesteps)
     guidance_scale = guidance(model, guidance_scale)
     inversion_guidance = finite("inversion_guidance", _guidance(method, inversion_guidance))
     notes += _leads_nowhere(model, method, inversion_guidance, prompt, negative_prompt)
@@ -93,17 +92,15 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
                         inner_steps if method in INNER_STEPS else None, eta if ddpm else 0.0,
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
                         model.sha256, fit=fit, final_alpha=_final(model, final_alpha),
-                        timestep_spacing=timestep_spacing,
+                        timestep_spacing=timestep_spacing, overrides=model.overrides,
                         timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),
-                        overrides=model.overrides, negative_prompt=negative_prompt,
-                        **_own(method, steps - skip, own))
+                        negative_prompt=negative_prompt, **_own(method, steps - skip, own))
     schedule = schedule_of(model, planned, shape[1:])
     if method == "belm" and not schedule.levels[skip].alpha > 0:
         raise UsageError(BELM_FROM_NOISE)
     rows = 0 if method == "noise" else 1 + guided(model, inversion_guidance)
     check_run(model, 1, shape, planned.calls, rows=rows, autoencoder="encodes" if encodes else None,
               noises=1 + planned.calls * fresh, stored=(2 + fresh) * (planned.calls + 1))
-    notes += late_start(model, schedule) if timesteps is None else []   # else that was asked for
     notes += _remarks(model, planned, schedule)
     if method == "null-text" or model.unet.reads_guidance:   # else an edit's scale may be another
         notes += unguided(model, method, guidance_scale)
@@ -162,16 +159,18 @@ def _above_0(name: str, value: float) -> float:
     return value
 
 
-def _steps(model: Model, method: str, sampling: Sampling) -> int:
+def _steps(model: Model, method: str, steps: int | None, sampler: str | None, timestep_spacing: str | None,
+           timesteps: Sequence[int] | None) -> int:
     """How many. Raises UsageError for a sampler that is not the inversion's, and for timesteps that are not
     known."""
     own = own_sampler(model)
-    if sampling.sampler not in (None, own):
-        raise UsageError(f"sampler {brief(sampling.sampler)}: a picture is inverted by its method, {method}, "
+    if sampler not in (None, own):
+        raise UsageError(f"sampler {brief(sampler)}: a picture is inverted by its method, {method}, "
                          f"and its edits are sampled by {own}; leave it out")
-    if sampling.timestep_spacing == "karras":
+    if timestep_spacing == "karras":
         raise UsageError(f"timestep_spacing: {KARRAS}; leave it out")
-    return solver(model, replace(sampling, sampler=own))[1]
+    return solver(model, Sampling(steps, sampler=own, timestep_spacing=timestep_spacing,
+                                  timesteps=timesteps))[1]
 
 
 def schedule_of(model: Model, inversion: Inversion, size: Sequence[int]) -> Schedule:
@@ -196,8 +195,8 @@ def _own(method: str, run_steps: int, given: Mapping[str, Any]) -> dict[str, Any
 
 def _remarks(model: Model, planned: Inversion, schedule: Schedule) -> list[str]:
     """Notes on a control of edits that covers none of their steps, a bound that is not kept, a negative
-    prompt that stands alone, and a step that leads nowhere."""
-    notes = []
+    prompt that stands alone, a step that leads nowhere, and a late start that nobody asked for."""
+    notes = late_start(model, schedule) if planned.timesteps is None else []
     if planned.method in UP_BY_DDIM and model.flow is None and not schedule.levels[planned.skip].alpha > 0:
         # the network reads its input as the noise that it looks for
         notes.append(f"{planned.method} inversion: its last step leads to nothing but noise (zero terminal "
