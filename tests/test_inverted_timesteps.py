@@ -23,6 +23,7 @@ def x():
     return torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ONCE])
 def test_a_spacing_is_that_of_a_model_made_for_it(shallow, x, undecoded, method):
     made_for = replace(shallow, timestep_spacing="trailing")
@@ -53,6 +54,7 @@ def test_noise_stands_at_the_levels_of_the_timesteps(shallow):
     assert torch.allclose(ratio.mean((1, 2, 3)), sigma / sigma[-1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_source_traced_at_timesteps_is_the_one_that_an_edit_samples(shallow, undecoded):
     traced = p2p.trace(shallow, "a cat", timesteps=LISTED, seed=4)
     once = p2p.edit(shallow, "a cat", "a dog", timesteps=LISTED, seed=4)
@@ -62,6 +64,7 @@ def test_a_source_traced_at_timesteps_is_the_one_that_an_edit_samples(shallow, u
     assert torch.allclose(p2p.edit(shallow, spaced, "a dog").latents, once.latents, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_traced_picture_is_asked_at_its_own(shallow, x, undecoded):
     inverted = p2p.invert(shallow, x, "a cat", method="direct", timesteps=LISTED)
     traced = p2p.edit(shallow, p2p.trace(shallow, inverted), "a dog").latents
