@@ -167,6 +167,16 @@ def test_offload_is_said_once(folders):
     assert sum("offload hooks are not used" in note for note in p2p.load(pipe).notes) == 1
 
 
+@pytest.mark.parametrize("kind", ["3.5 medium", "dev"])
+def test_joined_projections_are_refused_until_they_are_parted(folders, kind):
+    pipe = pipeline(folders[kind])
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(CheckpointError, match=r"in memory/transformer: .*Fused.*call pipe.transformer.unfuse_qkv_projections\(\)"):
+        p2p.load(pipe)
+    pipe.transformer.unfuse_qkv_projections()
+    assert torch.equal(latents(p2p.load(pipe)), latents(p2p.load(folders[kind], device="cpu")))
+
+
 def changed(name, value=None):
     return lambda pipe: setattr(pipe, name, value)
 
@@ -192,9 +202,6 @@ REFUSED = {
     "a cache": ("dev", cached, r"in memory/transformer: a hook, 'fbc_block_hook', .*call pipe.transformer.disable_cache\(\)"),
     "layers left out": ("dev", lambda pipe: diffusers.hooks.apply_layer_skip(pipe.transformer, diffusers.hooks.LayerSkipConfig(
         indices=[0], fqn="transformer_blocks")), "in memory/transformer: a hook, .*load the pipeline anew"),
-    "joined projections": ("3 medium", lambda pipe: pipe.transformer.fuse_qkv_projections(), "Fused.*load the pipeline anew"),
-    "FLUX's joined projections": ("dev", lambda pipe: pipe.transformer.fuse_qkv_projections(),
-                                  "computed by 'joined projections'.*load the pipeline anew"),
     "another attention": ("3 medium", own_attention, r"in memory/transformer: its attention is computed by 'Sharpened'.*anew, without it"),
     "eight bits": ("dev", lambda pipe: pipe.transformer.to(torch.float8_e4m3fn), "is stored as float8_e4m3fn"),
     "words of T5 that its network lacks": ("dev", lambda pipe: pipe.tokenizer_2.add_tokens([f"<{i}>" for i in range(9)]),

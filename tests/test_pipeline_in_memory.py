@@ -334,6 +334,12 @@ def test_what_is_refused(pipe, kind):
     assert "/tmp" not in str(error.value) and "in memory" in str(error.value) and len(str(error.value)) < 700
 
 
+def test_joined_projections_that_are_parted_again_are_as_before(pipe, folders):
+    pipe.fuse_qkv_projections()
+    pipe.unfuse_qkv_projections()
+    assert torch.equal(latents(p2p.load(pipe)), of_folder(folders["sd1"]))
+
+
 def test_another_vocabulary_is_refused(pipe):
     pipe.tokenizer.add_tokens(["<cat>"])
     pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))

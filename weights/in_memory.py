@@ -37,6 +37,7 @@ PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "SlicedAt
               "XFormersJointAttnProcessor", "FluxAttnProcessor", "FluxAttnProcessor2_0"}
 # diffusers' hooks that change where weights lie, or how they are stored, not what is computed
 HOOKS = {"group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting"}
+JOINED = (".to_qkv", ".to_kv", ".to_added_qkv")   # copies, unread where the projections were parted again
 KNOWN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -157,20 +158,21 @@ def _network(where: Path, part: str, module: nn.Module) -> MemoryFile:
 
 def _check_attention(path: Path, part: str, module: nn.Module) -> None:
     """Raises CheckpointError where it is not computed as the weights and config say."""
-    changed = {type(p).__name__ for p in getattr(module, "attn_processors", {}).values()} - PROCESSORS
-    joined = any(getattr(layer, "fused_projections", False) for layer in module.modules())
-    if not changed and not joined:
-        return
-    by, undo = min(changed, default=""), "load the pipeline anew, without it."
-    if joined or "Fused" in by:
-        by = by or "joined projections"
-        undo = "call pipe.unfuse_qkv_projections()." if part == "unet" else "load the pipeline anew."
-    elif "IPAdapter" in by:
-        undo = "call pipe.unload_ip_adapter()."
-    elif part == "unet":
-        undo = "call pipe.unet.set_default_attn_processor()."
-    raise CheckpointError(f"{path}: its attention is computed by {short(by)}, which is not known here and "
-                          f"may change the pictures; {undo}")
+    ways = {type(p).__name__ for p in getattr(module, "attn_processors", {}).values()}
+    # FLUX's one way reads the projections joined or not; the others leave them behind when they are parted
+    if any(way.startswith("Flux") for way in ways) \
+            and any(getattr(layer, "fused_projections", False) for layer in module.modules()):
+        ways = {"FusedFluxAttnProcessor"}
+    for way in sorted(ways - PROCESSORS):
+        undo = "load the pipeline anew, without it"
+        if "Fused" in way:
+            undo = f"call pipe.{'transformer.' if part == 'transformer' else ''}unfuse_qkv_projections()"
+        elif "IPAdapter" in way:
+            undo = "call pipe.unload_ip_adapter()"
+        elif part == "unet":
+            undo = "call pipe.unet.set_default_attn_processor()"
+        raise CheckpointError(f"{path}: its attention is computed by {short(way)}, which is not known here "
+                              f"and may change the pictures; {undo}.")
 
 
 def _hooks(module: nn.Module) -> set[str]:
@@ -193,7 +195,8 @@ def _tensors(where: Path, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                               f"({listed('layers', loose, 1)}). Call pipe.enable_lora() and "
                               "pipe.fuse_lora(), or pipe.unload_lora_weights() to do without it.")
     for key, tensor in module.state_dict().items():
-        if not key.startswith(adapted) or ".base_layer." in key:
+        own = not key.startswith(adapted) or ".base_layer." in key
+        if own and not key.rpartition(".")[0].endswith(JOINED):
             yield key.replace(".base_layer.", "."), tensor
 
 
