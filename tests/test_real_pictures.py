@@ -110,7 +110,7 @@ WRONG = {
     "--fit: not with a source prompt alone": ["maps", SOURCE, TARGET, "--pad"],
     "--image: not with --over seed": ["sweep", "--image", "PHOTO", SOURCE, TARGET, "--over", "seed=1,2"],
     "--sampler: not with --image": ["sweep", "--image", "PHOTO", SOURCE, TARGET, "--over", "cross=0", "--sampler", "dpm++"],
-    "timesteps must fall": ["maps", "--image", "PHOTO", SOURCE, "--timesteps", "499,999"],
+    "timesteps must fall": ["maps", "--image", "PHOTO", SOURCE, "--timesteps", "499,999,1"],
     "--cross: not with a prompt without targets": ["maps", "--image", "PHOTO", SOURCE, "--cross", "0.5"],
     "inner_steps: direct inversion does not read it": ["sweep", "--image", "PHOTO", SOURCE, TARGET, "--over", "cross=0", "--method",
                                                        "direct", "--inner-steps", "2"],
