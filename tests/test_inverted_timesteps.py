@@ -177,3 +177,11 @@ def test_the_models_own_spacing_by_its_name_is_no_other(shallow, x, undecoded):
     assert p2p.edit(shallow, inverted, "a dog", timestep_spacing=shallow.timestep_spacing).settings["timestep_spacing"] is None
     with pytest.raises(UsageError, match="at the timesteps that it was made at"):
         p2p.edit(shallow, inverted, "a dog", timestep_spacing="linspace")
+
+
+def test_what_an_edit_of_it_cannot_read_is_named(shallow, x):
+    inverted = p2p.invert(shallow, x, "a cat", method="ddim", steps=2)
+    for name in ("sampler", "timestep_spacing", "timesteps"):
+        for value in (torch.ones(2).numpy(), {}, [], "x", 3, 10**80, [10**80]):
+            with pytest.raises(UsageError, match=name):
+                p2p.edit(shallow, inverted, "a dog", **{name: value})

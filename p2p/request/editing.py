@@ -202,11 +202,11 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
-    check_schedule(own_sampler(model), sampling.timestep_spacing, sampling.timesteps)
-    own, listed = own_sampler(model), sampling.timesteps and tuple(sampling.timesteps)
+    own, listed = own_sampler(model), sampling.timesteps
+    check_schedule(own if sampling.sampler is None else sampling.sampler, sampling.timestep_spacing, listed)
     usual = None if inversion.timesteps or model.flow else model.timestep_spacing
     for name, value, stored in (
-            ("sampler", sampling.sampler, own), ("timesteps", listed, inversion.timesteps),
+            ("sampler", sampling.sampler, own), ("timesteps", listed and tuple(listed), inversion.timesteps),
             ("timestep_spacing", sampling.timestep_spacing, inversion.timestep_spacing or usual)):
         if value not in (None, stored):
             raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at the timesteps "

@@ -16,7 +16,7 @@ from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
 from p2p.request.negative import negatives, refuse_replaced
 from p2p.request.prompts import check as check_prompt
-from p2p.request.schedules import Schedule
+from p2p.request.schedules import Schedule, check_schedule
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
 from p2p.request.start import Sampling, by_ddim, check_seed, guidance, late_start, own_sampler, solver
 from p2p.sampler import BELM_FROM_NOISE
@@ -164,13 +164,15 @@ def _steps(model: Model, method: str, steps: int | None, sampler: str | None, ti
     """How many. Raises UsageError for a sampler that is not the inversion's, and for timesteps that are not
     known."""
     own = own_sampler(model)
+    check_schedule(own if sampler is None else sampler, timestep_spacing, timesteps)
     if sampler not in (None, own):
         raise UsageError(f"sampler {brief(sampler)}: a picture is inverted by its method, {method}, "
                          f"and its edits are sampled by {own}; leave it out")
     if timestep_spacing == "karras":
         raise UsageError(f"timestep_spacing: {KARRAS}; leave it out")
-    return solver(model, Sampling(steps, sampler=own, timestep_spacing=timestep_spacing,
-                                  timesteps=timesteps))[1]
+    _, steps, _ = solver(model, Sampling(steps, sampler=own, timestep_spacing=timestep_spacing,
+                                         timesteps=timesteps))
+    return model.schedule(steps, own, timestep_spacing, timesteps).steps   # raises for too many
 
 
 def schedule_of(model: Model, inversion: Inversion, size: Sequence[int]) -> Schedule:
