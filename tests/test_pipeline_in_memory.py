@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 SMALL = dict(steps=2, height=16, width=16, seed=3)
 CLASSES = {"sd1": diffusers.StableDiffusionPipeline, "sd2": diffusers.StableDiffusionPipeline,
            "sdxl": diffusers.StableDiffusionXLPipeline}
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @pytest.fixture(scope="module")

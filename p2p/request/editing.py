@@ -30,7 +30,7 @@ from p2p.request.names import EDITING, SAMPLING, understood
 from p2p.request.negative import check_negative, check_sources, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.record import Record
-from p2p.request.schedules import check_schedule
+from p2p.request.schedules import check_schedule, timestep_tuple
 from p2p.request.settings import WINDOWS_UNREAD
 from p2p.request.source import LONE, Inversion
 from p2p.request.start import Sampling, Settled, guidance, own_sampler, settle
@@ -202,12 +202,12 @@ def _sampled_from(inversion: Inversion, model: Model, sampling: Sampling) -> Sam
     inversion has fixed."""
     inversion.check(model)
     height, width = (side * model.shrink for side in inversion.latents.shape[2:])
-    own, listed = own_sampler(model), sampling.timesteps
-    check_schedule(own if sampling.sampler is None else sampling.sampler, sampling.timestep_spacing, listed)
+    own, spacing, given = own_sampler(model), sampling.timestep_spacing, sampling.timesteps
+    check_schedule(own if sampling.sampler is None else sampling.sampler, spacing, given)
     usual = None if inversion.timesteps or model.flow else model.timestep_spacing
     for name, value, stored in (
-            ("sampler", sampling.sampler, own), ("timesteps", listed and tuple(listed), inversion.timesteps),
-            ("timestep_spacing", sampling.timestep_spacing, inversion.timestep_spacing or usual)):
+            ("sampler", sampling.sampler, own), ("timesteps", timestep_tuple(given), inversion.timesteps),
+            ("timestep_spacing", spacing, inversion.timestep_spacing or usual)):
         if value not in (None, stored):
             raise UsageError(f"{name}: an inverted or traced source is sampled by {own}, at the timesteps "
                              "that it was made at; leave it out")

@@ -16,7 +16,7 @@ from p2p.request.loading import check_alone
 from p2p.request.memory import check_run
 from p2p.request.negative import negatives, refuse_replaced
 from p2p.request.prompts import check as check_prompt
-from p2p.request.schedules import Schedule, check_schedule
+from p2p.request.schedules import Schedule, check_schedule, timestep_tuple
 from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
 from p2p.request.start import Sampling, by_ddim, check_seed, guidance, late_start, own_sampler, solver
 from p2p.sampler import BELM_FROM_NOISE
@@ -92,9 +92,9 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
                         inner_steps if method in INNER_STEPS else None, eta if ddpm else 0.0,
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
                         model.sha256, fit=fit, final_alpha=_final(model, final_alpha),
-                        timestep_spacing=timestep_spacing, overrides=model.overrides,
-                        timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),
-                        negative_prompt=negative_prompt, **_own(method, steps - skip, own))
+                        timestep_spacing=timestep_spacing, timesteps=timestep_tuple(timesteps),
+                        overrides=model.overrides, negative_prompt=negative_prompt,
+                        **_own(method, steps - skip, own))
     schedule = schedule_of(model, planned, shape[1:])
     if method == "belm" and not schedule.levels[skip].alpha > 0:
         raise UsageError(BELM_FROM_NOISE)

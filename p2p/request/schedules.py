@@ -90,6 +90,11 @@ def check_schedule(sampler: object, spacing: object, timesteps: object) -> None:
         raise UsageError(f"timesteps: a list of whole numbers is needed, not {brief(timesteps)}")
 
 
+def timestep_tuple(timesteps: Iterable[int] | None) -> tuple[int, ...] | None:
+    """Given timesteps, of any kind of whole numbers, as they are kept."""
+    return None if timesteps is None else tuple(int(t) for t in timesteps)
+
+
 def sampler_schedule(sampler: str, alphas_cumprod: Tensor, steps: int, *, offset: int = 1,
                      final_alpha: float | None = None, spacing: str | None = None,
                      usual_spacing: str = "leading", timesteps: Sequence[int] | None = None,

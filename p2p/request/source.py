@@ -21,7 +21,7 @@ from p2p.model import Model
 from p2p.models.attention import QK
 from p2p.request.checks import kind, place
 from p2p.request.memory import qk_shapes
-from p2p.request.schedules import SPACINGS
+from p2p.request.schedules import SPACINGS, timestep_tuple
 from p2p.request.start import check_latents
 from p2p.weights import sealed
 from p2p.weights.untrusted import check_regular, parse_object
@@ -123,7 +123,7 @@ class Inversion:
             raise UsageError(f"{file}: not an inversion saved by p2p ({error})") from None
         _check(file, found)
         return replace(found, picture=_picture(file, found.picture, found.latents),
-                       timesteps=None if found.timesteps is None else tuple(found.timesteps))
+                       timesteps=timestep_tuple(found.timesteps))
 
     def check(self, model: Model) -> None:
         """Raises UsageError unless it was made with this model."""

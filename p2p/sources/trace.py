@@ -23,6 +23,7 @@ from p2p.request.negative import check_negative, negatives
 from p2p.request.prompts import check as check_prompt
 from p2p.request.ready import empty_prompts, prompt_notes
 from p2p.request.remarks import sampling_idle
+from p2p.request.schedules import timestep_tuple
 from p2p.request.solvers import asked
 from p2p.request.source import FLOATS, FOLLOW, Inversion
 from p2p.request.start import Sampling, begun, by_ddim, late_start, settle, stepper_of
@@ -118,7 +119,7 @@ def _sampled(model: Model, prompt: str, queries: bool, dtype: torch.dtype, progr
     inversion = Inversion(prompt, "direct", torch.cat(path[::-1]).cpu(), steps, 0, start.guidance_scale, 1.0,
                       None, 0.0, int(sampling.seed), model.family, model.prediction, model.sha256, rows,
                       timestep_spacing=sampling.timestep_spacing,
-                      timesteps=None if sampling.timesteps is None else tuple(map(int, sampling.timesteps)),
+                      timesteps=timestep_tuple(sampling.timesteps),
                       overrides=model.overrides, notes=tuple(dict.fromkeys(notes)),
                       negative_prompt=negatives(sampling.negative_prompt, 1)[0] or None)
     return inversion, stored
