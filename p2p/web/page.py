@@ -29,9 +29,11 @@ REFUSED = "not done"   # the title of a message
 VALUES = ("source", "target", "hand", "usual", "cross", "self_", "guidance", "steps", "seed", "negative",
           "layers", "blend", "method")
 Components = dict[str, Any]   # by their names, which are their ids on the page
+Each = Callable[[Iterator[View]], Iterator[View]]
 
 
-def page(model: Model) -> gr.Blocks:
+def page(model: Model, each: Each = iter) -> gr.Blocks:
+    """each: hands on what a run shows; the thread in which it does is the one that computes."""
     c: Components = {}
     with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(3600, 86400)) as blocks:
         gr.HTML(f"<h1>Prompt-to-Prompt</h1><p>{escape(model.name)}: a picture is edited by editing its "
@@ -41,7 +43,7 @@ def page(model: Model) -> gr.Blocks:
                 _controls(c, model)
             with gr.Column(scale=3, min_width=300):
                 _pictures(c)
-        _wire(c, Calls(model), blocks)
+        _wire(c, Calls(model, each), blocks)
     return blocks
 
 
@@ -114,8 +116,8 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
 class Calls:
     """What the controls call: values of the page in, and out; every refusal is a message on it."""
 
-    def __init__(self, model: Model):
-        self.model, self.visits = model, Visits(model)
+    def __init__(self, model: Model, each: Each = iter):
+        self.model, self.visits, self.each = model, Visits(model), each
 
     def run(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
         session = self.visits.of(request)
@@ -129,7 +131,7 @@ class Calls:
     def _shown(self, session: Session, begin: Callable[[], Iterator[View]],
                hand: dict[str, Any] | None = None) -> Iterator[tuple[Any, Any]]:
         try:
-            for view in begin():
+            for view in self.each(begin()):
                 pictures = [(item.image, item.caption) for item in session.gallery]
                 yield _value(view, session.photo, hand), pictures if view.done else gr.skip()
                 hand = None

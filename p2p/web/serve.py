@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -15,7 +14,8 @@ from starlette.middleware import Middleware
 from p2p.errors import UsageError
 from p2p.model import Model
 from p2p.web.asked import FILE
-from p2p.web.page import page
+from p2p.web.page import Each, page
+from p2p.web.runner import Runner
 
 BODY = 2 * FILE     # bytes of a request
 WAITING = 16        # requests for pictures that wait
@@ -79,17 +79,18 @@ async def _refuse(send: Callable[[Any], Any], status: int) -> None:
 
 
 @contextmanager
-def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share: bool = False
-           ) -> Iterator[gr.Blocks]:
+def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share: bool = False,
+           each: Each = iter) -> Iterator[gr.Blocks]:
     """The page, served while the context lasts; its `local_url` says where. port: None: the first free one
-    from 7860. Raises UsageError."""
+    from 7860. each: as of `page`. Raises UsageError."""
     if not model.text_encoders:
         raise UsageError(f"{model.name} reads no text, and the page edits prompts: name a model that does")
     with TemporaryDirectory(prefix="p2p-web-") as temporary:
         folder = os.path.realpath(temporary)
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        blocks = page(model)
+        blocks = page(model, each)
         blocks.queue(max_size=WAITING, api_open=False)
+        blocks._queue.sleep_when_free = 0.02   # seconds; Gradio's own 0.001 takes 9 % of a core of its own
         try:
             blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
                           quiet=True, show_error=True, inbrowser=False, max_file_size=1, footer_links=[],
@@ -106,10 +107,10 @@ def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share
 
 
 def serve(model: Model, host: str, port: int | None, share: bool) -> None:
-    """Until it is interrupted."""
-    with served(model, host, port, share) as blocks:
+    """Until it is interrupted; this thread computes."""
+    runner = Runner()
+    with served(model, host, port, share, runner.each) as blocks:
         print(f"{model.name} on {blocks.local_url}", flush=True)
         if share and blocks.share_url is None:
             raise UsageError("--share: no link could be had; without it the page is on this machine alone")
-        while True:
-            time.sleep(3600)
+        runner.work()
