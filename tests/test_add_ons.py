@@ -75,6 +75,7 @@ def test_another_family_is_refused_by_name(folders, weights, tmp_path, family, m
     assert f"text of width {SHAPES[family][1]}" in said and len(said) < 900
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, layer, shape", [("sd1", LAYER, (4, 768)), ("sd2", LAYER, (4, 1024)), ("sdxl", LAYER, (4, 2048)),
                                                   ("sdxl", "lora_te2_text_model_encoder_layers_9_self_attn_q_proj", (4, 1280)),
                                                   ("sd2", "lora_te_text_model_encoder_layers_9_self_attn_q_proj", (4, 1024)),
@@ -130,6 +131,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGED)
 @pytest.mark.parametrize("form", ["l.safetensors", "l.pt"])
 def test_damaged_files_are_refused_in_one_message(folders, tmp_path, what, form):
@@ -312,6 +314,7 @@ def test_settings_of_a_stranger_are_refused(folders, files, tmp_path, capsys, sa
     assert "Hub" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_inversion_is_of_the_model_with_its_add_ons(folders, files):
     model = p2p.load(folders["sd1"], device="cpu", lora=files[0])
     inv = p2p.invert(model, Image.new("RGB", (16, 16), "red"), "a cat", method="ddim", steps=2, height=16, width=16)
@@ -344,6 +347,7 @@ def test_a_list_is_run_with_them(folders, files, tmp_path, capsys):
     assert read_settings(picture)["lora"][0]["weight"] == 1 and read_settings(picture)["embeddings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, option", [("lora", "--lora"), ("embeddings", "--embedding"), ("clip_skip", "--clip-skip")])
 @pytest.mark.parametrize("of_target", [False, True])
 def test_a_line_of_a_list_sets_nothing_of_the_model(folders, tmp_path, capsys, name, option, of_target):

@@ -49,6 +49,7 @@ def test_averages_of_an_autoencoder_are_noted(state, sd1_file, tmp_path):
     assert any(f"vae.safetensors: its {UNUSED}" in n for n in find(sd1_file, vae=tmp_path / "vae.safetensors").notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dots", [False, True])
 @pytest.mark.parametrize("vae", [False, True])
 def test_a_unet_of_averages_alone_is_named(state, tmp_path, dots, vae):

@@ -195,6 +195,7 @@ def test_maps_of_pixels_are_not_taken_for_maps_of_text(emoji):
     assert torch.equal(plain.masks, both.masks) and torch.equal(plain.maps.mean(1), both.maps.mean(1))
 
 
+@pytest.mark.slow
 def test_maps_that_a_blend_alone_reads_are_not_recorded(emoji):
     words = p2p.LocalBlend(words=("cat", "dog"))
     r = p2p.edit(emoji, SOURCE, SWAP, local_blend=words, steps=2, record=p2p.Record(pixels=8 * 8))
@@ -229,6 +230,7 @@ def test_masks_of_any_kind_are_bright_where_they_are_bright():
         fixed(torch.full((8, 8), 100, dtype=torch.uint8), (4, 4))
 
 
+@pytest.mark.slow
 def test_a_threshold_alone_in_a_tuple_is_of_both(narrow):
     one, two, bird = (p2p.Edit(f"a {word} on grass", local_blend=p2p.LocalBlend(words=("cat", word), threshold=th, start=0.0))
                       for word, th in (("dog", (0.2,)), ("dog", 0.2), ("bird", (0.2, 0.5))))

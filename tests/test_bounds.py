@@ -18,6 +18,7 @@ from p2p.weights.files import open_file
 SOURCE, TARGET = "a cat on grass", "a dog on grass"
 
 
+@pytest.mark.slow
 def test_pictures_have_a_bound(tmp_path):
     side = int(PIXELS**0.5) + 1
     Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "x.png")

@@ -78,6 +78,7 @@ def test_a_result_is_saved_and_shown_by_what_its_edits_do(narrow, tmp_path):
     assert twice.captions() == ["a cat (seed 3)", "a cat (seed 4)"] and twice.names() == ["1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("argv, folder", [
     (["edit", SOURCE, "a dog on grass"], "0001-cat-to-dog"), (["edit", SOURCE, SOURCE, "--weight", "cat=2"], "0001-cat-x-2"),

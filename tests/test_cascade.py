@@ -77,6 +77,7 @@ def test_cascade_from_the_command_line(stages, tmp_path, capsys):
     assert main([*argv, "--upscaler", one]) == 2 and "is no super-resolution stage" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_edit_that_the_stage_does_not_take_is_refused_before_anything_runs(stages, tmp_path, capsys, monkeypatch):
     """Layers at a depth that stage I has, of 7, and the upscaler, of 9, has not."""
     monkeypatch.setattr(p2p.Model, "predict", lambda *_, **__: pytest.fail("the network ran"))
@@ -90,6 +91,7 @@ def test_an_edit_that_the_stage_does_not_take_is_refused_before_anything_runs(st
             main(argv)
 
 
+@pytest.mark.slow
 def test_a_stage_computes_in_the_dtype_that_is_asked_for_or_recorded(stages, tmp_path, capsys, monkeypatch):
     """Each network runs once: without hardware for bfloat16 that takes long, and the numbers say nothing here."""
     computed, network = [], p2p.Model.predict

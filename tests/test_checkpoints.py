@@ -43,6 +43,7 @@ def close(got, want):
 
 # ------------------------------------------------------------------------------------------------------- full sizes
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, tensors, parameters", [(SD2, 686, 865_910_724), (SDXL, 1680, 2_567_463_684)], ids=["sd2", "sdxl"])
 def test_unet_at_full_size(config, tensors, parameters):
     with torch.device("meta"):
@@ -226,6 +227,7 @@ def test_averaged_weights_are_taken_when_asked_for(single, plain, tmp_path, dots
             load(tmp_path / path, ema=True)
 
 
+@pytest.mark.slow
 def test_mixed_types_and_ranks(single, plain, tmp_path):
     """fp16 UNet beside fp32 autoencoder; projections stored as 1x1 convolutions or linear layers; old position_ids."""
     state = load_file(single)
@@ -262,6 +264,7 @@ def test_separate_autoencoder(made, single, plain, tmp_path):
         load(tmp_path / "vae.safetensors")
 
 
+@pytest.mark.slow
 def test_half_conversion(single, tmp_path):
     convert(find(single), tmp_path / "half.safetensors", half=True)
     assert {v.dtype for v in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
@@ -304,6 +307,7 @@ def test_tokens_are_those_of_transformers(single, plain, tmp_path):
         assert torch.equal(encoder.tokenize(["don’t “quote”"]), encoder.tokenize(['don\'t "quote"']))   # ftfy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
 def test_unet_is_theirs(made, plain, size):
     family, parts, _ = made
@@ -318,6 +322,7 @@ def test_unet_is_theirs(made, plain, size):
         close(model.unet(x, t, c.context, vector=c.vector)[0], parts["unet"](x, t, context, **extra).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (16, 48)])
 def test_autoencoder_is_theirs(made, plain, size):
     _, parts, _ = made
@@ -357,6 +362,7 @@ def test_half_precision_with_float32_where_it_would_overflow(made, single, plain
     assert (latents - exact).abs().max() < 0.1 * exact.std()
 
 
+@pytest.mark.slow
 def test_config_fields_that_change_the_math_are_refused(made, tmp_path):
     _, _, folder = made
     for i, (part, field, value) in enumerate((("unet", "resnet_time_scale_shift", "scale_shift"), ("unet", "dual_cross_attention", True),

@@ -46,6 +46,7 @@ def test_edit_writes_source_edit_and_grid(capsys, tmp_path):
     assert not [p for p in (tmp_path / "out").iterdir() if p != folder]   # nothing half-written is left
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_and_a_drawn_seed_is_said_and_recorded(capsys, tmp_path):
     seeds = []
     for _ in range(2):
@@ -69,6 +70,7 @@ def test_from_runs_an_edit_again_to_the_same_pixels(capsys, tmp_path):
     assert s["targets"][0]["cross_replace_steps"] == {"default_": 0.6, "dog": [0.2, 0.9]} and s["eta"] == 0.3
 
 
+@pytest.mark.slow
 def test_several_targets_and_generate(capsys, tmp_path):
     code, out, _ = run(capsys, *EDIT, "a red cat in the snow", "-o", tmp_path, "--seed", 1)
     assert code == 0 and [os.path.basename(p) for p in out.split()] == ["source.png", "edit-1-cat-to-dog.png", "edit-2-on-grass-to-in-the-snow.png", "grid.png"]
@@ -130,6 +132,7 @@ def test_verbose_prints_the_rows_of_the_network_and_nothing_else_does(capsys, tm
         assert "rows" not in run(capsys, *argv, *SMALL, *quieter, "-o", tmp_path)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross, rows", [("0", 6), ("0.25", 7), ("0.5", 8)])   # windows end at int(share * (steps + 1))
 def test_verbose_counts_a_known_source_only_while_it_is_read(capsys, tmp_path, photo, cross, rows):
     """Direct inversion: a row at each of 3 steps. Its edit: target and empty prompt, the source's own while a window is open."""
@@ -138,6 +141,7 @@ def test_verbose_counts_a_known_source_only_while_it_is_read(capsys, tmp_path, p
     assert f"direct inversion, 3 rows of the network; the edit, {rows}\nnote: {rows} rows of the network; text" in err
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_picture_of_another_size_is_made_again(capsys, tmp_path, photo):
     _, out, _ = run(capsys, "edit", "--image", photo, *EDIT[1:], "--height", 48, "--width", 80, "-o", tmp_path / "out")
     code, again, _ = run(capsys, "edit", "--from", out.split()[1], "-o", tmp_path / "out")

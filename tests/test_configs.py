@@ -153,6 +153,7 @@ def test_fields_of_if_have_their_types(tmp_path, field, value, said):
         find(changed(laid_out(tmp_path, published.IF), "unet/config.json", **{field: value}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, field, value, said", REFUSED)
 def test_what_changes_pixels_and_is_not_done_is_refused_by_name(tmp_path, file, field, value, said):
     folder = changed(laid_out(tmp_path, published.SD1), file, **{field: value})
@@ -161,6 +162,7 @@ def test_what_changes_pixels_and_is_not_done_is_refused_by_name(tmp_path, file, 
     assert len(str(error.value)) < 500                                           # never a thousand numbers
 
 
+@pytest.mark.slow
 def test_a_refiner_and_another_vocabulary_are_named(tmp_path):
     refiner = {"cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560}
     with pytest.raises(CheckpointError, match="an SDXL refiner"):
@@ -222,6 +224,7 @@ def test_a_folder_is_sampled_as_its_scheduler_config_says(sd1_folder, tmp_path, 
         assert [level.alpha**2 for level in ours.levels] == pytest.approx(levels, rel=2e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_trailing_folder_is_that_of_diffusers(sd1_folder, tmp_path):
     """Few steps from pure noise, as Turbo models are sampled: the pictures of a whole DDIM run are theirs."""
     folder = changed(shutil.copytree(sd1_folder, tmp_path / "m"), "scheduler/scheduler_config.json", timestep_spacing="trailing")
@@ -253,6 +256,7 @@ def test_an_empty_prompt_that_is_encoded_stays_so_when_converted(made, tmp_path)
             assert find(tmp_path / name).zero_negative is (said and family == "sdxl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 @pytest.mark.parametrize("said", [..., 0.18215, 0.13025])
 @pytest.mark.parametrize("where", ["own", "beside"])

@@ -54,6 +54,7 @@ def test_a_setting_is_read_or_refused(narrow, small, method):
                 p2p.invert(narrow, small, SOURCE, method=method, steps=2, **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "negative-prompt", "null-text"])
 def test_guidance_while_inverting_is_that_of_the_path(narrow, picture, method):
     """PnPInversion's ablation inverts with guidance: the path is then that of guided DDIM."""
@@ -230,6 +231,7 @@ def test_the_level_of_the_picture_is_recorded_and_checked(narrow, picture):
 
 # --------------------------------------------------------------------------------------------------------- negative prompts
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_negative_prompt_stands_in_place_of_the_empty_one(sd1):
     g = torch.Generator().manual_seed(1)

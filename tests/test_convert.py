@@ -20,6 +20,7 @@ def left(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTS)
 def test_a_full_disk_leaves_nothing(tmp_path, sd1_file, small_files, name, capsys):
     with small_files:
@@ -103,6 +104,7 @@ def refuses(*args):
     raise PermissionError(1, "Operation not permitted")
 
 
+@pytest.mark.slow
 def test_a_disk_without_links_is_written_all_the_same(tmp_path, sd1_file, monkeypatch, sd1_tensors):
     monkeypatch.setattr(os, "link", refuses)
     convert(find(sd1_file), tmp_path / "out.safetensors")
@@ -112,6 +114,7 @@ def test_a_disk_without_links_is_written_all_the_same(tmp_path, sd1_file, monkey
     )
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_cleared_away(tmp_path, sd1_file):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -135,6 +138,7 @@ def test_modes_are_those_of_any_file(tmp_path, sd1_file):
     assert [*mode.values()] == [0o755, 0o644, 0o644, 0o644], mode
 
 
+@pytest.mark.slow
 def test_a_suffix_in_capitals_is_a_file_too(tmp_path, sd1_file):
     convert(find(sd1_file), tmp_path / "out.SAFETENSORS")
     assert (tmp_path / "out.SAFETENSORS").is_file() and len(find(tmp_path / "out.SAFETENSORS").unet.file.shapes) > 100

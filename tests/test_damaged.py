@@ -159,6 +159,7 @@ EMOJI = {   # what is wrong with a trained file, and what is said about it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EMOJI)
 def test_damaged_emoji_models(tmp_path, name):
     damage, said = EMOJI[name]
@@ -188,6 +189,7 @@ SD1 = {   # the same of a Stable Diffusion file
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SD1)
 def test_damaged_stable_diffusion_files(tmp_path, sd1_tensors, name):
     tensors = dict(sd1_tensors)
@@ -311,6 +313,7 @@ def test_mutated_files_load_or_raise_our_error(valid, sd1_file, kind, where, nea
     assert {k: v.shape for k, v in vae.state_dict().items()} == {k: v.shape for k, v in sound.state_dict().items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(new=st.booleans(), kind=st.sampled_from(["flip", "cut", "insert", "remove"]), where=st.floats(0, 1), value=st.integers(1, 255),
        count=st.integers(1, 64))

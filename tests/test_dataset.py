@@ -49,6 +49,7 @@ def tree(out):
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != "recipe.json"}
 
 
+@pytest.mark.slow
 def test_words_that_the_model_does_not_know_are_named(tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"caption": "a cat on grass", "edit": "make it a zebra", "output": "a zebra on grass"}) + "\n")
@@ -194,12 +195,14 @@ def test_a_sample_fails_alone_whatever_it_was_batched_with(emoji, prompts, tmp_p
     assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_smaller_batch(prompts, finished, tmp_path, capsys):
     out = shutil.copytree(finished[0], tmp_path / "out")
     assert main(command(prompts, out, "--together", "2", "-q")) == 0
     assert main(command(prompts, out, "--keep", "1", "-q")) == 2 and "keep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_folders_of_prompts_that_the_list_lacks_are_not_mixed_in(prompts, finished, tmp_path, capsys):
     out, before = shutil.copytree(finished[0], tmp_path / "out"), tree(finished[0])
     prompts.write_text(prompts.read_text().splitlines()[0])
@@ -207,6 +210,7 @@ def test_folders_of_prompts_that_the_list_lacks_are_not_mixed_in(prompts, finish
     assert tree(out) == before
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_list_share_it(prompts, finished, tmp_path, monkeypatch, capsys):
     """The other one finishes a folder while this one samples for it, and the next one before its turn."""
     out, real = tmp_path / "out", dataset.samples_of
@@ -237,6 +241,7 @@ def test_parquet_holds_the_same_pairs(prompts, finished, tmp_path):
     assert Image.open(io.BytesIO(rows[3]["edited_image"])).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_field_of_several_types_is_text_and_columns_are_no_fields(finished, prompts, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "out")
     monkeypatch.setattr(dataset, "ROWS", 3)   # more than one group of rows
@@ -257,6 +262,7 @@ def test_a_field_of_several_types_is_text_and_columns_are_no_fields(finished, pr
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_model_with_something_less_does_not_go_on(prompts, tmp_path, capsys):
     """A LoRA that only the earlier run had, say: settings that stand in no record of this one."""
     out = tmp_path / "out"
@@ -275,6 +281,7 @@ def test_other_lists_are_refused(tmp_path, capsys, line, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_models_need_clip(prompts, tmp_path, capsys, sd1_file):
     assert main(command(prompts, tmp_path / "out", "--model", str(sd1_file), "--family", "sd1")) == 2
     assert "--clip" in capsys.readouterr().err

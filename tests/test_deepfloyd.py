@@ -60,6 +60,7 @@ def test_attention_is_theirs(text_only, norm_text):
     assert (sums - 1).abs().max() < 1e-6 if text_only else sums.max() < 1   # the rest lies on the pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours, theirs", [
     (TINY, THEIRS), (UPSCALER, THEIR_UPSCALER),
     (replace(UPSCALER, down_attention=(None, "added text", "added text"), mid_attention="added text",
@@ -80,6 +81,7 @@ def test_unet_is_theirs(ours, theirs):
             close(unet(x, t, text)[0], theirs(x, t, text).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, parameters", [(192, 371_605_830), (320, 935_365_830), (704, 4_304_695_110)], ids=["M", "L", "XL"])
 def test_stage_one_at_full_size(width, parameters):
     with torch.device("meta"):
@@ -157,6 +159,7 @@ def test_own_naming_loads_to_equal_tensors(stages, tmp_path, which):
 
 # ----------------------------------------------------------------------------------------------------------------- sampler
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1.0, 1.5])
 @pytest.mark.parametrize("steps", [7, 50])
 def test_steps_are_theirs(stages, most, steps):
@@ -181,6 +184,7 @@ def test_steps_are_theirs(stages, most, steps):
         assert (ddpm_step(x, x_0, a_t, a_prev, noise, v) - want).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_is_ddpm_with_the_variance_that_is_learned(stages):
     model = p2p.load(stages[0], device="cpu")
     x, *noise = draw(model.latent_shape(16, 16), [3], 4)

@@ -21,6 +21,7 @@ def edited(narrow):
     return p2p.edit(narrow, *PAIR, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_source_row_is_the_source_alone(narrow, edited):
     close(edited.latents[:1], p2p.generate(narrow, PAIR[0], **SETTINGS).latents)
 
@@ -67,6 +68,7 @@ def test_a_fork_replaces_the_formula_in_one_line(narrow, monkeypatch):
     close(p2p.edit(narrow, *PAIR, **SETTINGS).latents, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replace", "refine", "reweight"])
 def test_source_as_its_own_target_changes_nothing(narrow, mode):
     r = p2p.edit(narrow, PAIR[0], PAIR[0], mode=mode, **SETTINGS)

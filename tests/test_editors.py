@@ -95,6 +95,7 @@ def test_masactrl_asks_the_source_of_its_own_half(rows_of, guided):
         assert (out[half[1:]] - replayed(net, seen, x[half[1:]], 500, context[half[1:]])).abs().max() < 1e-9 * out.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "edit-friendly", "negative-prompt"])
 def test_masactrl_of_a_known_source_has_both_its_rows(narrow, method):
     """A source that needs no guidance of its own is run without a prompt all the same: the targets' halves without one ask it."""

@@ -66,6 +66,7 @@ def test_options_that_act_are_not(narrow, target, settings):
     assert said(narrow, target, settings) == []
 
 
+@pytest.mark.slow
 def test_what_is_said_is_so(narrow):
     """The pictures with the option and without it are the same."""
     target, settings, _ = IDLE["weight outside of the window"]

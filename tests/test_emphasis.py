@@ -104,6 +104,7 @@ def test_elsewhere_it_is_on_the_embedding(narrow):
     assert not torch.equal(*lead)
 
 
+@pytest.mark.slow
 def test_an_inverted_source_keeps_its_weights(narrow):
     picture = torch.rand(1, 3, 64, 64) * 2 - 1
     invs = [p2p.invert(narrow, picture, p, method="ddim", steps=2) for p in ("a (red:1.9) cat", "a red cat")]

@@ -107,6 +107,7 @@ def test_settings_of_older_versions_are_hard(narrow):
     assert from_settings(said)[0].local_blend.feather == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_from_the_command_line_a_list_and_again(narrow, tmp_path, capsys):
     short = ["--steps", "1", "--seed", "1", "-o", str(tmp_path)]

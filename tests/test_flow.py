@@ -78,6 +78,7 @@ def test_dpmpp_begins_at_nothing_but_noise():
         assert (x - (after.alpha * x_0 + after.sigma * eps)).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_network_that_says_the_picture_gives_its_velocity():
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def done(capsys, folder, *argv):
     return read_settings(newest / "grid.png"), said, newest
 
 
+@pytest.mark.slow
 def test_options_after_for_are_of_one_target_in_place_of_those_for_all(capsys, tmp_path):
     settings, _, _ = done(capsys, tmp_path, "edit", *TARGETS, "--steps", 1, "--seed", 1, "--cross", 0.6, "--weight", "grass=2",
                           "--for", 2, "--cross", "red=0.3", "--self", "0", "--for=1", "--layers", "up")
@@ -103,6 +104,7 @@ def test_one_setting_of_an_edit_is_changed_and_all_else_is_kept(capsys, tmp_path
         assert differing(old["targets"][0][at], new["targets"][0][at]) == {"threshold"}
 
 
+@pytest.mark.slow
 def test_what_is_said_of_words_and_kinds_is_changed_of_these_alone(capsys, tmp_path):
     common = ["edit", "a cat on grass", "a big dog on grass", "--steps", 1, "--seed", 3]
     old, _, folder = done(capsys, tmp_path, *common, "--weight", "grass=2", "--weight", "dog=3", "--swap", "cat=dog", "--cross", "0.5",
@@ -128,6 +130,7 @@ def test_swaps_of_other_words_stay():
     assert replay._merged("swap", {"cat": "dog", "car": "boat"}, {"Cat": "bird"}) == {"car": "boat", "Cat": "bird"}
 
 
+@pytest.mark.slow
 def test_the_windows_of_a_record_that_names_no_words_stay_those_of_all_others(capsys, tmp_path, made):
     new, _, _ = done(capsys, tmp_path, "edit", "--from", made, "--cross", "grass=0.2", "--layers", "cross=up")
     was = read_settings(made)["targets"][0]["cross_replace_steps"]
@@ -141,6 +144,7 @@ def test_one_kind_of_layers_beside_a_record_of_both_is_refused(capsys, tmp_path)
     assert "--layers cross=...: the picture records the same layers for both kinds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_one_target_alone(capsys, tmp_path, made):
     new, said, _ = done(capsys, tmp_path, "edit", "--from", made, "--for", 2, "--cross", 0.3)
     assert of_targets(read_settings(made), new) == [set(), {"cross_replace_steps"}] and "--for" in said

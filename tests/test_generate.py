@@ -16,6 +16,7 @@ def made(capsys, tmp_path, *argv):
     return out.split(), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["a cat"], ["a cat", "a dog", "a bird"]])
 def test_a_picture_for_each_seed(capsys, tmp_path, narrow, prompts):
     files, said = made(capsys, tmp_path, *prompts, "--seed", "3,1,2")

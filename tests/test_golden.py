@@ -31,6 +31,7 @@ def test_text_tower(sd1, golden):
     close(sd1.text_encoders[0](ids), golden[1]["parts.text"], 1e-4)
 
 
+@pytest.mark.slow
 def test_unet(sd1, golden):
     g = golden[1]
     with torch.no_grad():
@@ -56,6 +57,7 @@ def test_edit(sd1, golden, undecoded, name):
     close(r.latents, g[f"{name}.final"], 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES[1:-1])   # of the last, the end alone was kept
 def test_first_step(sd1, golden, name):
     """Before rounding is amplified by guidance over the steps."""

@@ -340,6 +340,7 @@ def test_masks_are_made_of_the_blocks_that_show_words_best(config, blocks):
     assert word_sites(net) == [net.parts.double[i].joint.site for i in blocks]
 
 
+@pytest.mark.slow
 def test_masks_of_a_unet_are_of_all_its_layers():
     with torch.device("meta"):
         unet = UNet(replace(SD1, channels=(32, 32, 32, 32), heads=(1, 1, 1, 1)))

@@ -192,6 +192,7 @@ def refused(answer, *messages):
     assert code == 3 and all(m in wrong for m in messages) and "Traceback" not in wrong, wrong
 
 
+@pytest.mark.slow
 def test_every_failure_has_its_message(hub, inspect):
     hub.gated = {"org/gated"}
     messages = {

@@ -272,6 +272,7 @@ def test_nothing_is_fetched_because_a_picture_names_it(file, tmp_path, capsys, m
         assert (f"{option} org/name" in err) == (named == "org/name")
 
 
+@pytest.mark.slow
 def test_what_the_user_names_is_fetched(file, tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "download", lambda repo, ema: asked.append(repo) or file)

@@ -110,6 +110,7 @@ def test_guidance_from_a_prompt_of_other_weights_acts(narrow):
     assert not any("inversion_guidance changes nothing" in note for note in guided.notes)
 
 
+@pytest.mark.slow
 def test_a_followed_source_that_its_own_prompt_changes(narrow):
     """It is the same picture only if it was traced, and guided as the edit is."""
     x, traced = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64), p2p.trace(narrow, SOURCE, steps=2, negative_prompt="grey")
@@ -121,6 +122,7 @@ def test_a_followed_source_that_its_own_prompt_changes(narrow):
     assert torch.allclose(*r.latents, atol=1e-4) and any("this edit changes nothing" in note for note in r.notes)
 
 
+@pytest.mark.slow
 def test_a_seed_beside_noise_that_is_given(emoji):
     x_T = torch.zeros(1, 3, 64, 64)
     for settings, said in ((dict(seed=5), True), (dict(seed=5, eta=1.0), False), ({}, False)):
@@ -213,6 +215,7 @@ def test_inversions_where_the_network_reads_guidance(distilled):
     assert not torch.allclose(seven.latents, invert("").latents, atol=1e-5) and not [n for n in seven.notes if "inversion_guidance" in n]
 
 
+@pytest.mark.slow
 def test_a_stage_that_reads_no_text_is_not_guided(emoji):
     """The bundled upscaler: guidance takes no rows there, and a negative prompt is not read."""
     stage, small = p2p.load("emoji-upscaler", device="cpu"), p2p.generate(emoji, "a cat", steps=1, negative_prompt="a tree")

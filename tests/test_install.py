@@ -29,6 +29,7 @@ def test_a_users_own_folders_are_left_alone(tmp_path):
 NAMES = {"PIL": "pillow", "open_clip": "open_clip_torch"}   # of packages whose name is another
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_declared():
     """By name, though another package may bring it."""
     said = ConfigParser()

@@ -78,6 +78,7 @@ def test_saved_and_loaded_they_are_the_same(shallow, x, tmp_path):
         assert p2p.Inversion.load(tmp_path / "inverted.safetensors").settings() == inverted.settings()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told, message", [
     ({"timesteps": [900, 600]}, "2 timesteps for 3 steps"), ({"timesteps": [900, "6", 250]}, "timesteps is"),
     ({"timesteps": []}, "timesteps is"), ({"timesteps": 900}, "timesteps is"), ({"timesteps": [True, 6, 2]}, "timesteps is"),

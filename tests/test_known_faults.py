@@ -92,6 +92,7 @@ def test_it_is_said_of_its_line_as_of_a_single_edit(emoji, folder, monkeypatch, 
     assert str(error.value).endswith(f"line 2: {alone.value}")
 
 
+@pytest.mark.slow
 def test_all_are_named_and_nothing_is_written(emoji, folder, capsys):
     listed(folder, JOB, *(JOB | said for said, _ in FAULTS.values()))
     assert run(folder) == 2
@@ -133,6 +134,7 @@ def test_what_nobody_foresaw_is_left_to_the_jobs_turn(emoji, folder, monkeypatch
 
 # ------------------------------------------------------------------------------------------- lists that were begun
 
+@pytest.mark.slow
 def test_a_fault_of_a_line_that_is_done_does_not_stop_the_others(folder, monkeypatch, capsys):
     """Its picture is gone since, or a later version refuses what an earlier one ran."""
     first = JOB | {"image": "fine.png", "method": "noise"}
@@ -218,6 +220,7 @@ def test_captions_of_long_prompts_take_no_time():
     assert time.process_time() - began < 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_a_blend_that_a_replay_adds_is_soft_as_any(tmp_path, capsys):
     assert main(["edit", "a cat on grass", "a dog on grass", "--steps", "1", "-q", "-o", str(tmp_path / "made")]) == 0

@@ -53,6 +53,7 @@ def test_each_kind_has_its_own(sd1):
     assert torch.equal(only_self, edited(sd1, None, cross_replace_steps=0.0, **size))
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_not_chosen_is_not_edited(narrow, monkeypatch):
     calls = []
     real = attention.edited_attend
@@ -73,6 +74,7 @@ def test_targets_have_their_own_layers(narrow):
     assert torch.allclose(together[0], p2p.generate(narrow, SOURCE, **EASY).latents[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_traced_source_serves_them(narrow):
     traced = p2p.trace(narrow, SOURCE, **EASY)
     record = p2p.Record(text=1024)

@@ -50,6 +50,7 @@ def test_imports_run_one_way(file):
     assert where in FACADE or {room(name) for name in names} <= ROOMS[own] | {own}
 
 
+@pytest.mark.slow
 def test_no_circles():
     known = {}
     for file in FILES:

@@ -19,6 +19,7 @@ from p2p.weights.load import find, find_vae
 SOURCE, SWAPPED = "a red cat on grass", "a red dog on grass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, acts", [({}, True), ({"cross_replace_steps": 0.0}, False), ({"layers": "down"}, False),
                                             ({"layers": "up"}, True)])
 def test_renormalising_hybrid_attention_acts_where_the_source_is_injected(narrow, undecoded, settings, acts):
@@ -65,6 +66,7 @@ def test_a_window_of_no_word_is_refused_before_anything_is_loaded(tmp_path, caps
     assert "--cross =0.4: expected END" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["model.diffusion_model.input_blocks.{}.0.out_layers.3.weight",
                                    "cond_stage_model.transformer.text_model.encoder.layers.{}.layer_norm1.bias"])
 def test_no_network_has_thousands_of_blocks(tmp_path, sd1_tensors, block):

@@ -110,6 +110,7 @@ def test_a_mask_is_recorded_once_for_all_targets(emoji, tmp_path):
     assert other.id != jobs.parse(line, 1, tmp_path, emoji).id
 
 
+@pytest.mark.slow
 def test_every_text_file_is_opened_in_one_encoding():
     """Not in that of the machine: Path.read_text and its like take it unless they are told."""
     def named(call):
@@ -171,6 +172,7 @@ WRONG = [   # one setting each, of a wrong kind or beyond its range
 BASE = {"source": "a cat on grass", "targets": ["a dog on grass"]}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_named_before_anything_runs(emoji, tmp_path):
     for wrong in WRONG:
         listed(tmp_path, BASE, BASE | wrong)
@@ -239,6 +241,7 @@ def test_a_job_fails_alone(tmp_path, capsys):
     assert run(tmp_path) == 1 and "0 to do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raised", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), KeyError("x"),
                                     RecursionError("deep"), torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error")])
 def test_whatever_is_raised_in_a_job_is_its_failure(tmp_path, capsys, monkeypatch, raised):
@@ -278,6 +281,7 @@ def test_a_lost_device_ends_the_run(tmp_path, monkeypatch, capsys):
     assert [r["state"] for r in rows(tmp_path)] == ["open"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_is_stopped_says_how_far_it_came(tmp_path, monkeypatch, capsys, attended, stop, code):
     real, count = jobs.save_png, []

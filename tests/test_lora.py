@@ -249,6 +249,7 @@ def test_both_namings_of_a_unet_mean_the_same(made, plain, tmp_path):
         assert all(torch.equal(found[name], each) for name, each in want.items())
 
 
+@pytest.mark.slow
 def test_projections_may_be_linear_in_one_file_and_convolutions_in_the_other(made, plain, tmp_path):
     g, layer = generator(), next(iter(LAYERS[made[0]]))
     tensors, change = lora(g, plain[f"{layer}.weight"].squeeze())
@@ -285,6 +286,7 @@ def test_nothing_stays_of_it_but_the_weights(made, plain, one):
     assert {k: v.dtype for k, v in found.unet.state_dict().items()} == {k: v.dtype for k, v in plain.items()}
 
 
+@pytest.mark.slow
 def test_a_network_held_in_half_is_merged_before_it_is_rounded(made, one):
     half, name = load(made[2], lora=one, held=torch.float16), f"{next(iter(LAYERS[made[0]]))}.weight"
     assert torch.equal(half.unet.state_dict()[name], merged_weights(made[2], one)[name].half())

@@ -21,6 +21,7 @@ def run(narrow):
                     record=p2p.Record(text=256, pixels=256, before=True))
 
 
+@pytest.mark.slow
 def test_recording_changes_nothing(narrow, run):
     plain = p2p.edit(narrow, SOURCE, TARGET, steps=STEPS, cross_replace_steps=0.5)
     assert plain.maps is None and torch.equal(plain.latents, run.latents)

@@ -45,6 +45,7 @@ def test_a_large_mask_is_kept_small_and_once(narrow):
     assert torch.equal(done.latents, r.latents) and torch.equal(done.masks, r.masks) and done.settings == r.settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [torch.rand(7, 5, generator=torch.Generator().manual_seed(1)), torch.rand(200, 3), torch.eye(64) > 0.5,
                                   Image.new("LA", (30, 90), (255, 128)), Image.new("CMYK", (5, 5)), Image.new("1", (1, 1), 1)])
 def test_an_edit_with_a_mask_runs_again_to_the_same_latents(narrow, mask):
@@ -79,6 +80,7 @@ def test_what_is_no_edit_is_said(said):
         from_dict(said)
 
 
+@pytest.mark.slow
 def test_a_mask_is_padded_as_the_picture_was(narrow):
     """A wide picture and a mask of its left half: padded, the edited half is the left one, top to bottom."""
     wide, left = Image.new("RGB", (128, 64)), Image.new("L", (128, 64))

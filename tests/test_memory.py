@@ -73,6 +73,7 @@ def test_edits_together_are_billed_together(narrow, monkeypatch):
         edit_together(narrow, jobs)
 
 
+@pytest.mark.slow
 def test_ordinary_sizes_are_not_refused(sd1):
     model, large = like(sd1, SD1), like(sd1, SDXL, torch.float16)
     for steps, targets in ((50, 3), (1000, 1), (50, 8)):
@@ -87,6 +88,7 @@ def test_ordinary_sizes_are_not_refused(sd1):
     memory.check_run(replace(model, tile=64), 1, (4, 512, 512), 50)
 
 
+@pytest.mark.slow
 def test_the_bill_of_the_network_is_of_the_rows_and_calls_that_are_run(narrow, monkeypatch):
     picture, bills = Image.effect_noise((64, 64), 90).convert("RGB"), []
     monkeypatch.setattr(memory, "afford", lambda bill, *_: bills.append(dict(bill)))
@@ -110,6 +112,7 @@ def test_latents_are_not_encoded(sd1, monkeypatch):
         assert (bills[-1]["the autoencoder"] > 0) == given
 
 
+@pytest.mark.slow
 def test_the_bill_of_maps_is_what_they_take(emoji, monkeypatch):
     """Half precision, all steps, all rows."""
     for record in (p2p.Record(text=256, before=True), p2p.Record(text=256, pixels=256)):

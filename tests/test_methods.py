@@ -51,6 +51,7 @@ def test_what_is_taken(things, kind, name, tmp_path, monkeypatch):
     called(things, kind, name, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name, parameter", METHODS)
 def test_whatever_is_given_is_taken_or_refused(things, kind, name, parameter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

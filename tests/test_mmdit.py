@@ -95,6 +95,7 @@ def small(request):
 
 # ------------------------------------------------------------------------------------------------------------ networks
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_transformers_are_those_of_diffusers(small, size):
     """Under diffusers' names, which `diffusers_sources` lists; fractional timesteps."""
@@ -124,6 +125,7 @@ def test_names_are_those_of_diffusers_own_converter(name):
     assert not state and ours.keys() == wanted.keys() and all(torch.equal(ours[k], wanted[k]) for k in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("naming", ["own", "diffusers"])
 def test_files_of_both_namings_are_read_back(small, naming, prefix, tmp_path):
@@ -136,6 +138,7 @@ def test_files_of_both_namings_are_read_back(small, naming, prefix, tmp_path):
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [None, torch.zeros(())], ids=["exchanged", "a number"])
 def test_parts_of_other_sizes_are_refused(others, tmp_path):
     """Queries, keys, values and feed-forward that fill one tensor, but each another share of it; or that cannot be joined."""
@@ -200,6 +203,7 @@ def test_damaged_sizes_are_named(name):
 
 # ------------------------------------------------------------------------------------------- what is computed only once
 
+@pytest.mark.slow
 def test_text_and_timesteps_are_read_once_for_all_steps(small):
     c, given, t = small.config, told(small.config), torch.tensor([1.5, 400.0, 999.0])
     x, text = randn(2, c.in_channels, 8, 12), small.read(given["context"])
@@ -258,6 +262,7 @@ def an_edit(source=(0, 0), mix=None, keep=None, pixels=True):
     return AttentionEdit(torch.tensor(source), mix, keep, pixels=torch.tensor([source, source, (1, 2)]) if pixels else None)
 
 
+@pytest.mark.slow
 def test_sites_are_named_and_watched(small):
     c, x, given = small.config, randn(2, 4, 8, 12), told(small.config)
     blocks = ["joint_blocks"] * c.double if c.axes is None else ["double_blocks"] * c.double
@@ -272,6 +277,7 @@ def test_sites_are_named_and_watched(small):
     assert all(k.shape[1] == (24 if site in dual else 24 + L) for site, (_, k) in seen.items())
 
 
+@pytest.mark.slow
 def test_equal_prompts_give_equal_pictures(small):
     """The whole map of a source that is told the same, and shares of it with the own one."""
     given = told(small.config, 3)
@@ -282,6 +288,7 @@ def test_equal_prompts_give_equal_pictures(small):
     assert (out - small(x, 500, **given)[0]).abs().max() < 1e-12 and (out[1:] - out[0]).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_the_source_is_as_it_is_alone(small):
     x, given = randn(3, 4, 8, 12), told(small.config, 3)
     edited = small(x, 500, edit=an_edit(), **given)[0]
@@ -291,6 +298,7 @@ def test_the_source_is_as_it_is_alone(small):
     assert (edited[1:] - plain[1:]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_edits_act_at_the_sites_that_they_name(small):
     x, given, edit = randn(3, 4, 8, 12), told(small.config, 3), an_edit()
     plain = small(x, 500, **given)[0]
@@ -347,6 +355,7 @@ def test_autoencoders_without_quant_convolutions_are_diffusers_less_the_shift(si
         assert (ours.decode(z - 0.25) - theirs.decode(z).sample).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 @pytest.mark.parametrize("config", [VAE_SD, VAE_SD3, VAE_FLUX], ids=["SD 1", "SD 3", "FLUX"])
 def test_full_size_autoencoders(config, prefix):

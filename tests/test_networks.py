@@ -93,6 +93,7 @@ def test_feed_forward_in_pieces_is_the_whole(monkeypatch):
     assert pieces == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_sd1_unet_at_full_size():
     with torch.device("meta"):
         unet = UNet(SD1)
@@ -181,6 +182,7 @@ def test_timestep_embedding_is_that_of_diffusers():
     assert (timestep_embedding(t, 64) - theirs).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (48, 16)])
 def test_vae_is_that_of_diffusers(size):
     config = VAEConfig(channels=(32, 64, 64), layers_per_block=1)
@@ -196,6 +198,7 @@ def test_vae_is_that_of_diffusers(size):
         close(vae.decode(z), theirs.decode(z).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_text_tower_is_that_of_transformers(quick_gelu):
     """Names mapped as in a checkpoint; quick_gelu and gelu give different contexts."""

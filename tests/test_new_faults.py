@@ -40,6 +40,7 @@ def test_escaped_brackets_of_a_target_are_text_and_replay(narrow, tmp_path, caps
     assert Image.open(made).tobytes() == Image.open(capsys.readouterr().out.split()[1]).tobytes()
 
 
+@pytest.mark.slow
 def test_weights_are_refused_beside_other_editors(narrow):
     editor = find_editor("masactrl")
     with pytest.raises(UsageError, match='brackets weigh attention.*emphasis="embedding"'):
@@ -50,6 +51,7 @@ def test_weights_are_refused_beside_other_editors(narrow):
     assert any("emphasis changes nothing" in note for note in plain.notes) and not any("emphasis" in note for note in weighed.notes)
 
 
+@pytest.mark.slow
 def test_text_is_weighed_beside_another_editor_wherever_it_is_said(tmp_path, capsys):
     argv = ["edit", "a cat", "a (dog:1.5)", "--editor", "masactrl", "--steps", "1", "--seed", "1", "-o", str(tmp_path / "edit"), "--device", "cpu"]
     assert main(argv) == 2 and "--emphasis embedding" in capsys.readouterr().err
@@ -100,6 +102,7 @@ def test_an_editor_whose_fields_cannot_be_recorded_is_refused(narrow):
         p2p.edit(narrow, "a cat", "a dog", editor=p2p.MasaCtrl, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda s: setattr(s, "x", s.x + 0.3), lambda s: s.x.add_(0.3)])
 def test_steps_changed_in_python_are_recorded_and_not_replayed(narrow, tmp_path, capsys, change):
     r = p2p.edit(narrow, "a cat", "a dog", on_step=change, **EASY)
@@ -109,6 +112,7 @@ def test_steps_changed_in_python_are_recorded_and_not_replayed(narrow, tmp_path,
     assert "changed_between_steps" not in p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: None, **EASY).settings
 
 
+@pytest.mark.slow
 def test_a_last_step_is_as_the_others(narrow):
     r = p2p.edit(narrow, "a cat", "a dog", on_step=lambda s: setattr(s, "x", s.x.double().requires_grad_()), **EASY)
     assert r.latents.dtype == torch.float32 and not r.latents.requires_grad
@@ -144,6 +148,7 @@ def test_other_noise_levels_are_not_run_together(narrow):
         edit_together(narrow, [karras, listed])
 
 
+@pytest.mark.slow
 def test_dpm_begins_where_there_is_nothing_but_noise():
     """By DDIM's step; its second one, which would look back through an infinite step, is of first order."""
     model = p2p.load("emoji", device="cpu", zero_snr=True)
@@ -151,6 +156,7 @@ def test_dpm_begins_where_there_is_nothing_but_noise():
     assert first.isfinite().all() and second.isfinite().all() and second.std() > 0.1
 
 
+@pytest.mark.slow
 def test_a_step_of_an_inversion_that_leads_to_nothing_but_noise_is_said():
     model = replace(p2p.load("emoji", device="cpu", zero_snr=True), timestep_spacing="trailing")
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -191,6 +197,7 @@ def test_timesteps_of_numpy_are_recorded(narrow):
     assert json.loads(json.dumps(r.settings))["timesteps"] == [900, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [["a (ca)t", "a dog"], ["a cat", "a (do)g", "--emphasis", "embedding"],
                                      ["a cat", "a dog", "--negative", "(ug)ly"]])
 def test_parts_of_words_are_refused_before_a_picture_is_inverted(tmp_path, monkeypatch, capsys, prompts):
@@ -303,6 +310,7 @@ def test_a_fault_is_named_once_and_in_the_words_of_its_user(narrow, tmp_path, ca
         p2p.edit(narrow, str(tmp_path / "inverted.safetensors"), "a dog")
 
 
+@pytest.mark.slow
 def test_the_note_on_a_scope_says_how_much_its_mask_lets_change(tmp_path, capsys):
     """What lies outside of the words' own regions, and what the mask let through, are two shares."""
     assert main(["edit", "a cat on grass", "a cat on grass at night", "--scope", "cat", "--steps", "3", "-o", str(tmp_path)]) == 0

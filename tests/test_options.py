@@ -184,6 +184,7 @@ def of_steps(node):
             yield from (n.value for n in ast.walk(value) if isinstance(n, ast.Constant)) if value else ()
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_is_written_once():
     """Published rows have their own."""
     assert list(of_steps(ast.parse("f(steps=50)").body[0].value.keywords[0])) == [50]

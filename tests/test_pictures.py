@@ -232,6 +232,7 @@ def test_own_sizes_are_those_that_models_take():
     assert own_size(Image.new("L", (1600, 900)), (512, 512), 8, 8192) == (384, 680)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, wanted", [([], "is cropped to the 90 x 90"), (["--pad"], None), (["--fit", "own"], None), (["--fit", "pad"], None)])
 def test_the_command_line_offers_to_keep_all_of_a_picture(capsys, tmp_path, options, wanted):
     Image.effect_noise((160, 90), 100).save(tmp_path / "x.png")

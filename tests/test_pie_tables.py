@@ -76,6 +76,7 @@ def test_other_settings_are_refused_and_the_same_ones_measure_nothing_again(data
     assert main([*command(data, out, "--methods", "noise"), "--steps", "2"]) == 0 and len(measured) == 2   # the third, by both
 
 
+@pytest.mark.slow
 def test_figures_that_no_judge_of_this_run_measures_stay(data, tmp_path, capsys, monkeypatch):
     """Measured with CLIP's weights at first, and then without any."""
     out = tmp_path / "out"
@@ -231,6 +232,7 @@ def test_what_cannot_be_meant_is_refused(data, tmp_path, capsys, more, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more, said", [
     (("--cross", "7"), "cross_replace_steps: one share"), (("--steps", "0"), "steps: one number, whole and from 1"),
     (("--steps", "2000"), "steps must be from 1 to 1000, not 2000"), (("--cfg", "nan"), "guidance_scale: one finite number"),

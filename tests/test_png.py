@@ -120,6 +120,7 @@ def test_pictures_given_in_python_are_decoded_or_refused_in_words(emoji):
                 take(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [8193, 9500, 12000])
 def test_large_pictures_are_refused_in_one_message(side, tmp_path):
     """Pillow warns from 89 million pixels on; our limit is below that and says so itself."""

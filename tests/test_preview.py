@@ -86,6 +86,7 @@ def test_what_a_preview_does_not_read_is_refused(tmp_path, capsys, argv, said):
     assert main([*argv, "--preview", "1", "-o", str(tmp_path)]) == 2 and said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_dataset_shows_a_sample_of_each_prompt_and_the_judges_verdict(tmp_path, monkeypatch):
     entries = [{"caption": SOURCE, "edit": "make it a dog", "output": TARGET}] * 3
@@ -99,6 +100,7 @@ def test_dataset_shows_a_sample_of_each_prompt_and_the_judges_verdict(tmp_path, 
     assert said[0][0].startswith(f"{SOURCE} (text ") and "dropped by clip_sim_image" in said[0][1]
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_preview_is_the_first_of_the_run(emoji):
     """What it says of a sample is what the run will record of it."""
     from p2p.lists import preview as before

@@ -146,6 +146,7 @@ def test_autoencoders_of_other_kinds_are_refused(made, single, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- clip skip
 
+@pytest.mark.slow
 def test_clip_skip_is_that_of_diffusers(made, single, plain):
     """SD 1 and 2: hidden_states[-(1 + n)] and the last LayerNorm; SDXL: [-(2 + n)] of both towers, the pooled text as before."""
     family, parts, _ = made
@@ -166,6 +167,7 @@ def test_clip_skip_is_that_of_diffusers(made, single, plain):
             load(single, clip_skip=wrong)
 
 
+@pytest.mark.slow
 def test_a_config_that_leaves_out_layers_of_its_file(made, tmp_path):
     """num_hidden_layers one less than the layers of the file: as transformers reads it, the pooled text too."""
     family, _, folder = made
@@ -193,6 +195,7 @@ def test_models_without_clip_have_nothing_to_skip(sd1_file):
 
 # -------------------------------------------------------------------------------------------------- what is asked, and notes
 
+@pytest.mark.slow
 def test_zero_terminal_snr_can_be_asked_for(single):
     plain, model = load(single, prediction="v"), load(single, prediction="v", zero_snr=True)
     assert torch.equal(model.alphas_cumprod, zero_terminal_snr(plain.alphas_cumprod)) and model.alphas_cumprod[-1] == 0
@@ -200,6 +203,7 @@ def test_zero_terminal_snr_can_be_asked_for(single):
     assert all(torch.equal(a, b) for a, b in zip(model.unet.state_dict().values(), plain.unet.state_dict().values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("change", [lambda abar: abar, zero_terminal_snr], ids=["usual", "zero SNR"])
 def test_a_usual_schedule_in_less_precision_is_the_usual_one(sd1_file, tmp_path, dtype, change):

@@ -33,6 +33,7 @@ def inverted(model, photo, fit="crop", **settings):
     return p2p.invert(model, photo, SOURCE, steps=3, fit=fit, **settings)
 
 
+@pytest.mark.slow
 def test_a_sweep_inverts_its_picture_once(narrow, photo, tmp_path, monkeypatch):
     calls, real = [], p2p.invert
     monkeypatch.setattr(p2p, "invert", lambda *a, **k: calls.append(a) or real(*a, **k))
@@ -50,6 +51,7 @@ def test_a_sweep_inverts_its_picture_once(narrow, photo, tmp_path, monkeypatch):
     assert len(said["targets"]) == 4
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_sweep_runs_again(photo, tmp_path):
     """What is recorded is an edit: all its targets are made again."""
     folder = run(tmp_path / "out", "sweep", "--image", photo, SOURCE, TARGET, "--over", "cross=0,1")
@@ -76,6 +78,7 @@ def test_maps_of_a_picture_are_those_of_its_row_in_an_edit(narrow, photo, tmp_pa
     assert read_settings(folder / "picture.png")["inversion"]["method"] == method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, n", [("edit-friendly", 3), ("belm", 2), ("ddim", 3)])
 def test_steps_of_maps_are_those_that_are_run(photo, tmp_path, capsys, method, n):
     argv = ["maps", "--image", str(photo), SOURCE, "--method", method, *SHORT, "-o", str(tmp_path / "out"), "--at"]

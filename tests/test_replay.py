@@ -126,6 +126,7 @@ def test_a_model_that_is_not_known_to_be_the_same_is_said_to_be_so(made, tmp_pat
     assert Image.open(picture).tobytes() == Image.open(file).tobytes()
 
 
+@pytest.mark.slow
 def test_pictures_of_versions_that_recorded_less_are_not_said_to(made, tmp_path, capsys):
     code, said = again(tmp_path, without(without(made[0], "version"), "tile"), capsys)
     assert code == 0 and "does not say" not in said
@@ -235,6 +236,7 @@ def test_what_was_enlarged_twice_is_not_replayed_once(emoji, tmp_path, capsys):
     assert "enlarged 2 times" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_generated_is_generated_again(tmp_path, capsys):
     """Also several at once, with what options change of their sampling alone."""
     argv = ["generate", "a cat", "a red dog", "--steps", "2", "--seed", "3,4", "--negative", "night", "--negative", "fog"]
@@ -268,6 +270,7 @@ def test_each_command_runs_its_own_again(made, tmp_path, capsys):
         assert main([*argv, "-o", str(tmp_path)]) == 2 and said in capsys.readouterr().err, argv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"prompts": 5}, {"prompts": []}, {"prompts": [5]}, {"prompts": None}, {"seed": None}, {"seed": "x"}, {"steps": {}},
                                     {"negative_prompt": 7}, {"sampler": "x"}, {"upscale": 5}, {"upscale": []},
                                     {"upscale": "enlarged"}])

@@ -38,6 +38,7 @@ def page(run, tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_elsewhere(page):
     """Every address in the file is a picture inside it."""
     html = page.read_text()
@@ -152,6 +153,7 @@ def test_a_map_is_of_the_word_that_it_is_shown_at(narrow):
         assert re.findall(rf'data-map="{row}-(\d+)"', html) == [place for place, _ in found]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 def test_enlarged_pictures_are_those_of_the_report(tmp_path, capsys):
     argv = ["edit", "a cat on grass", "a dog on grass", "--steps", "1", "--upscale", "--upscale-steps", "1", "--report", "-o", str(tmp_path)]

@@ -20,6 +20,7 @@ def test_a_weight_below_0_is_said_to_break_pictures(narrow, edit, word):
     assert sum(f"weights below 0 ({word})" in note for note in notes) == 1
 
 
+@pytest.mark.slow
 def test_a_weight_below_0_on_the_embedding_too(narrow):
     assert any("weights below 0 (cat x -2)" in n for n in p2p.generate(narrow, "a (cat:-2) on grass", steps=1).notes)
     for weight in (0, 0.5, 2):
@@ -40,6 +41,7 @@ def test_brackets_that_hold_one_are_not(prompt):
     assert not any("holds no word" in note for note in check(prompt))
 
 
+@pytest.mark.slow
 def test_a_trace_says_what_an_edit_says_of_its_source(narrow):
     source = "a (cat:1.2) on () unicorn grass"
     traced = p2p.trace(narrow, source, steps=7, negative_prompt="", latents_only=True)
@@ -49,6 +51,7 @@ def test_a_trace_says_what_an_edit_says_of_its_source(narrow):
     assert set(traced.notes) <= set(edited) and len(edited) == len(set(edited))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own, asked", [(1.0, 5.0), (1.0, None), (7.5, 5.0)])
 def test_guidance_of_a_model_made_to_run_without_it(narrow, own, asked):
     """schnell, Turbo, Lightning ...: it may be asked for, and acts."""
@@ -57,6 +60,7 @@ def test_guidance_of_a_model_made_to_run_without_it(narrow, own, asked):
     assert r.rows == (2 if own == 1 and asked is None else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("masactrl", p2p.MasaCtrl), ("plug-and-play", p2p.PlugAndPlay)])
 def test_an_editor_may_be_named(narrow, name, kind):
     named, made = (p2p.edit(narrow, "a cat on grass", "a dog on grass", steps=3, editor=e) for e in (name, kind()))

@@ -163,6 +163,7 @@ def test_a_sweep_over_all_words_leaves_the_windows_of_single_words():
     assert variant(p2p.Edit("a dog"), "cross", 0.5).cross_replace_steps == 0.5
 
 
+@pytest.mark.slow
 def test_a_scope_of_the_whole_prompt_has_no_rivals(narrow):
     """Nothing is left to compete with its words."""
     r = p2p.edit(narrow, "a cat", p2p.Edit("a dog", scope="a cat"), steps=2)

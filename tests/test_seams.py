@@ -44,18 +44,21 @@ SAME = [dict(negative_prompt=["", "red"]), dict(x_T=torch.randn(2, 3, 64, 64, ge
         dict(editor=p2p.PlugAndPlay())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SAME, ids=["negative prompts", "noises", "Plug-and-Play"])
 def test_rows_that_differ_are_not_said_to_be_the_same(narrow, undecoded, settings):
     result = p2p.edit(narrow, CAT, Edit(CAT), steps=2, **settings)
     assert (result.latents[0] - result.latents[1]).abs().max() > 1e-3 and not any(NOTHING in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, dict(editor="masactrl"), dict(editor=p2p.PlugAndPlay(), guidance_scale=1)])
 def test_rows_that_are_the_same_are_said_to_be(narrow, undecoded, settings):
     result = p2p.edit(narrow, CAT, Edit(CAT), steps=2, **settings)
     assert (result.latents[0] - result.latents[1]).abs().max() < 1e-4 and any(NOTHING in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, blend, same", [("ddim", False, True), ("ddim", True, False), ("direct", False, False),
                                                  ("edit-friendly", False, False)])
 def test_a_source_that_follows_its_latents_or_keeps_them_is_another_row(narrow, undecoded, method, blend, same):
@@ -145,6 +148,7 @@ def test_a_picture_of_a_scoped_edit_is_replayed_with_what_else_changed(narrow, o
     assert next((tmp_path / "again").rglob("leakage.json"))
 
 
+@pytest.mark.slow
 def test_the_report_of_an_enlarged_edit_has_the_times_of_both(once, tmp_path):
     assert main(["edit", "a cat", "a dog", "--steps", "1", "--upscale", "--upscale-steps", "1", "--report", "--out", str(tmp_path), "-q"]) == 0
     page, large = next(tmp_path.rglob("report.html")).read_text(), p2p.upscale("emoji-upscaler", p2p.edit("emoji", "a cat", "a dog", steps=1), steps=1)

@@ -61,6 +61,7 @@ def test_settings_by_other_names(narrow, run):
         run(narrow, num_inference_steps=2, steps=2)
 
 
+@pytest.mark.slow
 def test_steps_can_be_looked_at_and_changed(narrow):
     """Left alone they end in the edit; a target that is changed changes, and nothing else does."""
     edit = p2p.edit(narrow, "a cat", "a dog", **EASY)
@@ -118,6 +119,7 @@ def test_notes_come_before_the_first_step(monkeypatch, capsys, tmp_path):
     assert "mode replace (chosen from the prompts)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda x: x.numpy(), lambda x: x.data, lambda x: x], ids=["numpy", "data", "in place"])
 def test_a_step_that_was_changed_is_recorded(narrow, change):
     """However it was: --from would make another picture."""

@@ -181,6 +181,7 @@ def test_a_table_is_replaced_when_it_is_written(pairs, monkeypatch):
     assert (pairs / "pairs.parquet").read_bytes() == before and not list(pairs.glob(".p2p-*"))
 
 
+@pytest.mark.slow
 def test_a_dataset_is_not_gone_on_with_by_another_recipe(tmp_path, capsys):
     file, out = tmp_path / "p.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS[:1]))
@@ -218,6 +219,7 @@ def unread(monkeypatch):
         stream.close()   # raises nothing: what was buffered has gone elsewhere
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_work(tmp_path, unread):
     file = listed(tmp_path / "jobs.jsonl", 3, steps=1)
     assert main(["batch", str(file), "--out", str(tmp_path / "out")]) == 0

@@ -303,6 +303,7 @@ def test_pictures_that_somebody_changed(tmp_path, picture):
     refused(tmp_path / "i.safetensors", "its picture is damaged")
 
 
+@pytest.mark.slow
 def test_what_fits_no_model_is_refused_with_one(emoji, tmp_path):
     made = p2p.invert(emoji, torch.zeros(1, 3, 16, 16), "a cat", method="null-text", steps=2, inner_steps=1)
     for field, value, said in (

@@ -122,6 +122,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", [*JSON, *OTHER])
 def test_every_place_that_reads_json(tmp_path, place, case):
@@ -346,6 +347,7 @@ def test_why_a_job_failed_is_harmless(capsys):
     assert "line 3 failed: RuntimeError" in said and said.replace("\n", "").replace("\r", "").isprintable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CheckpointError, UsageError])
 def test_messages_are_short_and_plain(kind):
     assert str(kind(f"a{EVIL}b")) == r"a\x1b[2J\x1b]0;owned\x07\r\x08\x9b31m\u202egnp.exe\u2028\x00b"

@@ -31,6 +31,7 @@ def change(file, **fields):
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["safetensors", "bin", "shards", "embed_tokens", "with a decoder"])
 def test_it_is_transformers_own(folder, how):
     theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=F32)
@@ -70,6 +71,7 @@ SIZES = [   # each field of the config, away from its usual value
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda c: ", ".join(f"{k}={v}" for k, v in c.items()))
 def test_every_field_of_its_config_is_used(folder, sizes):
     """As transformers reads the same folder."""
@@ -265,6 +267,7 @@ def alarmed(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_or_hostile_folder_is_refused(folder, case, alarmed):
     damage, said = DAMAGES[case]

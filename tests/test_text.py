@@ -11,6 +11,7 @@ from p2p.models.text import CLIP_L, OPENCLIP_G, TextEncoder
 SMALL = dict(width=64, heads=4, layers=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [replace(CLIP_L, **SMALL), replace(OPENCLIP_G, **SMALL, pooled_dim=48)], ids=["CLIP-L", "OpenCLIP-G"])
 def test_the_tower_is_that_of_open_clip_to_the_bit(config, dtype):
@@ -27,6 +28,7 @@ def test_the_tower_is_that_of_open_clip_to_the_bit(config, dtype):
     assert config.pooled_dim is None or torch.equal(pooled, found["text_features"])
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_that_of_open_clip(monkeypatch):
     """Also where its file does not stand alone."""
     ours, theirs = text.tokenizer(), open_clip.tokenizer.SimpleTokenizer()

@@ -39,6 +39,7 @@ def test_what_cannot_share_a_batch_is_said(narrow, other, what):
         edit_together(narrow, [JOBS[0] | dict(steps=2), JOBS[0] | dict(steps=2) | other])
 
 
+@pytest.mark.slow
 def test_a_mask_alone_and_words_share_a_batch(narrow):
     half = torch.zeros(64, 64)
     half[:, :32] = 1

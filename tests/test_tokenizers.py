@@ -42,6 +42,7 @@ def test_what_transformers_writes_is_read(folder, theirs):
     assert (folder / "tokenizer/tokenizer.json").exists() and find(folder).text[0].config.pad_id == END
 
 
+@pytest.mark.slow
 def test_words_and_merges_as_published(folder):
     (folder / "tokenizer/vocab.json").write_text(json.dumps(vocabulary()))
     (folder / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *merges(), "one more", ""]), encoding="utf-8")

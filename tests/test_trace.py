@@ -59,6 +59,7 @@ def test_size_is_known_beforehand(model, undecoded, dtype):
         assert (p2p.edit(model, found, EDITS[0]).latents - exact).abs().max() < 0.05 * exact.std()
 
 
+@pytest.mark.slow
 def test_another_editor_runs_the_source(narrow):
     """MasaCtrl borrows values as well, in both halves: the cache is left aside, the stored latents are used."""
     found = p2p.trace(narrow, SOURCE, steps=4, seed=1)

@@ -30,6 +30,7 @@ READ = {"seed": ("noise", "rf-inversion", "flow-edit", "ddcm", "turbo-edit", "ed
 VALUES = {"seed": 5, "eta": 0.5, "inner_steps": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_job_holds_what_its_method_reads(emoji, folder, method):
     said = PICTURE | {"method": method}

@@ -20,6 +20,7 @@ from p2p.web.sources import Sources
 from p2p.web.visits import Visits
 
 
+@pytest.mark.slow
 def test_a_prompt_shows_its_picture_and_a_fader_with_a_map_for_every_word(session):
     view = last(session)
     assert [word.name for word in view.words] == CAT.split() and view.edit is None and view.done
@@ -31,6 +32,7 @@ def test_a_prompt_shows_its_picture_and_a_fader_with_a_map_for_every_word(sessio
         assert torch.allclose(ours, theirs, atol=1e-3), name
 
 
+@pytest.mark.slow
 def test_an_edit_is_that_of_the_library_with_a_preview_on_the_way(session):
     views = list(session.run(asked(session, target=DOG, hand={"weights": {"red": 2.0, "dog": 1}}, layers=["up"], negative="night")))
     settings = dict(steps=4, seed=1, guidance_scale=3.0, negative_prompt="night")
@@ -58,6 +60,7 @@ def test_a_moved_fader_costs_one_further_edit_and_no_source(session, monkeypatch
     assert len(traced) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_replaced_stops_at_its_next_step(session):
     run = session.run(asked(session, target=DOG))
     next(run)
@@ -92,6 +95,7 @@ def test_a_source_that_nobody_waits_for_stops_at_its_next_call(session, monkeypa
     assert len(calls) == 3 and not session.sources.kept
 
 
+@pytest.mark.slow
 def test_a_model_of_noisy_steps_is_not_traced(narrow):
     """DeepFloyd IF's pictures are drawn with eta 1, and a trace by DDIM: what is shown is what is recorded."""
     noisy = Session(replace(narrow, eta=1.0), Sources(replace(narrow, eta=1.0)))
@@ -137,6 +141,7 @@ def test_a_tab_that_is_left_stops_what_runs_for_it_and_loses_nothing(narrow):
     all_visits.left(SimpleNamespace(session_hash="unknown"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_announced_before_another_does_not_begin(session, monkeypatch):
     """The server's queue may hold it while the page holds back the latest."""
     first, second, third = (asked(session, target=DOG, seed=seed) for seed in "123")
@@ -155,6 +160,7 @@ def test_a_run_that_was_announced_before_another_does_not_begin(session, monkeyp
     assert list(session.run(first))[-1].done   # typed back, and sent in the second's place
 
 
+@pytest.mark.slow
 def test_faders_are_of_the_words_that_the_tower_reads(session):
     long = "a cat on grass" + " next to a dog" * 12
     view = last(session, source=long, hand={"weights": {"dog#12": 2.0, "cat": 2.0}})
@@ -162,6 +168,7 @@ def test_faders_are_of_the_words_that_the_tower_reads(session):
     assert 'the fader of "dog#12" is left out: the prompt has no such word' in view.notes
 
 
+@pytest.mark.slow
 def test_faders_of_words_that_are_gone_are_said(session):
     view = last(session, target=DOG, hand={"weights": {"cat": 3.0}})
     assert 'the fader of "cat" is left out: the prompt has no such word' in view.notes
@@ -172,6 +179,7 @@ def test_what_waits_for_an_edit_is_said(session):
     assert any("windows: of an edit" in note for note in last(session, usual=False, cross=0.1).notes)
 
 
+@pytest.mark.slow
 def test_an_inversion_without_a_picture_is_said_and_makes_no_second_edit(session):
     plain = last(session, target=DOG)
     view = last(session, target=DOG, method="ddim")
@@ -179,6 +187,7 @@ def test_an_inversion_without_a_picture_is_said_and_makes_no_second_edit(session
     assert len(session.gallery) == 1
 
 
+@pytest.mark.slow
 def test_brackets_weigh_the_same_in_both_prompts_and_faders_weigh_beside_them(session):
     weighed = "a (red:1.5) cat on grass"
     view = last(session, source=weighed, hand={"weights": {"grass": 1.000001}})
@@ -193,6 +202,7 @@ def test_the_same_prompt_twice_has_the_maps_of_the_source(session):
     assert all(word.map for word in last(session, target=CAT).words)
 
 
+@pytest.mark.slow
 def test_a_picture_without_maps_says_when_they_come(session):
     session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
     assert "the words' maps come with an edit" in last(session, method="ddim").notes
@@ -208,6 +218,7 @@ def test_blend_words_are_found_in_the_prompts_that_have_them(session, blend, wor
     assert tuple(map(tuple, recorded)) == words
 
 
+@pytest.mark.slow
 def test_outside_of_a_painted_mask_nothing_changes(session):
     mask = np.zeros((256, 256), np.uint8)
     mask[:128] = 255
@@ -216,6 +227,7 @@ def test_outside_of_a_painted_mask_nothing_changes(session):
     assert changed[:32].any() and not changed[32:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 def test_nor_does_it_in_the_preview(session, own):
     mask = np.zeros((64, 64), np.uint8)
@@ -251,6 +263,7 @@ HOSTILE = [dict(source="a" * 10**6), dict(source=""), dict(source=" \n\t"), dict
            dict(method="../../etc/passwd"), dict(method=None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", HOSTILE, ids=lambda moved: repr(moved)[:50])
 def test_what_no_control_gives_is_refused(session, moved):
     with pytest.raises(p2p.UsageError) as error:
@@ -259,6 +272,7 @@ def test_what_no_control_gives_is_refused(session, moved):
     assert last(session, steps=1).done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [dict(source="a\x00\x1b[31m cat"), dict(source="<script>alert(1)</script> cat"), dict(seed="-5"),
                                    dict(source="猫 🐈 קאט"), dict(source="$" * 1999)], ids=repr)
 def test_strange_values_that_mean_something_are_drawn(session, moved):
@@ -297,6 +311,7 @@ def test_the_page_is_offered_without_its_weight(monkeypatch, capsys):
     assert capsys.readouterr().err == "p2p: p2p web needs Gradio: pip install -e '.[web]' in the clone\n"
 
 
+@pytest.mark.slow
 def test_settings_are_json(session):
     last(session, target=DOG)
     assert json.loads(json.dumps(session.gallery[-1].settings))["source"] == CAT

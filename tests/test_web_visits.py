@@ -33,6 +33,7 @@ def test_a_picture_of_ones_own_is_edited(session, method, emoji):
     assert session.forget().source is None and session.picture is None
 
 
+@pytest.mark.slow
 def test_a_picture_of_ones_own_is_shown_until_its_edit_is(session):
     """By every method: also by those whose source is computed beside its edit."""
     session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))), "own.png")
@@ -48,6 +49,7 @@ def test_a_picture_that_made_room_is_missed(session):
             last(each, target=DOG, hand={"photo": "own.png"})
 
 
+@pytest.mark.slow
 def test_a_request_of_another_picture_than_the_visit_has_is_refused_with_the_reason(session):
     """Pictures are taken and put away while requests are on their way."""
     red, blue = (url(png(Image.new("RGB", (64, 64), colour))) for colour in ("red", "blue"))
@@ -76,6 +78,7 @@ def test_what_a_picture_without_an_edit_does_not_read_is_said(session):
     assert "negative prompt, guidance: of an edit" in said
 
 
+@pytest.mark.slow
 def test_a_seed_that_nothing_is_drawn_by_is_said(session):
     session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
     for seed in "12":
@@ -84,6 +87,7 @@ def test_a_seed_that_nothing_is_drawn_by_is_said(session):
     assert not any("seed" in note for note in last(session, target=DOG).notes)
 
 
+@pytest.mark.slow
 def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, tmp_path, capsys):
     view = last(session, target=DOG, hand={"weights": {"red": 2.0}})
     file = session.download(session.choose(0))
@@ -94,6 +98,7 @@ def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, t
     assert not file.parent.exists()
 
 
+@pytest.mark.slow
 def test_so_is_a_source_alone(session, once, tmp_path):
     view = last(session, negative="night")
     file = session.download(session.choose(0))
@@ -101,6 +106,7 @@ def test_so_is_a_source_alone(session, once, tmp_path):
     assert apart(Image.open(next((tmp_path / "out").rglob("1.png"))), view.source) <= 1
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_visit_is_replayed(session):
     session.upload(url(png(Image.new("RGB", (64, 64), "red"))))
     first = last(session, target=DOG)
@@ -114,6 +120,7 @@ def test_a_picture_of_the_visit_is_replayed(session):
             session.choose(wrong)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_visit_that_made_room_are_missed(session):
     last(session)
     session.close()
@@ -121,6 +128,7 @@ def test_pictures_of_a_visit_that_made_room_are_missed(session):
         session.choose(0)
 
 
+@pytest.mark.slow
 def test_all_that_a_source_holds_is_counted(session):
     session.upload(url(png(Image.effect_noise((64, 64), 90).convert("RGB"))))
     for method in ("edit-friendly", "null-text"):
@@ -139,6 +147,7 @@ def test_sources_that_hold_nothing_are_bounded_too(narrow, monkeypatch):
     assert len(noisy.sources.kept) == 2
 
 
+@pytest.mark.slow
 def test_a_model_whose_file_is_gone_goes_on(tmp_path):
     file = tmp_path / "model.safetensors"
     shutil.copy(find("emoji").where, file)
@@ -149,6 +158,7 @@ def test_a_model_whose_file_is_gone_goes_on(tmp_path):
     assert last(session, target=DOG, steps=1, seed="2").done
 
 
+@pytest.mark.slow
 def test_a_gallery_and_its_sources_are_bounded(session, monkeypatch):
     monkeypatch.setattr(session.sources, "budget", 10)
     for seed in range(3):
@@ -175,6 +185,7 @@ def test_visits_are_bounded(narrow, monkeypatch):
         assert said not in last(all_visits.of(SimpleNamespace(session_hash=name)), steps=1).notes
 
 
+@pytest.mark.slow
 def test_a_visit_that_waits_for_its_picture_makes_no_room(narrow, monkeypatch):
     monkeypatch.setattr(visits, "MOST", 2)
     all_visits = Visits(narrow)

@@ -73,6 +73,7 @@ def test_a_call_is_as_exact_as_contiguous_convolutions_of_aten(sd1, emoji, monke
         assert ours <= 1.5 * aten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_what_was_read_of_a_file_is_let_go(suffix, sd1_tensors, tmp_path, monkeypatch):
     """Its pages would count as memory beside the copies; a file that is read again gives the same tensors."""
@@ -128,6 +129,7 @@ def test_pictures_are_decoded_in_tiles(sd1_file, sd1):
         p2p.load(sd1_file, tile=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_precision_is_as_asked(sd1_file, dtype):
     model = p2p.load(sd1_file, dtype=dtype, device="cpu")
@@ -163,6 +165,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", BREAKS)
 def test_a_file_that_does_not_fit_says_why(sd1_tensors, tmp_path, message):
     path = saved(changed(sd1_tensors, **BREAKS[message]), tmp_path / "m.safetensors")

@@ -34,6 +34,7 @@ def test_what_an_edit_does_is_told_from_its_words(source, target, kind):
     assert windows.usual(a, b, choose_mode(a, Edit(target), b), 77) == kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, kind", [("a dog on grass", windows.SWAPS), ("a cat and a dog on grass", ADDS)])
 def test_the_default_is_said_recorded_and_what_runs(narrow, target, kind):
     r = p2p.edit(narrow, SOURCE, target, steps=5)
@@ -60,6 +61,7 @@ PLACES = [("a cat in the snow", "a cat in the desert", ["desert"]), ("a cat on g
           ("snow and a cat in snow", "snow and a cat in sand", ["sand"]), ("a cat in sand, snow", "a cat in snow, snow", ["snow,"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, target, words", PLACES)
 def test_the_words_of_a_swapped_place_have_short_windows(narrow, source, target, words):
     edit = p2p.edit(narrow, source, target, steps=1).edits[0]

@@ -93,6 +93,7 @@ def test_an_edited_scene_keeps_its_placement():
     assert ((a - b).abs().amax(1) * (m[:, 0] == 0)).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_size_is_free():
     scene = sample(4, 7, mix=SINGLE)
     small, large = render(scene, 64)[0], render(scene, 256)[0]
