@@ -1,9 +1,12 @@
 """The thread that computes for the page."""
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
+import p2p
 from p2p.web.runner import Runner
 
 
@@ -60,3 +63,34 @@ def test_one_that_nobody_follows_any_more_is_closed(runner):
     next(followed)
     followed.close()
     assert closed == [True]
+
+
+@pytest.mark.slow
+def test_the_thread_that_serves_is_the_one_that_computes(shallow, monkeypatch):
+    from p2p.web import serve  # and Gradio, which takes seconds
+    from p2p.web.page import Calls
+
+    real, threads, shown = p2p.Model.predict, set(), []
+
+    def predict(model, *given, **named):
+        threads.add(threading.get_ident())
+        return real(model, *given, **named)
+
+    @contextmanager
+    def served(model, host, port, share, each):
+        def visit():
+            asked = ("a cat", "a dog", {}, True, 0.8, 0.4, 3.0, 2, "0", "", [], "", "edit-friendly")
+            try:
+                shown.extend(Calls(model, each).run(SimpleNamespace(session_hash="a"), *asked))
+            finally:
+                list(each(end()))
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(visit)
+            yield SimpleNamespace(local_url="", share_url=None)
+
+    monkeypatch.setattr(p2p.Model, "predict", predict)
+    monkeypatch.setattr(serve, "served", served)
+    with pytest.raises(Ended):
+        serve.serve(shallow, "127.0.0.1", None, False)
+    assert threads == {threading.get_ident()} and shown[-1][0]["done"]
