@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from web_page import CAT, DOG, PAGE, png, url
+from web_page import CAT, DOG, png, url, values
 
 import p2p
 from p2p.show.pictures import read_settings
@@ -284,12 +284,6 @@ def test_a_tab_that_closes_mid_run_leaves_a_server_that_works(chromium, site, ca
     tab.wait_for_timeout(500)
     tab.close()
     assert answer(site, dict(steps=1))["success"]
-
-
-def values(moved):
-    given = PAGE | moved
-    return [given[name] for name in ("source", "target", "hand", "usual", "cross", "self_", "guidance", "steps", "seed", "negative",
-                                     "layers", "blend", "method")]
 
 
 def answer(site, moved, call="run", data=None, name="test"):

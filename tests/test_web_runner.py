@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from web_page import DOG, values
 
 import p2p
 from p2p.web.runner import Runner
@@ -79,9 +80,8 @@ def test_the_thread_that_serves_is_the_one_that_computes(shallow, monkeypatch):
     @contextmanager
     def served(model, host, port, share, each):
         def visit():
-            asked = ("a cat", "a dog", {}, True, 0.8, 0.4, 3.0, 2, "0", "", [], "", "edit-friendly")
             try:
-                shown.extend(Calls(model, each).run(SimpleNamespace(session_hash="a"), *asked))
+                shown.extend(Calls(model, each).run(SimpleNamespace(session_hash="a"), *values({"target": DOG})))
             finally:
                 list(each(end()))
 

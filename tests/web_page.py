@@ -14,6 +14,11 @@ PAGE = dict(source=CAT, target="", hand={}, usual=True, cross=0.8, self_=0.4, gu
             layers=[], blend="", method="edit-friendly")
 
 
+def values(moved):
+    """Of all controls, as the page sends them, in its order."""
+    return list((PAGE | moved).values())
+
+
 def asked(session, **moved):
     return read(session.model.unet, **PAGE | moved)
 

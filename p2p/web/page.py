@@ -32,7 +32,7 @@ Components = dict[str, Any]   # by their names, which are their ids on the page
 Each = Callable[[Iterator[View]], Iterator[View]]
 
 
-def page(model: Model, each: Each = iter) -> gr.Blocks:
+def page(model: Model, each: Each) -> gr.Blocks:
     """each: hands on what a run shows; the thread in which it does is the one that computes."""
     c: Components = {}
     with gr.Blocks(analytics_enabled=False, title="Prompt-to-Prompt", delete_cache=(3600, 86400)) as blocks:
@@ -116,7 +116,7 @@ def _wire(c: Components, calls: Calls, blocks: gr.Blocks) -> None:
 class Calls:
     """What the controls call: values of the page in, and out; every refusal is a message on it."""
 
-    def __init__(self, model: Model, each: Each = iter):
+    def __init__(self, model: Model, each: Each):
         self.model, self.visits, self.each = model, Visits(model), each
 
     def run(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:

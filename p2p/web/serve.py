@@ -90,7 +90,7 @@ def served(model: Model, host: str = "127.0.0.1", port: int | None = None, share
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         blocks = page(model, each)
         blocks.queue(max_size=WAITING, api_open=False)
-        blocks._queue.sleep_when_free = 0.02   # seconds; Gradio's own 0.001 takes 9 % of a core of its own
+        blocks._queue.sleep_when_free = 0.02   # seconds; Gradio's 0.001 takes 9 % of a core
         try:
             blocks.launch(server_name=host, server_port=port, share=share, prevent_thread_lock=True,
                           quiet=True, show_error=True, inbrowser=False, max_file_size=1, footer_links=[],
