@@ -206,10 +206,10 @@ def own_size(image: Image.Image, size: tuple[int, int], unit: int, most: int) ->
                  for side in image.size[::-1])
 
 
-def to_base64(image: Image.Image) -> str:
-    """A picture as a PNG in base64."""
+def to_base64(image: Image.Image, compress_level: int = 6) -> str:
+    """A picture as a PNG in base64. compress_level: of zlib, 0 to 9."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=compress_level)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

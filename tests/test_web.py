@@ -62,7 +62,7 @@ def done(tab, act):
     """Acts, and waits for the picture."""
     tab.evaluate("document.querySelector('#stage .said').textContent = 'waiting'")
     act()
-    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')", polling=100)   # not with every frame
     return tab.get_attribute("#stage .over", "src")
 
 

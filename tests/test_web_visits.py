@@ -99,6 +99,18 @@ def test_a_downloaded_picture_is_made_again_by_the_command_line(session, once, t
 
 
 @pytest.mark.slow
+def test_a_picture_of_the_gallery_is_one_file_of_its_pixels(session):
+    view = last(session, target=DOG, steps=1)
+    (file, caption), = session.pictures()
+    written = file.stat().st_mtime_ns
+    last(session, target=DOG, steps=1, seed="2")
+    assert session.pictures()[0] == (file, caption) and file.stat().st_mtime_ns == written   # not with every move
+    assert apart(Image.open(file), view.edit) == 0 and Image.open(file).info == {}
+    shutil.rmtree(file.parent)   # as what cleans temporary files does
+    assert [picture.exists() for picture, _ in session.pictures()] == [True, True] and session.download(session.choose(1)).exists()
+
+
+@pytest.mark.slow
 def test_so_is_a_source_alone(session, once, tmp_path):
     view = last(session, negative="night")
     file = session.download(session.choose(0))

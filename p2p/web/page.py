@@ -75,7 +75,7 @@ def _controls(c: Components, model: Model) -> None:
 def _pictures(c: Components) -> None:
     c["stage"] = _html("stage", {})
     c["hand"] = gr.HTML({}, html_template="", js_on_load=_file("hand.js"), elem_id="hand")
-    c["gallery"] = gr.Gallery(label="this visit: choose one", format="png", allow_preview=False, buttons=[],
+    c["gallery"] = gr.Gallery(label="this visit: choose one", allow_preview=False, buttons=[],
                               interactive=False, elem_id="gallery")
     with gr.Row():
         c["replay"] = gr.Button("replay", elem_id="replay", min_width=80)
@@ -132,8 +132,7 @@ class Calls:
                hand: dict[str, Any] | None = None) -> Iterator[tuple[Any, Any]]:
         try:
             for view in self.each(begin()):
-                pictures = [(item.image, item.caption) for item in session.gallery]
-                yield _value(view, session.photo, hand), pictures if view.done else gr.skip()
+                yield _value(view, session.photo, hand), session.pictures() if view.done else gr.skip()
                 hand = None
         except (UsageError, NumericsError, CheckpointError) as error:
             # no exception: after one the page would forget a move that waits for this run's end
@@ -220,7 +219,7 @@ def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[s
 
 
 def _url(image: Any) -> str:
-    return "" if image is None else f"data:image/png;base64,{to_base64(image)}"
+    return "" if image is None else f"data:image/png;base64,{to_base64(image, compress_level=1)}"   # quickly
 
 
 def _html(name: str, value: Any, **props: Any) -> gr.HTML:

@@ -161,8 +161,17 @@ class Session:
 
     def download(self, item: Item) -> Path:
         """The file of a picture, in a folder that lasts as long as the visit."""
+        return item.save(self._folder())
+
+    def pictures(self) -> list[tuple[Path, str]]:
+        """The gallery, as files of pixels alone: each is written once, not all with every move."""
+        return [(item.shown(self._folder()), item.caption) for item in list(self.gallery)]
+
+    def _folder(self) -> Path:
         self.files = self.files or TemporaryDirectory(prefix="p2p-visit-")
-        return item.save(Path(self.files.name))
+        folder = Path(self.files.name)
+        folder.mkdir(mode=0o700, exist_ok=True)   # what cleans temporary files may have taken it
+        return folder
 
     def announce(self, item: Item) -> None:
         """A picture is to be replayed: what is computed for the visit ends at its next step."""

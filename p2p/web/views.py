@@ -41,6 +41,13 @@ class Item:
     asked: Asked
     picture: Image.Image | None
 
+    def shown(self, folder: Path) -> Path:
+        """Writes a PNG of the pixels, unless it is there."""
+        file = folder / f"{self.number}.png"
+        if not file.exists():
+            save_png(file, self.image)
+        return file
+
     def save(self, folder: Path) -> Path:
         """Writes the PNG, its settings inside."""
         file = folder / f"{self.number:03}-{slug(self.caption) or 'picture'}.png"
