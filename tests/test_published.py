@@ -24,6 +24,8 @@ from p2p.models import unet
 from p2p.models.attention import CrossAttention, SelfAttention
 from p2p.request.start import draw
 
+pytestmark = pytest.mark.slow
+
 STEPS, SIDE = 5, 3   # of the latents' 12 pixels a side a blend's maps have a quarter
 SOURCE, TARGET, LONGER = "a cat on red grass", "a dog on red grass", "a big dog on red grass"
 
@@ -322,7 +324,6 @@ def agree(found, wanted, *others):
         assert (found - other).abs().max() > 0.1 * deviation
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name, told", [
     ("ddim+p2p", dict(scale=7.5)), ("directinversion+p2p", dict(scale=7.5, direct=True)),
@@ -338,7 +339,6 @@ def test_rows_of_run_editing_p2p(model, picture, run, name, told, target, blende
     agree(ours(model, picture, name, target, blended), wanted, plain)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name, told", [("null-text-inversion+p2p", {}), ("null-text-inversion+proximal-guidance", dict(proximal=0.75))])
 def test_rows_of_null_text(model, picture, run, optimised, name, told):
@@ -349,7 +349,6 @@ def test_rows_of_null_text(model, picture, run, optimised, name, told):
     assert (wanted - plain).abs().max() > 1e-2 * wanted.std()
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name, told", [("ddim+p2p", {}), ("directinversion+p2p", {"direct": True})])
 def test_rounding_strays_no_further_than_in_the_loop_with_maps(model, picture, run, name, told):
@@ -362,7 +361,6 @@ def test_rounding_strays_no_further_than_in_the_loop_with_maps(model, picture, r
     assert found.dtype == loop.dtype == torch.float32 and 0 < strayed[0] < 3 * strayed[1], strayed
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_words_of_neither_prompt_make_the_source_of_it(model, picture, run):
     """0 / 0 > 0.3 nowhere: after int(0.2 N) steps the target is the source's row."""
@@ -372,7 +370,6 @@ def test_words_of_neither_prompt_make_the_source_of_it(model, picture, run):
     assert (found - run.path[0]).abs().max() < 1e-9
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("target, mode, side", [(TARGET, "replace", 160), (LONGER, "refine", 128)])
 def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode, side):
@@ -382,7 +379,6 @@ def test_the_row_of_run_editing_edit_friendly_p2p(model, picture, target, mode, 
     agree(ours(model, picture, "edit-friendly-inversion+p2p", target, "cat dog"), run.edit_friendly(control, target))
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("direct", [False, True])
 def test_rows_of_run_editing_masactrl(model, picture, inverted, direct):
@@ -390,7 +386,6 @@ def test_rows_of_run_editing_masactrl(model, picture, inverted, direct):
     agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+masactrl", TARGET, "cat dog"), wanted)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("direct", [False, True])
 def test_rows_of_run_editing_pnp(model, picture, pnp, direct):
@@ -398,7 +393,6 @@ def test_rows_of_run_editing_pnp(model, picture, pnp, direct):
     agree(ours(model, picture, f"{'directinversion' if direct else 'ddim'}+pnp", TARGET, "cat dog"), wanted, other)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_the_guidance_grid_inverts_with_guidance(model, picture, run):
     run = copy.copy(run)
