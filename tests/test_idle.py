@@ -73,7 +73,7 @@ def test_it_is_said_and_so(narrow, what):
     dict(local_blend=p2p.LocalBlend(mask=HALF, start=0.0)), dict(local_blend=replace(BLEND, mask=HALF)), dict(self_max_tokens=10**9),
     dict(local_blend=replace(BLEND, threshold=0.01)), dict(equalizer={"dog": 1.01}), dict(proximal=("l1", 0.1)),
     dict(scope="cat", local_blend=p2p.LocalBlend(threshold=0.0)), dict(editor=p2p.MasaCtrl(start=0.0)), dict(editor=p2p.PlugAndPlay()),
-    dict(self_max_tokens=256)])
+    dict(self_max_tokens=256), dict(layers="mid", self_max_tokens=32 * 32)])   # the last: as a picture records what was not said
 def test_what_acts_or_only_bounds_is_not(narrow, settings):
     assert not [note for note in edited(narrow, **settings).notes if "nothing" in note or "none" in note or "leaves" in note]
 

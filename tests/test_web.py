@@ -198,6 +198,26 @@ def until(tab, true):
 
 
 @needs_browser
+def test_a_fader_that_is_moved_while_its_words_are_not_yet_shown_stays_moved(chromium, site, calls):
+    tab = opened(chromium, site)
+    first_edit(tab, "20")
+    session = list(calls.visits.sessions.values())[-1]
+    for box, words in (("source", CAT), ("target", DOG)):
+        tab.fill(f"#{box} textarea", words.replace(" on", " next to a house on"))
+    tab.click("#run")
+    tab.wait_for_timeout(300)   # its source is computed
+    tab.locator(".fader input").nth(1).fill("3")
+    assert until(tab, lambda: session.gallery[-1].asked.weights == (("red", 3.0),))
+    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    assert len(session.gallery) == 2 and tab.locator(".fader").count() == 9
+    assert tab.locator(".fader input").nth(1).input_value() == "3" and tab.locator(".fader output").nth(1).inner_text() == "3.0"
+    tab.locator(".fader input").nth(8).fill("2")
+    assert until(tab, lambda: dict(session.gallery[-1].asked.weights) == {"red": 3.0, "grass": 2.0})
+    assert tab.faults == []
+    tab.close()
+
+
+@needs_browser
 def test_a_run_gives_way_to_a_move_and_half_typed_words_stop_nothing(chromium, site, calls):
     tab = opened(chromium, site)
     first_edit(tab, "60")

@@ -60,6 +60,18 @@ def test_a_moved_fader_costs_one_further_edit_and_no_source(session, monkeypatch
     assert len(traced) == 2
 
 
+def test_a_run_that_is_replaced_while_its_source_is_computed_shows_nothing(session, monkeypatch):
+    real, moved = session.sources.of, asked(session, target=DOG, steps=1, hand={"weights": {"dog": 2.0}})
+
+    def of(*given):
+        source = real(*given)
+        session.want(moved)   # of the same source
+        return source
+    monkeypatch.setattr(session.sources, "of", of)
+    assert list(session.run(asked(session, target=DOG, steps=1))) == [] == list(session.run(asked(session, steps=1)))
+    assert not session.gallery and list(session.run(moved))[-1].done
+
+
 @pytest.mark.slow
 def test_a_run_that_is_replaced_stops_at_its_next_step(session):
     run = session.run(asked(session, target=DOG))

@@ -23,6 +23,7 @@ from p2p.request.mask_sites import sites_of_side
 from p2p.scope import added_words, subject
 
 DEFAULT = {f.name: f.default for f in fields(Edit)} | {f.name: f.default for f in fields(LocalBlend)}
+UNSAID = (None, 32 * 32)   # self_max_tokens: the latter is a UNet's own, as it is recorded
 
 
 def idle_options(current: Tables, source: Tokens, target: Tokens, edit: Edit, mode: str, steps: int,
@@ -94,7 +95,7 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
             if lo < hi and not covers[name]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                              f"of the {steps} steps")
-    limit = edit.self_max_tokens not in (None, 32 * 32)   # the latter is a UNet's own, as it is recorded
+    limit = edit.self_max_tokens not in UNSAID
     share = given.self_replace_steps is not None
     if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
         notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")
@@ -185,8 +186,10 @@ def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape:
     for g, e in zip(given, edits):
         sites = layers.chosen(e.layers, model.unet)
         sizes = [pixels[site] for site in all_sites if sites is None or sites[site][1]]
-        for name in ("self_replace_steps", "self_max_tokens") if not sizes else ():
-            if getattr(g, name) != DEFAULT[name]:
+        said = {"self_replace_steps": g.self_replace_steps is not None,
+                "self_max_tokens": g.self_max_tokens not in UNSAID}
+        for name in said if not sizes else ():
+            if said[name]:
                 where = "of this model" if sites is None else "that is chosen"
                 notes.append(f'"{e.prompt}": {name} changes nothing: no layer {where} is self-attention')
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0

@@ -133,6 +133,8 @@ class Session:
             source = self.sources.of(asked, picture, lambda: self._awaited(asked, picture))
         except Stopped:
             return
+        if self.wanted != asked:   # another edit of the same source
+            return
         notes = tuple(said)
         if picture is not None and asked.seed and not settings_read(asked.method, {"seed": asked.seed}):
             notes += (f"the seed changes nothing: {asked.method} draws no noise",)

@@ -14,7 +14,7 @@ function fader(word) {
   const box = document.createElement("div"), label = document.createElement("div");
   const text = document.createElement("span"), shown = document.createElement("output");
   const range = Object.assign(document.createElement("input"),
-                              {type: "range", min: -2, max: 4, step: 0.1, value: word.weight});
+                              {type: "range", min: -2, max: 4, step: 0.1, value: weights[word.name] ?? 1});
   box.className = "fader"; label.className = "word"; label.tabIndex = 0;
   range.setAttribute("aria-label", "weight of " + word.name);
   text.textContent = word.name; shown.value = (+range.value).toFixed(1);
@@ -39,7 +39,9 @@ function showWords(words, reset, done) {
   const now = JSON.stringify(words.map(word => word.name));
   if (reset || now !== names) {
     names = now;
-    weights = Object.fromEntries(words.filter(word => word.weight !== 1).map(word => [word.name, word.weight]));
+    // The hand may have moved since this was asked for: only a replay sets faders that it has set.
+    const moved = words.map(word => [word.name, reset ? word.weight : weights[word.name] ?? 1]);
+    weights = Object.fromEntries(moved.filter(([name, weight]) => weight !== 1));
     light("");   // a label that is removed is not left
     faders.replaceChildren(...words.map(fader));
   }
