@@ -21,24 +21,23 @@ def site_maps(layer: Attention, qk: QK, edit: Edits, rows: Tensor,
     softmax also counts pixels, both with the pixels' q and k that the edit borrows.
 
     qk: as the layer put it into `seen`. rows (R,) long: sources and edited rows, these last, in the batch's
-    order; cached ones are numbered after its last. mean: over heads.
+    order; cached ones are numbered after its last. mean: of heads, where that is the same before the edit as
+    after it (not in self-attention, nor with `renormalise`).
     -> (R, h or 1, N, K) twice, in single precision at least: the columns of the text, or in self-attention
     those of the pixels
     """
     layer_edit = layer.site_edit(edit)
     if isinstance(layer, SelfAttention):
         return _pixel_maps(layer, qk, layer_edit, rows)
-    q, k = layer.with_cached(layer_edit, *qk) if layer_edit is not None else qk
+    q, k = qk if layer_edit is None else layer.with_cached(layer_edit, *qk)
     q, k = _heads(layer, q.index_select(0, rows), k.index_select(0, rows))       # (R, h, N, d), (R, h, K, d)
-    mix = keep = renormalise = None
-    if layer_edit is not None:
-        mix, keep, renormalise = layer_edit.mix, layer_edit.keep, layer_edit.renormalise
     pixels = q.shape[2] if layer.pixel_columns else 0
     p = _text_probs(q, k, pixels)                                                # (R, h, N, L)
-    if mean and renormalise is None:   # edits are linear
+    if mean and (layer_edit is None or layer_edit.renormalise is None):   # edits are linear
         p = p.mean(1, keepdim=True)
-    if layer_edit is None or mix is None or keep is None:
+    if layer_edit is None or layer_edit.mix is None or layer_edit.keep is None:
         return p, p
+    mix, keep, renormalise = layer_edit.mix, layer_edit.keep, layer_edit.renormalise
     e = len(layer_edit.source)
     source = (rows[:, None] == layer_edit.source).float().argmax(0)   # (E,): its index in `rows`
     own_probs, borrowed = p[-e:], p.index_select(0, source)                                # (E, h, N, L)

@@ -24,7 +24,7 @@ UNCUT = 2**62   # columns
 
 
 def parts(prompt: Tokens, length: int = UNCUT) -> tuple[Part, ...]:
-    """What each tokenizer makes of a prompt, and its columns; `length`: those of a single one."""
+    """What each tokenizer makes of a prompt, and its columns; `length`: columns where there is one."""
     return prompt.parts or (Part(prompt, 0, length),)
 
 
@@ -179,7 +179,7 @@ def _cut(t: Tokens, length: int) -> list[int]:
 
 
 def ends(prompt: Tokens, length: int) -> tuple[list[int], list[int]]:
-    """The columns of the start tokens, which T5 has not, and of the end tokens."""
+    """The columns of the start tokens, which T5 does not have, and of the end tokens."""
     read = [(part, _cut(part.tokens, part.length)) for part in parts(prompt, length)]
     starts = [part.first for part, ids in read if len(ids) > 1 and part.tokens.spans[0] == (0, 0)]
     return starts, [part.first + len(ids) - 1 for part, ids in read]
@@ -248,8 +248,8 @@ def refinement(source: Tokens, target: Tokens, length: int) -> tuple[Tensor, Ten
 
 
 def _global_alignment(x: Sequence[Any], y: Sequence[Any], mismatch: int = -1) -> list[int | None]:
-    """Needleman-Wunsch: match 1, mismatch -1, gap 0. For each element of y its partner in x, or None. Ties
-    are broken as in google/prompt-to-prompt: skip an element of y, then one of x, then pair."""
+    """Needleman-Wunsch: match 1, `mismatch`, gap 0. For each element of y its partner in x, or None. Ties are
+    broken as in google/prompt-to-prompt (mismatch: -1): skip an element of y, then one of x, then pair."""
     score = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i in range(1, len(x) + 1):
         for j in range(1, len(y) + 1):

@@ -19,8 +19,8 @@ from p2p.sampler import Stepper, guide
 
 
 class Batch(NamedTuple):
-    """Which rows the network runs, in their order: those told the empty prompt, sources, targets. The one
-    place that knows; unconditional rows stand as their conditional ones do."""
+    """Which rows the network runs, in their order: those told the empty prompt, sources, targets;
+    unconditional rows stand as their conditional ones do."""
 
     sources: int
     targets: int
@@ -52,12 +52,12 @@ class Batch(NamedTuple):
         return torch.tensor([*sources, *range(self.rows - self.targets, self.rows)], device=device)
 
     def spread(self, x: Tensor) -> Tensor:
-        """x of the prompts' rows, for all rows."""
+        """x of the prompts' rows, for all rows.  (prompts, ...) -> (rows, ...)"""
         return torch.cat([x[len(x) - self.unconditional:], x]) if self.unconditional else x
 
     def joined(self, out: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The network's output of all rows -> that of the prompts' rows, joined with the unconditional ones
-        where there are any."""
+        """The network's output of all rows (rows, ...) -> that of the prompts' rows (prompts, ...), joined
+        with the unconditional ones where there are any."""
         if not self.unconditional:
             return out
         uncond, lone, cond = out.split([self.unconditional, self.prompts - self.unconditional,
@@ -90,7 +90,7 @@ class Known(NamedTuple):
     path: Tensor                    # (T + 1, C, H, W): its latents before the first step and after each
     follow: bool = False            # put row 0 on them after every step
     offsets: Tensor | None = None   # (T, C, H, W): added to every row after each step
-    run: Sequence[bool] | None = None   # (T), if it is followed: whether row 0 is run; else nothing reads it
+    run: Sequence[bool] | None = None   # (T,), with `follow` alone: at which steps row 0 is run; None: all
     queries: Sequence[Mapping[str, QK]] | None = None   # (T), by site: q and k, for steps without row 0
 
     def absent(self, i: int) -> bool:
@@ -105,8 +105,8 @@ class Known(NamedTuple):
         return {site: each._replace(cached=self.queries[i]) for site, each in edit.items()}
 
     def corrected(self, x: Tensor, i: int, targets: int) -> Tensor:
-        """x after step i, with what the inversion stored: the source's row comes back
-        where it was not run."""
+        """x after step i, with the offsets that the inversion stored; with `follow` row 0 is set to its
+        latents, whether it was run or not."""
         x = x if self.offsets is None else x + self.offsets[i]
         return torch.cat([self.path[i + 1][None], x[-targets:]]) if self.follow else x
 
@@ -121,7 +121,7 @@ class Inputs:
         self.model, self.prompts, self.empty = model, prompts, empty
         self.last: tuple[Batch, int] | None = None
         self.constant = empty is None or isinstance(empty, Conditioning)   # over the steps
-        self.timesteps = torch.tensor(timesteps, device=device)            # no number of a step is read back
+        self.timesteps = torch.tensor(timesteps, device=device)            # there: no step waits for a copy
 
     def __call__(self, i: int, batch: Batch) -> tuple[Any, Conditioning]:
         """Timestep and conditioning of all rows."""
@@ -129,9 +129,9 @@ class Inputs:
             conditioning = self.prompts.rows(batch.sources) if batch.absent else self.prompts
             if batch.unconditional:
                 empty = self.empty
-                if empty is not None and not isinstance(empty, Conditioning):
-                    empty = empty[i]
                 assert empty is not None
+                if not isinstance(empty, Conditioning):
+                    empty = empty[i]
                 empty = empty.rows(len(empty.context) - batch.unconditional)
                 conditioning = Conditioning.cat([empty, conditioning])
             self.read, self.last = self.model.read(conditioning), now
@@ -149,9 +149,11 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
     """Yields every step of x (S + N, C, H, W): the sources' rows and then the targets', see `Batch`.
 
     prompts: of these rows; empty: of the unconditional ones, the same at all steps or one for each. step: see
-    `sampler.stepper`. guide: how the two predictions join. plan: an AttentionEdit a step, or one by site.
-    watch: sites whose queries and keys come back. blend: local edits, see `blend.prepare`. Raises
-    NumericsError where a step is not finite.
+    `sampler.stepper`. batch: `known`, not its `absent`, says at which steps the source is not run. guide: how
+    the two predictions join, by a scale for all rows or (rows, 1, 1, 1). plan: an AttentionEdit a step, or
+    one by site. watch: sites whose queries and keys come back. blend: local edits, see `blend.prepare`.
+    known: of a source computed before. Raises NumericsError where a step is not finite (on a GPU after the
+    last step, for the first that was not).
     """
     inputs, check = Inputs(model, prompts, empty, schedule.timesteps, x.device), Finite(schedule, model)
     total: float | Tensor = 0.0
@@ -178,8 +180,8 @@ def denoise(model: Model, x: Tensor, prompts: Conditioning,
 
 
 class Finite:
-    """Names the first step that was not finite; a GPU would have to be waited for, so there all are
-    looked at in the end."""
+    """Finds the first step that was not finite. A GPU would have to be waited for at every step: there all
+    are looked at in the end."""
 
     def __init__(self, schedule: Schedule, model: Model):
         self.schedule, self.model = schedule, model

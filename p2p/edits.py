@@ -1,4 +1,4 @@
-"""The user's `Edit` -> one `AttentionEdit` per sampling step: the table of the identity, as code.
+"""The user's `Edit` -> one `AttentionEdit` per sampling step: mix and keep of each mode.
 
     edit                      mix             keep
     replace                   M diag(alpha)   1 - alpha
@@ -90,19 +90,17 @@ class Edit:
 def check(edit: Edit) -> None:
     """Raises UsageError for fields of the wrong kind; words are checked where the prompts are known."""
     def words(value: Any) -> bool:
-        if not isinstance(value, (list, tuple)) or not value:
-            return False
-        return all(isinstance(word, str) for word in value)
+        return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
 
     def mapping(value: Any) -> bool:
-        return value is None or (isinstance(value, Mapping) and words(tuple(value) or ("",)))
+        return value is None or (isinstance(value, Mapping) and words(tuple(value)))
 
     for name, fits, wanted in (
             ("prompt", isinstance(edit.prompt, str), "a string"),
             ("equalizer", mapping(edit.equalizer), 'a mapping {"word": weight}'),
-            ("swap", mapping(edit.swap) and words(new := tuple((edit.swap or {"": ""}).values()))
+            ("swap", mapping(edit.swap) and words(new := tuple((edit.swap or {}).values()))
              and len(set(new)) == len(new), '{"source word": "target word"}, each once'),
-            ("scope", edit.scope is None or isinstance(edit.scope, str) or words(edit.scope),
+            ("scope", edit.scope is None or isinstance(edit.scope, str) or (words(edit.scope) and edit.scope),
              "a word or a list of words")):
         if not fits:
             raise UsageError(f"{name}: {brief(getattr(edit, name))} is not {wanted}")

@@ -40,9 +40,9 @@ class Result:
     """The output of a run; in an edit the source comes first."""
 
     images: list[Image.Image]
-    latents: Tensor                  # (B, C, H, W), float32 (float64 of an inversion's that are), CPU
+    latents: Tensor                  # (B, C, H, W), CPU, float32; float64 where the latents given were
     prompts: list[str]
-    settings: dict[str, Any]         # all that is needed to run it again
+    settings: dict[str, Any]         # all that is needed to run it again, unless x_T was given
     notes: list[str] = field(default_factory=list)   # what was decided, or looks like a mistake
     maps: AttentionMaps | None = None                # what `record` asked for
     # (N, 1, H, W) bool, CPU: where local edits could act at the last step, at their edges' feather in part
@@ -63,7 +63,7 @@ class Result:
         return pictures.grid(self.images, self.captions(), whole("side", side, 8, 4096))
 
     def captions(self) -> list[str]:
-        """Of the pictures, see `grid`; pictures of one prompt differ in their seeds."""
+        """One a picture, see `grid`; with a list of seeds, its prompt and its seed."""
         seeds = self.settings.get("seed")
         if isinstance(seeds, list):
             return [f"{prompt} (seed {seed})" for prompt, seed in zip(self.prompts, seeds)]
@@ -110,7 +110,7 @@ def edit(model: Model | str | Path, source: str | Inversion | Path,
     """Edits the picture of `source` into one per target, all in one batch (Algorithm 1 of the paper).
 
     model: or what `load` loads it from, for this call alone. source: a prompt, or a real picture as `invert`
-    gives it, or the path where it is saved (then steps, eta and size are those of the inversion). targets:
+    gives it, or the `Path` where it is saved (then steps, eta and size are those of the inversion). targets:
     `Edit`s, or prompts. settings: the fields of `Sampling`, and for targets that are plain prompts those of
     `Edit`. editor: another way to inject than Prompt-to-Prompt's, which takes no windows or weights: an
     object, or its name (see `p2p.editors`). record: which attention maps to keep in `maps`. on_step: a
@@ -200,7 +200,7 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
             before = x.clone()
             on_step(step)
             if not torch.equal(x, before) or getattr(step, "x", None) is not x:
-                ready.settings["changed_between_steps"] = True   # not replayed: by what is not recorded
+                ready.settings["changed_between_steps"] = True   # cannot be replayed
             x = step.changed(x)
     latents, sampled = x.cpu(), time.perf_counter()
     images = to_pil(model.decode(x))
@@ -217,7 +217,8 @@ def upscale(model: Model | str | Path, small: Result, *, steps: int | None = Non
             edited: bool = False, progress: bool = False) -> Result:
     """Enlarges the pictures of a run four times, by a super-resolution stage conditioned on the same prompts.
 
-    All rows share the noise of the run's seed, so what source and targets have in common stays common. The
+    The rows of an edit share one noise, so what source and targets have in common stays common; pictures of
+    a list of seeds have one each (of a run without a recorded seed, as of an inversion, it is 0). The
     stage's attention is not edited, as in the paper; edited: it is injected as the run's was. noise_level:
     timestep of the noise put on the small pictures, None for the model's own (250 of 1000 for IF). Where the
     stage is guided, it is led away from the run's negative prompt too (the bundled one reads no text). The

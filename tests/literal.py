@@ -1,7 +1,8 @@
 """Algorithm 1 of Prompt-to-Prompt (Hertz et al. 2022) as the paper has it, with every attention map written out.
 
 Read this first. `python -m tests.literal` edits a picture of the bundled model with it; the tests hold the package against
-it. Lines 7 to 9 are one pass of the network, whose maps are M*, as in the authors' code. For models of transformer blocks.
+it. Lines 7 to 9 take one pass of the network: each layer's map is edited before the next layer runs, as in the authors' code.
+For UNets whose attention lies in transformer blocks (Stable Diffusion, the bundled model).
 """
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -17,8 +18,8 @@ from p2p.sampler import ddim_step, x0_and_eps
 
 
 def attention(layer, change):
-    """A layer's forward with its map formed. change(site, M, pixels) -> the map to use; pixels: the columns that stand
-    before those of the text, None where there is no text."""
+    """A layer's forward with its map M (1, h, N, K) formed. change(site, M, pixels) -> the map to use; pixels: how many
+    columns of pixels stand before those of the text, None in self-attention."""
     def forward(x, *given):
         k, v = given[0][layer.site] if hasattr(layer, "text") else (layer.to_k(x), layer.to_v(x))
         pixels = 0 if hasattr(layer, "text") else None
@@ -50,7 +51,7 @@ def edited(M_src, M, pixels, edit):
 
 
 def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size=None, local_blend=None):
-    """z and z* after every step. edits: for each step what `edited` takes; self_steps: in so many self-attention maps of at
+    """(2, C, H, W): z and z* after every step. edits: for each step what `edited` takes; self_steps: in so many self-attention maps of at
     most 32 x 32 pixels are the source's. local_blend(step, maps of the source, of the target) -> where z* may differ."""
     P, P_star, empty = (model.text([prompt]) for prompt in (source, target, ""))
     shape = (1, *model.latent_shape(*(size or model.size)))
@@ -78,9 +79,9 @@ def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size
 
 
 def word_swap(model, source, target, steps, tau):
-    """Each token takes the map that has its place in the source, of prompts whose words are one token each."""
+    """Each token takes the map of the source's token in its place: for as many words in both, of one token each."""
     columns = {j: ([j], 1.0) for j in range(model.length)}
-    return [columns if i < int(tau * (steps + 1)) else {} for i in range(steps)]
+    return [columns if i < int(tau * (steps + 1)) else {} for i in range(steps)]   # rounded as in the authors' code
 
 
 def refinement(model, source, target, steps, tau):

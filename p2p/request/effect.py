@@ -95,11 +95,10 @@ def _windows(edit: Edit, given: Edit, steps: int, window_steps: int) -> list[str
             if lo < hi and not covers[name]:
                 notes.append(f"{name} {bounds!r}{'' if word == 'default_' else f' of {word!r}'} covers none "
                              f"of the {steps} steps")
-    limit = edit.self_max_tokens not in UNSAID
-    share = given.self_replace_steps is not None
-    if limit and edit.self_max_tokens and not covers["self_replace_steps"]:
+    limit = edit.self_max_tokens
+    if limit and limit not in UNSAID and not covers["self_replace_steps"]:
         notes.append("self_max_tokens changes nothing: self_replace_steps covers no step")
-    if share and edit.self_max_tokens == 0 and covers["self_replace_steps"]:
+    if limit == 0 and given.self_replace_steps is not None and covers["self_replace_steps"]:
         notes.append("self_replace_steps changes nothing: self_max_tokens is 0")
     return notes
 
@@ -130,15 +129,15 @@ def _blend(edit: Edit) -> list[str]:
     for name in ("threshold", "level", "middle") if not reads_maps(b, edit.scope) else ():
         if getattr(b, name) != DEFAULT[name]:
             notes.append(f"local_blend: {name} changes nothing: it is of maps of words, and none are named")
-    words, substruct = b.thresholds
-    if b.substruct is None and words != substruct:
+    of_words, of_substruct = b.thresholds
+    if b.substruct is None and of_words != of_substruct:
         notes.append("local_blend: the second threshold changes nothing: it is for substruct, which is not "
                      "given")
-    if b.substruct is not None and b.words is None and edit.scope is None and words != substruct:
+    if b.substruct is not None and b.words is None and edit.scope is None and of_words != of_substruct:
         notes.append("local_blend: the first threshold changes nothing: it is for words, which are not given")
-    if b.words is not None and b.rivals is None and words == 0:
+    if b.words is not None and b.rivals is None and of_words == 0:
         notes.append("local_blend: at threshold 0 the words limit nothing: all that attends to them counts")
-    if b.substruct is not None and substruct == 0:
+    if b.substruct is not None and of_substruct == 0:
         notes.append("local_blend: at threshold 0 substruct leaves nothing to be edited: all that attends to "
                      "it is taken out")
     return notes

@@ -140,7 +140,7 @@ def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], bl
 def _run_where_read(request: EditRequest, batch: Batch, blend: Blend | None, edit_tables: Sequence[Tables],
                     known: Known, planned: Plan) -> tuple[Known, Plan]:
     """At which steps the source's row is run: with stored queries and keys at none, else where an edit reads
-    them. The edits of the other steps, which do nothing, go: they count on a batch with that row."""
+    them. The edits of the other steps, which do nothing, go: their row numbers count that row."""
     inversion = request.inversion
     if inversion.queries is not None and batch.absent:
         stored = Queries(inversion.queries, request.model)
@@ -162,8 +162,9 @@ def _recorded(request: EditRequest, start: Start) -> dict[str, Any]:
     """What the run records of itself, to be done again."""
     inversion, editor, sampling = request.inversion, request.editor, request.sampling
     source = None if inversion is None else inversion.settings()
-    for kept in {x.dtype for x in ((inversion and inversion.queries) or {}).values()} - {request.model.dtype}:
-        source["queries"] = str(kept).removeprefix("torch.")   # of a trace: rounded
+    kept = {x.dtype for x in ((inversion and inversion.queries) or {}).values()} - {request.model.dtype}
+    if kept:   # of a trace, rounded to another dtype
+        source["queries"] = str(kept.pop()).removeprefix("torch.")
     return run_settings(request.model, "edit", start, sampling) | {
         "source": request.source, **to_settings(request.recorded, start.x.shape[2:], _fit(request)),
         "proximal": sampling.proximal,

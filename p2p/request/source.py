@@ -37,7 +37,7 @@ OWN = {"gamma": "rf-inversion", "control": "rf-inversion", "control_steps": "rf-
        "n_avg": "flow-edit", "n_min": "flow-edit"}   # settings of one method, which needs them
 TENSORS = ("latents", "null_context", "offsets", "queries")
 AVERAGED = 2**10       # most noises a step
-SHRINK = 64            # the most that a picture's side is of its latents'
+SHRINK = 64            # largest ratio of a picture's side to its latents'
 QUERIES = "queries."   # before the names of a trace's tensors
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEYS = 2**12           # most tensors: a trace has two for each layer
@@ -45,11 +45,11 @@ KEYS = 2**12           # most tensors: a trace has two for each layer
 
 @dataclass(frozen=True, repr=False)
 class Inversion:
-    """A picture ready to be edited, any number of times. T: the steps that are run, see `calls`."""
+    """A picture ready to be edited, any number of times. T: network calls of an edit, see `calls`."""
 
     prompt: str
     method: str
-    latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 (float64 of latents that were), CPU
+    latents: Tensor   # (T + 1, C, H, W), x_0 first; float32 or, as given, float64; CPU
     steps: int                             # of the schedule
     skip: int                              # how many of them, the noisiest, are left out
     guidance_scale: float                  # of the edits that it was made for
@@ -80,10 +80,10 @@ class Inversion:
     notes: tuple[str, ...] = ()            # what was decided, or looks like a mistake; not kept in files
 
     def __repr__(self) -> str:
-        t, *shape = self.latents.shape
+        _, *shape = self.latents.shape
         traced = "" if self.queries is None else ", queries stored"
-        return (f'<Inversion by {self.method} of "{self.prompt}": {t - 1} of {self.steps} steps, latents '
-                f"{tuple(shape)}{traced}, model {str(self.sha256)[:12]}>")
+        return (f'<Inversion by {self.method} of "{self.prompt}": {self.steps - self.skip} of {self.steps} '
+                f"steps, latents {tuple(shape)}{traced}, model {str(self.sha256)[:12]}>")
 
     @property
     def calls(self) -> int:
@@ -222,36 +222,36 @@ def _check(file: str | Path, inversion: Inversion) -> None:
     wrong = wrong or [f"{name} is {getattr(inversion, name)}, of the method {inversion.method}"
                       for name, method in OWN.items()
                       if (getattr(inversion, name) is None) != (inversion.method != method)]
-    wrong = wrong or _wrong_tensors(inversion, inversion.calls, inversion.method in FOLLOW)
+    wrong = wrong or _wrong_tensors(inversion)
     if wrong:
         raise UsageError(f"{file}: not an inversion as p2p saves it: {'; '.join(wrong[:3])}. Invert the "
                          "picture again")
 
 
-def _wrong_tensors(inversion: Inversion, steps: int, followed: bool) -> list[str]:
-    latents = inversion.latents
-    if latents.ndim != 4 or len(latents) != steps + 1 or latents.dtype not in (torch.float32, torch.float64):
-        return [f"its latents are {_described(latents)}; ({steps + 1}, C, H, W) of float32 or float64 "
-                f"belongs to {steps} steps"]
+def _wrong_tensors(inversion: Inversion) -> list[str]:
+    latents, calls = inversion.latents, inversion.calls
+    if latents.ndim != 4 or len(latents) != calls + 1 or latents.dtype not in (torch.float32, torch.float64):
+        return [f"its latents are {_described(latents)}; ({calls + 1}, C, H, W) of float32 or float64 "
+                f"belongs to {calls} calls of the network"]
     wrong = []
     if (inversion.eta > 0) != (inversion.method in DDPM):
         wrong.append(f"eta is {inversion.eta}, of the method {inversion.method}")
-    for name, methods, shape in (("null_context", ("null-text",), (steps, None, None)),
-                                 ("offsets", OFFSET, (steps, *latents.shape[1:]))):
+    for name, methods, shape in (("null_context", ("null-text",), (calls, None, None)),
+                                 ("offsets", OFFSET, (calls, *latents.shape[1:]))):
         tensor = getattr(inversion, name)
         if (tensor is None) != (inversion.method not in methods):
             presence = "missing" if tensor is None else "there"
             wrong.append(f"{name}: {presence}, though the method is {inversion.method}")
         elif tensor is not None and not _like(tensor, shape):
-            wrong.append(f"its {name} are {_described(tensor)}, which is not of {steps} steps")
-    if inversion.queries is not None and not followed:
+            wrong.append(f"its {name} are {_described(tensor)}, which is not of {calls} calls")
+    if inversion.queries is not None and inversion.method not in FOLLOW:
         wrong.append(f"it is traced, though its method is {inversion.method}")
     queries = inversion.queries or {}
     tensors = {"latents": latents, "null_context": inversion.null_context, "offsets": inversion.offsets,
                **queries}
     for name, tensor in tensors.items():
-        if name in queries and not _like(tensor, (steps, None, None)):
-            wrong.append(f"{name} is {_described(tensor)}, which is not of {steps} steps")
+        if name in queries and not _like(tensor, (calls, None, None)):
+            wrong.append(f"{name} is {_described(tensor)}, which is not of {calls} calls")
         elif tensor is not None and tensor.dtype in FLOATS and tensor.numel() \
                 and not torch.stack(tensor.aminmax()).isfinite().all():
             wrong.append(f"{name}: values that are not finite")

@@ -84,15 +84,15 @@ class Sampling:
 class Start(NamedTuple):
     """Where a run begins, checked."""
 
-    x: Tensor                   # (B, C, H, W), float32 (float64 of an inversion's that are)
-    noise: list[Tensor]         # one a step, if eta > 0
+    x: Tensor                   # (B, C, H, W), float32; float64 where the latents given were
+    noise: list[Tensor]         # one a step, (1 or B, C, H, W), if eta > 0
     schedule: Schedule          # an entry for each call of the network, of which some solvers need several
     guidance_scale: float
     eta: float
     sampler: str
     size: tuple[int, int]       # height, width in pixels
     low: Tensor | None = None   # (B, 3, height, width): enlarged and noised, for super-resolution
-    level: Tensor | None = None # (B,)
+    level: Tensor | None = None # (B,): timesteps of the noise on low
 
 
 def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: int | None = None,
@@ -123,8 +123,8 @@ def fitting(model: Model, picture: Image.Image | str | Path, fit: str, height: i
 
 
 def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()) -> list[str]:
-    """A note where the first step lies far below the schedule's end: it reads pure noise as a picture of that
-    level, and an inversion ends there."""
+    """A note where the first step lies far below the noisiest level: it reads pure noise as a picture of its
+    own level, and an inversion ends there."""
     total, first, steps = len(model.alphas_cumprod) or 1000, schedule.timesteps[0], schedule.steps
     if first >= 0.9 * total:
         return []
@@ -140,7 +140,7 @@ def late_start(model: Model, schedule: Schedule, sampling: Sampling = Sampling()
         return False
 
     better = next(filter(reaches, near), None)
-    return [f"{steps} steps start at t = {first} of {total}: spaced evenly from the end, they do not "
+    return [f"{steps} steps start at t = {first} of {total}: counted from the clean end, they do not "
             f"reach the noisiest {(total - first) / total:.0%}" + (f"; {better} do" if better else "")]
 
 
@@ -173,8 +173,8 @@ def guidance(model: Model, scale: float | None) -> float:
 
 
 def own_sampler(model: Model) -> str:
-    """The sampler of an inversion and of its edits: DDIM, but of a model that other steps were distilled into
-    (by ddcm) theirs."""
+    """The sampler of an inversion and of its edits: DDIM, or the one that a model was distilled for (inverted
+    by ddcm alone)."""
     return model.sampler if model.sampler in DISTILLED else "ddim"
 
 

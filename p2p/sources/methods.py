@@ -15,8 +15,8 @@ near them.
     edit-friendly    independent noise at every level; what the network misses is added to all rows, and the
                      source is reset to its latents as in direct (Huberman et al. 2023)
     turbo-edit       edit-friendly for few steps: the latents of a step have the noise of the next one
-                     (Deutch et al. 2024; they run the last 4 of 5 steps, so skip is 1, and their
-                     pseudo-guidance is a negative_prompt, the source's, with guidance_scale 1.5)
+                     (Deutch et al. 2024; their runs: steps 5, skip 1, and edits with guidance_scale 1.5 away
+                     from a negative_prompt, the source's; none of these is the default here)
 
 In a flow's coordinates, which every model has (see `sampler.velocity` and `solvers`):
 
@@ -206,12 +206,17 @@ def _belm(run: Run, guidance_scale: float) -> Tensor:
 
 def _noised(run: Run, seed: int, independent: bool, ahead: bool = False, shared: int = 0) -> Tensor:
     """Adds noise of every level to x_0 (DDPM Eq. 4); independent: a new sample at each level, but for the
-    last `shared`, which have one. ahead: each has the level of the next one.  -> (T + 1, C, H, W)"""
-    noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], 1 + run.schedule.steps * independent)]
+    last `shared`, which have one. ahead: each has the level of the next cleaner one, and the last but one is
+    x_0 too.  -> (T + 1, C, H, W)"""
+    count = 1 + run.schedule.steps if independent else 1
+    noise = [z.to(run.x_0) for z in draw(run.x_0.shape[1:], [seed], count)]
     latents = [run.x_0]
     for i, (_, level, after) in enumerate(list(run.schedule)[::-1], 1):
-        z, (alpha, sigma) = noise[max(i, shared) * independent], after if ahead and i > 1 else level
-        latents.append(run.x_0 if ahead and i == 1 else alpha * run.x_0 + sigma * z)
+        z = noise[max(i, shared)] if independent else noise[0]
+        alpha, sigma = after if ahead else level
+        latents.append(alpha * run.x_0 + sigma * z)
+    if ahead:
+        latents[1] = run.x_0
     return torch.cat(latents)
 
 
