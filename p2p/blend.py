@@ -117,11 +117,9 @@ def prepare(blends: Sequence[LocalBlend | None], source: Tokens, targets: Sequen
             unet: Network, steps: int, length: int, size: tuple[int, int], device: torch.device,
             fit: str = "crop") -> Blend | None:
     """The LocalBlends as tensors, for latents of that size (H, W); None if no target blends. fit: how the
-    pictures came to that size. Raises UsageError."""
+    pictures came to that size. blends: that passed `check`. Raises UsageError for maps that no layer has."""
     if not any(blends):
         return None
-    for b in filter(None, blends):
-        check(b)
     side, sites = placed(blends, unet, size)
     columns, threshold, start, everywhere, masks = [], [], [], [], []
     for blend, target in zip(blends, targets):

@@ -206,8 +206,7 @@ def run(model: Model, ready: Ready, record: Record = Record(), progress: bool = 
     images = to_pil(model.decode(x))
     timings = {"text": encoded - started, "steps": sampled - encoded,
                "pictures": time.perf_counter() - sampled}
-    watched = record.sites(model.unet, *x.shape[2:])
-    maps = _maps(model, ready, collector) if watched else None
+    maps = _maps(model, ready, collector) if record.anything else None
     return Result(images, latents, ready.prompts, ready.settings, list(dict.fromkeys(ready.notes)), maps,
                   None if mask is None else mask.cpu(), rows, timings, list(ready.edits))
 

@@ -66,14 +66,13 @@ def prepared(model: Model, source: str | Inversion | Path, targets: str | Edit |
     start, known, before = begun(model, request.sampling, request.settled, len(request.prompts)), None, None
     if request.inversion is not None:
         start, known, before = _from_inversion(model, start, request.inversion)
-    batch = request.batch
     blend = _blend(request, start)
-    edit_tables, planned = _tables_and_plan(request, batch, start.schedule.steps)
+    edit_tables, planned = _tables_and_plan(request, start.schedule.steps)
     notes = _notes(request, start, edit_tables, blend, planned)
     if known is not None:
-        known, planned = _run_where_read(request, batch, blend, edit_tables, known, planned)
-    by, empty = _guidance(request, batch, start)
-    return Ready(request.told, start, batch, _stepper(request, start, before), empty,
+        known, planned = _run_where_read(request, blend, edit_tables, known, planned)
+    by, empty = _guidance(request, start)
+    return Ready(request.told, start, request.batch, _stepper(request, start, before), empty,
                  _recorded(request, start), notes, plan=planned, tables=edit_tables, blend=blend, known=known,
                  guide=by, guidance_scale=start.guidance_scale, edits=request.edits)
 
@@ -118,9 +117,9 @@ def _fit(request: EditRequest) -> str:
     return "crop" if request.inversion is None else request.inversion.fit
 
 
-def _tables_and_plan(request: EditRequest, batch: Batch, steps: int) -> tuple[list[Tables], Plan]:
+def _tables_and_plan(request: EditRequest, steps: int) -> tuple[list[Tables], Plan]:
     """What is edited at each step; of Prompt-to-Prompt also the tables that tell it."""
-    model, unet, source = request.model, request.model.unet, request.tokens[0]
+    model, unet, batch, source = request.model, request.model.unet, request.batch, request.tokens[0]
     if request.editor is not None:
         return [], request.editor.plan(unet, batch, steps, model.device)
     edit_tables = [tables(source, target, layers.for_network(edit, unet), steps, model.length,
@@ -137,12 +136,12 @@ def _notes(request: EditRequest, start: Start, edit_tables: Sequence[Tables], bl
             *remarks(request, start, edit_tables, blend, planned)]
 
 
-def _run_where_read(request: EditRequest, batch: Batch, blend: Blend | None, edit_tables: Sequence[Tables],
-                    known: Known, planned: Plan) -> tuple[Known, Plan]:
+def _run_where_read(request: EditRequest, blend: Blend | None, edit_tables: Sequence[Tables], known: Known,
+                    planned: Plan) -> tuple[Known, Plan]:
     """At which steps the source's row is run: with stored queries and keys at none, else where an edit reads
     them. The edits of the other steps, which do nothing, go: their row numbers count that row."""
     inversion = request.inversion
-    if inversion.queries is not None and batch.absent:
+    if inversion.queries is not None and request.batch.absent:
         stored = Queries(inversion.queries, request.model)
         return known._replace(queries=stored, run=[False] * len(planned)), planned
     if not known.follow or _source_is_watched(request, blend):
@@ -172,10 +171,10 @@ def _recorded(request: EditRequest, start: Start) -> dict[str, Any]:
         "inversion": source}
 
 
-def _guidance(request: EditRequest, batch: Batch, start: Start) -> tuple[
+def _guidance(request: EditRequest, start: Start) -> tuple[
         Callable[..., Tensor], Conditioning | list[Conditioning] | None]:
     """How predictions join, and what the unconditional rows are told."""
-    model, sampling, n = request.model, request.sampling, batch.unconditional
+    model, sampling, n = request.model, request.sampling, request.batch.unconditional
     if isinstance(request.editor, Guiding):
         return request.editor.guide, condition(model, [request.source] * n, *start.size)
     empty = empty_prompts(model, request.inversion, n, start.size, sampling.negative_prompt)
