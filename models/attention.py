@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from p2p.models.layers import Linear
 
-KV = tuple[Tensor, Tensor]            # keys and values of the text, (B, L, h d) each: of no x and no t
+KV = tuple[Tensor, Tensor]            # keys and values of the text, (B, L, h d) each, whatever x_t and t
 QK = tuple[Tensor, Tensor]            # queries and keys of a layer: (B, N, h d) and (B, K, h d)
 QKV = tuple[Tensor, Tensor, Tensor]   # and values, (B, K, h d)
 
@@ -35,7 +35,7 @@ class AttentionEdit(NamedTuple):
     keep: Tensor | None = None          # (E, L): share of the own columns that stays; comes with mix
     renormalise: Tensor | None = None   # (E,) bool: divide P' V by the sums of P_src |mix| + P diag(|keep|)
     pixels: Tensor | None = None        # (3, E) long: the rows whose pixels' q, k and v each takes as its own
-    max_pixels: Tensor | None = None    # (E,): ... if at most so many, and in no hybrid layer; None: always
+    max_pixels: Tensor | None = None    # (E,): ... if at most so many, never beside appended text; None: all
     cached: Mapping[str, QK] | None = None   # by site: q and k of rows that are not run: B, B + 1, ...
 
 

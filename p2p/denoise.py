@@ -121,7 +121,7 @@ class Inputs:
         self.model, self.prompts, self.empty = model, prompts, empty
         self.last: tuple[Batch, int] | None = None
         self.constant = empty is None or isinstance(empty, Conditioning)   # over the steps
-        self.timesteps = torch.tensor(timesteps, device=device)            # there: no step waits for a copy
+        self.timesteps = torch.tensor(timesteps, device=device)            # no step waits for a copy
 
     def __call__(self, i: int, batch: Batch) -> tuple[Any, Conditioning]:
         """Timestep and conditioning of all rows."""

@@ -1,8 +1,7 @@
 """Algorithm 1 of Prompt-to-Prompt (Hertz et al. 2022) as the paper has it, with every attention map written out.
 
-Read this first. `python -m tests.literal` edits a picture of the bundled model with it; the tests hold the package against
-it. Lines 7 to 9 take one pass of the network: each layer's map is edited before the next layer runs, as in the authors' code.
-For UNets whose attention lies in transformer blocks (Stable Diffusion, the bundled model).
+Read this first. `python -m tests.literal` edits a picture of the bundled model; the tests hold the package against it. Lines 7
+to 9 take one pass: a layer's map is edited before the next layer runs, as in the authors' code. For UNets with transformer blocks.
 """
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -51,8 +50,8 @@ def edited(M_src, M, pixels, edit):
 
 
 def algorithm_1(model, source, target, edits, self_steps, steps, *, seed=0, size=None, local_blend=None):
-    """(2, C, H, W): z and z* after every step. edits: for each step what `edited` takes; self_steps: in so many self-attention maps of at
-    most 32 x 32 pixels are the source's. local_blend(step, maps of the source, of the target) -> where z* may differ."""
+    """z and z* (2, C, H, W) after every step. edits: for each step what `edited` takes; self_steps: in so many self-attention
+    maps of at most 32 x 32 pixels are the source's. local_blend(step, maps of the source, the target's) -> where z* may differ."""
     P, P_star, empty = (model.text([prompt]) for prompt in (source, target, ""))
     shape = (1, *model.latent_shape(*(size or model.size)))
     z = z_star = torch.randn(shape, generator=torch.Generator().manual_seed(seed))               # lines 3 and 4
