@@ -213,6 +213,11 @@ def to_base64(image: Image.Image, compress_level: int = 6) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def data_url(image: Image.Image, compress_level: int = 6) -> str:
+    """A picture as a PNG inside of the URL that a browser shows it by. compress_level: of zlib, 0 to 9."""
+    return f"data:image/png;base64,{to_base64(image, compress_level)}"
+
+
 def from_base64(text: str, name: str = "a picture inside of settings") -> Image.Image:
     """What `to_base64` wrote, or another file in base64. Raises UsageError."""
     if not isinstance(text, str) or len(text) > TEXT:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from p2p.denoise import Step, denoise
 from p2p.edits import Edit
 from p2p.errors import UsageError
-from p2p.image import from_pil, to_base64, to_pil
+from p2p.image import data_url, from_pil, to_pil
 from p2p.maps import AttentionMaps, Collector
 from p2p.model import Model
 from p2p.models.conditioning import Conditioning
@@ -84,8 +84,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """The grid, in a notebook."""
-        alt, png = escape(" | ".join(self.prompts)), to_base64(self.grid())
-        return f'<img alt="{alt}" src="data:image/png;base64,{png}">'
+        return f'<img alt="{escape(" | ".join(self.prompts))}" src="{data_url(self.grid())}">'
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes the pictures (see `names`), grid.png and settings.json into a folder.  -> their paths.

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from p2p.align import words
-from p2p.image import to_base64
+from p2p.image import data_url
 from p2p.run import Result
 from p2p.show.leakage import Leakage, mapped
 from p2p.show.pictures import ACCENT, heat, marked
@@ -102,8 +102,9 @@ def _figure(result: Result, target: int, leak: Leakage | None) -> str:
         spread = (f'<p class="label">about: {escape(", ".join(leak.about)) or "nothing"}; elsewhere '
                   f"{leak.outside:.1%} of the pixels changed "
                   f"visibly{f' ({by_word})' if by_word else ''}</p>")
+    under, over = data_url(source), data_url(edited)
     return f"""<figure><div class="stack" style="--ratio: {source.width} / {source.height}">
-<img class="under" alt="source" src="{_data(source)}"><img class="over" alt="edit" src="{_data(edited)}">
+<img class="under" alt="source" src="{under}"><img class="over" alt="edit" src="{over}">
 {"".join(overlays)}<div class="line"></div></div>
 <input type="range" min="0" max="100" value="50" aria-label="source or edit">
 {"".join(lines)}{spread}</figure>"""
@@ -121,7 +122,7 @@ def _hovered(key: str, text: str) -> str:
 
 
 def _overlay(key: str, picture: Image.Image) -> str:
-    return f'<img class="map" data-map="{key}" alt="" src="{_data(picture)}">'
+    return f'<img class="map" data-map="{key}" alt="" src="{data_url(picture)}">'
 
 
 def _coloured(mask: Tensor) -> Image.Image:
@@ -130,10 +131,6 @@ def _coloured(mask: Tensor) -> Image.Image:
 
 def _map(values: Tensor) -> Image.Image:
     return heat(values, (min(256, 4 * values.shape[1]), min(256, 4 * values.shape[0])))
-
-
-def _data(image: Image.Image) -> str:
-    return f"data:image/png;base64,{to_base64(image)}"
 
 
 def short(value):

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from p2p.errors import CheckpointError, NumericsError, UsageError
-from p2p.image import to_base64
+from p2p.image import data_url
 from p2p.model import Model
 from p2p.request.inverting import DEFAULT
 from p2p.request.source import METHODS
@@ -219,7 +219,8 @@ def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[s
 
 
 def _url(image: Any) -> str:
-    return "" if image is None else f"data:image/png;base64,{to_base64(image, compress_level=1)}"   # quickly
+    # a fifth larger than at the usual level 6, in a third of the time
+    return "" if image is None else data_url(image, compress_level=1)
 
 
 def _html(name: str, value: Any, **props: Any) -> gr.HTML:
