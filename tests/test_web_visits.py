@@ -179,8 +179,12 @@ def test_a_gallery_and_its_sources_are_bounded(session, monkeypatch):
     given = next(iter(session.sources.kept.values())).given
     assert given.queries is None   # they do not fit the budget: an edit runs the source's row
     assert last(session, seed="2", steps=1, target=DOG).done
-    said = [last(session, seed=str(seed), steps=1).notes for seed in range(3, 24)]
+    said, files = [], []
+    for seed in range(3, 24):
+        said.append(last(session, seed=str(seed), steps=1).notes)
+        files = files or [file for file, _ in session.pictures()]
     assert [any("its oldest made room" in note for note in notes) for notes in said] == [False] * 20 + [True]
+    assert [file.exists() for file in files] == [False, True, True, True, True]
 
 
 def test_visits_are_bounded(narrow, monkeypatch):

@@ -265,7 +265,8 @@ class Session:
         """A note where an older picture makes room."""
         if any(item.asked == asked and item.picture is picture for item in self.gallery):
             return []
-        full = len(self.gallery) == KEPT
+        if full := len(self.gallery) == KEPT:
+            self.gallery[0].put_away(self._folder())
         self.gallery.append(Item(next(self.numbers), image, caption, settings, asked, picture))
         return [f"this visit keeps {KEPT} pictures, and its oldest made room: download what should last"
                 ] if full else []

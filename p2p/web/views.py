@@ -43,10 +43,17 @@ class Item:
 
     def shown(self, folder: Path) -> Path:
         """Writes a PNG of the pixels, unless it is there."""
-        file = folder / f"{self.number}.png"
+        file = self._pixels(folder)
         if not file.exists():
             save_png(file, self.image)
         return file
+
+    def put_away(self, folder: Path) -> None:
+        """Removes what `shown` wrote."""
+        self._pixels(folder).unlink(missing_ok=True)
+
+    def _pixels(self, folder: Path) -> Path:
+        return folder / f"{self.number}.png"
 
     def save(self, folder: Path) -> Path:
         """Writes the PNG, its settings inside."""
