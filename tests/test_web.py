@@ -58,11 +58,16 @@ def opened(chromium, site, width=1280, height=900):
     return tab
 
 
+def finished(tab):
+    """Waits for the picture, without asking at every frame, which takes the time of what is computed."""
+    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')", polling=100)
+
+
 def done(tab, act):
     """Acts, and waits for the picture."""
     tab.evaluate("document.querySelector('#stage .said').textContent = 'waiting'")
     act()
-    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')", polling=100)   # not with every frame
+    finished(tab)
     return tab.get_attribute("#stage .over", "src")
 
 
@@ -158,7 +163,7 @@ def test_moves_replace_each_other(chromium, site, calls):
     for weight in ("1.5", "2", "2.5", "3"):
         fader.fill(weight)
         tab.wait_for_timeout(300)
-    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    finished(tab)
     for _ in range(300):
         if session.gallery[-1].asked.weights == (("red", 3.0),):
             break
@@ -208,7 +213,7 @@ def test_a_fader_that_is_moved_while_its_words_are_not_yet_shown_stays_moved(chr
     tab.wait_for_timeout(300)   # its source is computed
     tab.locator(".fader input").nth(1).fill("3")
     assert until(tab, lambda: session.gallery[-1].asked.weights == (("red", 3.0),))
-    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    finished(tab)
     assert len(session.gallery) == 2 and tab.locator(".fader").count() == 9
     assert tab.locator(".fader input").nth(1).input_value() == "3" and tab.locator(".fader output").nth(1).inner_text() == "3.0"
     tab.locator(".fader input").nth(8).fill("2")
@@ -230,7 +235,7 @@ def test_a_run_gives_way_to_a_move_and_half_typed_words_stop_nothing(chromium, s
     tab.fill("#target textarea", DOG + "x")   # without Enter
     assert until(tab, lambda: session.gallery[-1].asked.weights == (("red", 3.0),))
     assert len(session.gallery) == 2   # what was begun by the button was not finished
-    tab.wait_for_function("document.querySelector('#stage .said').textContent.startsWith('done')")
+    finished(tab)
     assert tab.faults == []
     tab.close()
 

@@ -185,12 +185,12 @@ def self_idle(given: Sequence[Edit], edits: Sequence[Edit], model: Model, shape:
     for g, e in zip(given, edits):
         sites = layers.chosen(e.layers, model.unet)
         sizes = [pixels[site] for site in all_sites if sites is None or sites[site][1]]
-        said = {"self_replace_steps": g.self_replace_steps is not None,
-                "self_max_tokens": g.self_max_tokens not in UNSAID}
-        for name in said if not sizes else ():
-            if said[name]:
-                where = "of this model" if sites is None else "that is chosen"
-                notes.append(f'"{e.prompt}": {name} changes nothing: no layer {where} is self-attention')
+        if not sizes:
+            said = {"self_replace_steps": g.self_replace_steps is not None,
+                    "self_max_tokens": g.self_max_tokens not in UNSAID}
+            where = "of this model" if sites is None else "that is chosen"
+            notes += [f'"{e.prompt}": {name} changes nothing: no layer {where} is self-attention'
+                      for name in said if said[name]]
         injected = window(e.self_replace_steps, "self_replace_steps")[1] > 0
         limit = layers.for_network(e, model.unet).self_max_tokens
         if sizes and injected and limit and limit < min(sizes):
