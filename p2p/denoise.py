@@ -29,18 +29,18 @@ class Batch(NamedTuple):
     absent: bool = False         # the source is not run: `AttentionEdit.cached` holds what is read of it
 
     @property
-    def prompts(self) -> int:
+    def conditional(self) -> int:
         return self.sources * (not self.absent) + self.targets
 
     @property
     def unconditional(self) -> int:
         if not self.guided:
             return 0
-        return self.targets if self.lone_source or self.absent else self.prompts
+        return self.targets if self.lone_source or self.absent else self.conditional
 
     @property
     def rows(self) -> int:
-        return self.unconditional + self.prompts
+        return self.unconditional + self.conditional
 
     def source(self, j: int = 0) -> int:
         """The row of a source; of one that is not run, the first after the last."""
@@ -52,15 +52,15 @@ class Batch(NamedTuple):
         return torch.tensor([*sources, *range(self.rows - self.targets, self.rows)], device=device)
 
     def spread(self, x: Tensor) -> Tensor:
-        """x of the prompts' rows, for all rows.  (prompts, ...) -> (rows, ...)"""
+        """x of the conditional rows, for all rows.  (conditional, ...) -> (rows, ...)"""
         return torch.cat([x[len(x) - self.unconditional:], x]) if self.unconditional else x
 
     def joined(self, out: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The network's output of all rows (rows, ...) -> that of the prompts' rows (prompts, ...), joined
-        with the unconditional ones where there are any."""
+        """The network's output of all rows (rows, ...) -> that of the conditional ones (conditional, ...),
+        joined with their unconditional ones where there are any."""
         if not self.unconditional:
             return out
-        uncond, lone, cond = out.split([self.unconditional, self.prompts - self.unconditional,
+        uncond, lone, cond = out.split([self.unconditional, self.conditional - self.unconditional,
                                         self.unconditional])
         return torch.cat([lone, join(uncond, cond)])
 

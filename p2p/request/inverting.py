@@ -17,15 +17,15 @@ from p2p.request.memory import check_run
 from p2p.request.negative import negatives, refuse_replaced
 from p2p.request.prompts import check as check_prompt
 from p2p.request.schedules import Schedule, check_schedule, timestep_tuple
-from p2p.request.source import AVERAGED, DDPM, METHODS, OFFSET, OWN, REPLACE_EMPTY, Inversion
-from p2p.request.start import Sampling, by_ddim, check_seed, guidance, late_start, own_sampler, solver
+from p2p.request.source import AVERAGED, METHODS, OFFSET, OWN, REPLACE_EMPTY, WITH_ETA, Inversion
+from p2p.request.start import Sampling, check_seed, guidance, late_start, not_distilled, own_sampler, solver
 from p2p.sampler import BELM_FROM_NOISE
 from p2p.weights.untrusted import brief
 
 READ_BY = {   # settings that only some methods read; the others refuse them
     "inversion_guidance": tuple(m for m in METHODS if m != "noise"),
     "inner_steps": ("fixed-point", "null-text"),
-    "eta": DDPM,
+    "eta": WITH_ETA,
     "seed": ("noise", *OFFSET, "rf-inversion"),
     **{name: (method,) for name, method in OWN.items()},
 }
@@ -87,7 +87,7 @@ def expected(model: Model, prompt: str, *, method: str = DEFAULT, steps: int | N
     seed, eta = check_seed(0 if seed is None else seed), _above_0("eta", 1 if eta is None else eta)
     skip = int(SKIPPED.get(method, 0) * steps) if skip is None else skip
     skip = whole("skip, which leaves steps to run,", skip, 0, steps - 1)
-    ddpm, fresh = method in DDPM, method in OFFSET   # noise, and what is stored besides the latents
+    ddpm, fresh = method in WITH_ETA, method in OFFSET   # noise, and what is stored besides the latents
     planned = Inversion(prompt, method, torch.empty(0), steps, skip, guidance_scale, inversion_guidance,
                         inner_steps if method in INNER_STEPS else None, eta if ddpm else 0.0,
                         seed if method in READ_BY["seed"] else None, model.family, model.prediction,
@@ -140,7 +140,7 @@ def _check_model(model: Model, method: str) -> None:
     """Raises UsageError for a model that the method does not invert."""
     check_alone(model)
     if method != "ddcm":
-        by_ddim(model, f"{method} inverts", "ddcm, or ")
+        not_distilled(model, f"{method} inverts", "ddcm, or ")
     if method == "null-text" and model.unet.reads_guidance:
         raise UsageError(f"null-text: {model.name} was distilled with its guidance and reads no empty prompt "
                          "that could be optimised; invert by another method")

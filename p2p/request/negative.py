@@ -53,7 +53,7 @@ def refuse_replaced(method: str) -> None:
 
 def check_sources(each: str | Sequence[str] | None, batch: Batch, inversion: Inversion | None) -> None:
     """Raises UsageError for a negative prompt of a source that is not guided, nor was inverted under it."""
-    followed = batch.absent or batch.unconditional < batch.prompts   # and not guided
+    followed = batch.absent or batch.unconditional < batch.conditional   # and not guided
     if inversion is not None and isinstance(each, (list, tuple)) and each[0] == inversion.negative_prompt:
         return
     if isinstance(each, (list, tuple)) and each[0] and batch.guided and followed:

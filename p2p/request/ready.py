@@ -99,7 +99,7 @@ def generation(model: Model, prompts: str | Sequence[str], record: Record = Reco
              *sampling_idle(model, sampling, settled)]
     start = begun(model, sampling, settled, len(prompts))
     batch = Batch(len(prompts), 0, model.guided(start.guidance_scale))
-    recorded = run_settings(model, "generate", start, sampling) | {"prompts": list(prompts)}
+    recorded = run_settings(model, "generate", start, sampling, settled.seeds) | {"prompts": list(prompts)}
     empty = empty_prompts(model, None, batch.unconditional, start.size, sampling.negative_prompt)
     return Ready(list(prompts), start, batch, stepper_of(model, start), empty, recorded, notes,
                  guidance_scale=start.guidance_scale)
@@ -164,7 +164,7 @@ def _recorded(request: EditRequest, start: Start) -> dict[str, Any]:
     kept = {x.dtype for x in ((inversion and inversion.queries) or {}).values()} - {request.model.dtype}
     if kept:   # of a trace, rounded to another dtype
         source["queries"] = str(kept.pop()).removeprefix("torch.")
-    return run_settings(request.model, "edit", start, sampling) | {
+    return run_settings(request.model, "edit", start, sampling, request.settled.seeds) | {
         "source": request.source, **to_settings(request.recorded, start.x.shape[2:], _fit(request)),
         "proximal": sampling.proximal,
         "editor": editor and {"name": type(editor).__name__, **asdict(editor)},  # type: ignore[call-overload]
@@ -271,11 +271,10 @@ def unread_words(model: Model, prompt: str) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def run_settings(model: Model, command: str, start: Start, sampling: Sampling) -> dict[str, Any]:
+def run_settings(model: Model, command: str, start: Start, sampling: Sampling,
+                 seeds: list[int]) -> dict[str, Any]:
     """What every run records of itself."""
-    seeds = [sampling.seed] if not isinstance(sampling.seed,
-                                              (list, tuple)) else [int(s) for s in sampling.seed]
-    seed = None if sampling.x_T is not None else int(seeds[0]) if len(seeds) == 1 else seeds
+    seed = None if sampling.x_T is not None else seeds[0] if len(seeds) == 1 else seeds
     return {
         "command": command, "model": model.name, "places": dict(model.places), **model.identity(),
         "steps": start.schedule.steps, "guidance_scale": start.guidance_scale,

@@ -32,7 +32,7 @@ OFFSET = ("edit-friendly", "flow-edit", "ddcm", "turbo-edit")   # what the netwo
 FOLLOW = ("direct", *OFFSET)            # the source row takes the stored latents at every step
 LONE = (*FOLLOW, "negative-prompt", "uni-inv", "rf-solver", "fireflow", "rf-inversion")   # ... is not guided
 REPLACE_EMPTY = ("negative-prompt", "null-text")   # put something in the place of the empty prompt
-DDPM = ("edit-friendly", "turbo-edit")  # eta: above 0
+WITH_ETA = ("edit-friendly", "turbo-edit")   # above 0: noise in every step, stored as offsets
 OWN = {"gamma": "rf-inversion", "control": "rf-inversion", "control_steps": "rf-inversion",
        "n_avg": "flow-edit", "n_min": "flow-edit"}   # settings of one method, which needs them
 TENSORS = ("latents", "null_context", "offsets", "queries")
@@ -234,7 +234,7 @@ def _wrong_tensors(inversion: Inversion) -> list[str]:
         return [f"its latents are {_described(latents)}; ({calls + 1}, C, H, W) of float32 or float64 "
                 f"belongs to {calls} calls of the network"]
     wrong = []
-    if (inversion.eta > 0) != (inversion.method in DDPM):
+    if (inversion.eta > 0) != (inversion.method in WITH_ETA):
         wrong.append(f"eta is {inversion.eta}, of the method {inversion.method}")
     for name, methods, shape in (("null_context", ("null-text",), (calls, None, None)),
                                  ("offsets", OFFSET, (calls, *latents.shape[1:]))):

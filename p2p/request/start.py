@@ -178,7 +178,7 @@ def own_sampler(model: Model) -> str:
     return model.sampler if model.sampler in DISTILLED else "ddim"
 
 
-def by_ddim(model: Model, what: str, instead: str = "") -> None:
+def not_distilled(model: Model, what: str, instead: str = "") -> None:
     """Raises UsageError for a model that other steps than DDIM's were distilled into. instead: what else
     takes them."""
     if model.sampler in DISTILLED:

@@ -58,7 +58,7 @@ from p2p.request.loading import find_model
 from p2p.request.ready import empty_prompts
 from p2p.request.schedules import Level
 from p2p.request.solvers import asked, descent
-from p2p.request.source import DDPM, OFFSET, Inversion
+from p2p.request.source import OFFSET, WITH_ETA, Inversion
 from p2p.request.start import check_latents, check_values, draw, fitting
 from p2p.sampler import belm_step_up, ddim_step, guide, stepper, x0_and_eps
 from p2p.sources import flows
@@ -236,7 +236,7 @@ def _offsets(run: Run, latents: Tensor, planned: Inversion) -> Tensor:
     """The difference of what each step leads to and the next latents: of DDPM's steps, the edit-friendly
     noise times its scale.  -> (T, C, H, W)"""
     none, schedule, model = torch.zeros_like(run.x_0), run.schedule, run.model
-    if planned.method in DDPM:
+    if planned.method in WITH_ETA:
         step = stepper(schedule, model.prediction, model.clip, planned.eta, [none] * schedule.steps)
     else:
         step = descent(model, planned, schedule)

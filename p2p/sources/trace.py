@@ -26,7 +26,7 @@ from p2p.request.remarks import sampling_idle
 from p2p.request.schedules import timestep_tuple
 from p2p.request.solvers import asked
 from p2p.request.source import FLOATS, FOLLOW, Inversion
-from p2p.request.start import Sampling, begun, by_ddim, late_start, settle, stepper_of
+from p2p.request.start import Sampling, begun, late_start, not_distilled, settle, stepper_of
 from p2p.weights.untrusted import brief
 
 
@@ -58,7 +58,7 @@ def trace(model: Model | str | Path, source: str | Inversion | Path, *, dtype: t
     source. Raises as `edit` does.
     """
     model = find_model(model)
-    by_ddim(model, "a source is traced")
+    not_distilled(model, "a source is traced")
     if isinstance(source, Path):
         source = Inversion.load(source)
     if flag("latents_only", latents_only) and dtype is not None:
