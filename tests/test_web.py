@@ -229,7 +229,8 @@ def test_a_run_gives_way_to_a_move_and_half_typed_words_stop_nothing(chromium, s
     session = list(calls.visits.sessions.values())[-1]
     tab.fill("#seed input, #seed textarea", "7")
     tab.click("#run")
-    tab.wait_for_function("document.querySelector('#stage .said').textContent === 'a preview'")
+    tab.wait_for_function("document.querySelector('#stage .said').textContent === 'the edit is coming'")
+    assert tab.is_hidden("#stage .over")   # it is of another source
     tab.locator(".fader input").nth(1).fill("3")
     tab.wait_for_timeout(400)
     tab.fill("#target textarea", DOG + "x")   # without Enter
@@ -268,7 +269,8 @@ def test_what_is_typed_while_a_picture_is_replayed_stays(chromium, site):
 
     def act():
         tab.click("#replay")
-        tab.wait_for_function("document.querySelector('#stage .said').textContent === 'a preview'")
+        tab.wait_for_function("document.querySelector('#stage .said').textContent === 'the edit is coming'")
+        assert tab.is_visible("#stage .over")   # the last edit of this source, till there is another
         tab.fill("#target textarea", "a bird")
     done(tab, act)
     tab.wait_for_timeout(500)

@@ -210,9 +210,7 @@ def _value(view: View, photo: str, hand: dict[str, Any] | None = None) -> dict[s
     """A view as stage.js takes it; photo: the name of the uploaded picture; hand: faders and mask are set to
     this."""
     shown = view.edit or view.source
-    said = "no picture" if shown is None else "a preview" if not view.done else \
-        f"done in {view.seconds:.1f} s" if view.seconds else "your picture"
-    return {"source": _url(view.source), "edit": _url(view.edit), "done": view.done, "said": said,
+    return {"source": _url(view.source), "edit": _url(view.edit), "done": view.done, "said": view.said,
             "notes": list(view.notes), "photo": photo, "hand": hand,
             "ratio": f"{shown.width}/{shown.height}" if shown else "",
             "words": [{"name": w.name, "weight": w.weight, "map": _url(w.map)} for w in view.words]}

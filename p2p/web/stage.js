@@ -3,7 +3,7 @@
 const $ = selector => element.querySelector(selector);
 const stack = $(".stack"), below = $(".below"), faders = $(".faders"), map = $(".map");
 const canvas = $("canvas"), pen = canvas.getContext("2d"), paint = $(".paint"), clear = $(".clear");
-let names = "", weights = {}, mask = "", photo = "", waiting = null;
+let names = "", weights = {}, mask = "", photo = "", edited = "", waiting = null;   // edited: the source of the edit shown
 
 const hand = () => ({weights: {...weights}, mask, photo});   // photo: the uploaded picture that is edited
 const tell = () => window.p2pHand(hand(), true);
@@ -81,9 +81,11 @@ function show() {
   $(".said").textContent = view.said;
   $(".notes").replaceChildren(...view.notes.map(note => Object.assign(document.createElement("li"), {textContent: note})));
   stack.hidden = below.hidden = !view.source;
-  stack.classList.toggle("plain", !view.edit);
+  if (view.edit) edited = view.source;
+  else if (view.done || view.source !== edited) edited = "";   // else its last edit stays till there is another
+  stack.classList.toggle("plain", !edited);
   stack.classList.toggle("preview", !view.done);
-  $(".compare").hidden = !view.edit;
+  $(".compare").hidden = !edited;
   if (view.source) $(".under").src = view.source;
   if (view.edit) $(".over").src = view.edit;
   if (view.ratio && stack.style.getPropertyValue("--ratio") !== view.ratio) {

@@ -29,6 +29,14 @@ class View:
     done: bool = True
     seconds: float = 0.0
 
+    @property
+    def said(self) -> str:
+        if self.source is None:
+            return "no picture"
+        if not self.done:
+            return "a preview" if self.edit else "the edit is coming"
+        return f"done in {self.seconds:.1f} s" if self.seconds else "your picture"
+
 
 @dataclass(frozen=True)
 class Item:
