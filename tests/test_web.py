@@ -15,6 +15,7 @@ from playwright.sync_api import sync_playwright
 from web_page import CAT, DOG, png, url, values
 
 import p2p
+from p2p.errors import NumericsError
 from p2p.show.pictures import read_settings
 
 pytestmark = pytest.mark.slow
@@ -297,6 +298,22 @@ def test_refusals_are_messages_on_the_page(chromium, site, tmp_path):
     tab.get_by_text("is larger than 20 MiB").wait_for()
     tab.click("#replay")
     tab.get_by_text("choose a picture of this visit first").wait_for()
+    tab.close()
+
+
+@needs_browser
+def test_a_run_that_fails_midway_leaves_the_last_picture(chromium, site, monkeypatch):
+    tab = opened(chromium, site)
+    first_edit(tab, "2")
+
+    def fails(*_):
+        raise NumericsError("sampling step 1 gave values that are not finite")
+        yield
+    monkeypatch.setattr("p2p.web.session.stepped", fails)
+    tab.locator(".fader input").nth(1).fill("3")
+    tab.get_by_text("values that are not finite").wait_for()
+    assert tab.inner_text("#stage .said") == "no picture was made"
+    assert tab.is_visible("#stage .over") and not tab.locator("#stage .stack.preview").count()
     tab.close()
 
 

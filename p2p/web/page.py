@@ -137,6 +137,7 @@ class Calls:
         except (UsageError, NumericsError, CheckpointError) as error:
             # no exception: after one the page would forget a move that waits for this run's end
             gr.Warning(_said(error), title=REFUSED)
+            yield {"refused": True, "said": "no picture was made"}, gr.skip()
 
     def newer(self, request: gr.Request, *values: Any) -> None:
         session = self.visits.known(request)

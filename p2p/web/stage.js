@@ -79,6 +79,7 @@ function show() {
   const view = props.value;
   if (!view || !view.said) return;
   $(".said").textContent = view.said;
+  if (view.refused) return stack.classList.remove("preview");   // what is shown stays
   $(".notes").replaceChildren(...view.notes.map(note => Object.assign(document.createElement("li"), {textContent: note})));
   stack.hidden = below.hidden = !view.source;
   if (view.edit) edited = view.source;
