@@ -1,5 +1,6 @@
-"""What an edit through joint attention costs: a double and a single block of FLUX at its own width, 1,024 tokens of the picture and
-512 of text, a source and a target (distilled guidance: no unconditional rows).
+"""What an edit through joint attention costs, in a double and a single block of FLUX at its own width.
+
+1,024 tokens of the picture and 512 of text; a source and a target (distilled guidance: no unconditional rows).
 
     python -m benchmarks.joint [FILE.json] [--repeats 5] [--threads 2] [--device cpu]
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -213,6 +214,7 @@ def graphs(device: torch.device) -> list[Row]:
         seen.append(sum(reads.seen.values()))
     torch._dynamo.reset()
     counters.clear()
+    model = replace(model, compiled=True)
     model.unet.compile(backend="eager")
     edits(50)
     breaks = sum(counters["graph_break"].values())

@@ -217,8 +217,12 @@ def test_every_form_gives_the_same_transformer(saved, tmp_path):
         assert len(p.text) == (0 if more else 2 if p.family == "sd3" else 1) and (p.t5 is None) == bool(more), name
 
 
+# of 3.5: CONFIGS of Stability's sd3_infer.py; the others: the examples of diffusers' pipelines
+USUAL = {"3 medium": (28, 7.0), "3.5 medium": (50, 5.0), "3.5 large": (40, 4.5), "dev": (50, 3.5), "schnell": (4, 1.0)}
+
+
 def test_latents_are_those_of_diffusers(saved):
-    _, pipe, folder, one = saved
+    kind, pipe, folder, one = saved
     g = torch.Generator().manual_seed(0)
     x, z = torch.rand(1, 3, 32, 48, generator=g) * 2 - 1, torch.randn(1, 16, 8, 8, generator=g)
     c = pipe.vae.config
@@ -230,6 +234,7 @@ def test_latents_are_those_of_diffusers(saved):
         assert (model.encode(x) - encoded).abs().max() <= 1e-5 * encoded.abs().max()
         assert (model.decode(z) - decoded).abs().max() <= 1e-5 * decoded.abs().max()
         assert model.unit == 4 and model.latent_shape(32, 48) == (16, 16, 24)
+        assert (model.steps, model.guidance_scale) == USUAL[kind]
 
 
 def test_converted_both_ways_it_is_the_same(saved, tmp_path):

@@ -313,6 +313,12 @@ def test_flow_edit_of_a_model_of_noise_is_that_of_its_flow(models, picture, sett
     assert (found[0] - found[1]).abs().max() < 1e-6 and (found[0][1] - picture[0]).abs().max() > 1e-2
 
 
+def test_flow_edit_begins_where_its_authors_do(models):
+    """FlowEdit's run_script for Stable Diffusion 3: T_steps 50, n_max 33, n_avg 1, n_min 0."""
+    planned = expected(models["flow"], SOURCE, method="flow-edit", steps=50)
+    assert (planned.steps - planned.skip, planned.n_avg, planned.n_min, planned.calls) == (33, 1, 0, 33)
+
+
 def test_averaged_noises_meet_windows_that_begin_among_them(models, picture):
     """A source that is run at some of the calls of a step only."""
     inv = p2p.invert(models["flow"], picture, SOURCE, method="flow-edit", steps=STEPS, skip=1, n_avg=3)

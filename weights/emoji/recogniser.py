@@ -1,5 +1,6 @@
-"""Recognises the objects in a picture of the emoji world: the judge of the bundled model, trained on renders
-only.
+"""Recognises the objects in a picture of the emoji world: the judge of the bundled model.
+
+Trained on renders only.
 
     python -m p2p.weights.emoji.recogniser OUTPUT.safetensors   # trains it, then tests it on held-out renders
 """

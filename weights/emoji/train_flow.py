@@ -1,5 +1,6 @@
-"""Trains the bundled joint-attention flow model on renders of the emoji world. Continues from its last
-checkpoint.
+"""Trains the bundled joint-attention flow model on renders of the emoji world.
+
+Continues from its last checkpoint.
 
     python -m p2p.weights.emoji.train_flow RUN_FOLDER --pictures 1240000
 

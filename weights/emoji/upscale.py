@@ -1,5 +1,6 @@
-"""Trains the bundled super-resolution stage, 64 to 256 pixels, on renders of the emoji world. Continues from
-its last checkpoint.
+"""Trains the bundled super-resolution stage, 64 to 256 pixels, on renders of the emoji world.
+
+Continues from its last checkpoint.
 
     python -m p2p.weights.emoji.upscale RUN_FOLDER --pictures 100000
 
