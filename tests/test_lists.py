@@ -385,6 +385,8 @@ def test_defaults_give_way_to_the_line_that_says_something_else(emoji, tmp_path)
     assert kept.others["sampler"] == "ddim"
     drawn, = jobs.read(listed(tmp_path, JOB | {"sampler": "dpm++"}), emoji, {"eta": 0.5, "timestep_spacing": "trailing"})
     assert "timestep_spacing" not in drawn.others and drawn.sampling["eta"] == 0
+    same, = jobs.read(listed(tmp_path, JOB | {"sampler": "ddim"}), emoji, {"eta": 0.5, "timestep_spacing": "trailing"})
+    assert same.others["timestep_spacing"] == "trailing" and same.sampling["eta"] == 0.5   # the model's own sampler
     own_times = {k: v for k, v in JOB.items() if k != "steps"} | {"timesteps": [900, 500, 100]}
     timed, = jobs.read(listed(tmp_path, own_times), emoji, {"steps": 20})
     assert timed.others["timesteps"] == [900, 500, 100] and timed.sampling["steps"] == 3

@@ -186,6 +186,21 @@ def test_what_counts_steps_keeps_its_share_when_a_change_makes_them_fewer(tmp_pa
             assert read_settings(max((tmp_path / "again").glob("*/edit.png")))["inversion"][option] == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["edit", SOURCE, TARGET], ["generate", SOURCE]])
+def test_a_sampler_that_is_recorded_changes_nothing_and_another_takes_its_settings_along(tmp_path, capsys, command):
+    assert main([*command, "--steps", "2", "--seed", "1", "--eta", "0.5", "--timestep-spacing", "trailing", "-o", str(tmp_path / "a"), "-q"]) == 0
+    name = "edit.png" if command[0] == "edit" else "1.png"
+    file, = tmp_path.glob(f"a/*/{name}")
+    capsys.readouterr()
+    for sampler in ("ddim", "dpm++"):
+        assert main([command[0], "--from", str(file), "--sampler", sampler, "-o", str(tmp_path / sampler), "-q"]) == 0
+        again, = tmp_path.glob(f"{sampler}/*/{name}")
+        assert (again.read_bytes() == file.read_bytes()) == (sampler == "ddim")
+        lost = "left out, as recorded for another sampler: eta 0.5, timestep_spacing 'trailing'"
+        assert (lost in capsys.readouterr().err) == (sampler == "dpm++")
+
+
 def test_faults_of_a_changed_edit_are_found_before_the_picture_is_inverted(made, tmp_path, capsys, monkeypatch):
     def inverted(*_, **__):
         raise AssertionError("inverted")

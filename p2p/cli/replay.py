@@ -36,6 +36,7 @@ from p2p.request.start import guidance
 from p2p.run import Result
 from p2p.show.pictures import read_settings
 from p2p.show.preview import shortened
+from p2p.weights.untrusted import brief
 
 
 def run(args: argparse.Namespace) -> None:
@@ -190,14 +191,19 @@ def _merged(field: str, was: Any, given: Any) -> Any:
 
 
 def _sampling(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """How a generated source was sampled, with what the options change of it; recorded settings that do not
-    go with the changes are left to their defaults."""
+    """How a generated source was sampled, with what the options change of it; recorded settings that belong
+    to another sampler, or in whose place an option stands, are left to their defaults."""
     kept = {k: settings[k] for k in ("steps", "seed", "eta", "height", "width")}
     later = SCHEDULE   # older pictures lack them
     kept |= {k: settings[k] for k in later if k in settings}
     given = {k: v for k, v in dict(options.solver(args), seed=args.seed, height=args.height,
                                    width=args.width).items() if v is not None}
-    return changed(kept, given)
+    out = changed(kept, given)
+    lost = [f"{name} {brief(kept[name])}" for name in ("eta", "timestep_spacing")
+            if kept.get(name) and name not in out]
+    if lost and "sampler" in given:
+        options.say([f"left out, as recorded for another sampler: {', '.join(lost)}"])
+    return out
 
 
 def _again(args: argparse.Namespace, model: p2p.Model, record: dict[str, Any], edits: list[p2p.Edit],

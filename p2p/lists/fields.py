@@ -205,7 +205,7 @@ FIELDS: dict[str, Check] = {
     "self_replace_steps": (_WINDOW, _SHARE),
     "windows_over": _one_of("run", "schedule"),
     "self_max_tokens": (_whole(0), "one number of pixels"),
-    "equalizer": (_mapping(_number(-1e30, 1e30)), 'an object {"word": weight}'),
+    "equalizer": (_mapping(_number(-1e30, 1e30)), 'an object {"word": weight}, below 1e30'),
     "renormalise": (_flag, "true or false"),
     "swap": (_mapping(_filled), 'an object {"word of the source": "word of the target"}'),
     "local_blend": (_blend, "an object with the fields of LocalBlend"),

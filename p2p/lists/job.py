@@ -23,9 +23,9 @@ INVERTING = {   # see `invert`; "square" and path: `protocol.square`, `protocol.
 OTHERS = ("proximal", "editor", "negative_prompt", "sampler", "timestep_spacing", "timesteps")
 
 
-def left(defaults: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
+def left(defaults: Mapping[str, Any], line: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """The defaults of a list that count for a line: not those in whose place it says something else."""
-    out = replaced(line)
+    out = replaced(line, {"sampler": model.sampler} | dict(defaults))
     out |= {"height", "width"} if line.get("fit") == "own" else set()
     out |= {"fit"} if {"height", "width"} & line.keys() and defaults.get("fit") == "own" else set()
     return {k: v for k, v in defaults.items() if k not in out}

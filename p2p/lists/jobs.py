@@ -141,7 +141,7 @@ def parse(entry: Any, line: int, folder: Path, model: Model,
     user_id = checked("id", entry.pop("id")) if "id" in entry else None
     known = {"source", "targets", "image", *EDITING, *SAMPLING, *INVERTING, *OTHERS}
     entry = _full_names(entry, known, "an edit")
-    pictured, merged = "image" in entry, {**left(defaults or {}, entry), **entry}
+    pictured, merged = "image" in entry, {**left(defaults or {}, entry, model), **entry}
     method = checked("method", merged.get("method", DEFAULT)) if pictured else None
     idle = unread(method, merged.get("editor"), merged.get("sampler") == own_sampler(model),
                   merged.get("timestep_spacing"))

@@ -1,7 +1,7 @@
 """The names of settings: fields of `Sampling` and of `Edit`, and what others call them."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -18,14 +18,15 @@ INSTEAD = {"sampler": ("eta", "timestep_spacing"), "timesteps": ("steps", "times
 ALIASES = {"num_inference_steps": "steps", "cfg": "guidance_scale", "negative": "negative_prompt"}
 
 
-def replaced(names: Iterable[str]) -> set[str]:
-    """The settings in whose place these stand."""
-    return {other for name in names for other in INSTEAD.get(name, ())}
+def replaced(said: Mapping[str, Any], before: Mapping[str, Any]) -> set[str]:
+    """The settings in whose place stands what is said, where that is something else than before."""
+    return {other for name, value in said.items() if value != before.get(name)
+            for other in INSTEAD.get(name, ())}
 
 
 def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run with these changes, without those in whose place they stand."""
-    out = replaced(changes)
+    out = replaced(changes, settings)
     return {k: v for k, v in settings.items() if k not in out} | dict(changes)
 
 
