@@ -312,7 +312,7 @@ def test_a_run_that_fails_midway_leaves_the_last_picture(chromium, site, monkeyp
     monkeypatch.setattr("p2p.web.session.stepped", fails)
     tab.locator(".fader input").nth(1).fill("3")
     tab.get_by_text("values that are not finite").wait_for()
-    assert tab.inner_text("#stage .said") == "no picture was made"
+    tab.wait_for_function("document.querySelector('#stage .said').textContent === 'no picture was made'")   # after the message
     assert tab.is_visible("#stage .over") and not tab.locator("#stage .stack.preview").count()
     tab.close()
 
